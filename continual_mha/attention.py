@@ -1,0 +1,498 @@
+"""The module: arguments, shapes, state, and the three forwards; the arithmetic is in ``functional``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, functional, reference, ring
+from .modes import checked_mode, surrounding_mode
+from .reference import Rings, Weights
+from .ring import RingState
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+
+
+class SingleOutputMultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention of one query over the last ``sequence_len`` tokens of a stream.
+
+    A drop-in for the class of the same name in ``continual-inference`` (Hedegaard et al., "Continual
+    Transformers", arXiv 2201.06268, section 3.3) with the parameters of
+    ``torch.nn.MultiheadAttention``. ``forward`` takes a clip; ``forward_step`` one token per stream,
+    ``forward_steps`` several, and both remember the tokens before. In inference the state is a ring
+    that is written in place; where a gradient is needed each call makes a new one, and the gradient
+    flows into the calls before, until ``detach_state``.
+
+    Args:
+        embed_dim: features of a query token and of the output, ``E``.
+        num_heads: heads ``H``; ``E`` must be divisible by it.
+        dropout: probability to drop an attention weight while training.
+        bias: whether the projections have biases.
+        add_bias_kv: add one learned key and value to what every query sees.
+        add_zero_attn: add one key and value of zeros to what every query sees.
+        kdim: features of a key token; ``embed_dim`` if None.
+        vdim: features of a value token; ``embed_dim`` if None.
+        batch_first: clips are ``(N, L, E)`` and not ``(L, N, E)``.
+        device: of the parameters.
+        dtype: of the parameters.
+        sequence_len: tokens in the window, ``L``; required.
+        query_index: which token of the window asks, from ``-sequence_len`` to ``sequence_len - 1``.
+        forward_returns_attn_mask: whether ``forward`` returns the attention weights too.
+        embed_dim_second: clips are ``(N, E, L)``; needs ``batch_first``.
+        single_output_forward: whether ``forward`` computes one query only; if not, it is that of
+            ``torch.nn.MultiheadAttention``.
+
+    Raises:
+        ValueError: a size or an index is out of its range.
+        TypeError: a size is not an integer.
+    """
+
+    stride = (1,)
+    padding = (0,)
+    _state_shape = len(RingState._fields)
+    _dynamic_state_inds = [True, True, True, True, False]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sequence_len: int | None = None,
+        query_index: int = -1,
+        forward_returns_attn_mask: bool = True,
+        embed_dim_second: bool = False,
+        single_output_forward: bool = True,
+    ) -> None:
+        checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
+        if embed_dim_second and not batch_first:
+            raise ValueError("embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        assert sequence_len is not None
+        self.sequence_len = sequence_len
+        self.query_index = query_index
+        self.forward_returns_attn_mask = forward_returns_attn_mask
+        self.embed_dim_second = embed_dim_second
+        self.single_output_forward = single_output_forward
+        self._call_mode = "forward"
+        for name in RingState._fields[:-1]:
+            self.register_buffer(f"_ring_{name}", None, persistent=False)
+        self._clock: Tensor | None = None
+        self._rings_are_shared = False
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def receptive_field(self) -> int:
+        """Tokens that an output depends on: ``sequence_len``."""
+        return self.sequence_len
+
+    @property
+    def delay(self) -> int:
+        """Steps from a token's arrival to the output for it as the query."""
+        index = self.query_index
+        return self.sequence_len - index - 1 if index >= 0 else -index - 1
+
+    @property
+    def call_mode(self) -> str:
+        """Which forward ``module(...)`` stands for: forward, forward_steps or forward_step."""
+        return self._call_mode
+
+    @call_mode.setter
+    def call_mode(self, mode: Any) -> None:
+        self._call_mode = checked_mode(mode)
+
+    def extra_repr(self) -> str:
+        """The sizes, the window and its query."""
+        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
+        parts += [f"sequence_len={self.sequence_len}", f"query_index={self.query_index}"]
+        return ", ".join(parts)
+
+    @classmethod
+    def build_from(
+        cls, module: nn.MultiheadAttention, sequence_len: int, **kwargs: Any
+    ) -> SingleOutputMultiheadAttention:
+        """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override these.
+
+        Raises:
+            TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``.
+        """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"build_from takes a torch.nn.MultiheadAttention, but got {type(module).__name__}")
+        arguments: dict[str, Any] = {
+            "embed_dim": module.embed_dim,
+            "num_heads": module.num_heads,
+            "dropout": module.dropout,
+            "bias": module.in_proj_bias is not None,
+            "add_bias_kv": module.bias_k is not None,
+            "add_zero_attn": module.add_zero_attn,
+            "kdim": module.kdim,
+            "vdim": module.vdim,
+            "batch_first": module.batch_first,
+            "device": module.out_proj.weight.device,
+            "dtype": module.out_proj.weight.dtype,
+            "sequence_len": sequence_len,
+        }
+        built = cls(**{**arguments, **kwargs})
+        built.load_state_dict(module.state_dict())
+        return built.train(module.training)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def get_state(self) -> RingState | None:
+        """A copy of the state, or None before the first step. Later steps do not change it."""
+        state = self._state()
+        return None if state is None else ring.clone_state(state)
+
+    def set_state(self, state: RingState | None) -> None:
+        """Go on from a copy of ``state``; None is ``clean_state``.
+
+        Raises:
+            TypeError: ``state`` is not five tensors, or a dtype is not that of the module's state.
+            ValueError: a shape or device does not fit the module, or the parts contradict each other.
+        """
+        if state is None:
+            return self.clean_state()
+        like = self._ring_k if self._ring_k is not None else self.out_proj.weight
+        state = ring.check_state(state, self._ring_shape(), like.dtype, like.device)
+        self._store(ring.clone_state(state))
+        self._rings_are_shared = state.k.requires_grad
+
+    def clean_state(self) -> None:
+        """Forget every stream: the next call starts anew, with any batch size."""
+        self._store(RingState(None, None, None, None, None))  # type: ignore[arg-type]
+        self._rings_are_shared = False
+
+    def detach_state(self) -> None:
+        """Cut the state from the graph: gradients stop here (truncated backpropagation)."""
+        state = self._state()
+        if state is not None:
+            self._store(ring.detach_state(state))
+
+    def warm_up(self, step_shape: tuple[int, ...]) -> None:
+        """Feed zeros until the next token gets an output.
+
+        Args:
+            step_shape: shape of a query token, ``(N, E)``.
+        """
+        batch_size = step_shape[0]
+        weight = self.out_proj.weight
+        shape = (batch_size, self.sequence_len - 1)
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        tokens = (torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device) for width in widths)
+        with torch.no_grad():
+            self.forward_steps(*(self._to_layout(x) for x in tokens))
+
+    def _ring_shape(self) -> ring.RingShape:
+        return ring.RingShape(self.num_heads, self.head_dim, self.sequence_len, self.delay)
+
+    def _state(self) -> RingState | None:
+        if self._clock is None:
+            return None
+        return RingState(self._ring_k, self._ring_v, self._ring_q, self._ring_position, self._clock)
+
+    def _store(self, state: RingState) -> None:
+        if state.clock is not self._clock:
+            self._clock = state.clock
+        if state.k is not self._ring_k:
+            self._ring_k, self._ring_v, self._ring_q, self._ring_position = state[:4]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot hold a part of a graph."""
+        copied: dict[str, Any] = super().__getstate__()
+        copied["_buffers"] = {n: None if b is None else b.detach() for n, b in self._buffers.items()}
+        return copied
+
+    # -- the three forwards ----------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that ``call_mode`` names, with the module's hooks."""
+        mode = surrounding_mode() or self._call_mode
+        if mode == "forward":
+            return super().__call__(*args, **kwargs)
+        self.__dict__["forward"] = getattr(self, mode)  # what torch's own call looks up
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            del self.__dict__["forward"]
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Attention of the query at ``query_index`` over a clip. The state plays no part.
+
+        Args:
+            query: ``(N, L, E)``, ``(N, E, L)`` with ``embed_dim_second``, or ``(L, N, E)`` without
+                ``batch_first``. Any length will do: the whole clip is attended to.
+            key: the same with ``kdim`` features; the query if None.
+            value: the same with ``vdim`` features; the query if None.
+            key_padding_mask: ``(N, S)``; True hides a token, a float is added to its score.
+            need_weights: whether to compute the attention weights.
+            attn_mask: ``(1, S)`` or ``(N * H, 1, S)``; True hides a token, a float is added.
+
+        Returns:
+            The output ``(N, 1, E)``, ``(N, E, 1)`` or ``(1, N, E)``, and, unless
+            ``forward_returns_attn_mask=False``, the weights ``(N, 1, S)`` averaged over the heads,
+            or None. As ``torch.nn.MultiheadAttention`` gives them for that one query.
+
+        Raises:
+            ValueError: a shape or a device does not fit.
+            TypeError: a dtype does not fit.
+        """
+        key = query if key is None else key
+        value = query if value is None else value
+        query, key, value = self._clips((query, key, value))
+        if not self.single_output_forward:
+            return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+        checks.check_clip(query, key, value, self.query_index)
+        mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
+        options = functional.ClipOptions(self.num_heads, self.add_zero_attn, self._dropout_p())
+        wants_attn = need_weights and self.forward_returns_attn_mask
+        asked = query[:, self.query_index]
+        out, attn = functional.attend_clip(asked, key, value, self._weights(), options, mask, wants_attn)
+        out = self._to_layout(out.unsqueeze(1))
+        if not self.forward_returns_attn_mask:
+            return out
+        return out, None if attn is None else attn.mean(dim=1, keepdim=True).to(out.dtype)
+
+    def forward_step(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        update_state: bool = True,
+    ) -> Tensor | None:
+        """Take one token per stream and return the output over the last ``sequence_len``.
+
+        Args:
+            query: ``(N, E)``.
+            key: ``(N, kdim)``; the query if None.
+            value: ``(N, vdim)``; the query if None.
+            update_state: whether to remember the token.
+
+        Returns:
+            ``(N, E)``, or None until ``sequence_len`` tokens were seen.
+
+        Raises:
+            ValueError: a shape or device does not fit, or the batch size is not that of the state.
+            TypeError: a dtype does not fit.
+        """
+        tokens = self._tokens(query, key, value)
+        return self._go_on(tokens, update_state)
+
+    def forward_steps(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        update_state: bool = True,
+        pad_end: bool = False,
+    ) -> Tensor | None:
+        """Take ``T`` tokens per stream at once: the outputs of ``T`` calls of ``forward_step``.
+
+        Args:
+            query: ``(N, T, E)``, ``(N, E, T)`` with ``embed_dim_second``, or ``(T, N, E)`` without
+                ``batch_first``.
+            key: the same with ``kdim`` features; the query if None.
+            value: the same with ``vdim`` features; the query if None.
+            update_state: whether to remember the tokens.
+            pad_end: for the containers of ``continual``; there is no padding, so it changes nothing.
+
+        Returns:
+            The outputs of those ``t`` tokens by which ``sequence_len`` were seen, laid out as the
+            query, or None where ``t`` is 0.
+
+        Raises:
+            ValueError: a shape or device does not fit, or the batch size is not that of the state.
+            TypeError: a dtype does not fit.
+        """
+        key = query if key is None else key
+        value = query if value is None else value
+        tokens = self._clips((query, key, value))
+        checks.check_same_steps(tokens)
+        if tokens[0].shape[1] == 0:
+            return None
+        out = self._go_on(tokens, update_state)
+        return None if out is None else self._to_layout(out)
+
+    def _forward_step(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        prev_state: RingState | None = None,
+    ) -> tuple[Tensor | None, RingState]:
+        """``forward_step`` as a function of the state: returns the output and the next state.
+
+        Neither ``prev_state`` (None for streams that have seen nothing) nor the module's own state
+        changes. Shapes and errors are those of ``forward_step``.
+        """
+        tokens = self._tokens(query, key, value)
+        if prev_state is None:
+            state = self._new_state(tokens[0])
+        else:
+            state = RingState(*prev_state)
+            checks.check_continues(state, tokens[0])
+        differentiable = self._needs_grad(tokens, state)
+        return self._advance(tokens, state if differentiable else ring.clone_state(state), True, differentiable)
+
+    def _go_on(self, tokens: Tokens, update: bool) -> Tensor | None:
+        """``_advance`` from the module's state, and to it if ``update``."""
+        state = self._state()
+        if state is None:
+            state = self._new_state(tokens[0])
+        checks.check_continues(state, tokens[0])
+        differentiable = self._needs_grad(tokens, state)
+        if self._is_not_ours_to_write(state, differentiable):
+            state = ring.clone_state(ring.detach_state(state))
+        out, after = self._advance(tokens, state, update, differentiable)
+        if update:
+            self._store(after)
+        self._rings_are_shared = differentiable
+        return out
+
+    def _advance(
+        self, tokens: Tokens, state: RingState, update: bool, differentiable: bool
+    ) -> tuple[Tensor | None, RingState]:
+        """Outputs for tokens ``(N, E*)`` or ``(N, T, E*)``, and the state after them.
+
+        The rings of ``state`` are written in place if ``update``, unless ``differentiable``.
+        """
+        many = tokens[0].dim() == 3
+        steps = tokens[0].shape[1] if many else 1
+        seen = state.clock.shape[0]
+        first = min(steps, max(0, self.sequence_len - 1 - seen))
+        rings = Rings(*state[:4])
+        options = (first if many else None, self.add_zero_attn, self._dropout_p())
+        if differentiable:
+            run = reference.ring_steps if many else reference.ring_step
+            out, rings = run(*tokens, self._weights(), rings, *options)
+        else:
+            run_ = functional.ring_steps_ if many else functional.ring_step_
+            out = run_(*tokens, self._weights(), rings, *options, update)
+        clock = state.clock if seen == self.sequence_len else ring.new_clock(min(seen + steps, self.sequence_len))
+        return out if first < steps else None, RingState(*rings, clock)
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _new_state(self, query: Tensor) -> RingState:
+        return ring.new_state(self._ring_shape(), query.shape[0], query.dtype, query.device)
+
+    def _is_not_ours_to_write(self, state: RingState, differentiable: bool) -> bool:
+        """Whether a graph still needs these rings as they are, or torch forbids to write or save them."""
+        if torch.compiler.is_compiling() or not state.k.is_inference():
+            return self._rings_are_shared and not differentiable
+        return not torch.is_inference_mode_enabled()
+
+    def _needs_grad(self, tokens: Tokens, state: RingState) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (*tokens, *state[:3], *self._weights())
+        return any(x is not None and x.requires_grad for x in tensors)
+
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _weights(self) -> Weights:
+        q_weight = self.in_proj_weight if self.in_proj_weight is not None else self.q_proj_weight
+        out_proj = self.out_proj
+        return Weights(
+            q_weight,
+            self.k_proj_weight,
+            self.v_proj_weight,
+            self.in_proj_bias,
+            out_proj.weight,
+            out_proj.bias,
+            self.bias_k,
+            self.bias_v,
+        )
+
+    def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
+        """Checked query, key and value of one step."""
+        tokens = (query, query if key is None else key, query if value is None else value)
+        checks.check_tokens(self, tokens, "(N, E)", 1)
+        checks.check_same_steps(tokens)
+        return tokens
+
+    def _clips(self, clips: Tokens) -> Tokens:
+        """Checked query, key and value of many steps, as ``(N, T, E)``."""
+        if self.embed_dim_second:
+            checks.check_tokens(self, clips, "(N, E, T)", 1)
+        else:
+            checks.check_tokens(self, clips, "(N, T, E)" if self.batch_first else "(T, N, E)", 2)
+        query, key, value = clips
+        if key is query and value is query:  # one tensor thrice: keep it one for those who ask
+            return (self._to_layout(query),) * 3
+        return self._to_layout(query), self._to_layout(key), self._to_layout(value)
+
+    def _to_layout(self, x: Tensor) -> Tensor:
+        """From ``(N, T, E)`` to the module's layout, or back: either way it swaps two axes or none."""
+        if self.embed_dim_second:
+            return x.transpose(1, 2)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _full_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """``torch.nn.MultiheadAttention`` on clips ``(N, L, E)``, its output in the module's layout."""
+        clips = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
+        out, attn = super().forward(*clips, key_padding_mask, need_weights, attn_mask)
+        out = out.transpose(1, 2) if self.embed_dim_second else out
+        return (out, attn) if self.forward_returns_attn_mask else out
+
+    def flops(self, include_muls: bool = True, include_adds: bool = False, include_exps: bool = False) -> int:
+        """Operations of one call of ``forward`` or, by ``call_mode``, of one step, for one stream.
+
+        Counted as ``continual-inference`` does, so that published figures compare: projections of
+        one token (of every token if not ``single_output_forward``), attention over the window, and
+        the output projection.
+
+        Args:
+            include_muls: count multiplications.
+            include_adds: count additions.
+            include_exps: count exponentials.
+        """
+        embed_dim, length = self.embed_dim, self.sequence_len
+        full = self._call_mode == "forward" and not self.single_output_forward
+        tokens = length if full else 1
+        projection = embed_dim**2 + (embed_dim * (embed_dim - 1) if include_adds else 0)
+        if self.in_proj_bias is not None:
+            projection += embed_dim * (2 if include_adds else 1)
+        count = _full_attention_flops if full else _single_query_flops
+        attention = self.num_heads * count(length, self.head_dim, include_muls, include_adds, include_exps)
+        return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
+
+
+def _single_query_flops(length: int, head_dim: int, muls: bool, adds: bool, exps: bool) -> int:
+    flops = 2 * length * head_dim + 2 * head_dim if muls else 0
+    flops += 2 * length * head_dim - head_dim - 1 if adds else 0
+    return flops + (length if exps else 0)
+
+
+def _full_attention_flops(length: int, head_dim: int, muls: bool, adds: bool, exps: bool) -> int:
+    flops = 2 * length**2 * head_dim + 2 * length * head_dim if muls else 0
+    flops += 2 * length**2 - length * head_dim - length if adds else 0
+    return flops + (length**2 if exps else 0)

@@ -1,0 +1,121 @@
+"""Which backend runs an operator, why, and the environment variables.
+
+``triton`` serves CUDA tensors, ``cuda`` those cases that Triton does not cover or machines without
+it; ``cpu`` is the native path for CPU tensors; ``torch`` is plain PyTorch, and runs everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+NAMES = ("triton", "cuda", "cpu", "torch")
+_BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+
+
+def _read_environment() -> str | None:
+    """``CONTINUAL_MHA_BACKEND``: the backend to force, or None."""
+    name = os.environ.get("CONTINUAL_MHA_BACKEND", "auto")
+    return None if name == "auto" else _checked(name)
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(NAMES)}, or 'auto'")
+    return name
+
+
+_forced: str | None = _read_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator on the backend ``name`` inside the ``with`` block; ``auto`` lets it choose.
+
+    A forced backend that cannot run a call raises a RuntimeError that says why.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global _forced
+    before = _forced
+    _forced = None if name == "auto" else _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class _Operators:
+    """The functions of one backend by operator name, and its reasons to decline a call."""
+
+    def __init__(self, functions: Any, prefix: str, why_not: Callable[..., str | None]) -> None:
+        self._functions = functions
+        self._prefix = prefix
+        self.why_not = why_not
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(self._functions, self._prefix + name)
+        return function
+
+
+@lru_cache(maxsize=None)
+def _load(backend: str) -> _Operators | str:
+    """The backend, or the reason why this machine cannot have it."""
+    loaders = {"torch": _load_torch, "cpu": _load_native, "cuda": _load_native, "triton": _load_triton}
+    return loaders[backend](backend)
+
+
+def _load_torch(backend: str) -> _Operators:
+    return _Operators(importlib.import_module(".reference", __package__), "", lambda name, *args: None)
+
+
+def _load_native(backend: str) -> _Operators | str:
+    return f"the native library for {backend!r} was not built"
+
+
+def _load_triton(backend: str) -> _Operators | str:
+    return "Triton's kernels are not there"
+
+
+def available() -> tuple[str, ...]:
+    """The backends that load on this machine, the preferred first."""
+    return tuple(name for name in NAMES if isinstance(_load(name), _Operators))
+
+
+def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """Why ``backend`` cannot run the operator ``name`` with these arguments; None if it can."""
+    loaded = _load(backend)
+    if isinstance(loaded, str):
+        return loaded
+    if backend != "torch" and torch.is_autocast_enabled(args[0].device.type):
+        return "autocast is on, and the kernels run in one dtype"
+    return loaded.why_not(name, *args)
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The backends to ask for tensors on such a device, the preferred first."""
+    return (_forced,) if _forced else _BY_DEVICE.get(device_type, ("torch",))
+
+
+def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that runs the operator ``name`` on ``args``.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
+    reasons = []
+    for backend in order(args[0].device.type):
+        reason = why_not(backend, name, args)
+        if reason is None:
+            loaded = _load(backend)
+            assert isinstance(loaded, _Operators)
+            return loaded[name]
+        reasons.append(f"{backend}: {reason}")
+    raise RuntimeError(f"no backend can run {name}; " + "; ".join(reasons))

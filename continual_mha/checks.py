@@ -1,0 +1,180 @@
+"""What the module refuses: every check runs before anything is computed or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attention import SingleOutputMultiheadAttention
+    from .ring import RingState
+
+_ROLES = ("query", "key", "value")
+
+
+def check_arguments(
+    embed_dim: int,
+    num_heads: int,
+    dropout: float,
+    kdim: int | None,
+    vdim: int | None,
+    sequence_len: int | None,
+    query_index: int,
+) -> None:
+    """Check the constructor's arguments.
+
+    Raises:
+        ValueError: a value is missing or out of its range.
+        TypeError: a size or an index is not an integer.
+    """
+    if sequence_len is None:
+        raise ValueError("sequence_len is required: pass the number of tokens in the window, an integer >= 1")
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "sequence_len": sequence_len}
+    optional = {"kdim": kdim, "vdim": vdim}
+    sizes.update({name: size for name, size in optional.items() if size is not None})
+    for name, number in {**sizes, "query_index": query_index}.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an integer, but got {number!r} of type {type(number).__name__}")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, but got {size}")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be divisible by num_heads, but got {embed_dim} and {num_heads}")
+    if not -sequence_len <= query_index < sequence_len:
+        raise ValueError(
+            f"query_index must be from {-sequence_len} to {sequence_len - 1} for "
+            f"sequence_len={sequence_len}, but got {query_index}"
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
+
+
+def check_tokens(
+    module: SingleOutputMultiheadAttention, tokens: Sequence[Tensor], layout: str, feature_axis: int
+) -> None:
+    """Check query, key and value, laid out as ``layout`` says, against each other and the module.
+
+    Raises:
+        ValueError: a rank, a size or a device does not fit.
+        TypeError: one is not a tensor, or its dtype is not the module's (autocast aside).
+    """
+    query, key, value = tokens
+    widths = (module.embed_dim, module.kdim, module.vdim)
+    _check_one(module, "query", query, widths[0], layout, feature_axis)
+    if key is query and value is query and widths[0] == widths[1] == widths[2]:
+        return
+    for role, x, width in zip(_ROLES[1:], (key, value), widths[1:], strict=True):
+        _check_one(module, role, x, width, layout, feature_axis)
+
+
+def _check_one(
+    module: SingleOutputMultiheadAttention, role: str, x: Tensor, width: int, layout: str, feature_axis: int
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{role} must have the shape {layout}, but got {tuple(x.shape)}")
+    if x.shape[feature_axis] != width:
+        raise ValueError(
+            f"{role} must have {width} features on axis {feature_axis} of {layout}, but its shape is {tuple(x.shape)}"
+        )
+    weight = module.out_proj.weight
+    if x.dtype != weight.dtype and not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()):
+        raise TypeError(f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{role} must be on {weight.device} as the module's weights are, but is on {x.device}")
+
+
+def check_same_steps(tokens: Sequence[Tensor]) -> None:
+    """Check that tokens ``(N, ...)`` or ``(N, T, ...)`` agree in streams and steps.
+
+    Raises:
+        ValueError: they do not.
+    """
+    leading = [tuple(x.shape[:-1]) for x in tokens]
+    if leading[0] != leading[1] or leading[0] != leading[2]:
+        shapes = ", ".join(f"{role} {tuple(x.shape)}" for role, x in zip(_ROLES, tokens, strict=True))
+        raise ValueError(f"query, key and value must agree in streams and steps, but got {shapes}")
+
+
+def check_clip(query: Tensor, key: Tensor, value: Tensor, query_index: int) -> None:
+    """Check clips ``(N, L, E)``, ``(N, S, Ek)``, ``(N, S, Ev)`` and that the query is in its clip.
+
+    Raises:
+        ValueError: sizes differ, or the clip has no token at ``query_index``.
+    """
+    if key.shape[:2] != value.shape[:2] or query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"key and value must agree in batch and length, and query in batch; as (N, L, E) they are "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    length = query.shape[1]
+    if not -length <= query_index < length:
+        raise ValueError(f"query_index={query_index} needs a longer clip than one of {length} tokens")
+
+
+def check_continues(state: RingState, query: Tensor) -> None:
+    """Check that ``query`` can be the next token of the streams in ``state``.
+
+    Raises:
+        ValueError: another number of streams, or another device.
+        TypeError: another dtype.
+    """
+    streams = state.position.shape[0]
+    if query.shape[0] != streams:
+        raise ValueError(
+            f"the state is that of {streams} streams, but got tokens for {query.shape[0]}; "
+            f"call clean_state() to start anew with another batch size"
+        )
+    if query.dtype != state.k.dtype:
+        raise TypeError(
+            f"the state is {state.k.dtype}, but got tokens of {query.dtype}; call clean_state() to start anew"
+        )
+    if query.device != state.k.device:
+        raise ValueError(
+            f"the state is on {state.k.device}, but got tokens on {query.device}; call clean_state() to start anew"
+        )
+
+
+def merged_mask(
+    module: SingleOutputMultiheadAttention,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Tensor | None:
+    """Both masks of ``forward`` as one to add to scores ``(N, H, S)``, or None.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: a mask is neither bool nor floating point.
+    """
+    batch, length = key.shape[:2]
+    heads = module.num_heads
+    merged = None
+    if key_padding_mask is not None:
+        _check_mask("key_padding_mask", key_padding_mask, [(batch, length)])
+        merged = _additive(key_padding_mask, key).view(batch, 1, length)
+    if attn_mask is not None:
+        _check_mask("attn_mask", attn_mask, [(1, length), (batch * heads, 1, length)])
+        shape = (1, 1, length) if attn_mask.dim() == 2 else (batch, heads, length)
+        added = _additive(attn_mask, key).reshape(shape)
+        merged = added if merged is None else merged + added
+    return merged
+
+
+def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    if tuple(mask.shape) not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name} must have the shape {expected}, but got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating point, but got {mask.dtype}")
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -math.inf)

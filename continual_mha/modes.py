@@ -1,0 +1,54 @@
+"""Which of the three forwards ``module(...)`` stands for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+CALL_MODES = ("forward", "forward_steps", "forward_step")
+
+
+def checked_mode(mode: Any) -> str:
+    """The name of a call mode given as name, number, or the tensor that ``continual`` uses for it.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    name = mode.lower() if isinstance(mode, str) else mode
+    if isinstance(mode, (int, torch.Tensor)) and 0 <= int(mode) < len(CALL_MODES):
+        name = CALL_MODES[int(mode)]
+    if name not in CALL_MODES:
+        raise ValueError(f"call_mode must be one of {', '.join(CALL_MODES)}, but got {mode!r}")
+    return str(name)
+
+
+class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
+    """Inside ``with call_mode("forward_step"):``, calling a module makes a step, whatever its own mode.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+
+    current: str | None = None
+
+    def __init__(self, mode: Any) -> None:
+        self.mode = checked_mode(mode)
+        self.before: str | None = None
+
+    def __enter__(self) -> None:
+        self.before, call_mode.current = call_mode.current, self.mode
+
+    def __exit__(self, *exc_info: object) -> None:
+        call_mode.current = self.before
+
+
+def surrounding_mode() -> str | None:
+    """The mode of the innermost ``call_mode`` block, ours or that of an imported ``continual``."""
+    if call_mode.current is not None or torch.compiler.is_compiling():
+        return call_mode.current
+    upstream = getattr(sys.modules.get("continual.module"), "call_mode", None)
+    if upstream is None or upstream.prev is None:
+        return None
+    return checked_mode(upstream.cur)

@@ -1,0 +1,354 @@
+"""Plain PyTorch for every operator: the oracle, the differentiable path, and the ``torch`` backend.
+
+The names and positional arguments are those of the operators in ``ops.py``; a trailing underscore
+means that rings and positions are updated in place. Everything here can be differentiated by
+autograd, as long as the version without the underscore is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_QUERY_BLOCK = 128
+_Put = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Weights(NamedTuple):
+    """The parameters of one attention, as ``torch.nn.MultiheadAttention`` holds them.
+
+    ``in_proj_weight`` is ``(3E, E)`` and packs query, key and value; where ``k_proj_weight`` and
+    ``v_proj_weight`` are given it is the query's ``(E, E)`` alone.
+    """
+
+    in_proj_weight: Tensor
+    k_proj_weight: Tensor | None
+    v_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of query ``(E, E)``, key ``(E, Ek)`` and value ``(E, Ev)``."""
+        if self.k_proj_weight is not None and self.v_proj_weight is not None:
+            return self.in_proj_weight, self.k_proj_weight, self.v_proj_weight
+        q, k, v = self.in_proj_weight.chunk(3)
+        return q, k, v
+
+    def split_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The biases ``(E,)`` of query, key and value, or three times None."""
+        if self.in_proj_bias is None:
+            return None, None, None
+        q, k, v = self.in_proj_bias.chunk(3)
+        return q, k, v
+
+
+class Rings(NamedTuple):
+    """The parts of a ``RingState`` that an operator sees."""
+
+    k: Tensor  # (N, H, L, D)
+    v: Tensor  # (N, H, L, D)
+    q: Tensor  # (N, R, E)
+    position: Tensor  # (N,)
+
+
+class _Slots(NamedTuple):
+    """Keys and values ``(N, H, S, D)`` with the slots that each query may see, or None for all."""
+
+    k: Tensor
+    v: Tensor
+    visible: Tensor | None  # bool, broadcastable to (N, 1, T, S)
+
+
+def project(query: Tensor, key: Tensor, value: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """In-projection ``(..., E*) -> (..., E)`` of query, key and value."""
+    if weights.k_proj_weight is None and query is key and query is value:
+        q, k, v = F.linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
+        return q, k, v
+    tokens = zip((query, key, value), weights.split(), weights.split_bias(), strict=True)
+    q, k, v = (F.linear(x, w, b) for x, w, b in tokens)
+    return q, k, v
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(N, T, E) -> (N, H, T, D)``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,  # (N, H, T, D)
+    slots: list[_Slots],
+    weights: Weights,
+    add_zero_attn: bool,
+    dropout_p: float,
+) -> Tensor:
+    """Scaled dot-product attention over several groups of slots, and the output projection.
+
+    Returns:
+        ``(N, T, E)``.
+    """
+    q = q / math.sqrt(q.shape[-1])
+    scores = [_scores(q, group) for group in slots]
+    if weights.bias_k is not None:
+        bias_k = split_heads(weights.bias_k, q.shape[1]).to(q.dtype)  # (1, H, 1, D)
+        scores.append(torch.matmul(q, bias_k.transpose(-1, -2)))
+    if add_zero_attn:
+        scores.append(q.new_zeros((*q.shape[:3], 1)))
+    attn = _softmax(scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1), dropout_p)
+    parts = attn.to(q.dtype).split([s.shape[-1] for s in scores], dim=-1)
+    out = sum(_weighted_values(p, group) for p, group in zip(parts, slots, strict=False))
+    if weights.bias_v is not None:
+        out = out + parts[len(slots)] * split_heads(weights.bias_v, q.shape[1]).to(q.dtype)
+    merged = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+    return F.linear(merged, weights.out_proj_weight, weights.out_proj_bias)
+
+
+def _scores(q: Tensor, group: _Slots) -> Tensor:
+    scores = torch.matmul(q, group.k.to(q.dtype).transpose(-1, -2))
+    return scores if group.visible is None else scores.masked_fill(~group.visible, -math.inf)
+
+
+def _weighted_values(attn: Tensor, group: _Slots) -> Tensor:
+    v = group.v.to(attn.dtype)
+    if group.visible is not None:  # a slot that no query sees may hold anything, NaN included
+        v = v.masked_fill(~group.visible.any(dim=-2).unsqueeze(-1), 0)
+    return torch.matmul(attn, v)
+
+
+def _softmax(scores: Tensor, dropout_p: float) -> Tensor:
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    attn = torch.softmax(scores, dim=-1, dtype=wide)
+    return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
+
+
+def _slot_index(ring: Tensor, slot: Tensor) -> Tensor:
+    """Index for gather and scatter along the slots of ``ring``; ``slot`` is ``(N, T)``."""
+    shape = (*ring.shape[:-2], slot.shape[1], ring.shape[-1])
+    return slot.view(slot.shape[0], *(1,) * (ring.dim() - 3), slot.shape[1], 1).expand(shape)
+
+
+def _put(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+    return ring.scatter(-2, _slot_index(ring, slot), new.to(ring.dtype))
+
+
+def _put_(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+    return ring.scatter_(-2, _slot_index(ring, slot), new.to(ring.dtype))
+
+
+def _all_warm(position: Tensor, sequence_len: int) -> bool:
+    """Whether every slot is in use once the next token is written, if that costs no waiting."""
+    return position.device.type == "cpu" and bool((position >= sequence_len - 1).all())
+
+
+def _filled(position: Tensor, sequence_len: int) -> Tensor | None:
+    """Which slots ``(N, 1, 1, L)`` hold a token once that at ``position`` is written; None for all."""
+    if _all_warm(position, sequence_len):
+        return None
+    slots = torch.arange(sequence_len, device=position.device)
+    return (slots <= position[:, None])[:, None, None]
+
+
+def ring_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    rings: Rings,
+    active: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    put: _Put = _put,
+) -> tuple[Tensor, Rings]:
+    """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token in them."""
+    num_heads, sequence_len = rings.k.shape[1:3]
+    q, k, v = (x.unsqueeze(1) for x in project(query, key, value, weights))
+    slot = (rings.position % sequence_len)[:, None]
+    k_ring = put(rings.k, slot, split_heads(k, num_heads))
+    v_ring = put(rings.v, slot, split_heads(v, num_heads))
+    due, q_ring = _delayed_queries(q, rings, put)
+    slots = _Slots(k_ring, v_ring, _filled(rings.position, sequence_len))
+    out = attend(split_heads(due, num_heads), [slots], weights, add_zero_attn, dropout_p)
+    step = 1 if active is None else active.to(torch.int64)
+    return out.squeeze(1), Rings(k_ring, v_ring, q_ring, rings.position + step)
+
+
+def ring_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    rings: Rings,
+    first: int = 0,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    put: _Put | None = _put,
+) -> tuple[Tensor, Rings]:
+    """Outputs ``(N, T - first, E)`` for the tokens from ``first`` on of ``(N, T, E*)``, and the rings.
+
+    Each block of queries attends to the ring as it lies, as far as its tokens are still in the
+    window, and to a band of the clip. ``put=None`` leaves the rings as they are.
+    """
+    num_heads, sequence_len = rings.k.shape[1:3]
+    q, k, v = project(query, key, value, weights)
+    due, q_ring = _delayed_queries(q, rings, put)
+    clip_q, clip_k, clip_v = (split_heads(x, num_heads) for x in (due, k, v))
+    outs = [clip_q.new_zeros((query.shape[0], 0, rings.k.shape[1] * rings.k.shape[3]))]
+    for start in range(first, query.shape[1], _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, query.shape[1])
+        slots = [_band(clip_k, clip_v, start, end, sequence_len)]
+        if start < sequence_len - 1:
+            slots.append(_Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len)))
+        outs.append(attend(clip_q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
+    out = outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
+    if put is None:
+        return out, rings
+    slot = _last_positions(rings.position, query.shape[1], sequence_len) % sequence_len
+    k_ring = put(rings.k, slot, clip_k[:, :, -slot.shape[1] :])
+    v_ring = put(rings.v, slot, clip_v[:, :, -slot.shape[1] :])
+    return out, Rings(k_ring, v_ring, q_ring, rings.position + query.shape[1])
+
+
+def ring_step_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+) -> Tensor:
+    """Operator ``ring_step_``: ``ring_step`` in place. ``update=False`` puts the old slots back."""
+    weights, rings = Weights(*args[:8]), Rings(*args[8:12])
+    active, add_zero_attn, dropout_p, update = args[12:]
+    saved = None if update else _slots_of_next_token(rings)
+    out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, _put_)
+    if saved is None:
+        rings.position.copy_(new.position)
+        return out
+    for ring, (slot, old) in zip(rings[:3], saved, strict=True):
+        _put_(ring, slot, old)
+    return out
+
+
+def ring_steps_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+) -> Tensor:
+    """Operator ``ring_steps_``: ``ring_steps`` in place."""
+    weights, rings = Weights(*args[:8]), Rings(*args[8:12])
+    first, add_zero_attn, dropout_p, update = args[12:]
+    put = _put_ if update else None
+    out, new = ring_steps(query, key, value, weights, rings, first, add_zero_attn, dropout_p, put)
+    if update:
+        rings.position.copy_(new.position)
+    return out
+
+
+def _delayed_queries(q: Tensor, rings: Rings, put: _Put | None) -> tuple[Tensor, Tensor]:
+    """Of the queries ``(N, T, E)`` of the new tokens and those that wait, the ``T`` whose turn it is."""
+    waiting = rings.q.shape[1]
+    if waiting == 0:
+        return q, rings.q
+    steps = q.shape[1]
+    before = torch.arange(1 - waiting, 0, device=q.device)
+    slot = (rings.position[:, None] + before) % waiting
+    old = rings.q.gather(1, _slot_index(rings.q, slot)).to(q.dtype)
+    due = torch.cat([old, q], dim=1)[:, :steps]
+    if put is None:
+        return due, rings.q
+    slot = _last_positions(rings.position, steps, waiting) % waiting
+    return due, put(rings.q, slot, q[:, -slot.shape[1] :])
+
+
+def _last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
+    """Positions ``(N, min(steps, ring_len))`` of the last of ``steps`` tokens, those that stay."""
+    kept = torch.arange(max(0, steps - ring_len), steps, device=position.device)
+    return position[:, None] + kept
+
+
+def _slots_of_next_token(rings: Rings) -> list[tuple[Tensor, Tensor]]:
+    """Slot ``(N, T)`` and contents of what the next token overwrites, for k, v and q."""
+    saved = []
+    for ring in rings[:3]:
+        length = ring.shape[-2]
+        slot = _last_positions(rings.position, 1, length) % max(length, 1)
+        saved.append((slot, ring.gather(-2, _slot_index(ring, slot))))
+    return saved
+
+
+def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slots:
+    """The tokens of a clip ``(N, H, T, D)`` that the queries ``start .. end - 1`` may see."""
+    low = max(0, start - sequence_len + 1)
+    queries = torch.arange(start, end, device=k.device)[:, None]
+    keys = torch.arange(low, end, device=k.device)
+    visible = (keys <= queries) & (keys > queries - sequence_len)
+    return _Slots(k[:, :, low:end], v[:, :, low:end], visible[None, None])
+
+
+def _in_window(position: Tensor, start: int, end: int, sequence_len: int) -> Tensor:
+    """Which slots ``(N, 1, end - start, L)`` hold tokens that the queries ``start .. end - 1`` may see."""
+    slots = torch.arange(sequence_len, device=position.device)
+    last = position[:, None] - 1
+    held = (last - (last - slots) % sequence_len)[:, None]  # position of the token in each slot
+    queries = position[:, None, None] + torch.arange(start, end, device=position.device)[:, None]
+    return ((held >= 0) & (held > queries - sequence_len))[:, None]
+
+
+def attend_shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operator ``attend_shared``: the queries of all heads against one tile of keys and values.
+
+    Args:
+        query: ``(N, H, Ek)``, already scaled.
+        key: ``(N, S, Ek)``.
+        value: ``(N, S, Ev)``.
+        mask: float, added to the scores, broadcastable to ``(N, H, S)``, or None.
+        sink: ``(N, H)``, a score that takes part in the softmax but has no value, or None.
+
+    Returns:
+        ``(N, H, Ev)``, and the logarithm of the softmax's denominator ``(N, H)`` in at least fp32.
+    """
+    scores = shared_scores(query, key, mask)
+    lse = torch.logsumexp(scores, dim=-1)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.to(lse.dtype))
+    attn = torch.exp(scores - lse.unsqueeze(-1))
+    return torch.matmul(attn.to(value.dtype), value), lse
+
+
+def shared_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores ``(N, H, S)`` of ``attend_shared`` in at least fp32."""
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if mask is None else scores + mask
+
+
+def attend_shared_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operator ``attend_shared_backward``: gradients of query, key, value and sink."""
+    attn = torch.exp(shared_scores(query, key, mask) - lse.unsqueeze(-1))
+    grad_attn = torch.matmul(grad_out, value.transpose(-1, -2)).to(attn.dtype)
+    # what every score, the sink's included, loses to the normalisation
+    shared = grad_lse - (grad_out.to(attn.dtype) * out.to(attn.dtype)).sum(-1)
+    grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
+    d_query = torch.matmul(grad_scores, key)
+    d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
+    d_value = torch.matmul(attn.to(value.dtype).transpose(-1, -2), grad_out)
+    d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared
+    return d_query, d_key, d_value, d_sink
