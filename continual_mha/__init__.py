@@ -1,4 +1,4 @@
-"""Continual multi-head attention: one query over the last tokens of a stream, one token at a time."""
+"""Continual multi-head attention: one query over a stream's last tokens, one token at a time."""
 
 from . import backends
 from .attention import SingleOutputMultiheadAttention

@@ -1,29 +1,28 @@
-"""The module: arguments, shapes, state, and the three forwards; the arithmetic is in ``functional``."""
+"""The module: arguments, shapes, state, three forwards. The arithmetic is in ``functional``."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, reference, ring
+from . import checks, functional, ring
+from .functional import Options, Tokens
 from .modes import checked_mode, surrounding_mode
 from .reference import Rings, Weights
 from .ring import RingState
-
-Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention of one query over the last ``sequence_len`` tokens of a stream.
 
-    A drop-in for the class of the same name in ``continual-inference`` (Hedegaard et al., "Continual
-    Transformers", arXiv 2201.06268, section 3.3) with the parameters of
-    ``torch.nn.MultiheadAttention``. ``forward`` takes a clip; ``forward_step`` one token per stream,
-    ``forward_steps`` several, and both remember the tokens before. In inference the state is a ring
-    that is written in place; where a gradient is needed each call makes a new one, and the gradient
-    flows into the calls before, until ``detach_state``.
+    A drop-in for the class of the same name in ``continual-inference`` (Hedegaard et al.,
+    "Continual Transformers", arXiv 2201.06268, section 3.3) with the parameters of
+    ``torch.nn.MultiheadAttention``. ``forward`` takes a clip; ``forward_step`` one token per
+    stream, ``forward_steps`` several, and both remember the tokens before. In inference the state
+    is a ring that is written in place; where a gradient is needed each call makes a new one, and
+    the gradient flows into the calls before, until ``detach_state``.
 
     Args:
         embed_dim: features of a query token and of the output, ``E``.
@@ -52,7 +51,8 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     stride = (1,)
     padding = (0,)
     _state_shape = len(RingState._fields)
-    _dynamic_state_inds = [True, True, True, True, False]
+    _ring_k: Tensor  # None before the first step
+    _dynamic_state_inds: ClassVar[list[bool]] = [True, True, True, True, False]
 
     def __init__(
         self,
@@ -75,9 +75,21 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
         if embed_dim_second and not batch_first:
-            raise ValueError("embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True")
+            raise ValueError(
+                "embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True"
+            )
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
         assert sequence_len is not None
         self.sequence_len = sequence_len
@@ -123,13 +135,15 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     def build_from(
         cls, module: nn.MultiheadAttention, sequence_len: int, **kwargs: Any
     ) -> SingleOutputMultiheadAttention:
-        """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override these.
+        """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override.
 
         Raises:
             TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``.
         """
         if not isinstance(module, nn.MultiheadAttention):
-            raise TypeError(f"build_from takes a torch.nn.MultiheadAttention, but got {type(module).__name__}")
+            raise TypeError(
+                f"build_from takes a torch.nn.MultiheadAttention, but got {type(module).__name__}"
+            )
         arguments: dict[str, Any] = {
             "embed_dim": module.embed_dim,
             "num_heads": module.num_heads,
@@ -160,10 +174,11 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             TypeError: ``state`` is not five tensors, or a dtype is not that of the module's state.
-            ValueError: a shape or device does not fit the module, or the parts contradict each other.
+            ValueError: a shape or device does not fit, or the parts contradict each other.
         """
         if state is None:
-            return self.clean_state()
+            self.clean_state()
+            return
         like = self._ring_k if self._ring_k is not None else self.out_proj.weight
         state = ring.check_state(state, self._ring_shape(), like.dtype, like.device)
         self._store(ring.clone_state(state))
@@ -186,13 +201,14 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         Args:
             step_shape: shape of a query token, ``(N, E)``.
         """
-        batch_size = step_shape[0]
         weight = self.out_proj.weight
-        shape = (batch_size, self.sequence_len - 1)
-        widths = (self.embed_dim, self.kdim, self.vdim)
-        tokens = (torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device) for width in widths)
+        shape = (step_shape[0], self.sequence_len - 1)
+        query, key, value = (
+            self._to_layout(torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device))
+            for width in (self.embed_dim, self.kdim, self.vdim)
+        )
         with torch.no_grad():
-            self.forward_steps(*(self._to_layout(x) for x in tokens))
+            self.forward_steps(query, key, value)
 
     def _ring_shape(self) -> ring.RingShape:
         return ring.RingShape(self.num_heads, self.head_dim, self.sequence_len, self.delay)
@@ -211,7 +227,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which cannot hold a part of a graph."""
         copied: dict[str, Any] = super().__getstate__()
-        copied["_buffers"] = {n: None if b is None else b.detach() for n, b in self._buffers.items()}
+        copied["_buffers"] = {
+            n: None if b is None else b.detach() for n, b in self._buffers.items()
+        }
         return copied
 
     # -- the three forwards ----------------------------------------------------------------------
@@ -263,10 +281,11 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
             return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
         checks.check_clip(query, key, value, self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
-        options = functional.ClipOptions(self.num_heads, self.add_zero_attn, self._dropout_p())
         wants_attn = need_weights and self.forward_returns_attn_mask
         asked = query[:, self.query_index]
-        out, attn = functional.attend_clip(asked, key, value, self._weights(), options, mask, wants_attn)
+        out, attn = functional.attend_clip(
+            (asked, key, value), self._weights(), self.num_heads, self._options(), mask, wants_attn
+        )
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
@@ -313,7 +332,7 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
             key: the same with ``kdim`` features; the query if None.
             value: the same with ``vdim`` features; the query if None.
             update_state: whether to remember the tokens.
-            pad_end: for the containers of ``continual``; there is no padding, so it changes nothing.
+            pad_end: changes nothing, as there is no padding; ``continual``'s containers pass it.
 
         Returns:
             The outputs of those ``t`` tokens by which ``sequence_len`` were seen, laid out as the
@@ -351,7 +370,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
             state = RingState(*prev_state)
             checks.check_continues(state, tokens[0])
         differentiable = self._needs_grad(tokens, state)
-        return self._advance(tokens, state if differentiable else ring.clone_state(state), True, differentiable)
+        return self._advance(
+            tokens, state if differentiable else ring.clone_state(state), True, differentiable
+        )
 
     def _go_on(self, tokens: Tokens, update: bool) -> Tensor | None:
         """``_advance`` from the module's state, and to it if ``update``."""
@@ -365,7 +386,8 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         out, after = self._advance(tokens, state, update, differentiable)
         if update:
             self._store(after)
-        self._rings_are_shared = differentiable
+        if update or differentiable:
+            self._rings_are_shared = differentiable
         return out
 
     def _advance(
@@ -380,14 +402,14 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         seen = state.clock.shape[0]
         first = min(steps, max(0, self.sequence_len - 1 - seen))
         rings = Rings(*state[:4])
-        options = (first if many else None, self.add_zero_attn, self._dropout_p())
-        if differentiable:
-            run = reference.ring_steps if many else reference.ring_step
-            out, rings = run(*tokens, self._weights(), rings, *options)
+        call = (self._options(), update, differentiable)
+        if many:
+            out, rings = functional.steps(tokens, self._weights(), rings, first, *call)
         else:
-            run_ = functional.ring_steps_ if many else functional.ring_step_
-            out = run_(*tokens, self._weights(), rings, *options, update)
-        clock = state.clock if seen == self.sequence_len else ring.new_clock(min(seen + steps, self.sequence_len))
+            out, rings = functional.step(tokens, self._weights(), rings, None, *call)
+        clock = state.clock
+        if seen < self.sequence_len:
+            clock = ring.new_clock(min(seen + steps, self.sequence_len))
         return out if first < steps else None, RingState(*rings, clock)
 
     # -- helpers ---------------------------------------------------------------------------------
@@ -396,7 +418,7 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         return ring.new_state(self._ring_shape(), query.shape[0], query.dtype, query.device)
 
     def _is_not_ours_to_write(self, state: RingState, differentiable: bool) -> bool:
-        """Whether a graph still needs these rings as they are, or torch forbids to write or save them."""
+        """Whether a graph still needs these rings, or torch forbids to write or save them."""
         if torch.compiler.is_compiling() or not state.k.is_inference():
             return self._rings_are_shared and not differentiable
         return not torch.is_inference_mode_enabled()
@@ -407,8 +429,8 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         tensors = (*tokens, *state[:3], *self._weights())
         return any(x is not None and x.requires_grad for x in tensors)
 
-    def _dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
+    def _options(self) -> Options:
+        return Options(self.add_zero_attn, self.dropout if self.training else 0.0)
 
     def _weights(self) -> Weights:
         q_weight = self.in_proj_weight if self.in_proj_weight is not None else self.q_proj_weight
@@ -443,7 +465,7 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         return self._to_layout(query), self._to_layout(key), self._to_layout(value)
 
     def _to_layout(self, x: Tensor) -> Tensor:
-        """From ``(N, T, E)`` to the module's layout, or back: either way it swaps two axes or none."""
+        """From ``(N, T, E)`` to the module's layout, or back: both swap the same axes."""
         if self.embed_dim_second:
             return x.transpose(1, 2)
         return x if self.batch_first else x.transpose(0, 1)
@@ -457,13 +479,16 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         need_weights: bool,
         attn_mask: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """``torch.nn.MultiheadAttention`` on clips ``(N, L, E)``, its output in the module's layout."""
-        clips = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
-        out, attn = super().forward(*clips, key_padding_mask, need_weights, attn_mask)
+        """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
+        clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
+        query, key, value = clips
+        out, attn = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
         out = out.transpose(1, 2) if self.embed_dim_second else out
         return (out, attn) if self.forward_returns_attn_mask else out
 
-    def flops(self, include_muls: bool = True, include_adds: bool = False, include_exps: bool = False) -> int:
+    def flops(
+        self, include_muls: bool = True, include_adds: bool = False, include_exps: bool = False
+    ) -> int:
         """Operations of one call of ``forward`` or, by ``call_mode``, of one step, for one stream.
 
         Counted as ``continual-inference`` does, so that published figures compare: projections of
@@ -482,7 +507,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_bias is not None:
             projection += embed_dim * (2 if include_adds else 1)
         count = _full_attention_flops if full else _single_query_flops
-        attention = self.num_heads * count(length, self.head_dim, include_muls, include_adds, include_exps)
+        attention = self.num_heads * count(
+            length, self.head_dim, include_muls, include_adds, include_exps
+        )
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
 
 

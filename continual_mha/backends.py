@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ def _read_environment() -> str | None:
 
 def _checked(name: str) -> str:
     if name not in NAMES:
-        raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(NAMES)}, or 'auto'")
+        raise ValueError(
+            f"there is no backend {name!r}; choose one of {', '.join(NAMES)}, or 'auto'"
+        )
     return name
 
 
@@ -36,7 +38,7 @@ _forced: str | None = _read_environment()
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator on the backend ``name`` inside the ``with`` block; ``auto`` lets it choose.
+    """Run every operator in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
     A forced backend that cannot run a call raises a RuntimeError that says why.
 
@@ -65,15 +67,22 @@ class _Operators:
         return function
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(backend: str) -> _Operators | str:
     """The backend, or the reason why this machine cannot have it."""
-    loaders = {"torch": _load_torch, "cpu": _load_native, "cuda": _load_native, "triton": _load_triton}
+    loaders = {
+        "torch": _load_torch,
+        "cpu": _load_native,
+        "cuda": _load_native,
+        "triton": _load_triton,
+    }
     return loaders[backend](backend)
 
 
 def _load_torch(backend: str) -> _Operators:
-    return _Operators(importlib.import_module(".reference", __package__), "", lambda name, *args: None)
+    return _Operators(
+        importlib.import_module(".reference", __package__), "", lambda name, *args: None
+    )
 
 
 def _load_native(backend: str) -> _Operators | str:

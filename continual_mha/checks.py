@@ -32,18 +32,24 @@ def check_arguments(
         TypeError: a size or an index is not an integer.
     """
     if sequence_len is None:
-        raise ValueError("sequence_len is required: pass the number of tokens in the window, an integer >= 1")
+        raise ValueError(
+            "sequence_len is required: pass the number of tokens in the window, an integer >= 1"
+        )
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "sequence_len": sequence_len}
     optional = {"kdim": kdim, "vdim": vdim}
     sizes.update({name: size for name, size in optional.items() if size is not None})
     for name, number in {**sizes, "query_index": query_index}.items():
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name} must be an integer, but got {number!r} of type {type(number).__name__}")
+            raise TypeError(
+                f"{name} must be an integer, but got {number!r} of type {type(number).__name__}"
+            )
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, but got {size}")
     if embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be divisible by num_heads, but got {embed_dim} and {num_heads}")
+        raise ValueError(
+            f"embed_dim must be divisible by num_heads, but got {embed_dim} and {num_heads}"
+        )
     if not -sequence_len <= query_index < sequence_len:
         raise ValueError(
             f"query_index must be from {-sequence_len} to {sequence_len - 1} for "
@@ -72,7 +78,12 @@ def check_tokens(
 
 
 def _check_one(
-    module: SingleOutputMultiheadAttention, role: str, x: Tensor, width: int, layout: str, feature_axis: int
+    module: SingleOutputMultiheadAttention,
+    role: str,
+    x: Tensor,
+    width: int,
+    layout: str,
+    feature_axis: int,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
@@ -80,13 +91,20 @@ def _check_one(
         raise ValueError(f"{role} must have the shape {layout}, but got {tuple(x.shape)}")
     if x.shape[feature_axis] != width:
         raise ValueError(
-            f"{role} must have {width} features on axis {feature_axis} of {layout}, but its shape is {tuple(x.shape)}"
+            f"{role} must have {width} features on axis {feature_axis} of {layout}, "
+            f"but its shape is {tuple(x.shape)}"
         )
     weight = module.out_proj.weight
-    if x.dtype != weight.dtype and not (torch.is_autocast_enabled(x.device.type) and x.is_floating_point()):
-        raise TypeError(f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}")
+    if x.dtype != weight.dtype and not (
+        torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    ):
+        raise TypeError(
+            f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}"
+        )
     if x.device != weight.device:
-        raise ValueError(f"{role} must be on {weight.device} as the module's weights are, but is on {x.device}")
+        raise ValueError(
+            f"{role} must be on {weight.device} as the module's weights are, but is on {x.device}"
+        )
 
 
 def check_same_steps(tokens: Sequence[Tensor]) -> None:
@@ -97,7 +115,9 @@ def check_same_steps(tokens: Sequence[Tensor]) -> None:
     """
     leading = [tuple(x.shape[:-1]) for x in tokens]
     if leading[0] != leading[1] or leading[0] != leading[2]:
-        shapes = ", ".join(f"{role} {tuple(x.shape)}" for role, x in zip(_ROLES, tokens, strict=True))
+        shapes = ", ".join(
+            f"{role} {tuple(x.shape)}" for role, x in zip(_ROLES, tokens, strict=True)
+        )
         raise ValueError(f"query, key and value must agree in streams and steps, but got {shapes}")
 
 
@@ -109,12 +129,14 @@ def check_clip(query: Tensor, key: Tensor, value: Tensor, query_index: int) -> N
     """
     if key.shape[:2] != value.shape[:2] or query.shape[0] != key.shape[0]:
         raise ValueError(
-            f"key and value must agree in batch and length, and query in batch; as (N, L, E) they are "
+            f"key and value must agree in batch and length, query in batch; as (N, L, E) they are "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
     length = query.shape[1]
     if not -length <= query_index < length:
-        raise ValueError(f"query_index={query_index} needs a longer clip than one of {length} tokens")
+        raise ValueError(
+            f"query_index={query_index} needs a longer clip than one of {length} tokens"
+        )
 
 
 def check_continues(state: RingState, query: Tensor) -> None:
@@ -132,11 +154,13 @@ def check_continues(state: RingState, query: Tensor) -> None:
         )
     if query.dtype != state.k.dtype:
         raise TypeError(
-            f"the state is {state.k.dtype}, but got tokens of {query.dtype}; call clean_state() to start anew"
+            f"the state is {state.k.dtype}, but got tokens of {query.dtype}; "
+            "call clean_state() to start anew"
         )
     if query.device != state.k.device:
         raise ValueError(
-            f"the state is on {state.k.device}, but got tokens on {query.device}; call clean_state() to start anew"
+            f"the state is on {state.k.device}, but got tokens on {query.device}; "
+            "call clean_state() to start anew"
         )
 
 
@@ -177,4 +201,6 @@ def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
-    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -math.inf)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(
+        mask, -math.inf
+    )

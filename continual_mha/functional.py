@@ -13,51 +13,65 @@ from . import backends, ops, reference  # noqa: F401  (ops registers the operato
 from .reference import Rings, Weights
 
 
-class ClipOptions(NamedTuple):
-    """What the single-query attention over a clip can be asked for, tensors aside."""
+Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
-    num_heads: int
+
+class Options(NamedTuple):
+    """What an attention can be asked for, tensors and sizes aside."""
+
     add_zero_attn: bool
     dropout_p: float
 
 
-def ring_step_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def step(
+    tokens: Tokens,
     weights: Weights,
     rings: Rings,
     active: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
+    options: Options,
     update: bool,
-) -> Tensor:
-    """One token ``(N, E*)`` per stream: output ``(N, E)``; rings and positions change in place."""
+    differentiable: bool,
+) -> tuple[Tensor, Rings]:
+    """Take one token ``(N, E*)`` per stream.
+
+    Args:
+        active: ``(N,)`` bool: which streams advance; None for all.
+        update: whether to remember the token.
+        differentiable: whether to make new rings, which autograd can follow, rather than to write
+            to those given.
+
+    Returns:
+        The output ``(N, E)``, and the rings after the token.
+    """
+    if differentiable:
+        return reference.ring_step(*tokens, weights, rings, active, *options)
     op = torch.ops.continual_mha.ring_step_
-    return op(query, key, value, *weights, *rings, active, add_zero_attn, dropout_p, update)
+    return op(*tokens, *weights, *rings, active, *options, update), rings
 
 
-def ring_steps_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def steps(
+    tokens: Tokens,
     weights: Weights,
     rings: Rings,
     first: int,
-    add_zero_attn: bool,
-    dropout_p: float,
+    options: Options,
     update: bool,
-) -> Tensor:
-    """``T`` tokens ``(N, T, E*)``: outputs ``(N, T - first, E)``; rings and positions change in place."""
+    differentiable: bool,
+) -> tuple[Tensor, Rings]:
+    """Take ``T`` tokens ``(N, T, E*)`` per stream; as ``step``, with outputs ``(N, T - first, E)``."""
+    if differentiable:
+        return reference.ring_steps(*tokens, weights, rings, first, *options)
     op = torch.ops.continual_mha.ring_steps_
-    return op(query, key, value, *weights, *rings, first, add_zero_attn, dropout_p, update)
+    return op(*tokens, *weights, *rings, first, *options, update), rings
 
 
-def input_formulation_is_cheaper(num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int) -> bool:
+def input_formulation_is_cheaper(
+    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int
+) -> bool:
     """Whether moving the key and value projections to the query's side saves multiply-adds.
 
-    Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, then ``2 S E`` for the attention. Moving
-    the projections costs ``E (Ek + Ev)`` once, then ``H S (Ek + Ev)`` for the attention over inputs.
+    Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, and the attention ``2 S E``. Moving
+    the projections costs ``E (Ek + Ev)`` once, and the attention over inputs ``H S (Ek + Ev)``.
     """
     projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
     moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
@@ -65,37 +79,36 @@ def input_formulation_is_cheaper(num_heads: int, clip_len: int, embed_dim: int, 
 
 
 def attend_clip(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tokens: Tokens,
     weights: Weights,
-    options: ClipOptions,
+    num_heads: int,
+    options: Options,
     mask: Tensor | None = None,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one query per stream over a clip.
+    """Attention of one query per stream over a clip, in whichever formulation is cheaper.
 
     Args:
-        query: ``(N, E)``.
-        key: ``(N, S, Ek)``.
-        value: ``(N, S, Ev)``.
+        tokens: the query ``(N, E)``, keys ``(N, S, Ek)`` and values ``(N, S, Ev)``.
         mask: float, added to the scores, broadcastable to ``(N, H, S)``.
         need_weights: also return the attention weights, after dropout.
 
     Returns:
         ``(N, E)``, and the weights ``(N, H, S + extra slots)`` or None.
     """
+    query, key, value = tokens
     sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
-    cheaper = input_formulation_is_cheaper(options.num_heads, *sizes)
+    cheaper = input_formulation_is_cheaper(num_heads, *sizes)
     attend = _attend_inputs if cheaper else _attend_projected
-    heads, attn = attend(query, key, value, weights, options, mask, need_weights)
-    return F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias), attn
-
-
-def _scaled_query(query: Tensor, weights: Weights, num_heads: int) -> Tensor:
-    """Projected queries ``(N, H, D)`` over the square root of ``D``."""
-    q = F.linear(query, weights.split()[0], weights.split_bias()[0]).unflatten(-1, (num_heads, -1))
-    return q / math.sqrt(q.shape[-1])
+    w_q, b_q = weights.split()[0], weights.split_bias()[0]
+    q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
+    q = q / math.sqrt(q.shape[-1])
+    heads, attn = attend(q, key, value, weights, options, mask, need_weights)
+    if attn is not None and weights.bias_v is not None:
+        on_bias = attn[..., key.shape[1], None].to(heads.dtype)
+        heads = heads + on_bias * weights.bias_v.view(heads.shape[1:])
+    out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
+    return out, attn if need_weights else None
 
 
 def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
@@ -108,95 +121,68 @@ def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | 
     return torch.cat(scores, dim=-1) if scores else None
 
 
-def _normalise(scores: Tensor, extra: Tensor | None, options: ClipOptions) -> Tensor:
+def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float) -> Tensor:
     """Weights ``(N, H, S + X)`` from the scores of the clip and of the extra slots."""
     if extra is not None:
         scores = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
     attn = torch.softmax(scores, dim=-1)
-    return F.dropout(attn, options.dropout_p) if options.dropout_p > 0.0 else attn
-
-
-def _add_bias_value(heads: Tensor, attn: Tensor, clip_len: int, weights: Weights) -> Tensor:
-    if weights.bias_v is None:
-        return heads
-    return heads + attn[..., clip_len, None].to(heads.dtype) * weights.bias_v.view(heads.shape[1:])
+    return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
 
 
 def _attend_projected(
-    query: Tensor,
+    q: Tensor,
     key: Tensor,
     value: Tensor,
     weights: Weights,
-    options: ClipOptions,
+    options: Options,
     mask: Tensor | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Heads' outputs ``(N, H, D)`` from projected keys and values."""
-    q = _scaled_query(query, weights, options.num_heads)
+    """Heads' outputs ``(N, H, D)``, the bias slot's share aside, from projected keys and values."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
-    k = reference.split_heads(F.linear(key, w_k, b_k), options.num_heads)  # (N, H, S, D)
-    v = reference.split_heads(F.linear(value, w_v, b_v), options.num_heads)
+    k = reference.split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
+    v = reference.split_heads(F.linear(value, w_v, b_v), q.shape[1])
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores if mask is None else scores + mask
-    attn = _normalise(scores, _extra_scores(q, weights, options.add_zero_attn), options)
-    clip_len = key.shape[1]
-    heads = torch.matmul(attn[..., None, :clip_len].to(v.dtype), v).squeeze(-2)
-    return _add_bias_value(heads, attn, clip_len, weights), attn if need_weights else None
+    attn = _normalise(scores, _extra_scores(q, weights, options.add_zero_attn), options.dropout_p)
+    return torch.matmul(attn[..., None, : key.shape[1]].to(v.dtype), v).squeeze(-2), attn
 
 
 def _attend_inputs(
-    query: Tensor,
+    q: Tensor,
     key: Tensor,
     value: Tensor,
     weights: Weights,
-    options: ClipOptions,
+    options: Options,
     mask: Tensor | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Heads' outputs ``(N, H, D)`` with the projections of key and value moved to the query's side.
+    """As ``_attend_projected``, with the projections of key and value moved to the query's side.
 
-    ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip, so
-    it is taken off the extra slots' scores instead, and drops out altogether where there are none.
+    ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip,
+    so it is taken off the extra slots' scores instead, and drops out where there are none.
     """
-    q = _scaled_query(query, weights, options.num_heads)
+    num_heads = q.shape[1]
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
     extra = _extra_scores(q, weights, options.add_zero_attn)
     if extra is not None and b_k is not None:
         extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
-    moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (options.num_heads, -1)))
-    mixed, attn, clip_share = _mix_inputs(moved, key, value, mask, extra, options, need_weights)
-    heads = torch.einsum("nhe,hde->nhd", mixed, w_v.unflatten(0, (options.num_heads, -1)))
+    moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
+    whole = extra is None and options.dropout_p == 0.0  # the clip's weights add up to one
+    if whole and not need_weights and _wants_fused(moved, mask):
+        mixed, _ = torch.ops.continual_mha.attend_shared(moved, key, value, mask, None)
+        attn = None
+    else:
+        attn = _normalise(reference.shared_scores(moved, key, mask), extra, options.dropout_p)
+        mixed = torch.matmul(attn[..., : key.shape[1]].to(value.dtype), value)
+    heads = torch.einsum("nhe,hde->nhd", mixed, w_v.unflatten(0, (num_heads, -1)))
     if b_v is not None:
         bias = b_v.view(heads.shape[1:])
-        heads = heads + (bias if clip_share is None else clip_share.to(heads.dtype) * bias)
-    if weights.bias_v is not None:
-        assert attn is not None
-        heads = _add_bias_value(heads, attn, key.shape[1], weights)
-    return heads, attn if need_weights else None
-
-
-def _mix_inputs(
-    moved: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: Tensor | None,
-    options: ClipOptions,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weighted sums of inputs ``(N, H, Ev)``, the weights, and the weight that fell on the clip.
-
-    The weights may be None where nobody needs them; the share ``(N, H, 1)`` is None where it is one.
-    """
-    plain = extra is None and options.dropout_p == 0.0
-    if plain and not need_weights and _wants_fused(moved, mask):
-        mixed, _ = torch.ops.continual_mha.attend_shared(moved, key, value, mask, None)
-        return mixed, None, None
-    attn = _normalise(reference.shared_scores(moved, key, mask), extra, options)
-    on_clip = attn[..., : key.shape[1]]
-    mixed = torch.matmul(on_clip.to(value.dtype), value)
-    return mixed, attn, None if plain else on_clip.sum(-1, keepdim=True)
+        if attn is not None and not whole:
+            bias = bias * attn[..., : key.shape[1]].sum(-1, keepdim=True).to(heads.dtype)
+        heads = heads + bias
+    return heads, attn
 
 
 def _wants_fused(query: Tensor, mask: Tensor | None) -> bool:

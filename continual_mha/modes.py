@@ -25,7 +25,7 @@ def checked_mode(mode: Any) -> str:
 
 
 class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
-    """Inside ``with call_mode("forward_step"):``, calling a module makes a step, whatever its own mode.
+    """Inside ``with call_mode("forward_step"):``, calling any module makes a step.
 
     Raises:
         ValueError: there is no such mode.

@@ -1,7 +1,7 @@
 """The operators: schemas, fake kernels, gradients and registrations, and nothing else.
 
-``Library.define`` and ``impl`` rather than ``custom_op``: a step is bound by the cost of its launch,
-and the former adds about 2 µs to a call where the latter adds 16. Operators that end in an
+``Library.define`` and ``impl`` rather than ``custom_op``: a step is bound by the cost of its
+launch, and the former adds about 2 µs to a call where the latter adds 16. Operators that end in an
 underscore write to the arguments marked ``!`` and are for inference: a schema that mutates cannot
 have a formula for its gradient. Gradients of steps come from ``reference.ring_step``.
 
@@ -11,6 +11,7 @@ the prefixes ``cpu_`` and ``cuda_``, which the native libraries implement if the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,14 +28,15 @@ _STEP_ARGS = (
     "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? bias_k, Tensor? bias_v, "
     "Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) q_ring, Tensor(d!) position, "
 )
+_STEP_OPTIONS = "bool add_zero_attn, float dropout_p, bool update"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
 
 SCHEMAS = {
-    "ring_step_": f"({_STEP_ARGS} Tensor? active, bool add_zero_attn, float dropout_p, bool update) -> Tensor",
-    "ring_steps_": f"({_STEP_ARGS} SymInt first, bool add_zero_attn, float dropout_p, bool update) -> Tensor",
+    "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}) -> Tensor",
+    "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}) -> Tensor",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
-    "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
+    "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -82,12 +84,14 @@ def _fake_attend_shared_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_sink = lse.new_empty(0) if sink is None else torch.empty_like(sink, dtype=lse.dtype)
-    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
     d_query, d_key, d_value = grads
     return d_query, d_key, d_value, d_sink
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_ring_step_,
     "ring_steps_": _fake_ring_steps_,
     "attend_shared": _fake_attend_shared,
@@ -95,11 +99,15 @@ _FAKES = {
 }
 
 
-def _save_for_attend_shared(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_attend_shared(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _differentiate_attend_shared(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_attend_shared(
+    ctx: Any, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     backward = torch.ops.continual_mha.attend_shared_backward
     d_query, d_key, d_value, d_sink = backward(grad_out, grad_lse, *saved)

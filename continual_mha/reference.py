@@ -67,7 +67,9 @@ class _Slots(NamedTuple):
     visible: Tensor | None  # bool, broadcastable to (N, 1, T, S)
 
 
-def project(query: Tensor, key: Tensor, value: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    query: Tensor, key: Tensor, value: Tensor, weights: Weights
+) -> tuple[Tensor, Tensor, Tensor]:
     """In-projection ``(..., E*) -> (..., E)`` of query, key and value."""
     if weights.k_proj_weight is None and query is key and query is value:
         q, k, v = F.linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
@@ -144,11 +146,13 @@ def _put_(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
 
 def _all_warm(position: Tensor, sequence_len: int) -> bool:
     """Whether every slot is in use once the next token is written, if that costs no waiting."""
+    if torch.compiler.is_compiling():
+        return False
     return position.device.type == "cpu" and bool((position >= sequence_len - 1).all())
 
 
 def _filled(position: Tensor, sequence_len: int) -> Tensor | None:
-    """Which slots ``(N, 1, 1, L)`` hold a token once that at ``position`` is written; None for all."""
+    """Slots ``(N, 1, 1, L)`` in use once the token at ``position`` is written; None for all."""
     if _all_warm(position, sequence_len):
         return None
     slots = torch.arange(sequence_len, device=position.device)
@@ -166,7 +170,7 @@ def ring_step(
     dropout_p: float = 0.0,
     put: _Put = _put,
 ) -> tuple[Tensor, Rings]:
-    """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token in them."""
+    """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token."""
     num_heads, sequence_len = rings.k.shape[1:3]
     q, k, v = (x.unsqueeze(1) for x in project(query, key, value, weights))
     slot = (rings.position % sequence_len)[:, None]
@@ -190,7 +194,7 @@ def ring_steps(
     dropout_p: float = 0.0,
     put: _Put | None = _put,
 ) -> tuple[Tensor, Rings]:
-    """Outputs ``(N, T - first, E)`` for the tokens from ``first`` on of ``(N, T, E*)``, and the rings.
+    """Outputs ``(N, T - first, E)`` for tokens ``first ..`` of ``(N, T, E*)``, and the rings.
 
     Each block of queries attends to the ring as it lies, as far as its tokens are still in the
     window, and to a band of the clip. ``put=None`` leaves the rings as they are.
@@ -204,7 +208,9 @@ def ring_steps(
         end = min(start + _QUERY_BLOCK, query.shape[1])
         slots = [_band(clip_k, clip_v, start, end, sequence_len)]
         if start < sequence_len - 1:
-            slots.append(_Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len)))
+            slots.append(
+                _Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len))
+            )
         outs.append(attend(clip_q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
     out = outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
     if put is None:
@@ -251,7 +257,7 @@ def ring_steps_(
 
 
 def _delayed_queries(q: Tensor, rings: Rings, put: _Put | None) -> tuple[Tensor, Tensor]:
-    """Of the queries ``(N, T, E)`` of the new tokens and those that wait, the ``T`` whose turn it is."""
+    """The ``T`` queries whose turn it is, out of those that wait and the new ``(N, T, E)``."""
     waiting = rings.q.shape[1]
     if waiting == 0:
         return q, rings.q
@@ -292,7 +298,7 @@ def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slo
 
 
 def _in_window(position: Tensor, start: int, end: int, sequence_len: int) -> Tensor:
-    """Which slots ``(N, 1, end - start, L)`` hold tokens that the queries ``start .. end - 1`` may see."""
+    """Slots ``(N, 1, end - start, L)`` that the queries ``start .. end - 1`` may see."""
     slots = torch.arange(sequence_len, device=position.device)
     last = position[:, None] - 1
     held = (last - (last - slots) % sequence_len)[:, None]  # position of the token in each slot

@@ -56,7 +56,9 @@ def new_clock(steps: int) -> Tensor:
     return torch.empty((steps, 0), device="cpu")
 
 
-def new_state(shape: RingShape, batch_size: int, dtype: torch.dtype, device: torch.device) -> RingState:
+def new_state(
+    shape: RingShape, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> RingState:
     """The state of ``batch_size`` streams that have seen nothing; rings are zero."""
     sizes = shape.sizes(batch_size)
     parts = {name: torch.zeros(sizes[name], dtype=dtype, device=device) for name in ("k", "v", "q")}
@@ -66,7 +68,9 @@ def new_state(shape: RingShape, batch_size: int, dtype: torch.dtype, device: tor
 
 def clone_state(state: RingState) -> RingState:
     """A copy that later steps in place do not change. Differentiable."""
-    return RingState(state.k.clone(), state.v.clone(), state.q.clone(), state.position.clone(), state.clock)
+    return RingState(
+        state.k.clone(), state.v.clone(), state.q.clone(), state.position.clone(), state.clock
+    )
 
 
 def detach_state(state: RingState) -> RingState:
@@ -74,7 +78,9 @@ def detach_state(state: RingState) -> RingState:
     return RingState(*(part.detach() for part in state))
 
 
-def check_state(state: object, shape: RingShape, dtype: torch.dtype, device: torch.device) -> RingState:
+def check_state(
+    state: object, shape: RingShape, dtype: torch.dtype, device: torch.device
+) -> RingState:
     """``state`` as a ``RingState``, if it fits ``shape``, ``dtype`` and ``device``.
 
     Raises:
@@ -82,20 +88,28 @@ def check_state(state: object, shape: RingShape, dtype: torch.dtype, device: tor
         ValueError: a shape or device differs, or clock and positions contradict each other.
     """
     if not isinstance(state, (tuple, list)) or len(state) != len(RingState._fields):
-        what = f"a {type(state).__name__}" + (f" of {len(state)}" if isinstance(state, (tuple, list)) else "")
-        raise TypeError(f"a state is a RingState of {len(RingState._fields)} tensors, but got {what}")
+        what = f"a {type(state).__name__}" + (
+            f" of {len(state)}" if isinstance(state, (tuple, list)) else ""
+        )
+        raise TypeError(
+            f"a state is a RingState of {len(RingState._fields)} tensors, but got {what}"
+        )
     for name, part in zip(RingState._fields, state, strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"state.{name} must be a tensor, but got {type(part).__name__}")
     ring = RingState(*state)
     if ring.position.dim() != 1:
-        raise ValueError(f"state.position must have shape (N,), but got {tuple(ring.position.shape)}")
+        raise ValueError(
+            f"state.position must have shape (N,), but got {tuple(ring.position.shape)}"
+        )
     _check_parts(ring, shape, dtype, device)
     _check_clock(ring, shape.sequence_len)
     return ring
 
 
-def _check_parts(ring: RingState, shape: RingShape, dtype: torch.dtype, device: torch.device) -> None:
+def _check_parts(
+    ring: RingState, shape: RingShape, dtype: torch.dtype, device: torch.device
+) -> None:
     for name, size in shape.sizes(ring.position.shape[0]).items():
         part = getattr(ring, name)
         if tuple(part.shape) != size:
@@ -113,10 +127,12 @@ def _check_clock(ring: RingState, sequence_len: int) -> None:
         expected = f"(steps, 0) with steps <= {sequence_len}"
         raise ValueError(f"state.clock must have shape {expected}, but got {tuple(clock.shape)}")
     if ring.position.numel() and int(ring.position.min()) < 0:
-        raise ValueError(f"state.position must not be negative, but its least is {int(ring.position.min())}")
+        raise ValueError(
+            f"state.position must not be negative, but its least is {int(ring.position.min())}"
+        )
     steps = clock.shape[0]
     if steps < sequence_len and ring.position.numel() and bool((ring.position != steps).any()):
         raise ValueError(
-            f"state.clock says that every stream has seen {steps} tokens, but state.position ranges "
-            f"from {int(ring.position.min())} to {int(ring.position.max())}"
+            f"state.clock says that every stream has seen {steps} tokens, but state.position "
+            f"ranges from {int(ring.position.min())} to {int(ring.position.max())}"
         )
