@@ -1,0 +1,55 @@
+"""What all tests share: the backend that runs, its device, and where randomness starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import continual_mha
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOADED = continual_mha.backends.available()
+# What can run these tests here at full length; Triton's interpreter takes only those marked small.
+NATIVE = [name for name in LOADED if name in ("cpu", "torch") or ON_GPU]
+SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and INTERPRETED)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "small: light enough for Triton's interpreter")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        small = metafunc.definition.get_closest_marker("small") is not None
+        metafunc.parametrize("backend", SMALL if small else NATIVE, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every operator that this backend covers runs on it, and any other on plain PyTorch.
+
+    `test_backends_run_the_plain_calls` keeps a backend from declining everything."""
+    name: str = request.param
+    monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: (name, "torch"))
+    on_gpu = ON_GPU and name in ("triton", "cuda")
+    with torch.device("cuda") if on_gpu else nullcontext():
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

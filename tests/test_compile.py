@@ -1,0 +1,179 @@
+"""`torch.compile(fullgraph=True)` takes all three forwards, and a stream does not recompile."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from oracles import CONSTRUCTIONS, LENGTH, build, draw_tokens, step_through, to_layout
+from torch._dynamo.testing import CompileCounter
+
+pytestmark = pytest.mark.usefixtures("backend", "_fresh_compiler")
+
+WAYS = ["forward", "forward_step", "forward_steps"]
+# Without a state, first step, a second one, any later cold one, the warm ones.
+GRAPHS = 6
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(module, way, backend="eager"):
+    return torch.compile(getattr(module, way), fullgraph=True, backend=backend)
+
+
+def assert_stream_equals_eager(construction, mode, backend, steps=3 * LENGTH):
+    module, twin = build(**CONSTRUCTIONS[construction]), build(**CONSTRUCTIONS[construction])
+    tokens = draw_tokens(module, 2, steps)
+    step = compiled(module, "forward_step", backend)
+    with mode():
+        expected = step_through(twin, *tokens)
+        for t in range(steps):
+            output = step(*(x[:, t] for x in tokens))
+            assert (output is None) == (expected[t] is None)
+            if output is not None:
+                torch.testing.assert_close(output, expected[t])
+    for a, b in zip(module.get_state(), twin.get_state(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "construction", ["defaults", "delayed_query_with_extra_slots", "kdim_and_vdim"]
+)
+def test_compiled_step_equals_eager(construction, mode):
+    assert_stream_equals_eager(construction, mode, "eager")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_step_through_the_functionalising_compiler_equals_eager(mode):
+    assert_stream_equals_eager("middle_query", mode, "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_step_through_inductor_equals_eager():
+    assert_stream_equals_eager("defaults", torch.no_grad, "inductor", LENGTH + 2)
+
+
+@pytest.mark.parametrize("backend_name", ["eager", "aot_eager"])
+@pytest.mark.parametrize("construction", ["defaults", "sequence_first", "embed_dim_second"])
+def test_compiled_clip_equals_eager(construction, backend_name):
+    module = build(**CONSTRUCTIONS[construction])
+    tokens = [to_layout(module, x) for x in draw_tokens(module, 2, LENGTH)]
+    with torch.no_grad():
+        got = compiled(module, "forward", backend_name)(*tokens)
+        torch.testing.assert_close(got, module.forward(*tokens))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("construction", ["defaults", "sequence_first", "middle_query"])
+def test_compiled_many_steps_equal_eager(construction, mode):
+    module, twin = build(**CONSTRUCTIONS[construction]), build(**CONSTRUCTIONS[construction])
+    pieces = [2, 2, 3, 8, 3]
+    tokens = draw_tokens(module, 2, sum(pieces))
+    steps, start = compiled(module, "forward_steps"), 0
+    with mode():
+        for count in pieces:
+            chunk = [to_layout(module, x[:, start : start + count]) for x in tokens]
+            got, want = steps(*chunk), twin.forward_steps(*chunk)
+            assert (got is None) == (want is None)
+            if got is not None:
+                torch.testing.assert_close(got, want)
+            start += count
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("length", [12, 30])
+def test_stream_does_not_recompile_from_step_to_step(length, mode):
+    """A few graphs for the cold phase whatever its length, and none once warm."""
+    module = build(sequence_len=length, query_index=-2)
+    x = draw_tokens(module, 2, length + 28)[0]
+    counter = CompileCounter()
+    step = compiled(module, "forward_step", counter)
+    with mode():
+        for t in range(length + 2):
+            step(x[:, t])
+        until_warm = counter.frame_count
+        assert 1 <= until_warm <= GRAPHS
+        for t in range(length + 2, length + 28):
+            step(x[:, t])
+    assert counter.frame_count == until_warm
+
+
+def test_reset_and_new_stream_do_not_recompile():
+    module = build(sequence_len=8)
+    x = draw_tokens(module, 2, 12)[0]
+    counter = CompileCounter()
+    step = compiled(module, "forward_step", counter)
+    with torch.no_grad():
+        for t in range(12):
+            step(x[:, t])
+        module.clean_state()
+        step(x[:, 0])
+        step(x[:, 1])
+        seen = counter.frame_count
+        for _ in range(3):
+            module.clean_state()
+            for t in range(12):
+                step(x[:, t])
+    assert counter.frame_count == seen
+
+
+def test_compiled_call_follows_the_call_mode():
+    module, twin = build(), build()
+    module.call_mode = "forward_step"
+    x = draw_tokens(module, 2, LENGTH)[0]
+    call = torch.compile(module, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        outputs = [call(x[:, t]) for t in range(LENGTH)]
+        expected = step_through(twin, x)
+    assert outputs[:-1] == [None] * (LENGTH - 1)
+    torch.testing.assert_close(outputs[-1], expected[-1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_through_compiled_calls_equals_eager(way):
+    module = build(dtype=torch.float64)
+    x = draw_tokens(module, 2, LENGTH + 1)[0].requires_grad_()
+
+    def loss(call):
+        module.clean_state()
+        if way == "forward":
+            return call(x)[0].square().sum()
+        if way == "forward_steps":
+            return call(x).square().sum()
+        outputs = [call(x[:, t]) for t in range(LENGTH + 1)]
+        return sum(o.square().sum() for o in outputs if o is not None)
+
+    inputs = (x, *module.parameters())
+    want = torch.autograd.grad(loss(getattr(module, way)), inputs)
+    got = torch.autograd.grad(loss(compiled(module, way, "aot_eager")), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_model_around_the_module_compiles():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 12)
+            self.attention = build()
+
+        def forward(self, token):
+            output = self.attention.forward_step(self.inner(token))
+            return None if output is None else output.relu()
+
+    model = Model()
+    call = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 12, 4)
+    with torch.no_grad():
+        outputs = [call(x[:, t]) for t in range(12)]
+        model.attention.clean_state()
+        expected = [model(x[:, t]) for t in range(12)]
+    for a, b in zip(outputs[LENGTH - 1 :], expected[LENGTH - 1 :], strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,330 @@
+"""Bad input is refused by name, with what was given and what was expected, and changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import LENGTH, assert_same_state, build, draw_tokens, step_through
+
+from continual_mha import SingleOutputMultiheadAttention
+
+N, E, L = 3, 12, LENGTH
+META = torch.device("meta")
+ARGUMENTS = {"query_index": 2, "kdim": 7, "vdim": 10}
+
+
+def zeros(*shape, **kwargs):
+    return torch.zeros(shape, **kwargs)
+
+
+def tokens(n=N, e=E, k=7, v=10, **kwargs):
+    return zeros(n, e, **kwargs), zeros(n, k, **kwargs), zeros(n, v, **kwargs)
+
+
+def clips(n=N, t=3, e=E, k=7, v=10, **kwargs):
+    return zeros(n, t, e, **kwargs), zeros(n, t, k, **kwargs), zeros(n, t, v, **kwargs)
+
+
+# name: (arguments, error, fragments that the message must hold)
+BAD_STEPS = {
+    "rank 1": ((zeros(E), zeros(7), zeros(10)), ValueError, ["query", "(12,)"]),
+    "rank 3": (clips(), ValueError, ["query", "(3, 3, 12)"]),
+    "query features": (tokens(e=E + 1), ValueError, ["query", "12", "13"]),
+    "key features": (tokens(k=8), ValueError, ["key", "7", "8"]),
+    "value features": (tokens(v=11), ValueError, ["value", "10", "11"]),
+    "key streams": ((zeros(N, E), zeros(5, 7), zeros(N, 10)), ValueError, ["key", "3", "5"]),
+    "value streams": ((zeros(N, E), zeros(N, 7), zeros(5, 10)), ValueError, ["value", "3", "5"]),
+    "missing key": ((zeros(N, E),), ValueError, ["key", "7", "12"]),
+    "double": (tokens(dtype=torch.float64), TypeError, ["float64", "float32"]),
+    "integers": (tokens(dtype=torch.int64), TypeError, ["int64", "float32"]),
+    "key dtype": (
+        (zeros(N, E), zeros(N, 7, dtype=torch.float16), zeros(N, 10)),
+        TypeError,
+        ["key", "float16", "float32"],
+    ),
+    "device": (tokens(device=META), ValueError, ["meta", "cpu"]),
+    "value device": (
+        (zeros(N, E), zeros(N, 7), zeros(N, 10, device=META)),
+        ValueError,
+        ["value", "meta", "cpu"],
+    ),
+    "a list": (([[0.0] * E] * N,), TypeError, ["query", "list"]),
+    "none": ((None,), TypeError, ["query", "NoneType"]),
+}
+BAD_CLIPS = {
+    "rank 2": (tokens(), ValueError, ["query", "(3, 12)"]),
+    "rank 4": ((zeros(N, 3, E, 1), *clips()[1:]), ValueError, ["query", "(3, 3, 12, 1)"]),
+    "query features": (clips(e=E + 1), ValueError, ["query", "12", "13"]),
+    "key features": (clips(k=8), ValueError, ["key", "7", "8"]),
+    "value features": (clips(v=11), ValueError, ["value", "10", "11"]),
+    "key streams": (
+        (clips()[0], clips(n=5)[1], clips()[2]),
+        ValueError,
+        ["key", "3", "5"],
+    ),
+    "value tokens": (
+        (clips()[0], clips()[1], clips(t=4)[2]),
+        ValueError,
+        ["value", "3", "4"],
+    ),
+    "double": (clips(dtype=torch.float64), TypeError, ["float64", "float32"]),
+    "device": (clips(device=META), ValueError, ["meta", "cpu"]),
+    "a list": (([[0.0] * E] * N,), TypeError, ["query", "list"]),
+}
+
+
+def assert_refused(call, error, fragments):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    for fragment in fragments:
+        assert fragment in message, f"{fragment!r} is not in {message!r}"
+
+
+def assert_changes_nothing(call, error, fragments, past, mode=torch.no_grad):
+    """The refused call leaves the state as it was, and the stream goes on beside a twin's."""
+    module, twin = build(**ARGUMENTS), build(**ARGUMENTS)
+    stream = draw_tokens(module, N, past + L)
+    with mode():
+        for each in (module, twin):
+            step_through(each, *(x[:, :past] for x in stream))
+        assert_refused(lambda: call(module), error, fragments)
+        assert_same_state(module.get_state(), twin.get_state())
+        for a, b in zip(
+            *(step_through(each, *(x[:, past:] for x in stream)) for each in (module, twin)),
+            strict=True,
+        ):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("update_state", [True, False])
+@pytest.mark.parametrize("past", [0, 2, L + 2])
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_bad_token_is_refused(case, past, update_state):
+    given, error, fragments = BAD_STEPS[case]
+    assert_changes_nothing(
+        lambda module: module.forward_step(*given, update_state=update_state),
+        error,
+        fragments,
+        past,
+    )
+
+
+@pytest.mark.parametrize("past", [0, L + 2])
+@pytest.mark.parametrize("case", BAD_CLIPS)
+def test_bad_tokens_are_refused(case, past):
+    given, error, fragments = BAD_CLIPS[case]
+    assert_changes_nothing(lambda module: module.forward_steps(*given), error, fragments, past)
+
+
+@pytest.mark.parametrize("case", BAD_CLIPS)
+def test_bad_clip_is_refused(case):
+    given, error, fragments = BAD_CLIPS[case]
+    assert_changes_nothing(lambda module: module.forward(*given), error, fragments, 2)
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_functional_step_refuses_a_bad_token(case):
+    given, error, fragments = BAD_STEPS[case]
+    if case == "missing key":
+        given = (*given, None, None)
+
+    def call(module):
+        padded = (*given, None, None)[:3]
+        module._forward_step(*padded, module.get_state())
+
+    assert_changes_nothing(call, error, fragments, 2)
+
+
+@pytest.mark.parametrize("past", [1, L + 2])
+@pytest.mark.parametrize("streams", [0, 1, 5])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_another_number_of_streams_in_mid_stream_names_both_and_the_way_out(streams, past, mode):
+    fragments = [str(streams), str(N), "clean_state"]
+    for call in (
+        lambda module: module.forward_step(*tokens(n=streams)),
+        lambda module: module.forward_steps(*clips(n=streams)),
+        lambda module: module.forward_step(*tokens(n=streams), update_state=False),
+    ):
+        assert_changes_nothing(call, ValueError, fragments, past, mode)
+
+
+def test_number_of_streams_may_change_after_the_way_out():
+    module = build()
+    module.forward_step(zeros(N, E))
+    module.clean_state()
+    module.forward_step(zeros(N + 1, E))
+    assert module.get_state().position.shape == (N + 1,)
+
+
+def test_layouts_are_named_in_the_message():
+    second = build(embed_dim_second=True)
+    assert_refused(lambda: second.forward_steps(zeros(N, 3, E)), ValueError, ["12"])
+    assert_refused(lambda: second.forward(zeros(N, 3, E)), ValueError, ["12"])
+    first = build(batch_first=False)
+    first.forward_steps(zeros(3, N, E))
+    assert_refused(
+        lambda: first.forward_steps(zeros(3, N + 1, E)), ValueError, ["3", "4", "clean_state"]
+    )
+
+
+def test_query_index_outside_of_a_clip():
+    module = build(query_index=L - 1)
+    assert_refused(lambda: module.forward(zeros(N, 2, E)), ValueError, ["query_index", "2"])
+    empty = build()
+    assert_refused(lambda: empty.forward(zeros(N, 0, E)), ValueError, ["0"])
+
+
+@pytest.mark.parametrize("sequence_len", [None, 0, -1, 2.5, 4.0, "4"])
+def test_sequence_len_must_be_a_positive_integer(sequence_len):
+    error = TypeError if isinstance(sequence_len, (float, str)) else ValueError
+    fragments = ["sequence_len", "required" if sequence_len is None else str(sequence_len)]
+    assert_refused(lambda: build(sequence_len=sequence_len), (error, ValueError), fragments)
+
+
+def test_sequence_len_must_be_given():
+    assert_refused(lambda: SingleOutputMultiheadAttention(8, 2), ValueError, ["sequence_len"])
+
+
+@pytest.mark.parametrize("query_index", [L, L + 7, -L - 1, -100])
+def test_query_index_must_lie_in_the_window(query_index):
+    assert_refused(
+        lambda: build(query_index=query_index),
+        ValueError,
+        ["query_index", str(query_index), str(L)],
+    )
+
+
+@pytest.mark.parametrize("query_index", [None, 1.0, "last"])
+def test_query_index_must_be_an_integer(query_index):
+    assert_refused(lambda: build(query_index=query_index), (TypeError, ValueError), ["query_index"])
+
+
+@pytest.mark.parametrize("embed_dim, num_heads", [(12, 5), (7, 2), (4, 8)])
+def test_embed_dim_must_divide_into_heads(embed_dim, num_heads):
+    assert_refused(
+        lambda: build(embed_dim=embed_dim, num_heads=num_heads),
+        ValueError,
+        [str(embed_dim), str(num_heads)],
+    )
+
+
+@pytest.mark.parametrize("embed_dim, num_heads", [(0, 1), (-4, 2), (4, 0), (4, -2)])
+def test_sizes_must_be_positive(embed_dim, num_heads):
+    with pytest.raises(ValueError):
+        SingleOutputMultiheadAttention(embed_dim, num_heads, sequence_len=3)
+
+
+def other_state(**changes):
+    """A malformed copy of a good state: `changes` name parts and make them from the good ones."""
+
+    def spoil(state):
+        return state._replace(**{name: make(state) for name, make in changes.items()})
+
+    return spoil
+
+
+# name: (what to make of a good state, error, fragments)
+BAD_STATES = {
+    "a number": (lambda s: 3, TypeError, ["int"]),
+    "a tensor": (lambda s: s.k, TypeError, ["Tensor"]),
+    "too few parts": (lambda s: tuple(s)[:4], (TypeError, ValueError), ["5", "4"]),
+    "a part that is no tensor": (other_state(v=lambda s: None), TypeError, ["v", "NoneType"]),
+    "other heads": (other_state(k=lambda s: zeros(N, 3, L, 6)), ValueError, ["k", "(3, 3, 5, 6)"]),
+    "other length": (
+        other_state(v=lambda s: zeros(N, 2, L + 1, 6)),
+        ValueError,
+        ["v", "(3, 2, 6, 6)", "(3, 2, 5, 6)"],
+    ),
+    "other head dim": (other_state(k=lambda s: zeros(N, 2, L, 5)), ValueError, ["k"]),
+    "other rank": (other_state(k=lambda s: zeros(N, 2, L)), ValueError, ["k"]),
+    "other queries": (
+        other_state(q=lambda s: zeros(N, 2, E)),
+        ValueError,
+        ["q", "(3, 2, 12)", "(3, 3, 12)"],
+    ),
+    "other streams in keys": (other_state(k=lambda s: zeros(2, 2, L, 6)), ValueError, ["k"]),
+    "other streams in positions": (
+        other_state(position=lambda s: s.position[:2]),
+        ValueError,
+        ["(3, 2, 5, 6)", "(2, 2, 5, 6)"],
+    ),
+    "a scalar position": (other_state(position=lambda s: s.position[0]), ValueError, ["position"]),
+    "keys in double": (
+        other_state(k=lambda s: s.k.double()),
+        TypeError,
+        ["k", "float64", "float32"],
+    ),
+    "values in half": (other_state(v=lambda s: s.v.half()), TypeError, ["v", "float16", "float32"]),
+    "positions in int32": (
+        other_state(position=lambda s: s.position.int()),
+        TypeError,
+        ["position", "int32", "int64"],
+    ),
+    "negative position": (
+        other_state(position=lambda s: s.position - 100),
+        ValueError,
+        ["position", "negative"],
+    ),
+    "keys elsewhere": (other_state(k=lambda s: s.k.to(META)), ValueError, ["k", "meta", "cpu"]),
+    "positions elsewhere": (
+        other_state(position=lambda s: s.position.to(META)),
+        ValueError,
+        ["position", "meta", "cpu"],
+    ),
+    "clock past the window": (
+        other_state(clock=lambda s: zeros(L + 1, 0)),
+        ValueError,
+        ["clock", "(6, 0)"],
+    ),
+    "clock with contents": (other_state(clock=lambda s: zeros(2, 1)), ValueError, ["clock"]),
+    "clock behind the positions": (
+        other_state(clock=lambda s: zeros(0, 0)),
+        ValueError,
+        ["clock", "position"],
+    ),
+}
+
+
+@pytest.mark.parametrize("past", [2, L + 2])
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_malformed_state_is_refused(case, past):
+    spoil, error, fragments = BAD_STATES[case]
+    assert_changes_nothing(
+        lambda module: module.set_state(spoil(module.get_state())), error, fragments, past
+    )
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_malformed_state_is_refused_before_the_first_step(case):
+    spoil, error, fragments = BAD_STATES[case]
+    donor, module = build(**ARGUMENTS), build(**ARGUMENTS)
+    step_through(donor, *draw_tokens(donor, N, 2))
+    state = donor.get_state()
+    assert_refused(lambda: module.set_state(spoil(state)), error, fragments)
+    assert module.get_state() is None
+
+
+def test_clock_ahead_of_the_positions_only_for_streams_of_different_age():
+    """A clock below the window says that all streams have seen exactly so many tokens."""
+    module = build()
+    step_through(module, draw_tokens(module, N, 3)[0])
+    state = module.get_state()
+    uneven = state._replace(position=torch.tensor([3, 2, 3]))
+    assert_refused(lambda: module.set_state(uneven), ValueError, ["clock", "position"])
+
+
+@pytest.mark.parametrize("mode", ["backward", "", 7, None])
+def test_unknown_call_mode_is_refused(mode):
+    module = build()
+    with pytest.raises((ValueError, TypeError)):
+        module.call_mode = mode
+    assert module.call_mode == "forward"
+
+
+def test_unknown_backend_is_refused():
+    import continual_mha
+
+    with pytest.raises(ValueError, match="nonesuch"), continual_mha.use_backend("nonesuch"):
+        pass

@@ -1,0 +1,373 @@
+"""Gradients through all three forwards, and through the state that earlier calls left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import (
+    CONSTRUCTIONS,
+    LENGTH,
+    build,
+    draw_tokens,
+    run_steps,
+    stack,
+    step_through,
+    to_layout,
+    window_attention,
+)
+from torch.autograd import gradcheck
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+WIDTH = 6
+SMALL = {"embed_dim": WIDTH, "num_heads": 2, "dtype": torch.float64}
+
+
+def build_small(construction, **arguments):
+    chosen = {**SMALL, **CONSTRUCTIONS[construction], **arguments}
+    if construction == "head_dim_one":
+        chosen["num_heads"] = WIDTH
+    return build(**chosen)
+
+
+def leaves(module, streams, count):
+    tokens = draw_tokens(module, streams, count)
+    return tuple(x.requires_grad_() for x in tokens)
+
+
+def call_forward(module, query, key, value):
+    output, weights = module(*(to_layout(module, x) for x in (query, key, value)))
+    return output, weights
+
+
+def call_forward_without_weights(module, query, key, value):
+    tokens = (to_layout(module, x) for x in (query, key, value))
+    return module(*tokens, need_weights=False)[0]
+
+
+def call_steps_one_by_one(module, query, key, value):
+    module.clean_state()
+    return stack(step_through(module, query, key, value), module)
+
+
+def call_steps_at_once(module, query, key, value):
+    module.clean_state()
+    return run_steps(module, query, key, value)
+
+
+def call_steps_mixed(module, query, key, value):
+    """Single tokens, many tokens, an answer without update, and single tokens again."""
+    module.clean_state()
+    cuts = [0, 2, 3, LENGTH + 1, LENGTH + 2, query.shape[1]]
+    outputs = []
+    for i in range(len(cuts) - 1):
+        chunk = [x[:, cuts[i] : cuts[i + 1]] for x in (query, key, value)]
+        if i % 2:
+            outputs.append(run_steps(module, *chunk))
+        else:
+            run_steps(module, *chunk, update_state=False)
+            singles = [o for o in step_through(module, *chunk) if o is not None]
+            outputs.append(torch.stack(singles, 1) if singles else None)
+    return torch.cat([o for o in outputs if o is not None], 1)
+
+
+STEPWISE = {
+    "one by one": call_steps_one_by_one,
+    "at once": call_steps_at_once,
+    "mixed": call_steps_mixed,
+}
+CALLS = {
+    "forward": call_forward,
+    "forward without weights": call_forward_without_weights,
+    **STEPWISE,
+}
+
+
+@pytest.mark.parametrize("way", CALLS)
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_gradcheck_of_inputs_and_every_weight(construction, way):
+    module = build_small(construction)
+    count = LENGTH if way.startswith("forward") else LENGTH + 2
+    tokens = leaves(module, 2, count)
+    parameters = tuple(module.parameters())
+    assert gradcheck(
+        lambda query, key, value, *_: CALLS[way](module, query, key, value),
+        (*tokens, *parameters),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_gradcheck_entry_by_entry(way):
+    module = build(embed_dim=4, num_heads=2, sequence_len=3, dtype=torch.float64)
+    tokens = leaves(module, 1, 3 if way.startswith("forward") else 8)
+    assert gradcheck(
+        lambda query, key, value, *_: CALLS[way](module, query, key, value),
+        (*tokens, *module.parameters()),
+    )
+
+
+def test_gradcheck_of_all_queries():
+    module = build_small("bias_kv_and_zero_attn", single_output_forward=False)
+    tokens = leaves(module, 2, LENGTH)
+    assert gradcheck(
+        lambda query, key, value, *_: call_forward(module, query, key, value),
+        (*tokens, *module.parameters()),
+        fast_mode=True,
+    )
+
+
+def test_gradcheck_of_a_long_clip_with_masks():
+    """Long enough for the projections to move to the query's side."""
+    module = build(embed_dim=8, num_heads=2, sequence_len=40, dtype=torch.float64)
+    tokens = leaves(module, 2, 40)
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, 3:30] = True
+
+    def call(query, key, value, *_):
+        return module(query, key, value, key_padding_mask=mask, need_weights=False)[0]
+
+    assert gradcheck(call, (*tokens, *module.parameters()), fast_mode=True)
+
+
+def gradients(output, inputs, cotangent):
+    return torch.autograd.grad(output, inputs, cotangent, allow_unused=True)
+
+
+@pytest.mark.parametrize("way", STEPWISE)
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_gradient_through_the_state_equals_that_of_the_windows(construction, way):
+    """Autograd of nn.MultiheadAttention over every window, for earlier tokens and all weights."""
+    module = build(**CONSTRUCTIONS[construction], dtype=torch.float64)
+    tokens = leaves(module, 2, 3 * LENGTH)
+    inputs = (*tokens, *module.parameters())
+    expected_output = window_attention(module, *tokens)
+    cotangent = torch.randn_like(expected_output)
+    expected = gradients(expected_output, inputs, cotangent)
+    output = STEPWISE[way](module, *tokens)
+    torch.testing.assert_close(output, expected_output)
+    for got, want in zip(gradients(output, inputs, cotangent), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("way", STEPWISE)
+def test_last_output_reaches_every_token_of_its_window_and_no_other(way):
+    module = build(**SMALL)
+    x = leaves(module, 1, 3 * LENGTH)[0]
+    output = STEPWISE[way](module, x, x, x)
+    (grad,) = torch.autograd.grad(output[:, -1].sum(), x)
+    assert (grad[:, :-LENGTH] == 0).all()
+    assert (grad[:, -LENGTH:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_other_precisions(dtype):
+    module = build(dtype=dtype)
+    tokens = leaves(module, 3, 2 * LENGTH)
+    inputs = (*tokens, *module.parameters())
+    cotangent = torch.randn(3, LENGTH + 1, module.embed_dim, dtype=dtype)
+    plain = gradients(window_attention(module, *tokens, dtype=dtype), inputs, cotangent)
+    exact_output = window_attention(module, *tokens)
+    exact = gradients(exact_output, inputs, cotangent.double())
+    for way in STEPWISE.values():
+        got = gradients(way(module, *tokens), inputs, cotangent)
+        for mine, theirs, right in zip(got, plain, exact, strict=True):
+            assert mine.dtype == dtype
+            scale = max(right.abs().max().item(), exact_output.abs().max().item())
+            error = (mine - right).abs().max().item() / scale
+            allowed = 2 * (theirs - right).abs().max().item() / scale + 4 * torch.finfo(dtype).eps
+            assert error <= allowed
+
+
+def test_frozen_weights_leave_the_gradient_of_the_input():
+    module = build(**SMALL).requires_grad_(False)
+    x = leaves(module, 2, LENGTH + 3)[0]
+    expected = window_attention(module, x)
+    cotangent = torch.randn_like(expected)
+    (want,) = torch.autograd.grad(expected, x, cotangent)
+    for way in STEPWISE.values():
+        (got,) = torch.autograd.grad(way(module, x, x, x), x, cotangent)
+        torch.testing.assert_close(got, want)
+
+
+def test_one_trainable_weight_is_enough():
+    module = build(**SMALL).requires_grad_(False)
+    module.out_proj.bias.requires_grad_(True)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    output = stack(step_through(module, x), module)
+    output.sum().backward()
+    torch.testing.assert_close(module.out_proj.bias.grad, torch.full((WIDTH,), 2.0).double())
+
+
+def test_nothing_to_differentiate_gives_no_graph():
+    module = build(**SMALL).requires_grad_(False)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    assert not stack(step_through(module, x), module).requires_grad
+    assert not any(part.requires_grad for part in module.get_state())
+
+
+def explicit_windows(module, x, cut):
+    """Windows over x (N, S, E) whose keys and values before token `cut` are constants."""
+    w_q, w_k, w_v = module.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = module.in_proj_bias.chunk(3)
+
+    def project(weight, bias):
+        y = x @ weight.T + bias
+        y = torch.cat([y[:, :cut].detach(), y[:, cut:]], 1)
+        return y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+
+    q, k, v = (project(w, b) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)))
+    outputs = []
+    for end in range(LENGTH, x.shape[1] + 1):
+        window = slice(end - LENGTH, end)
+        scores = q[:, :, end - 1 : end] @ k[:, :, window].mT / q.shape[-1] ** 0.5
+        heads = (scores.softmax(-1) @ v[:, :, window]).transpose(1, 2).flatten(2)
+        outputs.append(heads @ module.out_proj.weight.T + module.out_proj.bias)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("later_at_once", [False, True])
+def test_detach_state_truncates_the_gradient_and_keeps_the_numbers(later_at_once):
+    module = build(**SMALL)
+    x = leaves(module, 2, 3 * LENGTH)[0]
+    cut = LENGTH + 2
+    inputs = (x, *module.parameters())
+    expected = explicit_windows(module, x, cut)[:, cut - LENGTH + 1 :]
+    cotangent = torch.randn_like(expected)
+    want = gradients(expected, inputs, cotangent)
+
+    step_through(module, x[:, :cut])
+    module.detach_state()
+    assert not any(part.requires_grad for part in module.get_state())
+    later = x[:, cut:]
+    output = (
+        module.forward_steps(later)
+        if later_at_once
+        else torch.stack(step_through(module, later), 1)
+    )
+    torch.testing.assert_close(output, expected)
+    got = gradients(output, inputs, cotangent)
+    assert (got[0][:, :cut] == 0).all()
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_detach_state_does_not_cut_the_graph_of_earlier_outputs():
+    module = build(**SMALL)
+    x = leaves(module, 2, LENGTH)[0]
+    output = stack(step_through(module, x), module)
+    module.detach_state()
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
+    torch.testing.assert_close(grad, want)
+
+
+def test_detach_state_before_any_step_is_no_error():
+    module = build(**SMALL)
+    module.detach_state()
+    assert module.get_state() is None
+
+
+@pytest.mark.parametrize("query_index", [-1, 1])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_without_gradient_do_not_corrupt_an_earlier_backward(mode, query_index):
+    module = build(**SMALL, query_index=query_index)
+    x = leaves(module, 2, 4 * LENGTH)[0]
+    first = 2 * LENGTH
+    expected = window_attention(module, x)
+    cotangent = torch.randn(2, first - LENGTH + 1, WIDTH, dtype=torch.float64)
+    inputs = (x, *module.parameters())
+    want = gradients(expected[:, : first - LENGTH + 1], inputs, cotangent)
+    output = stack(step_through(module, x[:, :first]), module)
+    with mode():
+        later = step_through(module, x[:, first : first + 4])
+        more = module.forward_steps(x[:, first + 4 :])
+    torch.testing.assert_close(
+        torch.cat([torch.stack(later, 1), more], 1), expected[:, first - LENGTH + 1 :]
+    )
+    for mine, theirs in zip(gradients(output, inputs, cotangent), want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_inference_mode_then_no_grad_then_gradient(at_once):
+    module = build(**SMALL)
+    x = leaves(module, 2, 4 * LENGTH)[0]
+    cut = 2 * LENGTH + 2
+    expected = explicit_windows(module, x, cut)
+    with torch.inference_mode():
+        first = step_through(module, x[:, :LENGTH])
+    with torch.no_grad():
+        second = step_through(module, x[:, LENGTH:cut])
+    outputs = torch.stack([*first[LENGTH - 1 :], *second], 1)
+    torch.testing.assert_close(outputs, expected[:, : cut - LENGTH + 1])
+    later = x[:, cut:]
+    output = module.forward_steps(later) if at_once else torch.stack(step_through(module, later), 1)
+    torch.testing.assert_close(output, expected[:, cut - LENGTH + 1 :])
+    cotangent = torch.randn_like(output)
+    inputs = (x, *module.parameters())
+    want = gradients(expected[:, cut - LENGTH + 1 :], inputs, cotangent)
+    for mine, theirs in zip(gradients(output, inputs, cotangent), want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_state_from_inference_mode_serves_after_it():
+    """Tensors made in inference mode refuse to be written to outside of it; the module must not."""
+    module = build(**SMALL)
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with torch.inference_mode():
+        step_through(module, x[:, :2])
+        snapshot = module.get_state()
+    with torch.no_grad():
+        first = step_through(module, x[:, 2:])
+        module.set_state(snapshot)
+        again = step_through(module, x[:, 2:])
+    torch.testing.assert_close(torch.stack(first[LENGTH - 3 :]), torch.stack(again[LENGTH - 3 :]))
+
+
+def test_truncated_backpropagation_trains():
+    """Weights change between windows of steps: no error about versions, and the loss falls."""
+    module = build(**SMALL)
+    target = build(**SMALL, seed=5)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    for _ in range(60):
+        x = torch.randn(4, LENGTH, WIDTH, dtype=torch.float64)
+        with torch.no_grad():
+            wanted = [o for o in step_through(target, x) if o is not None]
+        outputs = [o for o in step_through(module, x) if o is not None]
+        loss = sum((a - b).square().mean() for a, b in zip(outputs, wanted, strict=True)) / len(
+            outputs
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        module.detach_state()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_gradient_survives_a_snapshot():
+    """A state that is taken and set again carries the gradient of the steps that made it."""
+    module = build(**SMALL)
+    x = leaves(module, 2, LENGTH + 1)[0]
+    expected = window_attention(module, x)
+    cotangent = torch.randn_like(expected)
+    (want,) = torch.autograd.grad(expected, x, cotangent)
+    step_through(module, x[:, :3])
+    snapshot = module.get_state()
+    module.clean_state()
+    module.set_state(snapshot)
+    outputs = step_through(module, x[:, 3:])
+    (got,) = torch.autograd.grad(torch.stack(outputs[-2:], 1), x, cotangent)
+    torch.testing.assert_close(got, want)
+
+
+def test_gradient_through_autocast_steps():
+    module = build()
+    x = leaves(module, 2, LENGTH)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = stack(step_through(module, x), module)
+    output.float().sum().backward()
+    (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
+    torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)

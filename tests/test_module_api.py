@@ -1,0 +1,356 @@
+"""What the module says about itself, and how it is called."""
+
+from __future__ import annotations
+
+import continual
+import pytest
+import torch
+from oracles import (
+    CONSTRUCTIONS,
+    EMBED,
+    HEADS,
+    LENGTH,
+    assert_equals_window,
+    assert_same_state,
+    build,
+    draw_tokens,
+    from_layout,
+    run_steps,
+    stack,
+    step_through,
+    to_layout,
+)
+from torch import nn
+
+import continual_mha as co
+
+
+def test_documented_example():
+    mha = co.SingleOutputMultiheadAttention(
+        embed_dim=512,
+        num_heads=8,
+        sequence_len=32,
+        dropout=0.0,
+        batch_first=True,
+        embed_dim_second=True,
+    )
+    x = torch.rand(10, 512, 32)
+    out, attn_mask = mha.forward(x)
+    firsts = mha.forward_steps(x[:, :, :-1])
+    last = mha.forward_step(x[:, :, -1])
+    assert firsts is None
+    assert torch.allclose(out[:, :, -1], last, atol=1e-6)
+    assert attn_mask.shape == (10, 1, 32)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_documented_example_holds_whatever_the_weights(training, backend):
+    module = build(embed_dim=512, num_heads=8, sequence_len=32, embed_dim_second=True)
+    module.train(training)
+    x = torch.rand(10, 512, 32)
+    out, _ = module.forward(x)
+    assert module.forward_steps(x[:, :, :-1]) is None
+    torch.testing.assert_close(
+        out[:, :, -1], module.forward_step(x[:, :, -1]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_signature_is_the_documented_one():
+    arguments = ["embed_dim", "num_heads", "dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first", "device", "dtype", "sequence_len", "query_index", "forward_returns_attn_mask", "embed_dim_second", "single_output_forward"]
+    values = [
+        12,
+        3,
+        0.25,
+        False,
+        True,
+        True,
+        5,
+        7,
+        True,
+        "cpu",
+        torch.float64,
+        6,
+        -2,
+        False,
+        True,
+        False,
+    ]
+    module = co.SingleOutputMultiheadAttention(*values)  # in this order, also by position
+    for name, value in zip(arguments, values, strict=True):
+        if name not in ("bias", "add_bias_kv", "device", "dtype"):
+            assert getattr(module, name) == value
+    assert module.in_proj_bias is None and module.bias_k.shape == (1, 1, 12)
+    assert module.out_proj.weight.dtype == torch.float64
+    defaults = co.SingleOutputMultiheadAttention(embed_dim=8, num_heads=2, sequence_len=4)
+    assert defaults.batch_first and not defaults.embed_dim_second
+    assert defaults.query_index == -1 and defaults.dropout == 0.0
+    assert defaults.forward_returns_attn_mask and defaults.single_output_forward
+
+
+def test_initial_weights_are_drawn_as_in_torch():
+    torch.manual_seed(3)
+    ours = co.SingleOutputMultiheadAttention(12, 2, add_bias_kv=True, sequence_len=4)
+    torch.manual_seed(3)
+    theirs = nn.MultiheadAttention(12, 2, add_bias_kv=True)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "query_index, delay", [(-1, 0), (-2, 1), (-5, 4), (0, 4), (1, 3), (4, 0), (3, 1)]
+)
+def test_delay_and_receptive_field(query_index, delay):
+    module = build(query_index=query_index)
+    assert (module.delay, module.receptive_field) == (delay, LENGTH)
+    assert isinstance(module.delay, int) and isinstance(module.receptive_field, int)
+
+
+def test_repr_shows_window_and_query():
+    text = repr(build(query_index=-3, sequence_len=17))
+    assert "sequence_len=17" in text and "query_index=-3" in text
+    assert str(EMBED) in text and "SingleOutputMultiheadAttention" in text
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_build_from_copies_arguments_and_weights(construction, backend):
+    ours = ("query_index", "embed_dim_second")
+    passed = {k: v for k, v in CONSTRUCTIONS[construction].items() if k not in ours}
+    arguments = {"embed_dim": EMBED, "num_heads": HEADS, "batch_first": True, **passed}
+    source = nn.MultiheadAttention(**arguments, dropout=0.3, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_()
+    rest = {k: v for k, v in CONSTRUCTIONS[construction].items() if k in ours}
+    module = co.SingleOutputMultiheadAttention.build_from(source, LENGTH, **rest)
+    assert type(module) is co.SingleOutputMultiheadAttention
+    assert module.sequence_len == LENGTH and module.dropout == 0.3
+    assert module.batch_first == source.batch_first and module.add_zero_attn == source.add_zero_attn
+    assert not module.training
+    for name, value in source.state_dict().items():
+        mine = module.state_dict()[name]
+        assert torch.equal(mine, value) and mine.data_ptr() != value.data_ptr()
+    tokens = draw_tokens(module, 2, 11)
+    with torch.no_grad():
+        assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
+
+
+def test_build_from_lets_arguments_be_overridden():
+    source = nn.MultiheadAttention(8, 2)
+    module = co.SingleOutputMultiheadAttention.build_from(
+        source, sequence_len=6, query_index=-2, batch_first=True, embed_dim_second=True, dropout=0.5
+    )
+    assert (module.query_index, module.dropout) == (-2, 0.5)
+    assert module.embed_dim_second and module.batch_first
+    assert not co.SingleOutputMultiheadAttention.build_from(source, 6).batch_first
+
+
+def test_build_from_takes_the_reference_module():
+    theirs = continual.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
+    ours = co.SingleOutputMultiheadAttention.build_from(theirs, 4)
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+MODES = ["forward", "forward_steps", "forward_step"]
+
+
+def argument_of(module, mode):
+    x = draw_tokens(module, 2, LENGTH)[0]
+    return x[:, 0] if mode == "forward_step" else x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_call_follows_the_modules_call_mode(mode, backend):
+    module, twin = build(), build()
+    assert module.call_mode == "forward"
+    module.call_mode = mode
+    assert module.call_mode == mode
+    x = argument_of(module, mode)
+    with torch.no_grad():
+        got, want = module(x), getattr(twin, mode)(x)
+    if want is None:
+        assert got is None
+    else:
+        torch.testing.assert_close(got, want)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_call_follows_the_surrounding_call_mode_first(mode, backend):
+    module, twin = build(), build()
+    module.call_mode = "forward_steps" if mode != "forward_steps" else "forward_step"
+    own = module.call_mode
+    x = argument_of(module, mode)
+    with torch.no_grad(), co.call_mode(mode):
+        module(x)
+    getattr(twin, mode)(x)
+    assert_same_state(module.get_state(), twin.get_state())
+    assert module.call_mode == own
+
+
+def test_call_modes_nest_and_end_with_their_block():
+    module = build()
+    x = draw_tokens(module, 2, LENGTH)[0]
+    with torch.no_grad():
+        with co.call_mode("forward_step"):
+            assert module(x[:, 0]) is None
+            with co.call_mode("forward"):
+                assert len(module(x)) == 2
+            with pytest.raises(RuntimeError, match="inside"), co.call_mode("forward"):
+                raise RuntimeError("inside")
+            assert module(x[:, 1]) is None
+        assert len(module(x)) == 2
+    assert module.get_state().position.tolist() == [2, 2]
+
+
+def test_call_mode_block_can_be_entered_again():
+    module = build()
+    x = draw_tokens(module, 2, 4)[0]
+    stepping = co.call_mode("forward_step")
+    with torch.no_grad():
+        for t in range(3):
+            with stepping:
+                module(x[:, t])
+        with stepping, stepping:
+            module(x[:, 3])
+        assert len(module(x)) == 2
+    assert module.get_state().position.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unknown_call_mode_in_a_block_is_refused(mode):
+    with pytest.raises(ValueError, match="backward"), co.call_mode("backward"):
+        pass
+    with co.call_mode(mode):
+        pass
+
+
+@pytest.mark.parametrize("by", ["module", "block"])
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_fire_in_every_call_mode(mode, by):
+    module = build()
+    x = draw_tokens(module, 2, LENGTH)[0]
+    if mode == "forward_step":
+        module.forward_steps(x[:, 1:])
+        x = x[:, 0]
+    seen = []
+    module.register_forward_pre_hook(lambda m, args: seen.append(("before", args[0].shape)))
+    module.register_forward_hook(lambda m, args, output: seen.append(("after", type(output))))
+    if by == "module":
+        module.call_mode = mode
+        output = module(x)
+    else:
+        with co.call_mode(mode):
+            output = module(x)
+    assert seen == [("before", x.shape), ("after", type(output))]
+
+
+def test_hook_may_replace_the_output_of_a_step():
+    module = build(sequence_len=1)
+    module.call_mode = "forward_step"
+    handle = module.register_forward_hook(lambda m, args, output: output * 0)
+    x = draw_tokens(module, 2, 1)[0][:, 0]
+    assert (module(x) == 0).all()
+    handle.remove()
+    assert not (module(x) == 0).all()
+
+
+def test_backward_hooks_fire_in_steps():
+    module = build(sequence_len=1)
+    module.call_mode = "forward_step"
+    seen = []
+    module.register_full_backward_hook(lambda m, into, out: seen.append(out[0].shape))
+    module(draw_tokens(module, 2, 1)[0][:, 0].requires_grad_()).sum().backward()
+    assert seen == [(2, EMBED)]
+
+
+def test_keywords_pass_through_the_call():
+    module = build(sequence_len=1)
+    query, key, value = (x[:, 0] for x in draw_tokens(module, 2, 1))
+    with torch.no_grad(), co.call_mode("forward_step"):
+        output = module(query, value=value, key=key, update_state=False)
+    assert module.get_state() is None
+    torch.testing.assert_close(output, module.forward_step(query, key, value))
+
+
+@pytest.mark.parametrize(
+    "construction", ["defaults", "sequence_first", "embed_dim_second", "kdim_and_vdim"]
+)
+def test_warm_up_makes_the_next_token_answer(construction, backend):
+    """As if zeros had come before."""
+    module = build(**CONSTRUCTIONS[construction])
+    module.warm_up((3, module.embed_dim))
+    tokens = draw_tokens(module, 3, 2)
+    padded = [torch.cat([x.new_zeros(3, LENGTH - 1, x.shape[2]), x], 1) for x in tokens]
+    with torch.no_grad():
+        outputs = torch.stack(step_through(module, *tokens), 1)
+    assert_equals_window(outputs, module, *padded)
+
+
+def test_warm_up_of_a_window_of_one_token():
+    module = build(sequence_len=1)
+    module.warm_up((3, EMBED))
+    assert module.forward_step(torch.zeros(3, EMBED)).shape == (3, EMBED)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("single_output", [True, False])
+@pytest.mark.parametrize("mode", ["forward", "forward_step"])
+def test_flops_are_counted_as_in_the_reference(mode, single_output, bias):
+    arguments = {
+        "embed_dim": 64,
+        "num_heads": 4,
+        "sequence_len": 20,
+        "bias": bias,
+        "single_output_forward": single_output,
+    }
+    ours = co.SingleOutputMultiheadAttention(**arguments)
+    theirs = continual.SingleOutputMultiheadAttention(**arguments)
+    ours.call_mode = theirs.call_mode = mode
+    for muls in (True, False):
+        for adds in (True, False):
+            for exps in (True, False):
+                assert ours.flops(muls, adds, exps) == theirs.flops(muls, adds, exps)
+    assert isinstance(ours.flops(), int)
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_layout_of_every_forward(construction):
+    module = build(**CONSTRUCTIONS[construction])
+    tokens = [to_layout(module, x) for x in draw_tokens(module, 3, LENGTH + 1)]
+    with torch.no_grad():
+        clip, weights = module.forward(*tokens)
+        steps = module.forward_steps(*tokens)
+        step = module.forward_step(*(from_layout(module, x)[:, 0] for x in tokens))
+    one, two = {
+        "second": ((3, EMBED, 1), (3, EMBED, 2)),
+        "first": ((3, 1, EMBED), (3, 2, EMBED)),
+        "sequence": ((1, 3, EMBED), (2, 3, EMBED)),
+    }["second" if module.embed_dim_second else "first" if module.batch_first else "sequence"]
+    slots = LENGTH + 1 + (module.bias_k is not None) + module.add_zero_attn
+    assert (clip.shape, steps.shape, step.shape) == (one, two, (3, EMBED))
+    assert weights.shape == (3, 1, slots)
+
+
+@pytest.mark.small
+def test_backends_run_the_plain_calls(backend):
+    """Forced, so that a backend which declines a plain call in float32 fails here and is not passed over."""
+    module = build(embed_dim=32, num_heads=2, sequence_len=4)
+    x = draw_tokens(module, 2, 7)[0]
+    with torch.no_grad(), co.use_backend(backend):
+        outputs = stack(step_through(module, x), module)
+    assert_equals_window(outputs, module, x)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(
+    "construction", ["defaults", "middle_query", "no_bias", "bias_kv_and_zero_attn"]
+)
+def test_small_streams_on_every_backend(construction, backend):
+    module = build(**CONSTRUCTIONS[construction])
+    tokens = draw_tokens(module, 2, 2 * LENGTH + 3)
+    with torch.no_grad():
+        assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
+        module.clean_state()
+        assert_equals_window(run_steps(module, *tokens), module, *tokens)
