@@ -1,0 +1,51 @@
+#include <dlfcn.h>
+
+#include <array>
+#include <mutex>
+
+#include "host.h"
+
+namespace continual_mha::cuda {
+
+cudaStream_t current_stream(int device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get_stream =
+      reinterpret_cast<GetStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get_stream != nullptr, "this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get_stream(device, &stream) == 0, "no current CUDA stream on device ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+DeviceScope::DeviceScope(int device) {
+  const auto where = [device] { return concat("device ", device); };
+  check_cuda(cudaGetDevice(&previous_), "cudaGetDevice", where);
+  if (previous_ == device) return;
+  check_cuda(cudaSetDevice(device), "cudaSetDevice", where);
+  restore_ = true;
+}
+
+DeviceScope::~DeviceScope() {
+  if (restore_) cudaSetDevice(previous_);
+}
+
+const DeviceProperties& device_properties(int device) {
+  constexpr int kMaxDevices = 64;
+  static std::array<DeviceProperties, kMaxDevices> properties{};
+  static std::array<std::once_flag, kMaxDevices> known;
+  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "device index ", device, " is too large");
+  std::call_once(known[device], [device] {
+    const auto read = [device](cudaDeviceAttr attribute) {
+      int value = 0;
+      check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute",
+                 [device] { return concat("device ", device); });
+      return value;
+    };
+    properties[device] = {read(cudaDevAttrMultiProcessorCount),
+                          read(cudaDevAttrComputeCapabilityMajor),
+                          read(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  });
+  return properties[device];
+}
+
+}  // namespace continual_mha::cuda

@@ -1,0 +1,121 @@
+// What the host side of every CUDA operator needs: error checks, the current stream, shapes.
+#ifndef CONTINUAL_MHA_CUDA_HOST_H_
+#define CONTINUAL_MHA_CUDA_HOST_H_
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+
+namespace continual_mha::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename... Args>
+std::string concat(const Args&... args) {
+  std::ostringstream stream;
+  ((stream << args), ...);
+  return stream.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream stream;
+  stream << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) stream << (i > 0 ? ", " : "") << tensor.size(i);
+  stream << ")";
+  return stream.str();
+}
+
+// `where` names the operator and the shapes of the call; it is built for a failure only.
+template <typename Where>
+void check_cuda(cudaError_t error, const char* call, Where where) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a launch failure would otherwise be reported by the next call as well
+  STD_TORCH_CHECK(false, where(), ": ", call, " failed: ", cudaGetErrorString(error));
+}
+
+inline void check_shape(const Tensor& tensor, const char* name,
+                        std::initializer_list<int64_t> sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (const int64_t size : sizes) same = same && tensor.size(i++) == size;
+  if (same) return;
+  std::ostringstream expected;
+  for (const int64_t size : sizes) expected << size << ", ";
+  STD_TORCH_CHECK(false, name, " has shape ", shape_of(tensor), ", expected (", expected.str(),
+                  ")");
+}
+
+// Same device and dtype as `like`, contiguous, of the given shape.
+inline void check_operand(const Tensor& tensor, const char* name, const Tensor& like,
+                          std::initializer_list<int64_t> sizes) {
+  check_shape(tensor, name, sizes);
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+                  " is not on the query's device");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name,
+                  " has another dtype than the query");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+}
+
+inline const void* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->data_ptr() : nullptr;
+}
+
+inline bool aligned16(const void* pointer, int64_t row_bytes = 0) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+// Calls f(T{}) with the element type T of a supported dtype.
+template <typename F>
+void dispatch_dtype(ScalarType dtype, const char* op, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, " covers float32, float16 and bfloat16 only");
+  }
+}
+
+// The stream on which PyTorch runs the device's work. Looked up at run time, because PyTorch's
+// libraries without CUDA do not have the function, and this library must load there.
+cudaStream_t current_stream(int device);
+
+// Makes a device current, for this library's own copy of the CUDA runtime, during a scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool restore_ = false;
+};
+
+struct DeviceProperties {
+  int multiprocessors;
+  int major;
+  int shared_bytes;  // that one block may have
+};
+
+const DeviceProperties& device_properties(int device);
+
+}  // namespace continual_mha::cuda
+
+#endif  // CONTINUAL_MHA_CUDA_HOST_H_

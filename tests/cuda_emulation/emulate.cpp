@@ -1,0 +1,115 @@
+// The CUDA kernels as plain C functions on host memory, for tests/test_cuda_emulation.py.
+#include "../../csrc/cuda/ring_step.cuh"
+#include "emulated_device.h"
+
+namespace cuda = continual_mha::cuda;
+
+namespace {
+
+// Element type, as the test passes it.
+enum DType : int64_t { kFloat32, kFloat16, kBFloat16 };
+
+template <typename T, int kStreams, cuda::Merge kMerge>
+void launch_ring_step(const cuda::RingStepParams& p, uint64_t seed) {
+  const int blocks = p.head_groups * p.splits;
+  const int teams = cuda::divide_up(p.num_streams, kStreams);
+  emulation::launch(teams * blocks, kMerge == cuda::Merge::kCluster ? blocks : 1, cuda::kThreads,
+                    p.shared.total, seed, [&p] { cuda::ring_step_kernel<T, kStreams, kMerge>(p); });
+}
+
+template <typename T>
+void choose_ring_step(cuda::RingStepParams p, int streams, bool cluster, uint64_t seed) {
+  cuda::plan_block(p, streams, sizeof(T));
+  if (streams == 1) {
+    cluster ? launch_ring_step<T, 1, cuda::Merge::kCluster>(p, seed)
+            : launch_ring_step<T, 1, cuda::Merge::kCounter>(p, seed);
+  } else {
+    cluster ? launch_ring_step<T, 4, cuda::Merge::kCluster>(p, seed)
+            : launch_ring_step<T, 4, cuda::Merge::kCounter>(p, seed);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void declare_memory(const void* data, int64_t bytes) {
+  emulation::declare_memory(data, static_cast<size_t>(bytes));
+}
+
+void forget_memory() { emulation::machine().memory.clear(); }
+
+// `tensors` in the order of the operator's tensor arguments, then output, partial, partial_output,
+// done, and projected q, k, v; `strides` of query, key and value, two each; `sizes` as below.
+void ring_step(void* const* tensors, const int64_t* strides, const int64_t* sizes) {
+  enum {
+    N,
+    E,
+    H,
+    L,
+    R,
+    Ek,
+    Ev,
+    kDType,
+    kStreams,
+    kGroups,
+    kSplits,
+    kCluster,
+    kZero,
+    kUpdate,
+    kSeed
+  };
+  cuda::RingStepParams p{};
+  const int width[3] = {static_cast<int>(sizes[E]), static_cast<int>(sizes[Ek]),
+                        static_cast<int>(sizes[Ev])};
+  const int element = sizes[kDType] == kFloat32 ? 4 : 2;
+  for (int i = 0; i < 3; ++i) {
+    p.inputs[i] = {tensors[i],
+                   strides[2 * i],
+                   strides[2 * i + 1],
+                   width[i],
+                   i == 0 || tensors[i] != tensors[0],
+                   0,
+                   0};
+    p.in_proj[i] = {tensors[3 + i], width[i], width[i], width[i] * element % 16 == 0};
+    p.projected[i] = tensors[22 + i];
+  }
+  p.projected_stride = sizes[E];
+  p.in_proj_bias = tensors[6];
+  p.out_proj = {tensors[7], sizes[E], width[0], true};
+  p.out_proj_bias = tensors[8];
+  p.bias_k = tensors[9];
+  p.bias_v = tensors[10];
+  p.k_ring = tensors[11];
+  p.v_ring = tensors[12];
+  p.q_ring = tensors[13];
+  p.position = static_cast<int64_t*>(tensors[14]);
+  p.active = static_cast<const bool*>(tensors[15]);
+  p.output = tensors[18];
+  p.partial = static_cast<float*>(tensors[19]);
+  p.partial_output = static_cast<float*>(tensors[20]);
+  p.done = static_cast<unsigned int*>(tensors[21]);
+  p.num_streams = sizes[N];
+  p.embed_dim = sizes[E];
+  p.num_heads = sizes[H];
+  p.head_dim = sizes[E] / sizes[H];
+  p.sequence_len = sizes[L];
+  p.query_slots = sizes[R];
+  p.head_groups = sizes[kGroups];
+  p.splits = sizes[kSplits];
+  p.scale_log2 = 1.4426950408889634 / std::sqrt(static_cast<double>(p.head_dim));
+  p.add_zero_attn = sizes[kZero];
+  p.update = sizes[kUpdate];
+  const bool cluster = sizes[kCluster];
+  switch (sizes[kDType]) {
+    case kFloat32:
+      return choose_ring_step<float>(p, sizes[kStreams], cluster, sizes[kSeed]);
+    case kFloat16:
+      return choose_ring_step<torch::headeronly::Half>(p, sizes[kStreams], cluster, sizes[kSeed]);
+    default:
+      return choose_ring_step<torch::headeronly::BFloat16>(p, sizes[kStreams], cluster,
+                                                           sizes[kSeed]);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,333 @@
+"""The CUDA kernels' index arithmetic, masks, pipelines and merges, executed on the host.
+
+``tests/cuda_emulation`` runs every CUDA thread as a fiber and switches between them at barriers and
+shuffles in an order drawn from a seed. This shows wrong addresses, masks and merges, copies that
+are read before they are waited for, and results that depend on the order of threads or blocks. It
+says nothing about speed or about what the hardware's memory model allows beyond that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "cuda_emulation"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def emulator() -> ctypes.CDLL:
+    """The kernels compiled for the host; rebuilt when a source changes."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = sorted([*SOURCES.glob("*.cuh"), *EMULATION.iterdir()])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    library = ROOT / "build" / "cuda_emulation" / f"{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}.tmp")
+        include = Path(torch.__file__).parent / "include"
+        # Fibers jump between stacks, which fortified longjmp takes for an error.
+        flags = "-std=c++20 -O1 -fPIC -shared -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas".split()
+        command = [compiler, *flags, "-Werror", "-isystem", str(include)]
+        subprocess.run([*command, str(EMULATION / "emulate.cpp"), "-o", str(partial)], check=True)
+        partial.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape, options and launch configuration of one step."""
+
+    N: int = 1
+    E: int = 16
+    H: int = 2
+    L: int = 5
+    dtype: torch.dtype = torch.float32
+    delay: int = 0
+    kdim: int | None = None
+    vdim: int | None = None
+    bias: bool = True
+    bias_kv: bool = False
+    add_zero_attn: bool = False
+    active: bool = False
+    update: bool = True
+    strided: bool = False
+    projected: bool = False
+    # launch configuration
+    streams: int = 1
+    head_groups: int = 1
+    splits: int = 1
+    cluster: bool = False
+
+
+@dataclass
+class Step:
+    """The operator's tensor arguments."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    weights: list[torch.Tensor]  # q, k, v: (E, size)
+    in_bias: torch.Tensor | None
+    out_weight: torch.Tensor
+    out_bias: torch.Tensor | None
+    bias_k: torch.Tensor | None
+    bias_v: torch.Tensor | None
+    k_ring: torch.Tensor
+    v_ring: torch.Tensor
+    q_ring: torch.Tensor
+    position: torch.Tensor
+    active: torch.Tensor | None
+
+
+def make_step(case: Case, positions: list[int], seed: int = 0) -> Step:
+    gen = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=gen) * scale).to(case.dtype)
+
+    N, E, L = case.N, case.E, case.L
+    sizes = [E, case.kdim or E, case.vdim or E]
+    if case.strided:
+        inputs = [draw(size, 2 * N)[:, ::2].t() for size in sizes]
+    elif case.kdim or case.vdim:
+        inputs = [draw(N, size) for size in sizes]
+    else:
+        inputs = [draw(N, E)] * 3
+    slots = case.delay + 1 if case.delay else 0
+    step = Step(
+        *inputs,
+        weights=[draw(E, size, scale=size**-0.5) for size in sizes],
+        in_bias=draw(3 * E) if case.bias else None,
+        out_weight=draw(E, E, scale=E**-0.5),
+        out_bias=draw(E) if case.bias else None,
+        bias_k=draw(E) if case.bias_kv else None,
+        bias_v=draw(E) if case.bias_kv else None,
+        k_ring=draw(N, case.H, L, E // case.H),
+        v_ring=draw(N, case.H, L, E // case.H),
+        q_ring=draw(N, slots, E),
+        position=torch.tensor(positions),
+        active=torch.arange(N) % 2 == 0 if case.active else None,
+    )
+    # Slots without a token may hold anything.
+    for n, position in enumerate(positions):
+        step.k_ring[n, :, min(position, L) :] = torch.nan
+        step.v_ring[n, :, min(position, L) :] = torch.nan
+    return step
+
+
+def in_projected(case: Case, step: Step) -> list[torch.Tensor]:
+    """q, k, v of the new token in float64, rounded as they are stored."""
+    biases = step.in_bias.double().chunk(3) if step.in_bias is not None else (None,) * 3
+    rows = [
+        torch.nn.functional.linear(x.double(), w.double(), b)
+        for x, w, b in zip((step.query, step.key, step.value), step.weights, biases, strict=True)
+    ]
+    stored = [case.delay > 0 or case.projected, True, True]
+    return [r.to(case.dtype) if s else r for r, s in zip(rows, stored, strict=True)]
+
+
+def reference(case: Case, step: Step) -> tuple[torch.Tensor, Step]:
+    """Output in float64 and the state after the step."""
+    N, E, H, L = case.N, case.E, case.H, case.L
+    q, k, v = in_projected(case, step)
+    after = replace(step)
+    after.k_ring, after.v_ring = step.k_ring.clone(), step.v_ring.clone()
+    after.q_ring, after.position = step.q_ring.clone(), step.position.clone()
+    outputs = []
+    for n in range(N):
+        position = int(step.position[n])
+        after.k_ring[n, :, position % L] = k[n].view(H, -1)
+        after.v_ring[n, :, position % L] = v[n].view(H, -1)
+        query = q[n].double()
+        if case.delay:
+            slots = case.delay + 1
+            after.q_ring[n, position % slots] = q[n]
+            query = step.q_ring[n, (position + 1) % slots].double()
+        rows = min(position + 1, L)
+        keys = [after.k_ring[n, :, :rows].double()]
+        values = [after.v_ring[n, :, :rows].double()]
+        if step.bias_k is not None and step.bias_v is not None:
+            keys.append(step.bias_k.double().view(H, 1, -1))
+            values.append(step.bias_v.double().view(H, 1, -1))
+        if case.add_zero_attn:
+            keys.append(torch.zeros(H, 1, E // H, dtype=torch.float64))
+            values.append(torch.zeros(H, 1, E // H, dtype=torch.float64))
+        scores = torch.cat(keys, 1) @ query.view(H, -1, 1) / (E // H) ** 0.5
+        heads = (scores.softmax(1).mT @ torch.cat(values, 1)).reshape(E)
+        if not case.projected:
+            bias = step.out_bias.double() if step.out_bias is not None else 0
+            heads = step.out_weight.double() @ heads + bias
+        outputs.append(heads)
+        if step.active is None or step.active[n]:
+            after.position[n] += 1
+    if not case.update:
+        after = step
+    return torch.stack(outputs), after
+
+
+def run_emulated(case: Case, step: Step, seed: int) -> tuple[torch.Tensor, Step]:
+    """Output and the state after the step, by the CUDA kernel on the host."""
+    library = emulator()
+    state = replace(
+        step,
+        k_ring=step.k_ring.clone(),
+        v_ring=step.v_ring.clone(),
+        q_ring=step.q_ring.clone(),
+        position=step.position.clone(),
+    )
+    N, E, H = case.N, case.E, case.H
+    teams = -(-N // case.streams)
+    pairs = case.streams * (H // case.head_groups)
+    blocks = teams * case.head_groups * case.splits
+    output = torch.full((N, E), torch.nan, dtype=case.dtype)
+    partial = torch.full((blocks * pairs * (E // H + 2),), torch.nan)
+    partial_output = torch.full((teams * case.head_groups * case.streams * E,), torch.nan)
+    done = torch.zeros(teams * (case.head_groups + 1), dtype=torch.int32)
+    # The in-projection's bias is one tensor even where the weights are three.
+    projected = in_projected(case, step) if case.projected else [None] * 3
+    projected = [None if t is None else t.to(case.dtype).contiguous() for t in projected]
+    tensors = [
+        *(state.query, state.key, state.value, *state.weights, state.in_bias),
+        *(state.out_weight, state.out_bias, state.bias_k, state.bias_v),
+        *(state.k_ring, state.v_ring, state.q_ring, state.position, state.active, None, None),
+        *(output, partial, partial_output, done, *projected),
+    ]
+    library.forget_memory()
+    for tensor in tensors:
+        if tensor is not None:
+            size = tensor.untyped_storage().nbytes()
+            library.declare_memory(
+                ctypes.c_void_p(tensor.untyped_storage().data_ptr()), ctypes.c_int64(size)
+            )
+    pointers = (ctypes.c_void_p * len(tensors))(
+        *[None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
+    )
+    strides = (ctypes.c_int64 * 6)(
+        *[s for t in (state.query, state.key, state.value) for s in t.stride()]
+    )
+    sizes = [N, E, H, case.L, state.q_ring.shape[1], state.key.shape[1], state.value.shape[1]]
+    sizes += [DTYPES.index(case.dtype), case.streams, case.head_groups, case.splits, case.cluster]
+    sizes += [case.add_zero_attn, case.update, seed]
+    library.ring_step(pointers, strides, (ctypes.c_int64 * len(sizes))(*map(int, sizes)))
+    assert not done.any(), "a counter did not reset itself"
+    return output, state
+
+
+def check(case: Case, positions: list[int]) -> None:
+    step = make_step(case, positions)
+    expected, after = reference(case, step)
+    output, state = run_emulated(case, step, seed=1)
+    # Rounding of the output, and of q, k, v to the stored type where rings and projections differ.
+    rounding = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[case.dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(
+        state.k_ring, after.k_ring, rtol=rounding, atol=rounding, equal_nan=True
+    )
+    torch.testing.assert_close(
+        state.v_ring, after.v_ring, rtol=rounding, atol=rounding, equal_nan=True
+    )
+    torch.testing.assert_close(state.q_ring, after.q_ring, rtol=rounding, atol=rounding)
+    assert torch.equal(state.position, after.position)
+    again, _ = run_emulated(case, step, seed=2)
+    assert torch.equal(output, again), "the result depends on the order of threads or blocks"
+
+
+LAUNCHES = {
+    "one_block": {},
+    "one_block_four_streams": {"streams": 4},
+    "counter_heads": {"head_groups": 2},
+    "counter_splits": {"splits": 3},
+    "counter_heads_splits_four_streams": {"head_groups": 2, "splits": 2, "streams": 4},
+    "cluster_heads": {"head_groups": 2, "cluster": True},
+    "cluster_splits": {"splits": 3, "cluster": True},
+    "cluster_heads_splits_four_streams": {
+        "head_groups": 2,
+        "splits": 2,
+        "streams": 4,
+        "cluster": True,
+    },
+}
+POSITIONS = [0, 3, 4, 5, 13]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_step_equals_float64_reference_cold_and_warm(launch: str) -> None:
+    check(Case(N=5, **LAUNCHES[launch]), POSITIONS)
+
+
+OPTIONS = {
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "delay": {"delay": 2},
+    "bias_kv": {"bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+    "bias_kv_zero_attn_bfloat16": {
+        "bias_kv": True,
+        "add_zero_attn": True,
+        "dtype": torch.bfloat16,
+    },
+    "no_bias": {"bias": False},
+    "active": {"active": True},
+    "no_update": {"update": False, "delay": 1},
+    "strided_inputs": {"strided": True},
+    "own_key_and_value_sizes": {"kdim": 5, "vdim": 24},
+}
+
+
+@pytest.mark.parametrize("launch", ["counter_heads_splits_four_streams", "cluster_splits"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_step_options_equal_float64_reference(option: str, launch: str) -> None:
+    check(Case(N=5, **OPTIONS[option], **LAUNCHES[launch]), POSITIONS)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"E": 8, "H": 1, "L": 1},
+        {"E": 12, "H": 3, "L": 2},  # rows of 16 bytes: half a pack
+        {"E": 60, "H": 1, "L": 63},  # neither a power of two nor a multiple of a pack
+        {"E": 80, "H": 2, "L": 70, "dtype": torch.bfloat16},
+        {"E": 256, "H": 1, "L": 130, "dtype": torch.float16},
+        {"E": 256, "H": 1, "L": 67},
+        {"E": 320, "H": 20, "L": 9, "dtype": torch.bfloat16},  # more heads than warps
+    ],
+    ids=lambda shape: "-".join(str(v).removeprefix("torch.") for v in shape.values()),
+)
+@pytest.mark.parametrize("cluster", [False, True], ids=["counter", "cluster"])
+def test_step_shapes_equal_float64_reference(shape: dict[str, object], cluster: bool) -> None:
+    L = int(str(shape["L"]))
+    check(Case(N=2, splits=2, cluster=cluster, **shape), [L - 1, 3 * L])  # type: ignore[arg-type]
+
+
+def test_step_of_projected_tokens_equals_float64_reference() -> None:
+    for dtype in DTYPES:
+        check(Case(N=3, L=9, dtype=dtype, delay=1, bias_kv=True, projected=True), [0, 8, 100])
+
+
+def test_position_survives_passing_2_to_31() -> None:
+    check(Case(N=2, splits=2), [2**31 - 1, 2**40 + 3])
+
+
+def test_bits_of_a_stream_do_not_depend_on_streams_of_its_team() -> None:
+    case = Case(N=4, streams=4, head_groups=2, splits=2, cluster=True)
+    step = make_step(case, [3, 9, 4, 20])
+    output, _ = run_emulated(case, step, seed=3)
+    for tensor in (step.query, step.k_ring, step.v_ring):
+        tensor[1:] = torch.inf
+    step.position[1:] = 7
+    other, _ = run_emulated(case, step, seed=3)
+    assert torch.equal(output[0], other[0])
