@@ -1,1 +1,18 @@
-"""Triton kernels and their launchers, one file per operation."""
+"""Triton kernels and their launchers, one file per operation; importing this needs Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ring_step as _ring_step
+from .ring_step import ring_step_
+
+__all__ = ["ring_step_", "why_not"]
+
+_MODULES = {"ring_step_": _ring_step}
+
+
+def why_not(name: str, *args: Any) -> str | None:
+    """None if the kernels cover a call of the operator `name` with `args`, else the reason."""
+    module = _MODULES.get(name)
+    return f"there is no kernel for {name}" if module is None else module.why_not(name, *args)

@@ -1,0 +1,63 @@
+"""Device functions that more than one kernel uses."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+# The interpreter multiplies bfloat16 operands of a dot as raw 16-bit integers, so there they are
+# widened first; products of 16-bit floats are exact in fp32, so the numbers are those of a GPU.
+_WIDEN = tl.constexpr(INTERPRETED)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in the accumulator's precision."""
+    if _WIDEN:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def finite_or_zero(m):
+    """m where it is not -inf, else 0: the shift that keeps exp2(-inf - m) at 0 and not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def keep_scale(seed_ptr, stream, head, slots, dropout_p):
+    """0 where the weight of this slot is dropped, else 1 / (1 - p)  # like slots
+
+    Philox keyed by the call's seed and counted by (slot, stream, head): independent of the grid.
+    """
+    zero = slots * 0
+    bits, _, _, _ = tl.philox(
+        tl.load(seed_ptr), slots, zero + stream.to(tl.int32), zero + head, zero
+    )
+    uniform = tl.uint_to_uniform_float(bits)
+    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+
+
+@triton.jit
+def start_after_previous_launch(PDL: tl.constexpr):
+    """With programmatic dependent launch: let the next kernel start, wait for the previous one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x rounded to nearest even; left alone, the interpreter truncates fp32 to make bfloat16."""
+    if _WIDEN and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        even = (bits >> 16) & 1
+        rounded = ((bits + 0x7FFF + even) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, float("nan")).to(dtype)
+    return x.to(dtype)

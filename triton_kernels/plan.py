@@ -1,0 +1,102 @@
+"""Which launches, block shapes and warps a shape gets: fixed tables, no autotuning.
+
+Autotuning would run a kernel several times, and these kernels write state. The rows below follow
+from the predictions in docs/triton.md; a row that has been measured says so beside it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import triton
+
+MULTIPROCESSORS = 132
+MAX_HEAD_DIM = 256
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class StepPlan(NamedTuple):
+    """How one step runs.
+
+    path: "fused", one launch for everything; "chain", projection, ring and output projection as
+    three launches of our own; "gemm", the same with torch's matrix product around the ring kernel.
+    """
+
+    path: str
+    splits: int
+    block_l: int
+    block_d: int
+    block_k: int
+    block_e: int
+    num_warps: int
+    stages: int
+    block_o: int
+    pdl: bool
+
+
+class StepRule(NamedTuple):
+    """The first rule whose limits hold for a shape decides its path."""
+
+    path: str
+    max_streams: int
+    max_programs: int  # streams * heads
+    max_head_weight_bytes: int  # of all four projections, per head
+    min_split_slots: int  # a window is not cut into parts shorter than this
+    max_parts: int  # heads * splits of a stream, where one program merges them all
+    pdl: bool  # programmatic dependent launch between the path's launches
+
+
+_NO_LIMIT = 1 << 62
+STEP_RULES = (
+    StepRule("fused", 64, MULTIPROCESSORS, 512 * 1024, 128, 128, False),
+    StepRule("chain", 32, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
+    StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
+)
+
+# Rows of the ring in one tile, by padded head_dim, for four warps and 16-bit elements: 32 elements
+# of k and of v per thread, so that with the next tile's loads a thread stays near 128 registers.
+RING_ROWS = {8: 512, 16: 256, 32: 128, 64: 64, 128: 32, 256: 16}
+
+
+@lru_cache(maxsize=1024)
+def step_plan(
+    N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None, splits: int = 0
+) -> StepPlan:
+    """The plan of a step of `N` streams; `path` and `splits` override the table."""
+    head_dim = E // H
+    block_d = max(triton.next_power_of_2(head_dim), 8)
+    for rule in STEP_RULES:
+        sizes = (N, N * H, 4 * E * head_dim * itemsize)
+        limits = (rule.max_streams, rule.max_programs, rule.max_head_weight_bytes)
+        fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
+        if rule.path == path or (path is None and fits):
+            break
+    if not splits:
+        splits = 1
+        while (
+            N * H * splits * 2 <= 2 * MULTIPROCESSORS
+            and L // (splits * 2) >= rule.min_split_slots
+            and H * splits * 2 <= rule.max_parts
+        ):
+            splits *= 2
+    warps = 8 if rule.path == "fused" else 4
+    rows = max(RING_ROWS[block_d] * 2 // max(itemsize, 2), 1)
+    part = triton.next_power_of_2(triton.cdiv(L, splits))
+    while rows > part:
+        rows //= 2
+        if rule.path != "fused" and warps > 1 and rows * block_d <= 1024 * warps // 2:
+            warps //= 2
+    wide = 4096 // max(itemsize, 2)
+    return StepPlan(
+        path=rule.path,
+        splits=splits,
+        block_l=rows,
+        block_d=block_d,
+        block_k=max(16, min(128, wide * 8 // block_d)),
+        block_e=max(16, min(128, wide * 8 // block_d)),
+        num_warps=warps,
+        stages=4 if block_d <= 64 else 3,
+        block_o=16,
+        pdl=rule.pdl,
+    )

@@ -1,0 +1,87 @@
+"""Linear map of a few tokens, spread over the rows of the weight so that it fills the chip."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .pieces import cast, dot, start_after_previous_launch
+from .plan import StepPlan
+
+BLOCK_N = 16
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, position_ptr, active_ptr,
+    N, OUTPUTS, stride_xn, stride_xk, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_O output features of BLOCK_N tokens; the first also advances positions.
+
+    Reads BLOCK_O * K weights once for all its tokens. BLOCK_O is small, so that the weights, which
+    are nearly all the bytes, are spread over as many programs as the chip has multiprocessors.
+    """
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    mask_o = offs_o < OUTPUTS
+    start_after_previous_launch(PDL)
+    acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        mask_k = k + offs_k < K
+        x = tl.load(
+            x_ptr + offs_n[:, None] * stride_xn + (k + offs_k).to(tl.int64)[None, :] * stride_xk,
+            mask=mask_n[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_K]
+        weight = tl.load(
+            weight_ptr + offs_o.to(tl.int64)[:, None] * K + (k + offs_k)[None, :],
+            mask=mask_o[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_O, BLOCK_K]
+        acc = dot(x, tl.trans(weight), acc, PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
+    tl.store(
+        out_ptr + offs_n[:, None] * OUTPUTS + offs_o[None, :],
+        cast(acc, out_ptr.dtype.element_ty),
+        mask=mask_n[:, None] & mask_o[None, :],
+    )
+    if position_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if tl.program_id(1) == 0:
+            step = tl.full((BLOCK_N,), 1, tl.int64)
+            if active_ptr is not None:
+                step = tl.load(active_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+            position = tl.load(position_ptr + offs_n, mask=mask_n, other=0)
+            tl.store(position_ptr + offs_n, position + step, mask=mask_n)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: StepPlan,
+    position: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """`x` (N, K) times `weight` (O, K) transposed, plus `bias` (O,): a new (N, O) tensor.
+
+    If `position` (N,) is given it is advanced in place by one, or by `active` (N,).
+    """
+    tokens, (outputs, features) = x.shape[0], weight.shape
+    out = x.new_empty((tokens, outputs))
+    args = (
+        x, weight, bias, out, position, active, tokens, outputs, *x.stride(), features,
+        BLOCK_N, plan.block_o, min(1024 // x.element_size(), triton.next_power_of_2(features)),
+        2, plan.pdl, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        tl.float64 if x.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    grid = (triton.cdiv(tokens, BLOCK_N), triton.cdiv(outputs, plan.block_o), 1)
+    launch(_project_kernel, grid, args, pdl=plan.pdl, num_warps=4)
+    return out

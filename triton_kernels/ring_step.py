@@ -1,0 +1,484 @@
+"""One step of continual attention: projections, ring write and attention over the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, counters, launch
+from .pieces import LOG2E, cast, dot, finite_or_zero, keep_scale, start_after_previous_launch
+from .plan import MAX_HEAD_DIM, StepPlan, step_plan
+from .project import project
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _project_head(
+    x_ptr, stride_xe, weight_ptr, bias_ptr, head,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, USE_DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """This head's rows of weight @ x + bias  # [BLOCK_D]"""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_d = offs_d < D
+    row_ptr = weight_ptr + (head * D + offs_d)[:, None] * K
+    if USE_DOT:
+        acc = tl.zeros((16, BLOCK_D), ACC)
+    else:
+        acc = tl.zeros((BLOCK_D, BLOCK_K), ACC)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        mask_k = k + offs_k < K
+        weight = tl.load(
+            row_ptr + (k + offs_k)[None, :], mask=mask_d[:, None] & mask_k[None, :], other=0.0
+        )  # [BLOCK_D, BLOCK_K]
+        x = tl.load(x_ptr + (k + offs_k).to(tl.int64) * stride_xe, mask=mask_k, other=0.0)
+        if USE_DOT:
+            acc = dot(tl.broadcast_to(x[None, :], (16, BLOCK_K)), tl.trans(weight), acc, PRECISION)
+        else:
+            acc += x.to(ACC)[None, :] * weight.to(ACC)
+    if USE_DOT:
+        first = tl.arange(0, 16) == 0
+        projected = tl.sum(tl.where(first[:, None], acc, 0.0), axis=0)
+    else:
+        projected = tl.sum(acc, axis=1)
+    if bias_ptr is not None:
+        projected += tl.load(bias_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
+    return projected
+
+
+@triton.jit
+def _token_part(
+    x_ptr, stride_xe, weight_ptr, bias_ptr, head, PROJECT: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, USE_DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The head's part of the token's projection, computed here or read where it lies already."""
+    if PROJECT:
+        return _project_head(x_ptr, stride_xe, weight_ptr, bias_ptr, head, K, D, BLOCK_D, BLOCK_K,
+                             STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        offsets = (head * D + offs_d).to(tl.int64) * stride_xe
+        return tl.load(x_ptr + offsets, mask=offs_d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def _add_slot(m, l_sum, acc, score, keep, value):
+    """Online softmax over one more slot, given as a scalar score and a value row."""
+    m_new = tl.maximum(m, score)
+    shift = finite_or_zero(m_new)
+    alpha = tl.exp2(m - shift)
+    weight = tl.exp2(score - shift)
+    return m_new, l_sum * alpha + weight, acc * alpha + weight * keep * value
+
+
+@triton.jit
+def _load_ring(ring_ptr, slots, valid, offs_d, mask_d, D: tl.constexpr):
+    """Rows of one head's ring; invalid slots are not read.  # [BLOCK_L, BLOCK_D]"""
+    return tl.load(
+        ring_ptr + slots[:, None] * D + offs_d[None, :],
+        mask=valid[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _merge_parts(
+    partial_ptr, ml_ptr, bias_ptr, out_ptr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """out = sum over heads and splits of partial, weighted by the share in the head's softmax.
+
+    The order of the sum is that of the parts, whoever finished last: the same bits in every run.
+    """
+    offs_s = tl.arange(0, BLOCK_S)
+    part = tl.arange(0, BLOCK_H)[:, None] * SPLITS + offs_s[None, :]
+    there = (offs_s < SPLITS)[None, :] & (part < HEADS * SPLITS)
+    m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+    l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
+    share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
+    share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
+    part = tl.reshape(part, (BLOCK_H * BLOCK_S,))
+    there = tl.reshape(there, (BLOCK_H * BLOCK_S,))
+    offs_w = tl.arange(0, BLOCK_W)
+    for w in range(0, WIDTH, BLOCK_W):
+        mask_w = w + offs_w < WIDTH
+        rows = tl.load(
+            partial_ptr + part[:, None] * WIDTH + (w + offs_w)[None, :],
+            mask=there[:, None] & mask_w[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [BLOCK_H * BLOCK_S, BLOCK_W]
+        out = tl.sum(rows * share[:, None], axis=0)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + w + offs_w, mask=mask_w, other=0.0).to(ACC)
+        tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
+
+
+@triton.jit
+def _is_last(counter_ptr, COUNT: tl.constexpr):
+    """True in the last of COUNT programs to come here, which then sees all that they stored."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def _ring_step_kernel(
+    query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, v_weight_ptr, in_bias_ptr,
+    o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
+    position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, ml_ptr, counter_ptr,
+    stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p,
+    E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PROJECT: tl.constexpr, STAGES: tl.constexpr,
+    USE_DOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one part of the window of one head of one stream; the last one also merges.
+
+    Reads its part of the ring once, 2 * D * L / SPLITS elements, and with PROJECT its head's rows
+    of the weights; writes one slot of k, v (and q). BLOCK_L * BLOCK_D is as much as the threads
+    can hold twice in registers, so that the next tile is in flight while this one is used.
+    """
+    D: tl.constexpr = E // H
+    program = tl.program_id(0)
+    split = program % SPLITS
+    head = program // SPLITS % H
+    stream = (program // (SPLITS * H)).to(tl.int64)
+    start_after_previous_launch(PDL)
+
+    position = tl.load(position_ptr + stream)
+    new_slot = (position % L).to(tl.int32)
+    last_slot = tl.minimum(position, L - 1).to(tl.int32)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    head_d = head * D + offs_d
+    k_ring_ptr += (stream * H + head) * (L * D)
+    v_ring_ptr += (stream * H + head) * (L * D)
+    query_ptr += stream * stride_qn
+    scale = tl.full((), SCALE * LOG2E, ACC)
+
+    # The new token's own slot is left out of the ring: its key and value come from registers.
+    PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_L - 1) // BLOCK_L * BLOCK_L
+    begin = split * PART
+    end = tl.minimum(begin + PART, last_slot + 1)
+    slots = begin + tl.arange(0, BLOCK_L)
+    valid = (slots < end) & (slots != new_slot)
+    k_next = _load_ring(k_ring_ptr, slots, valid, offs_d, mask_d, D)
+    v_next = _load_ring(v_ring_ptr, slots, valid, offs_d, mask_d, D)
+
+    dtype = k_ring_ptr.dtype.element_ty
+    if R == 0:
+        q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E, D,
+                        BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+    else:
+        q_ring_ptr += stream * R * E
+        if UPDATE:  # noqa: SIM102 (one is known at compile time, one is not)
+            if split == 0:
+                q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E,
+                                D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+                tl.store(q_ring_ptr + position % R * E + head_d, cast(q, dtype), mask=mask_d)
+        q = tl.load(q_ring_ptr + (position + 1) % R * E + head_d, mask=mask_d, other=0.0).to(ACC)
+
+    # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
+    m_i = tl.full((BLOCK_L,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_L,), ACC)
+    acc = tl.zeros((BLOCK_L, BLOCK_D), ACC)
+    for _ in range(begin, end, BLOCK_L):
+        k = k_next.to(ACC)
+        v = v_next.to(ACC)
+        now_valid = valid
+        now_slots = slots
+        slots += BLOCK_L
+        valid = (slots < end) & (slots != new_slot)
+        k_next = _load_ring(k_ring_ptr, slots, valid, offs_d, mask_d, D)
+        v_next = _load_ring(v_ring_ptr, slots, valid, offs_d, mask_d, D)
+        score = tl.where(now_valid, tl.sum(k * q[None, :], axis=1) * scale, float("-inf"))
+        m_new = tl.maximum(m_i, score)
+        shift = finite_or_zero(m_new)
+        alpha = tl.exp2(m_i - shift)
+        weight = tl.exp2(score - shift)
+        m_i = m_new
+        l_i = l_i * alpha + weight
+        if seed_ptr is not None:
+            weight *= keep_scale(seed_ptr, stream, head, now_slots, dropout_p).to(ACC)
+        acc = acc * alpha[:, None] + weight[:, None] * v
+
+    m = tl.max(m_i, axis=0)
+    row_scale = tl.exp2(m_i - finite_or_zero(m))
+    l_sum = tl.sum(l_i * row_scale, axis=0)
+    acc = tl.sum(acc * row_scale[:, None], axis=0)
+
+    if split == 0:
+        key_ptr += stream * stride_kn
+        value_ptr += stream * stride_vn
+        k_part_ptr = k_weight_ptr
+        v_part_ptr = v_weight_ptr
+        if PROJECT and k_weight_ptr is None:
+            k_part_ptr = q_weight_ptr + E * E
+            v_part_ptr = q_weight_ptr + 2 * E * E
+        k_bias_ptr = in_bias_ptr
+        v_bias_ptr = in_bias_ptr
+        if in_bias_ptr is not None:
+            k_bias_ptr = in_bias_ptr + E
+            v_bias_ptr = in_bias_ptr + 2 * E
+        k_new = _token_part(key_ptr, stride_ke, k_part_ptr, k_bias_ptr, head, PROJECT, EK, D,
+                            BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+        v_new = _token_part(value_ptr, stride_ve, v_part_ptr, v_bias_ptr, head, PROJECT, EV, D,
+                            BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+        k_new = cast(k_new, dtype)
+        v_new = cast(v_new, dtype)
+        if UPDATE:
+            tl.store(k_ring_ptr + new_slot * D + offs_d, k_new, mask=mask_d)
+            tl.store(v_ring_ptr + new_slot * D + offs_d, v_new, mask=mask_d)
+        keep = tl.full((), 1.0, ACC)
+        if seed_ptr is not None:
+            keep = keep_scale(seed_ptr, stream, head, new_slot, dropout_p).to(ACC)
+        score = tl.sum(q * k_new.to(ACC), axis=0) * scale
+        m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new.to(ACC))
+        if bias_k_ptr is not None:
+            k_bias = tl.load(bias_k_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
+            v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
+            if seed_ptr is not None:
+                keep = keep_scale(seed_ptr, stream, head, new_slot * 0 + L, dropout_p).to(ACC)
+            score = tl.sum(q * k_bias, axis=0) * scale
+            m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
+        if ADD_ZERO_ATTN:
+            m, l_sum, acc = _add_slot(
+                m, l_sum, acc, tl.zeros((), ACC), keep, tl.zeros((BLOCK_D,), ACC)
+            )
+
+    # A part without a valid slot has l_sum = 0 and weighs nothing; its output must not be 0 / 0.
+    if SPLITS > 1:
+        acc = tl.where(l_sum == 0.0, 0.0, acc / l_sum)
+    else:
+        acc = acc / l_sum
+
+    if BLOCK_E > 0:
+        # This head's share of every output feature; the last program of the stream adds them up.
+        part = head * SPLITS + split
+        partial_ptr += stream * (H * SPLITS * E)
+        ml_ptr += stream * (H * SPLITS * 2)
+        offs_e = tl.arange(0, BLOCK_E)
+        for e in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+            mask_e = e + offs_e < E
+            weight = tl.load(
+                o_weight_ptr + (e + offs_e)[:, None] * E + head_d[None, :],
+                mask=mask_e[:, None] & mask_d[None, :],
+                other=0.0,
+            )  # [BLOCK_E, BLOCK_D]
+            if USE_DOT:
+                o = tl.broadcast_to(cast(acc, dtype)[None, :], (16, BLOCK_D))
+                rows = dot(o, tl.trans(weight), tl.zeros((16, BLOCK_E), ACC), PRECISION)
+                first = tl.arange(0, 16) == 0
+                contribution = tl.sum(tl.where(first[:, None], rows, 0.0), axis=0)
+            else:
+                contribution = tl.sum(weight.to(ACC) * acc[None, :], axis=1)
+            tl.store(partial_ptr + part * E + e + offs_e, contribution, mask=mask_e)
+        tl.store(ml_ptr + part * 2, m)
+        tl.store(ml_ptr + part * 2 + 1, l_sum)
+        if _is_last(counter_ptr + stream, H * SPLITS):
+            _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, H, SPLITS, E,
+                         BLOCK_M, BLOCK_H, BLOCK_S, ACC)  # fmt: skip
+            if UPDATE:
+                step = tl.full((), 1, tl.int64)
+                if active_ptr is not None:
+                    step = tl.load(active_ptr + stream).to(tl.int64)
+                tl.store(position_ptr + stream, position + step)
+    elif SPLITS > 1:
+        group = stream * H + head
+        partial_ptr += group * (SPLITS * D)
+        ml_ptr += group * (SPLITS * 2)
+        tl.store(partial_ptr + split * D + offs_d, acc, mask=mask_d)
+        tl.store(ml_ptr + split * 2, m)
+        tl.store(ml_ptr + split * 2 + 1, l_sum)
+        if _is_last(counter_ptr + group, SPLITS):
+            _merge_parts(partial_ptr, ml_ptr, None, out_ptr + group * D, 1, SPLITS, D,
+                         BLOCK_D, 1, BLOCK_S, ACC)  # fmt: skip
+    else:
+        tl.store(out_ptr + (stream * H + head) * D + offs_d, cast(acc, dtype), mask=mask_d)
+
+
+def project_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    in_proj_weight: Tensor,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value projected, each (..., E): one product where the three are one tensor."""
+    if k_proj_weight is None and query is key and key is value:
+        q, k, v = linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+        return q, k, v
+    if k_proj_weight is None or v_proj_weight is None:
+        q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
+    else:
+        q_weight, k_weight, v_weight = in_proj_weight, k_proj_weight, v_proj_weight
+    q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    return (
+        linear(query, q_weight, q_bias),
+        linear(key, k_weight, k_bias),
+        linear(value, v_weight, v_bias),
+    )
+
+
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed (1,) drawn on the device from torch's generator, which graphs can replay; or None."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
+
+
+def precision() -> str:
+    """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def uncovered(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
+    """What the ring kernels ask of tensors; the last three of `others` are the rings."""
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {query.device.type}, and Triton needs cuda"
+    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
+        return f"no kernel for {query.dtype}"
+    given = [tensor for tensor in others if tensor is not None]
+    if any(tensor.dtype != query.dtype for tensor in (key, value, *given)):
+        return "query, weights and rings differ in dtype"
+    if not all(tensor.is_contiguous() for tensor in given):
+        return "a weight or a ring is not contiguous"
+    if given[-3].shape[3] > MAX_HEAD_DIM:
+        return f"head_dim {given[-3].shape[3]} is over {MAX_HEAD_DIM}"
+    return None
+
+
+def why_not(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    in_proj_weight: Tensor,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    q_ring: Tensor,
+    *rest: Any,
+) -> str | None:
+    """None if this module covers a call of the operator `name`, else the reason why not."""
+    if name != "ring_step_":
+        return f"no kernel for {name} here"
+    return uncovered(
+        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
+        out_proj_weight, out_proj_bias, bias_k, bias_v, k_ring, v_ring, q_ring,
+    )  # fmt: skip
+
+
+def ring_step_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    in_proj_weight: Tensor,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    q_ring: Tensor,
+    position: Tensor,
+    active: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    update: bool,
+    plan: StepPlan | None = None,
+) -> Tensor:
+    """One step of N streams: the output (N, E); writes the rings and `position` if `update`.
+
+    Shapes: `query` (N, E), `key` (N, Ek), `value` (N, Ev), any strides; `in_proj_weight` (3E, E),
+    or (E, E) where `k_proj_weight` (E, Ek) and `v_proj_weight` (E, Ev) are given; `k_ring`,
+    `v_ring` (N, H, L, D); `q_ring` (N, R, E); `position` (N,) int64; `active` (N,) bool.
+    Covered: what `why_not` answers None to. `plan` overrides the table.
+    """
+    N, H, L, D = k_ring.shape
+    E = H * D
+    plan = plan or step_plan(N, E, H, L, query.element_size())
+    out = query.new_empty((N, E))
+    fused = plan.path == "fused"
+    advance = (position, active) if update else (None, None)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return project(x, weight, bias, plan) if plan.path == "chain" else F.linear(x, weight, bias)
+
+    if not fused:
+        query, key, value = project_inputs(
+            query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
+        )
+    weights: tuple = (in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
+                      out_proj_bias) if fused else (None,) * 6  # fmt: skip
+    parts = plan.splits * H if fused else plan.splits
+    width = E if fused else D
+    partial = ml = counter = None
+    acc = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if fused or plan.splits > 1:
+        groups = N if fused else N * H
+        partial = torch.empty((groups, parts, width), dtype=acc, device=query.device)
+        ml = torch.empty((groups, parts, 2), dtype=acc, device=query.device)
+        counter = counters(query, groups)
+    args = (
+        query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, q_ring, position,
+        active if update else None, dropout_seed(dropout_p, query.device), out, partial, ml,
+        counter, *query.stride(), *key.stride(), *value.stride(), dropout_p,
+        *_constants(plan, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
+                    add_zero_attn, update, precision()),
+    )  # fmt: skip
+    options = {"num_warps": plan.num_warps}
+    launch(_ring_step_kernel, (N * H * plan.splits, 1, 1), args, pdl=plan.pdl, **options)
+    if fused:
+        return out
+    if plan.path == "chain":
+        return project(out, out_proj_weight, out_proj_bias, plan, *advance)
+    if update:
+        position.add_(1 if active is None else active)
+    return F.linear(out, out_proj_weight, out_proj_bias)
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    plan: StepPlan, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype,
+    add_zero_attn: bool, update: bool, precision: str,
+) -> tuple:  # fmt: skip
+    """The constexprs of `_ring_step_kernel` in their order."""
+    fused = plan.path == "fused"
+    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(plan.splits)
+    return (
+        E, EK, EV, H, L, R, plan.splits, plan.block_l, plan.block_d, plan.block_k,
+        plan.block_e if fused else 0, fused, plan.stages,
+        dtype.itemsize == 2 or precision == "tf32", bool(add_zero_attn), bool(update),
+        block_h, block_s, max(4, 4096 // (block_h * block_s)), plan.pdl, precision,
+        (E // H) ** -0.5, tl.float64 if dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
