@@ -47,7 +47,7 @@ def test_model_recognises_activities_in_clips_and_in_the_stream(demo):
 def test_all_three_implementations_are_timed(demo):
     printed, _ = demo
     for name in ("continual_mha", "continual-inference", "torch.nn.MultiheadAttention"):
-        assert number_before(f"{name}", printed) > 0
+        assert number_before(name, printed) > 0
 
 
 def test_picture_is_saved_where_asked(demo):

@@ -1,0 +1,165 @@
+"""What is built and installed, and what the README tells people to type."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import continual_mha
+
+ROOT = Path(__file__).parent.parent
+PARTS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+PARTS += ["CITATION.cff", "continual_mha", "triton_kernels", "csrc"]
+BUILD = "from setuptools import build_meta; import sys; build_meta.build_{}(sys.argv[1])"
+
+
+def copy_of_the_tree(target: Path) -> Path:
+    """The sources without anything that was built from them."""
+    target.mkdir()
+    built = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, target / part, symlinks=True, ignore=built)
+        else:
+            shutil.copy(ROOT / part, target / part)
+    return target
+
+
+def build(kind: str, source: Path, target: Path, tools: Path) -> Path:
+    """A wheel or an sdist of ``source``, on a machine whose only programs are in ``tools``."""
+    environment = {**os.environ, "PATH": str(tools), "CC": "no-compiler", "CXX": "no-compiler"}
+    subprocess.run(
+        [sys.executable, "-c", BUILD.format(kind), target],
+        cwd=source,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    [built] = target.iterdir()
+    return built
+
+
+def names_in(wheel: Path) -> set[str]:
+    """The files of ``wheel``."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return copy_of_the_tree(tmp_path_factory.mktemp("tree") / "source")
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    """A wheel built where there is no compiler."""
+    pytest.importorskip("setuptools", minversion="77")
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("none"))
+
+
+def test_wheel_holds_the_package_and_nothing_at_the_top_level_beside_it(wheel):
+    information = f"continual_mha-{continual_mha.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names_in(wheel)} == {"continual_mha", information}
+
+
+def test_wheel_holds_every_module_and_the_type_marker(wheel):
+    sources = [
+        path for part in ("continual_mha", "triton_kernels") for path in (ROOT / part).glob("*.py")
+    ]
+    expected = {
+        path.relative_to(ROOT)
+        .as_posix()
+        .replace("triton_kernels/", "continual_mha/triton_kernels/")
+        for path in sources
+    }
+    assert "continual_mha/triton_kernels/__init__.py" in expected
+    assert expected | {"continual_mha/py.typed"} <= names_in(wheel)
+
+
+def test_wheel_from_an_sdist_holds_the_same_files(tree, wheel, tmp_path):
+    tools, sdists, wheels = tmp_path / "none", tmp_path / "sdists", tmp_path / "wheels"
+    for folder in (tools, sdists, wheels):
+        folder.mkdir()
+    with tarfile.open(build("sdist", tree, sdists, tools)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    [source] = (tmp_path / "unpacked").iterdir()
+    assert names_in(build("wheel", source, wheels, tools)) == names_in(wheel)
+
+
+def test_wheel_declares_what_it_needs(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "continual-mha"
+    assert metadata["Version"] == continual_mha.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    needed = [need for need in metadata.get_all("Requires-Dist") if "extra" not in need]
+    assert sorted(re.match(r"[\w-]+", need)[0] for need in needed) == ["torch", "triton"]
+    assert {"demo", "test", "bench"} <= set(metadata.get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("place", ["wheel", "tree"])
+def test_package_runs_from_the_unpacked_wheel_and_from_the_bare_tree(place, wheel, tree, tmp_path):
+    if place == "wheel":
+        zipfile.ZipFile(wheel).extractall(tmp_path)
+    path = tmp_path if place == "wheel" else tree
+    lines = [
+        "import importlib.util, pathlib, torch, continual_mha",
+        f"assert pathlib.Path(continual_mha.__file__).is_relative_to({str(path)!r})",
+        "assert importlib.util.find_spec('continual_mha.triton_kernels')",
+        "mha = continual_mha.SingleOutputMultiheadAttention(8, 2, sequence_len=2)",
+        "assert mha.forward_step(torch.ones(1, 8)) is None",
+        "assert mha.forward_step(torch.ones(1, 8)).shape == (1, 8)",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT.anchor, env=environment, check=True
+    )
+
+
+def test_changelog_and_citation_name_the_version():
+    assert f"\n## {continual_mha.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {continual_mha.__version__}\n" in citation
+    assert "2201.06268" in citation
+
+
+def commands_in_readme() -> list[list[str]]:
+    """The words of every command in the README's shell blocks."""
+    blocks = re.findall(
+        r"^```(?:sh|bash|shell|console)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [command for command in commands if command]
+
+
+def test_every_make_target_in_the_readme_exists():
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    targets = {
+        word for command in commands_in_readme() if command[0] == "make" for word in command[1:]
+    }
+    assert {"demo", "test"} <= targets
+    for target in sorted(targets):
+        subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
+
+
+def test_every_script_and_extra_in_the_readme_exists():
+    declared = (ROOT / "pyproject.toml").read_text()
+    for command in commands_in_readme():
+        for word in command:
+            assert not word.endswith(".py") or (ROOT / word).is_file()
+        for extra in re.findall(r"\[([\w,-]+)\]", " ".join(command)):
+            assert all(re.search(rf"^{name} = \[", declared, re.M) for name in extra.split(","))
