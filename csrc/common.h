@@ -1,0 +1,123 @@
+// What the CPU and the CUDA library share: the sizes of an operator's arguments, checked.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace continual_mha {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The module's parameters, as the operators of ops.py pass them.
+struct Weights {
+  Tensor in_proj_weight;
+  std::optional<Tensor> k_proj_weight;
+  std::optional<Tensor> v_proj_weight;
+  std::optional<Tensor> in_proj_bias;
+  Tensor out_proj_weight;
+  std::optional<Tensor> out_proj_bias;
+  std::optional<Tensor> bias_k;
+  std::optional<Tensor> bias_v;
+};
+
+struct Rings {
+  Tensor k;         // (N, H, L, D)
+  Tensor v;         // (N, H, L, D)
+  Tensor q;         // (N, R, E)
+  Tensor position;  // (N,)
+};
+
+struct RingSizes {
+  int64_t streams;      // N
+  int64_t num_heads;    // H
+  int64_t length;       // L
+  int64_t head_dim;     // D
+  int64_t query_slots;  // R
+  int64_t embed_dim() const { return num_heads * head_dim; }
+};
+
+inline void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name,
+                  " has another dtype than the ring of keys");
+  STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name,
+                  " is on another device than the ring of keys");
+}
+
+inline void check_matrix(const std::optional<Tensor>& x, int64_t rows, int64_t columns,
+                         const Tensor& like, const char* op, const char* name) {
+  if (!x.has_value()) return;
+  check_like(*x, like, op, name);
+  STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == rows && x->size(1) == columns, op, ": ", name,
+                  " must be (", rows, ", ", columns, ")");
+}
+
+inline void check_vector(const std::optional<Tensor>& x, int64_t size, const Tensor& like,
+                         const char* op, const char* name) {
+  if (!x.has_value()) return;
+  check_like(*x, like, op, name);
+  STD_TORCH_CHECK(x->numel() == size && x->is_contiguous(), op, ": ", name, " must be ", size,
+                  " contiguous elements");
+}
+
+// Sizes of the rings, which are contiguous, of one dtype, and agree with each other.
+inline RingSizes check_rings(const Rings& rings, const char* op) {
+  STD_TORCH_CHECK(rings.k.dim() == 4 && rings.v.dim() == 4 && rings.q.dim() == 3, op,
+                  ": rings must be (N, H, L, D), (N, H, L, D) and (N, R, E)");
+  const RingSizes s{rings.k.size(0), rings.k.size(1), rings.k.size(2), rings.k.size(3),
+                    rings.q.size(1)};
+  check_like(rings.v, rings.k, op, "the ring of values");
+  check_like(rings.q, rings.k, op, "the ring of queries");
+  STD_TORCH_CHECK(s.num_heads > 0 && s.length > 0 && s.head_dim > 0, op, ": a ring has no slot");
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(rings.v.size(i) == rings.k.size(i), op, ": rings of keys and values differ");
+  }
+  STD_TORCH_CHECK(rings.q.size(0) == s.streams && rings.q.size(2) == s.embed_dim(), op,
+                  ": the ring of queries must be (", s.streams, ", R, ", s.embed_dim(), ")");
+  STD_TORCH_CHECK(rings.position.scalar_type() == ScalarType::Long &&
+                      rings.position.device() == rings.k.device() && rings.position.dim() == 1 &&
+                      rings.position.size(0) == s.streams,
+                  op, ": position must be (", s.streams, ",) int64 beside the rings");
+  STD_TORCH_CHECK(rings.k.is_contiguous() && rings.v.is_contiguous() && rings.q.is_contiguous() &&
+                      rings.position.is_contiguous(),
+                  op, ": rings and position must be contiguous");
+  return s;
+}
+
+// Tokens (N, E*) or (N, T, E*) and weights agree with the rings and with each other.
+inline void check_tokens(const Tensor& query, const Tensor& key, const Tensor& value,
+                         const Weights& w, const Rings& rings, const RingSizes& s, const char* op) {
+  const int64_t last = query.dim() - 1;
+  for (const Tensor* x : {&query, &key, &value}) {
+    check_like(*x, rings.k, op, "a token");
+    STD_TORCH_CHECK(x->dim() == last + 1 && x->size(0) == s.streams, op, ": tokens must be (",
+                    s.streams, last == 2 ? ", T, E)" : ", E)");
+    STD_TORCH_CHECK(last == 1 || x->size(1) == query.size(1), op,
+                    ": query, key and value differ in their number of tokens");
+  }
+  const bool packed = !w.k_proj_weight.has_value();
+  const int64_t e = s.embed_dim();
+  STD_TORCH_CHECK(packed == !w.v_proj_weight.has_value(), op,
+                  ": k_proj_weight and v_proj_weight come together");
+  STD_TORCH_CHECK(w.bias_k.has_value() == w.bias_v.has_value(), op,
+                  ": bias_k and bias_v come together");
+  STD_TORCH_CHECK(query.size(last) == e, op, ": query must have ", e, " features");
+  STD_TORCH_CHECK(!packed || (key.size(last) == e && value.size(last) == e), op,
+                  ": key and value must have ", e, " features");
+  check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, rings.k, op, "in_proj_weight");
+  check_matrix(w.k_proj_weight, e, key.size(last), rings.k, op, "k_proj_weight");
+  check_matrix(w.v_proj_weight, e, value.size(last), rings.k, op, "v_proj_weight");
+  check_matrix(w.out_proj_weight, e, e, rings.k, op, "out_proj_weight");
+  check_vector(w.in_proj_bias, 3 * e, rings.k, op, "in_proj_bias");
+  check_vector(w.out_proj_bias, e, rings.k, op, "out_proj_bias");
+  check_vector(w.bias_k, e, rings.k, op, "bias_k");
+  check_vector(w.bias_v, e, rings.k, op, "bias_v");
+}
+
+}  // namespace continual_mha

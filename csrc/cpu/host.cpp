@@ -1,0 +1,155 @@
+#include "host.h"
+
+#include <array>
+
+namespace continual_mha::cpu {
+namespace {
+
+struct InputTag {};
+struct ProjectedTag {};
+
+// Tokens as a projection reads them.
+struct Tokens {
+  const void* data;  // (count, features) acc
+  int64_t stride;
+  int64_t count;
+  int64_t features;
+};
+
+Tokens tokens_of(const Tensor& x, DType dtype) {
+  const int64_t count = x.size(0);
+  const int64_t features = x.size(1);
+  const bool as_acc = dtype == DType::kFloat32 || dtype == DType::kFloat64;
+  if (as_acc && x.stride(1) == 1) return {x.const_data_ptr(), x.stride(0), count, features};
+  void* buffer = scratch<InputTag>(count * features * acc_size(dtype));
+  const void* src = x.const_data_ptr();
+  const int64_t stream_stride = x.stride(0);
+  const int64_t feature_stride = x.stride(1);
+  parallel(count, features, [&](int64_t begin, int64_t end) {
+    kernels(dtype).gather(src, stream_stride, feature_stride, features, buffer, begin, end);
+  });
+  return {buffer, features, count, features};
+}
+
+// `weight` and `bias` are the rows' own; `out` has `out_stride` elements from token to token.
+void project(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
+             int64_t out_stride, int64_t rows) {
+  const ProjectParams params{x.data,     weight,  bias, out,       x.stride,
+                             out_stride, x.count, rows, x.features};
+  const Kernels& table = kernels(dtype);
+  const int64_t blocks = (rows + table.row_block - 1) / table.row_block;
+  parallel(blocks, table.row_block * x.features * x.count,
+           [&](int64_t begin, int64_t end) { table.project(params, begin, end); });
+}
+
+// The rows of query, key and value in the packed weight or bias.
+const void* third(const void* packed, int64_t i, int64_t elements, DType dtype) {
+  if (packed == nullptr) return nullptr;
+  return static_cast<const char*>(packed) + i * elements * element_size(dtype);
+}
+
+std::optional<Tensor> third(const std::optional<Tensor>& packed, int64_t i, int64_t rows) {
+  if (!packed.has_value()) return std::nullopt;
+  return torch::stable::narrow(const_cast<Tensor&>(*packed), 0, i * rows, rows);
+}
+
+Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const Weights& w,
+                             DType dtype) {
+  const int64_t e = w.out_proj_weight.size(0);
+  Projected result{};
+  std::array<const void*, 3> data;
+  if (!w.k_proj_weight && same_tokens(*tokens[0], *tokens[1]) &&
+      same_tokens(*tokens[0], *tokens[2])) {
+    result.owners[0] = linear(*tokens[0], w.in_proj_weight, w.in_proj_bias);
+    result.stride = 3 * e;
+    for (int64_t i = 0; i < 3; ++i)
+      data[i] = third(result.owners[0]->const_data_ptr(), i, e, dtype);
+  } else {
+    const std::array<std::optional<Tensor>, 3> separate{w.in_proj_weight, w.k_proj_weight,
+                                                        w.v_proj_weight};
+    result.stride = e;
+    for (int64_t i = 0; i < 3; ++i) {
+      const auto weight = w.k_proj_weight ? separate[i] : third(w.in_proj_weight, i, e);
+      result.owners[i] = linear(*tokens[i], *weight, third(w.in_proj_bias, i, e));
+      data[i] = result.owners[i]->const_data_ptr();
+    }
+  }
+  result.q = data[0];
+  result.k = data[1];
+  result.v = data[2];
+  return result;
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, op, ": no kernel for this dtype");
+  }
+}
+
+bool same_tokens(const Tensor& a, const Tensor& b) {
+  if (a.get() == b.get()) return true;
+  if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i) || a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+bool prefers_gemm(DType dtype, int64_t tokens) {
+  return dtype == DType::kFloat32 ? tokens > 1 << 30 : tokens > 1 << 30;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
+                     DType dtype, bool gemm) {
+  const std::array<const Tensor*, 3> tokens{&query, &key, &value};
+  if (gemm) return project_in_by_gemm(tokens, w, dtype);
+  const int64_t e = w.out_proj_weight.size(0);
+  const int64_t bytes = query.size(0) * 3 * e * element_size(dtype);
+  char* out = static_cast<char*>(scratch<ProjectedTag>(bytes));
+  const int64_t part = e * element_size(dtype);
+  const Tensor packed = torch::stable::contiguous(w.in_proj_weight);
+  const void* bias = data_or_null(w.in_proj_bias);
+  if (!w.k_proj_weight && same_tokens(query, key) && same_tokens(query, value)) {
+    project(tokens_of(query, dtype), packed.const_data_ptr(), bias, dtype, out, 3 * e, 3 * e);
+  } else {
+    const std::array<std::optional<Tensor>, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};
+    for (int64_t i = 0; i < 3; ++i) {
+      std::optional<Tensor> own;  // keeps a contiguous copy alive
+      if (w.k_proj_weight) own = torch::stable::contiguous(*separate[i]);
+      const void* weight =
+          own ? own->const_data_ptr() : third(packed.const_data_ptr(), i, e * e, dtype);
+      project(tokens_of(*tokens[i], dtype), weight, third(bias, i, e, dtype), dtype, out + i * part,
+              3 * e, e);
+    }
+  }
+  return {out, out + part, out + 2 * part, 3 * e, {}};
+}
+
+void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
+  const int64_t e = w.out_proj_weight.size(0);
+  const Tensor weight = torch::stable::contiguous(w.out_proj_weight);
+  project({attended, e, out.numel() / e, e}, weight.const_data_ptr(), data_or_null(w.out_proj_bias),
+          dtype, out.mutable_data_ptr(), e, e);
+}
+
+}  // namespace continual_mha::cpu

@@ -1,0 +1,76 @@
+// What the CPU operators share on the way to a kernel: memory, threads, projections.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "../common.h"
+#include "kernels.h"
+
+namespace continual_mha::cpu {
+
+// Memory that grows and is kept for the thread's next call. Each purpose has its own, by its tag.
+template <class Tag>
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    memory.reset();
+    capacity = 0;
+    memory.reset(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+// f(begin, end) over [0, tasks) on torch's threads, each with enough of `work_per_task`, counted in
+// multiply-adds, to be worth waking.
+template <class F>
+void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
+  constexpr int64_t kMinWork = 32768;
+  const int64_t grain = (kMinWork + work_per_task - 1) / (work_per_task > 0 ? work_per_task : 1);
+  torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, f);
+}
+
+// The DType of a tensor that a kernel exists for; an error for others.
+DType dtype_of(const Tensor& x, const char* op);
+
+inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Tokens after the in-projection, in the rings' dtype.
+struct Projected {
+  const void* q;
+  const void* k;
+  const void* v;
+  int64_t stride;                   // from one token to the next
+  std::optional<Tensor> owners[3];  // the memory, where a matrix multiplication made it
+};
+
+// Whether both name the same memory in the same way: one projection then serves both.
+bool same_tokens(const Tensor& a, const Tensor& b);
+
+// Whether torch's matrix multiplication beats the kernels for so many tokens at once.
+bool prefers_gemm(DType dtype, int64_t tokens);
+
+// In-projection of (tokens, E*) each. The result is valid until the thread's next call.
+Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
+                     DType dtype, bool gemm);
+
+// out = attended weight^T + bias for (tokens, E) acc.
+void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out);
+
+// torch.nn.functional.linear.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
+inline const void* data_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? x->const_data_ptr() : nullptr;
+}
+
+}  // namespace continual_mha::cpu

@@ -1,0 +1,124 @@
+// The CPU kernels as plain C++: no header of LibTorch, so that the same source is compiled once per
+// instruction set and the fastest one is picked when the library runs.
+#pragma once
+
+#include <cstdint>
+
+namespace continual_mha::cpu {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
+constexpr int kNumDTypes = 4;
+
+// Accumulation type: float for all but float64. Pointers marked "acc" point to it, others to DType.
+
+// Rows [row_begin, row_end) of `out = x weight^T + bias`.
+struct ProjectParams {
+  const void* x;       // (streams, in_features) acc
+  const void* weight;  // (rows, in_features), contiguous
+  const void* bias;    // (rows,), or null
+  void* out;           // (streams, rows)
+  int64_t x_stride;    // elements from one stream to the next
+  int64_t out_stride;
+  int64_t streams;
+  int64_t rows;
+  int64_t in_features;
+};
+
+// One token of every stream against its ring.
+struct RingStepParams {
+  const void* q;  // (N, E) projected, unscaled; k and v alike
+  const void* k;
+  const void* v;
+  int64_t token_stride;  // elements from one stream to the next in q, k and v
+  void* k_ring;          // (N, H, L, D)
+  void* v_ring;
+  void* q_ring;  // (N, R, E)
+  const int64_t* position;
+  const void* bias_k;  // (E,), or null
+  const void* bias_v;
+  void* out;  // (N, E), acc or DType where out_is_storage
+  int64_t streams;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t length;       // L
+  int64_t query_slots;  // R
+  bool add_zero_attn;
+  bool update;
+  bool out_is_storage;
+};
+
+// T tokens of every stream, each against the window that ends with it.
+struct RingStepsParams {
+  const void* q;  // (N, T, E) projected, unscaled; k and v alike
+  const void* k;
+  const void* v;
+  int64_t token_stride;   // from one token to the next
+  int64_t stream_stride;  // from one stream to the next
+  const void* k_ring;
+  const void* v_ring;
+  const void* q_ring;
+  const int64_t* position;
+  const void* bias_k;
+  const void* bias_v;
+  void* out;  // (N, T - first, E), DType
+  int64_t streams;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t length;
+  int64_t query_slots;
+  int64_t tokens;
+  int64_t first;         // the first token whose output is wanted
+  int64_t block_tokens;  // tokens of one task
+  bool add_zero_attn;
+};
+
+// A query per head against one key and value tile per stream.
+struct AttendSharedParams {
+  const void* query;  // (N, H, Ek)
+  const void* key;    // (N, S, Ek)
+  const void* value;  // (N, S, Ev)
+  const void* mask;   // acc, or null
+  const void* sink;   // (N, H) acc, or null
+  void* out;          // (N, H, Ev)
+  void* lse;          // (N, H) acc
+  int64_t mask_stream_stride;
+  int64_t mask_head_stride;
+  int64_t mask_slot_stride;
+  int64_t key_stream_stride;
+  int64_t key_slot_stride;
+  int64_t value_stream_stride;
+  int64_t value_slot_stride;
+  int64_t streams;
+  int64_t num_heads;
+  int64_t slots;
+  int64_t key_dim;
+  int64_t value_dim;
+};
+
+constexpr int64_t kHeadBlock = 4;  // heads of one task of attend_shared
+
+// What one instruction set offers for one DType. Every function works on a range of independent
+// tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
+struct Kernels {
+  int64_t row_block;  // rows of a projection that are computed together
+  // Tokens (streams, in_features) of any strides to a contiguous array of acc.
+  void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
+                 void* dst, int64_t begin, int64_t end);
+  void (*project)(const ProjectParams&, int64_t begin, int64_t end);
+  int64_t (*ring_step_scratch)(const RingStepParams&);  // bytes
+  void (*ring_step)(const RingStepParams&, void* scratch, int64_t begin, int64_t end);
+  int64_t (*ring_steps_scratch)(const RingStepsParams&);
+  void (*ring_steps)(const RingStepsParams&, void* scratch, int64_t begin, int64_t end);
+  int64_t (*attend_shared_scratch)(const AttendSharedParams&);
+  void (*attend_shared)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
+};
+
+// One table per instruction set, indexed by DType; null where the compiler cannot target it.
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_baseline();
+
+// The kernels of the instruction set in use.
+const Kernels& kernels(DType dtype);
+
+}  // namespace continual_mha::cpu

@@ -1,0 +1,96 @@
+// continual_mha::cpu_ring_step_: one token of every stream.
+#include "host.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+constexpr const char* kOp = "cpu_ring_step_";
+
+struct AttendedTag {};
+struct StepTag {};
+
+RingStepParams params_of(const Projected& tokens, const Weights& w, const Rings& rings,
+                         const RingSizes& s, bool add_zero_attn, bool update) {
+  RingStepParams p{};
+  p.q = tokens.q;
+  p.k = tokens.k;
+  p.v = tokens.v;
+  p.token_stride = tokens.stride;
+  p.k_ring = rings.k.mutable_data_ptr();
+  p.v_ring = rings.v.mutable_data_ptr();
+  p.q_ring = rings.q.mutable_data_ptr();
+  p.position = static_cast<const int64_t*>(rings.position.const_data_ptr());
+  p.bias_k = data_or_null(w.bias_k);
+  p.bias_v = data_or_null(w.bias_v);
+  p.streams = s.streams;
+  p.num_heads = s.num_heads;
+  p.head_dim = s.head_dim;
+  p.length = s.length;
+  p.query_slots = s.query_slots;
+  p.add_zero_attn = add_zero_attn;
+  p.update = update;
+  return p;
+}
+
+void attend(const RingStepParams& p, DType dtype) {
+  const Kernels& table = kernels(dtype);
+  const int64_t bytes = table.ring_step_scratch(p);
+  parallel(p.streams * p.num_heads, 2 * p.length * p.head_dim, [&](int64_t begin, int64_t end) {
+    table.ring_step(p, scratch<StepTag>(bytes), begin, end);
+  });
+}
+
+void advance_positions(const Tensor& position, const std::optional<Tensor>& active) {
+  int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
+  const bool* runs =
+      active.has_value() ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
+  const int64_t stride = active.has_value() ? active->stride(0) : 0;
+  for (int64_t n = 0; n < position.size(0); ++n) to[n] += runs == nullptr || runs[n * stride];
+}
+
+void check_active(const std::optional<Tensor>& active, const RingSizes& s) {
+  if (!active.has_value()) return;
+  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->dim() == 1 &&
+                      active->size(0) == s.streams && active->is_cpu(),
+                  kOp, ": active must be (", s.streams, ",) bool beside the rings");
+}
+
+}  // namespace
+
+Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
+                 std::optional<Tensor> k_proj_weight, std::optional<Tensor> v_proj_weight,
+                 std::optional<Tensor> in_proj_bias, Tensor out_proj_weight,
+                 std::optional<Tensor> out_proj_bias, std::optional<Tensor> bias_k,
+                 std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
+                 Tensor position, std::optional<Tensor> active, bool add_zero_attn,
+                 double dropout_p, bool update) {
+  const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
+                  out_proj_weight, out_proj_bias, bias_k,        bias_v};
+  const Rings rings{k_ring, v_ring, q_ring, position};
+  STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
+  STD_TORCH_CHECK(query.dim() == 2, kOp, ": tokens must be (N, E)");
+  const RingSizes s = check_rings(rings, kOp);
+  check_tokens(query, key, value, w, rings, s, kOp);
+  check_active(active, s);
+  const DType dtype = dtype_of(k_ring, kOp);
+  const int64_t e = s.embed_dim();
+  if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
+
+  const bool gemm = prefers_gemm(dtype, s.streams);
+  const Projected tokens = project_in(query, key, value, w, dtype, gemm);
+  RingStepParams p = params_of(tokens, w, rings, s, add_zero_attn, update);
+  Tensor out = torch::stable::new_empty(query, {s.streams, e});
+  p.out_is_storage = gemm;
+  p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
+  attend(p, dtype);
+  if (update) advance_positions(position, active);
+  if (gemm) return linear(out, out_proj_weight, out_proj_bias);
+  project_out(p.out, w, dtype, out);
+  return out;
+}
+
+}  // namespace continual_mha::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cpu_ring_step_", TORCH_BOX(&continual_mha::cpu::ring_step));
+}

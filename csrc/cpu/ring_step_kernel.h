@@ -1,0 +1,114 @@
+// One token of every stream against its ring.
+#pragma once
+
+#include "extra_slots.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+// out = softmax(q K^T) V over `slots` rows and the extra slots; q is scaled.
+template <class S, class A>
+CMHA_INLINE void attend(const A* q, const S* k, const S* v, int64_t slots, int64_t head_dim,
+                        const ExtraSlots<S>& extra, A* scores, A* out) {
+  dot_rows<1, false>(k, head_dim, 0, slots, q, 0, head_dim,
+                     [&](int64_t l, int, A sum)
+                         __attribute__((always_inline)) { scores[l] = sum; });
+  extra.score(q, head_dim, scores + slots);
+  const A scale = 1 / softmax_numerators(scores, slots + extra.count()).sum;
+  for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
+  weighted_rows<1>(scores, 0, v, head_dim, 0, slots, head_dim, out, 0);
+  extra.add_value(scores[slots], head_dim, out);
+  for (int64_t d = 0; d < head_dim; ++d) out[d] *= scale;
+}
+
+template <class S>
+struct RingStepScratch {
+  using A = typename AccOf<S>::type;
+  A* q;
+  A* out;
+  A* scores;
+  S* k;  // a copy of one head's ring, where the ring itself must stay as it is
+  S* v;
+
+  RingStepScratch(const RingStepParams& p, Arena& arena) {
+    const int64_t ring = p.update ? 0 : p.length * p.head_dim;
+    q = arena.take<A>(p.head_dim);
+    out = arena.take<A>(p.head_dim);
+    scores = arena.take<A>(padded_scores<A>(p.length));
+    k = arena.take<S>(ring);
+    v = arena.take<S>(ring);
+  }
+};
+
+template <class S>
+int64_t ring_step_scratch(const RingStepParams& p) {
+  Arena arena(nullptr);
+  RingStepScratch<S>(p, arena);
+  return arena.used();
+}
+
+// The ring of one head with the new token in its slot: the ring itself, or a copy of the used
+// slots.
+template <class S>
+CMHA_INLINE const S* with_token(S* ring, const S* token, int64_t slot, int64_t slots,
+                                int64_t head_dim, bool update, S* copy) {
+  if (!update) {
+    memcpy(copy, ring, static_cast<size_t>(slots * head_dim) * sizeof(S));
+    ring = copy;
+  }
+  memcpy(ring + slot * head_dim, token, static_cast<size_t>(head_dim) * sizeof(S));
+  return ring;
+}
+
+// The scaled query whose turn it is: the new one, or with a delay the oldest in the ring of
+// queries.
+template <class S, class A>
+CMHA_INLINE void take_query(const RingStepParams& p, int64_t n, int64_t head, A scale, A* q) {
+  const int64_t embed_dim = p.num_heads * p.head_dim;
+  const S* token = static_cast<const S*>(p.q) + n * p.token_stride + head * p.head_dim;
+  if (p.query_slots == 0) {
+    copy_widened(token, p.head_dim, scale, q);
+    return;
+  }
+  S* ring = static_cast<S*>(p.q_ring) + n * p.query_slots * embed_dim + head * p.head_dim;
+  const int64_t due = (p.position[n] + 1) % p.query_slots;
+  copy_widened(ring + due * embed_dim, p.head_dim, scale, q);
+  if (p.update) {
+    memcpy(ring + p.position[n] % p.query_slots * embed_dim, token,
+           static_cast<size_t>(p.head_dim) * sizeof(S));
+  }
+}
+
+// Tasks are (stream, head): writes the token into the head's ring, then reads that ring once.
+template <class S>
+void ring_step(const RingStepParams& p, void* memory, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  Arena arena(memory);
+  const RingStepScratch<S> scratch(p, arena);
+  const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(p.head_dim)));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / p.num_heads;
+    const int64_t head = task % p.num_heads;
+    const int64_t column = head * p.head_dim;
+    const int64_t token = n * p.token_stride + column;
+    const int64_t ring = task * p.length * p.head_dim;
+    const int64_t slot = p.position[n] % p.length;
+    const int64_t slots = min_of(p.position[n] + 1, p.length);
+    const S* k = with_token(static_cast<S*>(p.k_ring) + ring, static_cast<const S*>(p.k) + token,
+                            slot, slots, p.head_dim, p.update, scratch.k);
+    const S* v = with_token(static_cast<S*>(p.v_ring) + ring, static_cast<const S*>(p.v) + token,
+                            slot, slots, p.head_dim, p.update, scratch.v);
+    take_query<S>(p, n, head, scale, scratch.q);
+    const int64_t out = n * p.num_heads * p.head_dim + column;
+    const auto extra = extra_slots<S>(p.bias_k, p.bias_v, p.add_zero_attn, column);
+    A* attended = p.out_is_storage ? scratch.out : static_cast<A*>(p.out) + out;
+    attend(scratch.q, k, v, slots, p.head_dim, extra, scratch.scores, attended);
+    if (!p.out_is_storage) continue;
+    for (int64_t d = 0; d < p.head_dim; ++d) narrow(attended[d], static_cast<S*>(p.out) + out + d);
+  }
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu

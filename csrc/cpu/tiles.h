@@ -1,0 +1,198 @@
+// The two inner loops that everything here consists of: dot products of contiguous rows with a few
+// vectors, and weighted sums of contiguous rows.
+#pragma once
+
+#include "vec.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+template <class T>
+CMHA_INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+CMHA_INLINE T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+
+// A number as a type, to choose a template's argument inside a generic lambda.
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// sums[i] is the sum of the lanes of acc[i].
+template <class A, int kCount>
+CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  constexpr int kGroup = kCount < kLanes ? kCount : kLanes;
+  const typename Simd<A>::Vec sum = transposed_sum<A, kLanes, kGroup>(acc);
+  memcpy(sums, &sum, kGroup * sizeof(A));
+  if constexpr (kCount > kGroup) store_sums<A, kCount - kGroup>(acc + kGroup, sums + kGroup);
+}
+
+// sums[r * kC + c] = row r . x c over `count` elements. Each sum has one accumulator and one order
+// of addition whatever kR and kC are, so its bits do not depend on them. kPrefetch asks for the
+// lines `ahead` elements further on: the hardware does not follow kR rows at once.
+template <int kR, int kC, bool kPrefetch, class S, class A>
+CMHA_INLINE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
+                          int64_t count, int64_t ahead, A* sums) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  Vec acc[kR * kC] = {};
+  Vec xs[kC];
+  // Four rows to a pointer: 16 pointers would not fit the registers.
+  const auto row = [&](int r, int64_t i) __attribute__((always_inline)) {
+    return rows + r / 4 * 4 * row_stride + i + r % 4 * row_stride;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) xs[c] = load(x + c * x_stride + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      if constexpr (kPrefetch) __builtin_prefetch(row(r, i) + ahead);
+      const Vec w = load(row(r, i));
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
+    }
+  }
+  if (i < count) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) xs[c] = load_partial(x + c * x_stride + i, count - i);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const Vec w = load_partial(row(r, i), count - i);
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
+    }
+  }
+  store_sums<A, kR * kC>(acc, sums);
+}
+
+// emit(row, c, row . x c) for rows [begin, end) and kC vectors x.
+template <int kC, bool kPrefetch, class S, class A, class Emit>
+CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const A* x,
+                          int64_t x_stride, int64_t count, const Emit& emit) {
+  constexpr int kR = kTileVectors / (kC == 3 ? 4 : kC);
+  A sums[kTileVectors];
+  int64_t r = begin;
+  const auto tiles_of = [&](auto tag) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(tag)::value;
+    for (; r + kRows <= end; r += kRows) {
+      const int64_t ahead = r + 2 * kRows <= end ? kRows * row_stride : 0;
+      dot_tile<kRows, kC, kPrefetch>(rows + r * row_stride, row_stride, x, x_stride, count, ahead,
+                                     sums);
+      for (int i = 0; i < kRows; ++i) {
+        for (int c = 0; c < kC; ++c) emit(r + i, c, sums[i * kC + c]);
+      }
+    }
+  };
+  tiles_of(Int<kR>{});
+  if constexpr (kR > 4) tiles_of(Int<4>{});
+  tiles_of(Int<1>{});
+}
+
+// out[q][0..columns) += sum over rows l of p[q][l] * row l, for kQ rows of weights and kVecs
+// vectors of columns; `tail` > 0 says that the last vector has only so many columns. The rows are
+// dealt out to kPhases accumulators, so that a narrow chunk is not bound by the latency of one
+// addition.
+template <int kQ, int kVecs, int kPhases, class S, class A>
+CMHA_INLINE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
+                               int64_t begin, int64_t end, int64_t tail, A* out,
+                               int64_t out_stride) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  Vec acc[kPhases][kQ][kVecs] = {};
+  const auto add_row = [&](Vec(*sums)[kVecs], int64_t l) __attribute__((always_inline)) {
+    const S* row = rows + l * row_stride;
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec v = tail > 0 ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
+    }
+  };
+  int64_t l = begin;
+  for (; l + kPhases <= end; l += kPhases) {
+#pragma GCC unroll 4
+    for (int phase = 0; phase < kPhases; ++phase) add_row(acc[phase], l + phase);
+  }
+  for (; l < end; ++l) add_row(acc[0], l);
+#pragma GCC unroll 4
+  for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j) {
+      Vec sum = acc[0][q][j];
+#pragma GCC unroll 4
+      for (int phase = 1; phase < kPhases; ++phase) sum += acc[phase][q][j];
+      A* to = out + q * out_stride + j * kLanes;
+      if (tail > 0) {
+        store_partial<A>(to, load_partial(to, tail) + sum, tail);
+      } else {
+        store<A>(to, load(to) + sum);
+      }
+    }
+  }
+}
+
+// The same for any number of columns.
+template <int kQ, class S, class A>
+CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
+                               int64_t begin, int64_t end, int64_t columns, A* out,
+                               int64_t out_stride) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  int64_t d = 0;
+  const auto chunks_of = [&](auto tag) __attribute__((always_inline)) {
+    constexpr int kVecs = decltype(tag)::value;
+    constexpr int kSpare = kTileVectors / (kVecs * kQ);
+    constexpr int kPhases = kSpare < 1 ? 1 : kSpare > 4 ? 4 : kSpare;
+    for (; d + kVecs * kLanes <= columns; d += kVecs * kLanes) {
+      weighted_tile<kQ, kVecs, kPhases>(p, p_stride, rows + d, row_stride, begin, end, 0, out + d,
+                                        out_stride);
+    }
+  };
+  if constexpr (kTileVectors / kQ >= 16) chunks_of(Int<16>{});
+  if constexpr (kTileVectors / kQ >= 8) chunks_of(Int<8>{});
+  if constexpr (kTileVectors / kQ >= 4) chunks_of(Int<4>{});
+  chunks_of(Int<2>{});
+  chunks_of(Int<1>{});
+  if (d < columns) {
+    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1>(p, p_stride, rows + d, row_stride, begin, end,
+                                          columns - d, out + d, out_stride);
+  }
+}
+
+// exp(x - max) in place over `count` scores, whose array reaches to the next multiple of kLanes.
+// Returns the maximum and the sum.
+template <class A>
+struct SoftmaxSum {
+  A max;
+  A sum;
+};
+
+template <class A>
+CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = count; i < padded; ++i) scores[i] = -static_cast<A>(__builtin_inff());
+  Vec highest = load(scores);
+  for (int64_t i = kLanes; i < padded; i += kLanes) {
+    const Vec x = load(scores + i);
+    highest = x > highest ? x : highest;
+  }
+  const A max = max_lanes<A>(highest);
+  Vec sum = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec e = exp_nonpositive(load(scores + i) - max);
+    store<A>(scores + i, e);
+    sum += e;
+  }
+  return {max, sum_lanes<A>(sum)};
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu

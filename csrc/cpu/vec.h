@@ -1,0 +1,308 @@
+// Vectors as wide as the instruction set of the including file, on the compiler's vector extension:
+// one source serves AVX-512, AVX2, SSE2 and NEON. Everything here has internal linkage, since each
+// kernels_*.cpp is compiled for another machine and the linker must not merge their functions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define CMHA_INLINE inline __attribute__((always_inline))
+
+namespace continual_mha::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 16;  // accumulators of a tile; of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 8;  // of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 8;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+
+// Lanes, the vector of them, and the integers of the same shape.
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+using FVec = Simd<float>::Vec;
+using FInt = Simd<float>::Int;
+using FHalf = Simd<float>::Half;
+using DVec = Simd<double>::Vec;
+
+template <class To, class From>
+CMHA_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Conversions of one element.
+
+CMHA_INLINE float widen(float x) { return x; }
+CMHA_INLINE double widen(double x) { return x; }
+CMHA_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+CMHA_INLINE float widen(Float16 x) {
+  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
+  const uint32_t rest = uint32_t{x.bits} & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  if (rest >= 0x400u) return bit_cast<float>(sign | ((rest << 13) + (112u << 23)));
+  const float subnormal = static_cast<float>(rest) * 0x1p-24f;
+  return bit_cast<float>(sign | bit_cast<uint32_t>(subnormal));
+}
+
+// Round to nearest, ties to even.
+CMHA_INLINE void narrow(float x, float* out) { *out = x; }
+CMHA_INLINE void narrow(double x, double* out) { *out = x; }
+
+CMHA_INLINE void narrow(float x, BFloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+
+CMHA_INLINE void narrow(float x, Float16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {
+    half =
+        0x7c00u;  // at and above the midpoint between the largest number and the next power of two
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else {
+    // Adding 0.5 leaves the subnormal's digits, rounded, at the low end of the mantissa.
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// Loads: kLanes elements from any address.
+
+CMHA_INLINE FVec load(const float* p) {
+  FVec v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+CMHA_INLINE DVec load(const double* p) {
+  DVec v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+CMHA_INLINE FVec load(const BFloat16* p) {
+  FHalf half;
+  memcpy(&half, p, sizeof(half));
+#if defined(__AVX512F__)
+  // Zero-masked with all lanes on: GCC warns of an uninitialized operand in the plain forms.
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(half));
+  return bit_cast<FVec>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(bit_cast<__m128i>(half));
+  return bit_cast<FVec>(_mm256_slli_epi32(wide, 16));
+#else
+  return bit_cast<FVec>(__builtin_convertvector(half, FInt) << 16);
+#endif
+}
+
+CMHA_INLINE FVec load(const Float16* p) {
+#if defined(__AVX512F__)
+  __m256i half;
+  memcpy(&half, p, sizeof(half));
+  return bit_cast<FVec>(_mm512_maskz_cvtph_ps(0xffff, half));
+#elif defined(__AVX2__)
+  __m128i half;
+  memcpy(&half, p, sizeof(half));
+  return bit_cast<FVec>(_mm256_cvtph_ps(half));
+#else
+  FVec v;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+// The first `count` < kLanes elements, zeros behind them; reads no byte beyond.
+template <class S>
+CMHA_INLINE auto load_partial(const S* p, int64_t count) {
+  using A = typename AccOf<S>::type;
+  typename Simd<A>::Vec v = {};
+  for (int i = 0; i < Simd<A>::kLanes; ++i) {
+    if (i < count) v[i] = widen(p[i]);
+  }
+  return v;
+}
+
+#if defined(__AVX512F__)
+CMHA_INLINE FVec load_partial(const float* p, int64_t count) {
+  return bit_cast<FVec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+#elif defined(__AVX2__)
+CMHA_INLINE FVec load_partial(const float* p, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+  return bit_cast<FVec>(_mm256_maskload_ps(p, mask));
+}
+#endif
+
+template <class A>
+CMHA_INLINE void store(A* p, typename Simd<A>::Vec v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+template <class A>
+CMHA_INLINE void store_partial(A* p, typename Simd<A>::Vec v, int64_t count) {
+  for (int i = 0; i < Simd<A>::kLanes; ++i) {
+    if (i < count) p[i] = v[i];
+  }
+}
+
+template <class A>
+CMHA_INLINE typename Simd<A>::Vec broadcast(A x) {
+  return x - typename Simd<A>::Vec{};
+}
+
+// Sums of kLanes vectors at once. In every stage each pair of vectors becomes one whose groups of
+// lanes are half as long, by adding the upper half of each group to its lower half; a sum is made
+// in the same order wherever in the tile it stands, so it is the same bits.
+template <int kLanes>
+struct Halves {
+  // Lane of the concatenation (a, b) that stands at place i of the lower (or upper) halves of
+  // groups of `group` lanes.
+  static constexpr int index(int i, int group, bool upper) {
+    const int half = group / 2;
+    return (i / half) * group + i % half + (upper ? half : 0);
+  }
+};
+
+template <class A, int kGroup, int... kI>
+struct FoldImpl {
+  using Vec = typename Simd<A>::Vec;
+  using Int = typename Simd<A>::Int;
+  static CMHA_INLINE Vec apply(Vec a, Vec b) {
+    using Index = Halves<Simd<A>::kLanes>;
+#if defined(__clang__)
+    const Vec low = __builtin_shufflevector(a, b, Index::index(kI, kGroup, false)...);
+    const Vec high = __builtin_shufflevector(a, b, Index::index(kI, kGroup, true)...);
+#else
+    const Vec low = __builtin_shuffle(a, b, Int{Index::index(kI, kGroup, false)...});
+    const Vec high = __builtin_shuffle(a, b, Int{Index::index(kI, kGroup, true)...});
+#endif
+    return low + high;
+  }
+};
+
+template <class A, int kGroup, int kLanes>
+struct Fold;
+template <class A, int kGroup>
+struct Fold<A, kGroup, 2> : FoldImpl<A, kGroup, 0, 1> {};
+template <class A, int kGroup>
+struct Fold<A, kGroup, 4> : FoldImpl<A, kGroup, 0, 1, 2, 3> {};
+template <class A, int kGroup>
+struct Fold<A, kGroup, 8> : FoldImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7> {};
+template <class A, int kGroup>
+struct Fold<A, kGroup, 16>
+    : FoldImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> {};
+
+// v[0] of the result is the sum of the lanes of v[0], and so on; kCount vectors, kCount <= kLanes.
+template <class A, int kGroup, int kCount>
+CMHA_INLINE typename Simd<A>::Vec transposed_sum(const typename Simd<A>::Vec* v) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kNext = (kCount + 1) / 2;
+  Vec folded[kNext];
+#pragma GCC unroll 16
+  for (int i = 0; i < kNext; ++i) {
+    const Vec& second = 2 * i + 1 < kCount ? v[2 * i + 1] : v[2 * i];
+    folded[i] = Fold<A, kGroup, Simd<A>::kLanes>::apply(v[2 * i], second);
+  }
+  if constexpr (kGroup == 2) {
+    return folded[0];
+  } else {
+    return transposed_sum<A, kGroup / 2, kNext>(folded);
+  }
+}
+
+template <class A>
+CMHA_INLINE A sum_lanes(typename Simd<A>::Vec v) {
+  return transposed_sum<A, Simd<A>::kLanes, 1>(&v)[0];
+}
+
+template <class A>
+CMHA_INLINE A max_lanes(typename Simd<A>::Vec v) {
+  A result = v[0];
+  for (int i = 1; i < Simd<A>::kLanes; ++i) result = v[i] > result ? v[i] : result;
+  return result;
+}
+
+// exp(x) for x <= 0, as a softmax needs it: 2^n e^r with n the nearest integer to x / ln 2 and a
+// polynomial of degree 6 for e^r, |r| <= ln 2 / 2. At most 1.1 ulp from exact where the result is
+// normal; below that it is 0. NaN stays NaN.
+CMHA_INLINE FVec exp_nonpositive(FVec x) {
+  const float kRound = 0x1.8p23f;  // adding it moves the integer part to the low bits
+  const FVec shifted = x * 0x1.715476p0f + kRound;
+  const FVec n = shifted - kRound;
+  FVec r = x - n * 0x1.62e4p-1f;
+  r = r - n * 0x1.7f7d1cp-20f;
+  FVec p = broadcast<float>(0x1.6a2352p-10f);
+  p = p * r + 0x1.123a6cp-7f;
+  p = p * r + 0x1.5558f4p-5f;
+  p = p * r + 0x1.55549p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r * r + r + 1.0f;
+  const FInt exponent = bit_cast<FInt>(shifted) << 23;
+  const FVec scaled = bit_cast<FVec>(bit_cast<FInt>(p) + exponent);
+  const FVec result = x < -87.0f ? FVec{} : scaled;
+  return x != x ? x : result;
+}
+
+CMHA_INLINE DVec exp_nonpositive(DVec x) {
+  DVec result;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) result[i] = __builtin_exp(x[i]);
+  return result;
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu
