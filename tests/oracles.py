@@ -1,6 +1,7 @@
 """What the tests compare with: attention over the sliding window, and how close is close enough.
 
-Everything here works on tokens laid out batch first, (N, S, features), whatever layout the module under test takes.
+Everything here works on tokens laid out batch first, (N, S, features), whatever layout the module
+under test takes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch.func import functional_call
 
 from continual_mha import SingleOutputMultiheadAttention
 
-# Rounding a result may add to twice the error of plain PyTorch, as a share of the largest expected magnitude.
+# Rounding that a result may add to twice the error of plain PyTorch, as a share of the largest
+# expected magnitude.
 ROUNDING = {
     torch.float64: 1e-14,
     torch.float32: 1e-6,
@@ -23,7 +25,7 @@ ROUNDING = {
 # Errors that no computation in that precision may exceed here, however badly plain PyTorch does.
 CEILING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
-# Constructor arguments that change the arithmetic or the layout; L is EMBED's companion below.
+# Constructor arguments that change the arithmetic or the layout.
 EMBED, HEADS, LENGTH = 12, 2, 5
 CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -61,7 +63,7 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(seed: int = 0, **arguments: Any) -> SingleOutputMultiheadAttention:
-    """A module with every parameter random: as constructed, its biases are zero and hide mistakes."""
+    """A module with every parameter random: biases of zero, as constructed, would hide mistakes."""
     arguments = {
         "embed_dim": EMBED,
         "num_heads": HEADS,
@@ -81,7 +83,7 @@ def build(seed: int = 0, **arguments: Any) -> SingleOutputMultiheadAttention:
 def draw_tokens(
     module: nn.MultiheadAttention, streams: int, count: int, seed: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of `count` tokens: (N, S, E), (N, S, kdim), (N, S, vdim), all different."""
+    """Query (N, S, E), key (N, S, kdim) and value (N, S, vdim) of `count` tokens, all different."""
     generator = torch.Generator().manual_seed(seed)
     dtype = module.out_proj.weight.dtype
     return tuple(  # type: ignore[return-value]
@@ -101,15 +103,16 @@ from_layout = to_layout  # each of the layouts is its own inverse
 
 
 def query_lag(module: SingleOutputMultiheadAttention) -> int:
-    """How many tokens behind the newest one the query of an output is, counted from its definition."""
+    """How many tokens the query of an output is behind the newest, counted from its definition."""
     index = module.query_index % module.sequence_len
     return module.sequence_len - 1 - index
 
 
 def torch_attention(module: nn.MultiheadAttention, dtype: torch.dtype | None = None):
-    """`torch.nn.MultiheadAttention` as a function, batch first, sharing the parameters of `module` with autograd.
+    """`torch.nn.MultiheadAttention` with the parameters of `module`, as a function, batch first.
 
-    In training mode without dropout, so that it takes none of its fast paths."""
+    Autograd reaches the parameters. It runs in training mode without dropout, so that it takes
+    none of its fast paths."""
     dtype = dtype or module.out_proj.weight.dtype
     shell = nn.MultiheadAttention(
         module.embed_dim,
@@ -142,7 +145,7 @@ def window_attention(
     value: Tensor | None = None,
     dtype: torch.dtype | None = torch.float64,
 ) -> Tensor:
-    """Outputs of all full windows over S tokens, (N, S - L + 1, E): one masked call of PyTorch's attention."""
+    """Outputs (N, S - L + 1, E) of all full windows over S tokens: one masked call of PyTorch's."""
     key = query if key is None else key
     value = query if value is None else value
     length, lag, count = module.sequence_len, query_lag(module), query.shape[1]
@@ -212,7 +215,7 @@ def step_through(
 
 
 def stack(outputs: list[Tensor | None], module: SingleOutputMultiheadAttention) -> Tensor:
-    """Outputs of a stream from its first token on, (N, t, E); asserts that exactly the cold ones are None."""
+    """Outputs of a stream from its first token on, (N, t, E); just the cold ones must be None."""
     cold = min(module.sequence_len - 1, len(outputs))
     assert all(output is None for output in outputs[:cold])
     warm = [output for output in outputs[cold:] if output is not None]
@@ -240,5 +243,6 @@ def assert_same_state(left: Any, right: Any) -> None:
         return
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
         assert torch.equal(a.detach(), b.detach())

@@ -1,4 +1,4 @@
-"""In the containers of `continual-inference`, in place of its own attention with the same weights."""
+"""In the containers of `continual-inference`, instead of its own attention of the same weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CONTAINERS = {
     ),
 }
 
-# The others add outputs of a cold branch to those of a warm one, which the containers themselves refuse.
+# The others add a warm branch's outputs to a cold one's, which the containers themselves refuse.
 TAKE_MANY_STEPS = [
     "sequential",
     "sequential with convolution",
@@ -178,8 +178,10 @@ def test_containers_leave_the_call_mode_as_they_found_it():
 
 def test_module_is_a_continual_module_by_duck_typing():
     ours, theirs = pair()
-    assert CoModule.is_valid(ours) and CoModule.is_valid(type(ours))
-    assert ours.stride == theirs.stride and ours.padding == theirs.padding
+    assert CoModule.is_valid(ours)
+    assert CoModule.is_valid(type(ours))
+    assert ours.stride == theirs.stride
+    assert ours.padding == theirs.padding
     assert isinstance(ours, nn.MultiheadAttention)
     added = continual.Sequential(ours)
     assert added[0] is ours  # taken as it is and not converted
@@ -243,7 +245,8 @@ def test_functional_step_changes_neither_the_module_nor_the_given_state(query_in
             assert_same_state(state, given)
             assert (output is None) == (expected[t] is None)
             if output is not None:
-                assert torch.equal(output, expected[t]) and torch.equal(again, output)
+                assert torch.equal(output, expected[t])
+                assert torch.equal(again, output)
             state = following
     assert_same_state(module.get_state(), own)
     assert_same_state(state, twin.get_state())

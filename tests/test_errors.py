@@ -201,7 +201,7 @@ def test_query_index_must_be_an_integer(query_index):
     assert_refused(lambda: build(query_index=query_index), (TypeError, ValueError), ["query_index"])
 
 
-@pytest.mark.parametrize("embed_dim, num_heads", [(12, 5), (7, 2), (4, 8)])
+@pytest.mark.parametrize(("embed_dim", "num_heads"), [(12, 5), (7, 2), (4, 8)])
 def test_embed_dim_must_divide_into_heads(embed_dim, num_heads):
     assert_refused(
         lambda: build(embed_dim=embed_dim, num_heads=num_heads),
@@ -210,7 +210,7 @@ def test_embed_dim_must_divide_into_heads(embed_dim, num_heads):
     )
 
 
-@pytest.mark.parametrize("embed_dim, num_heads", [(0, 1), (-4, 2), (4, 0), (4, -2)])
+@pytest.mark.parametrize(("embed_dim", "num_heads"), [(0, 1), (-4, 2), (4, 0), (4, -2)])
 def test_sizes_must_be_positive(embed_dim, num_heads):
     with pytest.raises(ValueError):
         SingleOutputMultiheadAttention(embed_dim, num_heads, sequence_len=3)

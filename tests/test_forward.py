@@ -76,7 +76,7 @@ def test_forward_returns_only_the_output_when_asked_to(construction, all_queries
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "embed_dim, num_heads, clip", [(30, 3, 7), (64, 4, 64), (7, 7, 1), (33, 1, 120)]
+    ("embed_dim", "num_heads", "clip"), [(30, 3, 7), (64, 4, 64), (7, 7, 1), (33, 1, 120)]
 )
 def test_precisions_shapes_and_head_dims(embed_dim, num_heads, clip, dtype, backend):
     module = build(embed_dim=embed_dim, num_heads=num_heads, sequence_len=clip, dtype=dtype)
@@ -226,10 +226,10 @@ def test_forward_repeats_bit_for_bit(backend):
 
 
 def show_attention(dropout, **arguments):
-    """A module whose output is its attention weights: heads' values are one-hot in the token's place.
+    """A module whose output is its attention weights.
 
-    With one-hot tokens x_t = e_t repeated for each head, and identity for value and output projections,
-    output[n, h * L + t] is the weight that head h gives token t.
+    Value and output projections are identities. With one-hot values v_t = e_t, repeated for each
+    head, output[n, h * L + t] is the weight that head h gives token t.
     """
     module = build(embed_dim=2 * LENGTH, num_heads=2, dropout=dropout, bias=False, **arguments)
     embed = module.embed_dim

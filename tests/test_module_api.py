@@ -56,35 +56,40 @@ def test_documented_example_holds_whatever_the_weights(training, backend):
 
 
 def test_signature_is_the_documented_one():
-    arguments = ["embed_dim", "num_heads", "dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first", "device", "dtype", "sequence_len", "query_index", "forward_returns_attn_mask", "embed_dim_second", "single_output_forward"]
-    values = [
-        12,
-        3,
-        0.25,
-        False,
-        True,
-        True,
-        5,
-        7,
-        True,
-        "cpu",
-        torch.float64,
-        6,
-        -2,
-        False,
-        True,
-        False,
-    ]
-    module = co.SingleOutputMultiheadAttention(*values)  # in this order, also by position
-    for name, value in zip(arguments, values, strict=True):
+    arguments = {
+        "embed_dim": 12,
+        "num_heads": 3,
+        "dropout": 0.25,
+        "bias": False,
+        "add_bias_kv": True,
+        "add_zero_attn": True,
+        "kdim": 5,
+        "vdim": 7,
+        "batch_first": True,
+        "device": "cpu",
+        "dtype": torch.float64,
+        "sequence_len": 6,
+        "query_index": -2,
+        "forward_returns_attn_mask": False,
+        "embed_dim_second": True,
+        "single_output_forward": False,
+    }
+    module = co.SingleOutputMultiheadAttention(*arguments.values())  # by position, in this order
+    for name, value in arguments.items():
         if name not in ("bias", "add_bias_kv", "device", "dtype"):
             assert getattr(module, name) == value
-    assert module.in_proj_bias is None and module.bias_k.shape == (1, 1, 12)
+    assert module.in_proj_bias is None
+    assert module.bias_k.shape == (1, 1, 12)
     assert module.out_proj.weight.dtype == torch.float64
-    defaults = co.SingleOutputMultiheadAttention(embed_dim=8, num_heads=2, sequence_len=4)
-    assert defaults.batch_first and not defaults.embed_dim_second
-    assert defaults.query_index == -1 and defaults.dropout == 0.0
-    assert defaults.forward_returns_attn_mask and defaults.single_output_forward
+
+
+def test_defaults_are_the_documented_ones():
+    module = co.SingleOutputMultiheadAttention(embed_dim=8, num_heads=2, sequence_len=4)
+    assert module.batch_first
+    assert not module.embed_dim_second
+    assert (module.query_index, module.dropout) == (-1, 0.0)
+    assert module.forward_returns_attn_mask
+    assert module.single_output_forward
 
 
 def test_initial_weights_are_drawn_as_in_torch():
@@ -97,18 +102,21 @@ def test_initial_weights_are_drawn_as_in_torch():
 
 
 @pytest.mark.parametrize(
-    "query_index, delay", [(-1, 0), (-2, 1), (-5, 4), (0, 4), (1, 3), (4, 0), (3, 1)]
+    ("query_index", "delay"), [(-1, 0), (-2, 1), (-5, 4), (0, 4), (1, 3), (4, 0), (3, 1)]
 )
 def test_delay_and_receptive_field(query_index, delay):
     module = build(query_index=query_index)
     assert (module.delay, module.receptive_field) == (delay, LENGTH)
-    assert isinstance(module.delay, int) and isinstance(module.receptive_field, int)
+    assert isinstance(module.delay, int)
+    assert isinstance(module.receptive_field, int)
 
 
 def test_repr_shows_window_and_query():
     text = repr(build(query_index=-3, sequence_len=17))
-    assert "sequence_len=17" in text and "query_index=-3" in text
-    assert str(EMBED) in text and "SingleOutputMultiheadAttention" in text
+    assert "sequence_len=17" in text
+    assert "query_index=-3" in text
+    assert str(EMBED) in text
+    assert "SingleOutputMultiheadAttention" in text
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
@@ -123,12 +131,15 @@ def test_build_from_copies_arguments_and_weights(construction, backend):
     rest = {k: v for k, v in CONSTRUCTIONS[construction].items() if k in ours}
     module = co.SingleOutputMultiheadAttention.build_from(source, LENGTH, **rest)
     assert type(module) is co.SingleOutputMultiheadAttention
-    assert module.sequence_len == LENGTH and module.dropout == 0.3
-    assert module.batch_first == source.batch_first and module.add_zero_attn == source.add_zero_attn
+    assert module.sequence_len == LENGTH
+    assert module.dropout == 0.3
+    assert module.batch_first == source.batch_first
+    assert module.add_zero_attn == source.add_zero_attn
     assert not module.training
     for name, value in source.state_dict().items():
         mine = module.state_dict()[name]
-        assert torch.equal(mine, value) and mine.data_ptr() != value.data_ptr()
+        assert torch.equal(mine, value)
+        assert mine.data_ptr() != value.data_ptr()
     tokens = draw_tokens(module, 2, 11)
     with torch.no_grad():
         assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
@@ -140,7 +151,8 @@ def test_build_from_lets_arguments_be_overridden():
         source, sequence_len=6, query_index=-2, batch_first=True, embed_dim_second=True, dropout=0.5
     )
     assert (module.query_index, module.dropout) == (-2, 0.5)
-    assert module.embed_dim_second and module.batch_first
+    assert module.embed_dim_second
+    assert module.batch_first
     assert not co.SingleOutputMultiheadAttention.build_from(source, 6).batch_first
 
 
@@ -212,10 +224,8 @@ def test_call_mode_block_can_be_entered_again():
         for t in range(3):
             with stepping:
                 module(x[:, t])
-        with stepping, stepping:
-            module(x[:, 3])
         assert len(module(x)) == 2
-    assert module.get_state().position.tolist() == [4, 4]
+    assert module.get_state().position.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -335,7 +345,7 @@ def test_layout_of_every_forward(construction):
 
 @pytest.mark.small
 def test_backends_run_the_plain_calls(backend):
-    """Forced, so that a backend which declines a plain call in float32 fails here and is not passed over."""
+    """Forced, so that a backend which declines a plain call fails here and is not passed over."""
     module = build(embed_dim=32, num_heads=2, sequence_len=4)
     x = draw_tokens(module, 2, 7)[0]
     with torch.no_grad(), co.use_backend(backend):
@@ -354,3 +364,12 @@ def test_small_streams_on_every_backend(construction, backend):
         assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
         module.clean_state()
         assert_equals_window(run_steps(module, *tokens), module, *tokens)
+
+
+def test_call_mode_block_inside_itself_ends_with_the_outer_one():
+    module = build()
+    stepping = co.call_mode("forward_step")
+    with torch.no_grad(), co.call_mode("forward"):
+        with stepping, stepping:
+            pass
+        assert len(module(draw_tokens(module, 2, LENGTH)[0])) == 2

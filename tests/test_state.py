@@ -63,9 +63,11 @@ def test_state_has_the_documented_parts(construction):
     assert state.k.shape == state.v.shape == (3, module.num_heads, LENGTH, head_dim)
     waiting = module.delay + 1 if module.delay else 0
     assert state.q.shape == (3, waiting, module.embed_dim)
-    assert state.position.tolist() == [2, 2, 2] and state.position.dtype == torch.int64
+    assert state.position.tolist() == [2, 2, 2]
+    assert state.position.dtype == torch.int64
     assert state.clock.shape == (2, 0)
-    assert (state.k[:, :, 2:] == 0).all() and (state.v[:, :, 2:] == 0).all()
+    assert (state.k[:, :, 2:] == 0).all()
+    assert (state.v[:, :, 2:] == 0).all()
     assert module._state_shape == len(state) == len(module._dynamic_state_inds)
 
 
@@ -128,7 +130,7 @@ def test_a_plain_tuple_is_a_state():
 
 
 def test_states_of_streams_can_be_split_and_joined():
-    """Streams are rows of the state: any subset of them continues as it would have among the others."""
+    """Streams are rows of the state: any of them continue as they would have among the others."""
     module = build(query_index=2)
     tokens = draw_tokens(module, 4, 14)
     outputs_of(module, tokens, 0, 8)
@@ -247,7 +249,7 @@ def test_saved_state_loads_without_trusting_the_file():
 
 
 @pytest.mark.parametrize(
-    "convert, dtype",
+    ("convert", "dtype"),
     [
         (lambda m: m.double(), torch.float64),
         (lambda m: m.half(), torch.float16),
@@ -278,7 +280,8 @@ def test_conversion_in_mid_stream_takes_the_state_along(dtype):
     module.to(dtype)
     state = module.get_state()
     assert state.k.dtype == state.v.dtype == state.q.dtype == dtype
-    assert state.position.dtype == torch.int64 and state.position.tolist() == [6, 6]
+    assert state.position.dtype == torch.int64
+    assert state.position.tolist() == [6, 6]
     outputs = torch.stack(outputs_of(module, (x.to(dtype),), LENGTH + 1, 3 * LENGTH), 1)
     assert_near(outputs, expected, 1e-6 if dtype == torch.float64 else 0.03)
 
@@ -302,7 +305,8 @@ def test_autocast_keeps_the_state_in_the_dtype_of_the_input(at_once):
         else:
             outputs = stack(step_through(module, *tokens), module)
         clip, _ = module(*(x[:, -LENGTH:] for x in tokens))
-    assert outputs.dtype == torch.bfloat16 and clip.dtype == torch.bfloat16
+    assert outputs.dtype == torch.bfloat16
+    assert clip.dtype == torch.bfloat16
     state = module.get_state()
     assert state.k.dtype == state.v.dtype == state.q.dtype == torch.float32
     exact = window_attention(module, *tokens)

@@ -77,7 +77,8 @@ def test_many_tokens_at_once_equal_the_window(construction, mode, backend):
             chunk = [x[:, start : start + count] for x in tokens]
             outputs.append(run_steps(module, *chunk))
             start += count
-    assert outputs[0] is None and outputs[4] is None
+    assert outputs[0] is None
+    assert outputs[4] is None
     assert [o.shape[1] for o in outputs[1:4]] == [2, 1, length + 2]
     assert_equals_window(torch.cat([o for o in outputs if o is not None], 1), module, *tokens)
 
@@ -114,7 +115,7 @@ def test_many_tokens_after_any_past(count, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("embed_dim, num_heads", [(30, 3), (64, 4), (7, 7), (33, 1)])
+@pytest.mark.parametrize(("embed_dim", "num_heads"), [(30, 3), (64, 4), (7, 7), (33, 1)])
 def test_precisions_and_head_dims(embed_dim, num_heads, dtype, backend):
     module = build(embed_dim=embed_dim, num_heads=num_heads, sequence_len=9, dtype=dtype)
     tokens = draw_tokens(module, 3, 2 * 9 + 3)
@@ -122,7 +123,8 @@ def test_precisions_and_head_dims(embed_dim, num_heads, dtype, backend):
         outputs = stack(step_through(module, *tokens), module)
         module.clean_state()
         together = run_steps(module, *tokens)
-    assert outputs.dtype == dtype and together.dtype == dtype
+    assert outputs.dtype == dtype
+    assert together.dtype == dtype
     assert_equals_window(outputs, module, *tokens)
     assert_equals_window(together, module, *tokens)
 
@@ -212,7 +214,8 @@ def test_output_is_not_overwritten_by_later_steps(backend):
         kept = step.clone(), steps.clone()
         step_through(module, x[:, 9:])
         run_steps(module, x)
-    assert torch.equal(step, kept[0]) and torch.equal(steps, kept[1])
+    assert torch.equal(step, kept[0])
+    assert torch.equal(steps, kept[1])
 
 
 def test_stream_does_not_depend_on_its_neighbours(backend):
@@ -268,7 +271,8 @@ def test_step_without_update_answers_and_leaves_no_trace(construction, backend):
             assert_same_state(module.get_state(), before)
             output = module.forward_step(x[:, t])
             if output is None:
-                assert peeked is None and other is None
+                assert peeked is None
+                assert other is None
             else:
                 assert torch.equal(peeked, output)
                 # With a delay, the newest token is only a key and a value: still another answer.
@@ -318,7 +322,8 @@ def test_no_streams_and_no_tokens_are_no_errors(mode, backend):
         module.clean_state()
         assert module.forward_steps(torch.zeros(2, 0, width)) is None
         out, weights = module.forward(torch.zeros(0, length, width))
-        assert out.shape == (0, 1, width) and weights.shape == (0, 1, length)
+        assert out.shape == (0, 1, width)
+        assert weights.shape == (0, 1, length)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -333,7 +338,7 @@ def test_no_tokens_change_nothing(warm, backend):
 
 
 def integer_module(dtype: torch.dtype, **arguments):
-    """Projections of small integers by small integers are exact in every dtype and summation order."""
+    """Projects small integers by small integers: exact in every dtype and order of summation."""
     module = build(dtype=dtype, **arguments)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -396,7 +401,8 @@ def test_rings_hold_each_token_at_position_modulo_length_bit_for_bit(
             state = module.get_state()
             expected = expected_rings(module, tokens, seen)
             for ring, want in zip((state.k, state.v, state.q), expected, strict=True):
-                assert ring.dtype == dtype and ring.is_contiguous()
+                assert ring.dtype == dtype
+                assert ring.is_contiguous()
                 assert torch.equal(ring, want)
             assert torch.equal(state.position, torch.full((3,), seen, dtype=torch.int64))
             assert state.clock.shape == (min(seen, length), 0)
@@ -422,7 +428,7 @@ def test_rings_with_other_key_and_value_sizes_bit_for_bit(backend):
 
 @pytest.mark.parametrize("position", [2**31 - 7, 2**32 - 3, 2**63 - 41])
 def test_long_lives_of_streams(position, backend):
-    """Positions far past 32 bits choose the same slots as small ones do modulo the ring sizes."""
+    """Positions far past 32 bits choose the slots that small ones of the same remainders do."""
     module = build(query_index=-3)
     period = module.sequence_len * 3  # both rings come round: L = 5 key slots, 3 query slots
     assert query_lag(module) + 1 == 3
@@ -544,7 +550,8 @@ class SlidingWindow(RuleBasedStateMachine):
         if after is None:
             assert seen == 0
             return
-        assert (after.position == seen).all() and after.clock.shape[0] == min(seen, length)
+        assert (after.position == seen).all()
+        assert after.clock.shape[0] == min(seen, length)
         if before is not None:
             written = (torch.arange(before.position[0].item(), seen) % length).unique()
             kept = torch.ones(length, dtype=torch.bool)
