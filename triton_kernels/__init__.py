@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import attend_shared as _attend_shared
 from . import ring_step as _ring_step
-from .ring_step import ring_step_
 
-__all__ = ["ring_step_", "why_not"]
+__all__ = ["attend_shared", "attend_shared_backward", "ring_step_", "why_not"]
 
-_MODULES = {"ring_step_": _ring_step}
+_MODULES = {
+    "ring_step_": _ring_step,
+    "attend_shared": _attend_shared,
+    "attend_shared_backward": _attend_shared,
+}
+
+ring_step_ = _ring_step.ring_step_
+attend_shared = _attend_shared.attend_shared
+attend_shared_backward = _attend_shared.attend_shared_backward
 
 
 def why_not(name: str, *args: Any) -> str | None:

@@ -1,7 +1,8 @@
-"""Device functions that more than one kernel uses."""
+"""What more than one kernel uses: device functions, and the host's choice of precision."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -11,8 +12,14 @@ from .launch import INTERPRETED
 # widened first; products of 16-bit floats are exact in fp32, so the numbers are those of a GPU.
 _WIDEN = tl.constexpr(INTERPRETED)
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+def dot_precision() -> str:
+    """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
@@ -61,3 +68,13 @@ def cast(x, dtype: tl.constexpr):
         rounded = ((bits + 0x7FFF + even) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.where(x == x, rounded, float("nan")).to(dtype)
     return x.to(dtype)
+
+
+@triton.jit
+def is_last(counter_ptr, COUNT: tl.constexpr):
+    """True in the last of COUNT programs to come here, which then sees all that they stored."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last

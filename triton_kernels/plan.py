@@ -100,3 +100,51 @@ def step_plan(
         block_o=16,
         pdl=rule.pdl,
     )
+
+
+class SharedPlan(NamedTuple):
+    """How `attend_shared` or its backward runs; `one_tile`: one load serves both products."""
+
+    splits: int
+    block_h: int
+    block_s: int
+    block_e: int
+    block_v: int
+    one_tile: bool
+    num_warps: int
+    stages: int
+
+
+# Slots of a tile by padded embed_dim, for 16-bit elements: 64 KiB of it are in flight while the
+# previous tile is used, and the accumulator of all features stays under 64 registers a thread.
+SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 64, 1024: 32, 2048: 16}
+
+
+@lru_cache(maxsize=1024)
+def shared_plan(
+    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool
+) -> SharedPlan:
+    """The plan of `attend_shared` for `N` streams."""
+    block_h = max(8, triton.next_power_of_2(H))
+    width = max(64, triton.next_power_of_2(max(EK, EV)))
+    one_tile = one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16
+    if one_tile:
+        block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
+    else:
+        block_v = min(width, 256 if itemsize == 2 else 64, 8192 // block_h)
+        block_s, warps = 64 if itemsize == 2 else 32, 4
+    block_s = max(16, min(block_s, triton.next_power_of_2(S)))
+    blocks = N * triton.cdiv(EV, block_v)
+    splits = 1
+    while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
+        splits *= 2
+    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, 2)
+
+
+@lru_cache(maxsize=1024)
+def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int) -> SharedPlan:
+    """The plan of `attend_shared_backward`; its tiles are its splits."""
+    block_h = max(16, triton.next_power_of_2(H))
+    block_s = max(16, min(64 if itemsize == 2 else 32, triton.next_power_of_2(S)))
+    block_e = 128 if itemsize == 2 else 32
+    return SharedPlan(1, block_h, block_s, block_e, block_e, False, 4, 2)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .pieces import cast, dot, start_after_previous_launch
+from .pieces import cast, dot, dot_precision, start_after_previous_launch
 from .plan import StepPlan
 
 BLOCK_N = 16
@@ -79,7 +79,7 @@ def project(
     args = (
         x, weight, bias, out, position, active, tokens, outputs, *x.stride(), features,
         BLOCK_N, plan.block_o, min(1024 // x.element_size(), triton.next_power_of_2(features)),
-        2, plan.pdl, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        2, plan.pdl, dot_precision(),
         tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, BLOCK_N), triton.cdiv(outputs, plan.block_o), 1)

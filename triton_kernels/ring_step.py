@@ -13,11 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETED, counters, launch
-from .pieces import LOG2E, cast, dot, finite_or_zero, keep_scale, start_after_previous_launch
+from .pieces import (
+    DTYPES,
+    LOG2E,
+    cast,
+    dot,
+    dot_precision,
+    finite_or_zero,
+    is_last,
+    keep_scale,
+    start_after_previous_launch,
+)
 from .plan import MAX_HEAD_DIM, StepPlan, step_plan
 from .project import project
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -124,16 +132,6 @@ def _merge_parts(
         if bias_ptr is not None:
             out += tl.load(bias_ptr + w + offs_w, mask=mask_w, other=0.0).to(ACC)
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
-
-
-@triton.jit
-def _is_last(counter_ptr, COUNT: tl.constexpr):
-    """True in the last of COUNT programs to come here, which then sees all that they stored."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -292,7 +290,7 @@ def _ring_step_kernel(
             tl.store(partial_ptr + part * E + e + offs_e, contribution, mask=mask_e)
         tl.store(ml_ptr + part * 2, m)
         tl.store(ml_ptr + part * 2 + 1, l_sum)
-        if _is_last(counter_ptr + stream, H * SPLITS):
+        if is_last(counter_ptr + stream, H * SPLITS):
             _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, H, SPLITS, E,
                          BLOCK_M, BLOCK_H, BLOCK_S, ACC)  # fmt: skip
             if UPDATE:
@@ -307,7 +305,7 @@ def _ring_step_kernel(
         tl.store(partial_ptr + split * D + offs_d, acc, mask=mask_d)
         tl.store(ml_ptr + split * 2, m)
         tl.store(ml_ptr + split * 2 + 1, l_sum)
-        if _is_last(counter_ptr + group, SPLITS):
+        if is_last(counter_ptr + group, SPLITS):
             _merge_parts(partial_ptr, ml_ptr, None, out_ptr + group * D, 1, SPLITS, D,
                          BLOCK_D, 1, BLOCK_S, ACC)  # fmt: skip
     else:
@@ -345,11 +343,6 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
-
-
-def precision() -> str:
-    """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def uncovered(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
@@ -454,7 +447,7 @@ def ring_step_(
         active if update else None, dropout_seed(dropout_p, query.device), out, partial, ml,
         counter, *query.stride(), *key.stride(), *value.stride(), dropout_p,
         *_constants(plan, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
-                    add_zero_attn, update, precision()),
+                    add_zero_attn, update, dot_precision()),
     )  # fmt: skip
     options = {"num_warps": plan.num_warps}
     launch(_ring_step_kernel, (N * H * plan.splits, 1, 1), args, pdl=plan.pdl, **options)

@@ -1,0 +1,142 @@
+"""The shared-tile attention of the Triton backend and its gradients, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_as_exact_as_torch,
+    needs_kernels,
+    widened,
+)
+
+from continual_mha import reference
+from continual_mha.triton_kernels import attend_shared, attend_shared_backward, why_not
+from continual_mha.triton_kernels.plan import shared_plan
+
+pytestmark = needs_kernels
+
+
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).mul_(0.4).to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def arguments(
+    dtype: torch.dtype,
+    N: int,
+    H: int,
+    S: int,
+    EK: int,
+    EV: int,
+    one_tensor: bool = False,
+    options: bool = False,
+) -> list[Any]:
+    key = random(dtype, N, S, EK)
+    mask = sink = None
+    if options:
+        mask = random(wide(dtype), 1, H, S)
+        mask[..., 1] = float("-inf")
+        sink = random(wide(dtype), N, H)
+    value = key if one_tensor else random(dtype, N, S, EV)
+    return [random(dtype, N, H, EK), key, value, mask, sink]
+
+
+SHAPES = [
+    (2, 3, 5, 24, 40, False, False),
+    (2, 2, 70, 24, 24, True, True),
+    (1, 9, 130, 300, 24, False, True),
+    (3, 8, 33, 64, 64, True, False),
+    (1, 1, 1, 1, 1, True, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dtype) -> None:
+    args = arguments(dtype, *shape)
+    exact_args = widened(args)
+    results = attend_shared(*args)
+    plain, exact = reference.attend_shared(*args), reference.attend_shared(*exact_args)
+    for mine, theirs, best in zip(results, plain, exact, strict=True):
+        assert_as_exact_as_torch(mine, theirs, best)
+    grads = [random(dtype, *results[0].shape), random(wide(dtype), *results[1].shape)]
+    backward = attend_shared_backward(*grads, *args, *results)
+    plain = reference.attend_shared_backward(*grads, *args, *plain)
+    exact = reference.attend_shared_backward(*widened(grads), *exact_args, *exact)
+    for mine, theirs, best in zip(backward, plain, exact, strict=True):
+        assert mine.shape == best.shape
+        if best.numel():
+            assert_as_exact_as_torch(mine, theirs, best)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        results = attend_shared(*args)
+        ctx.save_for_backward(*args, *results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, sink = attend_shared_backward(*grads, *ctx.saved_tensors)
+        return query, key, value, None, sink
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter alone")
+def test_gradients_are_those_of_finite_differences() -> None:
+    args = arguments(torch.float64, 1, 2, 3, 3, 2, options=True)
+    args = [x.requires_grad_(i != 3) for i, x in enumerate(args)]
+    assert torch.autograd.gradcheck(_Attend.apply, args)
+
+
+def test_a_window_split_over_programs_gives_the_same_bits_in_every_run() -> None:
+    args = arguments(torch.float16, 1, 4, 200, 64, 64, one_tensor=True)
+    assert shared_plan(1, 4, 200, 64, 64, 2, True).splits > 1
+    first, second = attend_shared(*args), attend_shared(*args)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_a_stream_does_not_see_its_neighbours() -> None:
+    args = arguments(torch.float32, 3, 2, 9, 8, 8)
+    alone = attend_shared(*args)[0][1]
+    for x in args[:3]:
+        x[[0, 2]] = float("nan")
+    assert torch.equal(alone, attend_shared(*args)[0][1])
+
+
+def test_inputs_of_any_stride() -> None:
+    args = arguments(torch.float32, 2, 2, 9, 8, 6, options=True)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in args[:3]]
+    strided.append(args[3].expand(2, -1, -1))
+    assert torch.equal(attend_shared(*args)[0], attend_shared(*strided, args[4])[0])
+    results = attend_shared(*args)
+    grads = [torch.ones((), device=DEVICE).expand_as(x) for x in results]
+    plain = attend_shared_backward(*grads, *args, *results)
+    other = attend_shared_backward(*grads, *strided, args[4], *results)
+    assert all(torch.equal(x, y) for x, y in zip(plain, other, strict=True))
+
+
+def test_where_everything_is_masked_the_output_is_nan() -> None:
+    args = arguments(torch.float32, 1, 2, 4, 8, 8)
+    args[3] = torch.full((1, 1, 4), float("-inf"), device=DEVICE)
+    out, lse = attend_shared(*args)
+    assert out.isnan().all()
+    assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+
+
+def test_an_uncovered_call_is_declined_with_the_reason() -> None:
+    args = arguments(torch.float32, 1, 2, 4, 8, 8)
+    assert why_not("attend_shared", *args) is None
+    assert "dtype" in (why_not("attend_shared", args[0].half(), *args[1:]) or "")
+    empty = [args[0], args[1][:, :0], args[2][:, :0], None, None]
+    assert "empty" in (why_not("attend_shared", *empty) or "")

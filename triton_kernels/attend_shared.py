@@ -1,0 +1,375 @@
+"""The queries of all heads against one tile of keys and values that the heads share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETED, counters, launch
+from .pieces import DTYPES, LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, is_last
+from .plan import shared_backward_plan, shared_plan
+
+
+@triton.jit
+def _load_tile(
+    ptr, rows, stride_row, columns, stride_column, ROWS, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A tile with zeros outside of (ROWS, COLUMNS)  # [rows, columns]"""
+    return tl.load(
+        ptr
+        + rows.to(tl.int64)[:, None] * stride_row
+        + columns.to(tl.int64)[None, :] * stride_column,
+        mask=(rows < ROWS)[:, None] & (columns < COLUMNS)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _scores(
+    query_ptr, key_ptr, mask_ptr, offs_h, offs_s,
+    stride_qh, stride_qe, stride_ks, stride_ke, stride_mh, stride_ms, S,
+    H: tl.constexpr, EK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile, transposed, and -inf behind its end  # [BLOCK_S, BLOCK_H]"""
+    offs_e = tl.arange(0, BLOCK_E)
+    scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    for e in range(0, EK, BLOCK_E):
+        query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
+        key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
+        scores = dot(key, tl.trans(query), scores, PRECISION)
+    return _masked(scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H, ACC)
+
+
+@triton.jit
+def _masked(
+    scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H: tl.constexpr, ACC: tl.constexpr
+):
+    if mask_ptr is not None:
+        scores += tl.load(
+            mask_ptr + offs_s.to(tl.int64)[:, None] * stride_ms + offs_h[None, :] * stride_mh,
+            mask=(offs_s < S)[:, None] & (offs_h < H)[None, :],
+            other=0.0,
+        ).to(ACC)
+    return tl.where((offs_s < S)[:, None], scores, float("-inf"))
+
+
+@triton.jit
+def _attend_shared_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, out_ptr, lse_ptr,
+    partial_ptr, ml_ptr, counter_ptr,
+    stride_qn, stride_qh, stride_qe, stride_kn, stride_ks, stride_ke, stride_vn, stride_vs,
+    stride_ve, stride_mn, stride_mh, stride_ms, S,
+    H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
+    ONE_TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_V value features of all heads over one part of a stream's window.
+
+    Reads its part of key and value once; with ONE_TILE they are one tensor and BLOCK_V spans it,
+    so that both products use one load. The tile is the left operand of both products: its rows
+    and features fill the matrix unit, which the few heads could not.
+    """
+    V_BLOCKS: tl.constexpr = (EV + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    split = program % SPLITS
+    v_block = program // SPLITS % V_BLOCKS
+    stream = (program // (SPLITS * V_BLOCKS)).to(tl.int64)
+    query_ptr += stream * stride_qn
+    key_ptr += stream * stride_kn
+    value_ptr += stream * stride_vn
+    if mask_ptr is not None:
+        mask_ptr += stream * stride_mn
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    log2e = tl.full((), LOG2E, ACC)
+    ln2 = tl.full((), LN2, ACC)
+
+    m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_H,), ACC)
+    acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
+    part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
+    if ONE_TILE:
+        query = _load_tile(query_ptr, offs_h, stride_qh, offs_v, stride_qe, H, EK)
+    for start in tl.range(
+        split * part, tl.minimum(split * part + part, S), BLOCK_S, num_stages=STAGES
+    ):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        if ONE_TILE:
+            value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
+            scores = dot(value, tl.trans(query), tl.zeros((BLOCK_S, BLOCK_H), ACC), PRECISION)
+            scores = _masked(scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H, ACC)
+        else:
+            scores = _scores(
+                query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks,
+                stride_ke, stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION,
+                ACC,
+            )  # fmt: skip
+            value = _load_tile(value_ptr, offs_s, stride_vs, offs_v, stride_ve, S, EV)
+        scores *= log2e
+        m_new = tl.maximum(m_i, tl.max(scores, axis=0))
+        shift = finite_or_zero(m_new)
+        alpha = tl.exp2(m_i - shift)
+        weight = tl.exp2(scores - shift[None, :])
+        m_i = m_new
+        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        acc = dot(
+            tl.trans(value),
+            cast(weight, value_ptr.dtype.element_ty),
+            acc * alpha[None, :],
+            PRECISION,
+        )
+
+    if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if split == 0:
+            sink = tl.load(sink_ptr + stream * H + offs_h, mask=offs_h < H, other=0.0).to(ACC)
+            sink *= log2e
+            m_new = tl.maximum(m_i, sink)
+            shift = finite_or_zero(m_new)
+            alpha = tl.exp2(m_i - shift)
+            l_i = l_i * alpha + tl.exp2(sink - shift)
+            acc *= alpha[None, :]
+            m_i = m_new
+
+    out_offsets = offs_h[None, :] * EV + offs_v[:, None]
+    mask_out = (offs_h < H)[None, :] & (offs_v < EV)[:, None]
+    out_ptr += stream * (H * EV)
+    if SPLITS == 1:
+        tl.store(
+            out_ptr + out_offsets, cast(acc / l_i[None, :], out_ptr.dtype.element_ty), mask_out
+        )
+        if v_block == 0:
+            tl.store(lse_ptr + stream * H + offs_h, m_i * ln2 + tl.log(l_i), mask=offs_h < H)
+    else:
+        partial_ptr += stream * SPLITS * (H * EV)
+        ml_ptr += (stream * V_BLOCKS + v_block) * (SPLITS * 2 * BLOCK_H)
+        tl.store(partial_ptr + split * (H * EV) + out_offsets, acc, mask_out)
+        tl.store(ml_ptr + split * 2 * BLOCK_H + offs_h, m_i)
+        tl.store(ml_ptr + (split * 2 + 1) * BLOCK_H + offs_h, l_i)
+        if is_last(counter_ptr + stream * V_BLOCKS + v_block, SPLITS):
+            top = tl.full((BLOCK_H,), float("-inf"), ACC)
+            for s in range(SPLITS):
+                top = tl.maximum(
+                    top, tl.load(ml_ptr + s * 2 * BLOCK_H + offs_h, cache_modifier=".cg")
+                )
+            shift = finite_or_zero(top)
+            total = tl.zeros((BLOCK_H,), ACC)
+            acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
+            for s in range(SPLITS):
+                m = tl.load(ml_ptr + s * 2 * BLOCK_H + offs_h, cache_modifier=".cg")
+                l_sum = tl.load(ml_ptr + (s * 2 + 1) * BLOCK_H + offs_h, cache_modifier=".cg")
+                rows = tl.load(
+                    partial_ptr + s * (H * EV) + out_offsets, mask=mask_out, other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
+                scale = tl.exp2(m - shift)
+                total += l_sum * scale
+                acc += rows * scale[None, :]
+            out = cast(acc / total[None, :], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_offsets, out, mask_out)
+            if v_block == 0:
+                tl.store(lse_ptr + stream * H + offs_h, top * ln2 + tl.log(total), mask=offs_h < H)
+
+
+@triton.jit
+def _attend_shared_backward_kernel(
+    grad_out_ptr, grad_lse_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, out_ptr,
+    lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, grad_sink_ptr,
+    stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
+    stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh, stride_ms, S, TILES,
+    H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of BLOCK_S slots of one stream, all heads and features.
+
+    Reads the tile's keys and values twice, the second time out of the cache, and writes their
+    gradients and the tile's part of the query's gradient. Features come in blocks of BLOCK_E, so
+    that no accumulator spans the embedding; only the tile's weights stay in registers.
+    """
+    program = tl.program_id(0)
+    tile = program % TILES
+    stream = (program // TILES).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_h = offs_h < H
+    grad_out_ptr += stream * stride_gn
+    query_ptr += stream * stride_qn
+    key_ptr += stream * stride_kn
+    value_ptr += stream * stride_vn
+    out_ptr += stream * (H * EV)
+    if mask_ptr is not None:
+        mask_ptr += stream * stride_mn
+
+    scores = _scores(
+        query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
+        stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
+    )  # fmt: skip
+    grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    dots = tl.zeros((BLOCK_H,), ACC)
+    for e in range(0, EV, BLOCK_E):
+        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
+        value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
+        out = _load_tile(out_ptr, offs_h, EV, e + offs_e, 1, H, EV)
+        grad_weight = dot(value, tl.trans(grad_out), grad_weight, PRECISION)
+        dots += tl.sum(grad_out.to(ACC) * out.to(ACC), axis=1)
+    lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
+    # What every score, the sink's included, loses to the normalisation.
+    shared = tl.load(grad_lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC) - dots
+    log2e = tl.full((), LOG2E, ACC)
+    weight = tl.exp2((scores - lse[None, :]) * log2e)
+    dtype = grad_key_ptr.dtype.element_ty
+    grad_score = cast(weight * (grad_weight + shared[None, :]), dtype)  # [BLOCK_S, BLOCK_H]
+    weight = cast(weight, dtype)
+
+    if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if tile == 0:
+            sink = tl.load(sink_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC)
+            grad_sink = tl.exp2((sink - lse) * log2e) * shared
+            tl.store(grad_sink_ptr + stream * H + offs_h, grad_sink, mask=mask_h)
+
+    grad_query_ptr += program.to(tl.int64) * (H * EK)
+    for e in range(0, EK, BLOCK_E):
+        columns = e + offs_e
+        mask_e = columns < EK
+        query = _load_tile(query_ptr, offs_h, stride_qh, columns, stride_qe, H, EK)
+        key = _load_tile(key_ptr, offs_s, stride_ks, columns, stride_ke, S, EK)
+        grad_key = dot(grad_score, query, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+        tl.store(
+            grad_key_ptr + (stream * S + offs_s)[:, None] * EK + columns[None, :],
+            cast(grad_key, dtype),
+            mask=(offs_s < S)[:, None] & mask_e[None, :],
+        )
+        grad_query = dot(tl.trans(key), grad_score, tl.zeros((BLOCK_E, BLOCK_H), ACC), PRECISION)
+        tl.store(
+            grad_query_ptr + offs_h[None, :] * EK + columns[:, None],
+            cast(grad_query, grad_query_ptr.dtype.element_ty),
+            mask=mask_h[None, :] & mask_e[:, None],
+        )
+    for e in range(0, EV, BLOCK_E):
+        columns = e + offs_e
+        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
+        grad_value = dot(
+            cast(weight, dtype), grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION
+        )
+        tl.store(
+            grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
+            cast(grad_value, dtype),
+            mask=(offs_s < S)[:, None] & (columns < EV)[None, :],
+        )
+
+
+def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {query.device.type}, and Triton needs cuda"
+    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
+        return f"no kernel for {query.dtype}"
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        return "query, key and value differ in dtype"
+    if query.shape[1] > MAX_HEADS:
+        return f"{query.shape[1]} heads are over {MAX_HEADS}"
+    if key.shape[1] == 0:
+        return "the window is empty"
+    return None
+
+
+def why_not(name: str, *args: Any) -> str | None:
+    """None if this module covers a call of the operator `name`, else the reason why not."""
+    if name == "attend_shared":
+        return _uncovered(*args[:4])
+    if name == "attend_shared_backward":
+        return _uncovered(*args[2:6])
+    return f"no kernel for {name} here"
+
+
+MAX_HEADS = 64
+
+
+def _mask_strides(mask: Tensor | None, N: int, H: int, S: int) -> tuple[int, int, int]:
+    if mask is None:
+        return 0, 0, 0
+    stride_n, stride_h, stride_s = mask.expand(N, H, S).stride()
+    return stride_n, stride_h, stride_s
+
+
+def _acc(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def attend_shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` (N, H, Ek), already scaled, over `key` (N, S, Ek), `value` (N, S, Ev).
+
+    `mask`, broadcastable to (N, H, S), is added to the scores; `sink` (N, H) is one more score
+    without a value. Returns the output (N, H, Ev) and, in at least fp32, the logarithm of the
+    softmax's denominator (N, H). All strides are free. Covered: what `why_not` answers None to.
+    """
+    (N, H, EK), (S, EV) = query.shape, value.shape[1:]
+    wide, acc = _acc(query.dtype)
+    one_tensor = key is value or (
+        key.data_ptr() == value.data_ptr() and key.stride() == value.stride() and EK == EV
+    )
+    plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor)
+    out = query.new_empty((N, H, EV))
+    lse = torch.empty((N, H), dtype=wide, device=query.device)
+    v_blocks = triton.cdiv(EV, plan.block_v)
+    partial = ml = counter = None
+    if plan.splits > 1:
+        groups = N * v_blocks
+        partial = torch.empty((N, plan.splits, H, EV), dtype=wide, device=query.device)
+        ml = torch.empty((groups, plan.splits, 2, plan.block_h), dtype=wide, device=query.device)
+        counter = counters(query, groups)
+    sink = None if sink is None else sink.contiguous()
+    args = (
+        query, key, value, mask, sink, out, lse, partial, ml, counter,
+        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
+        H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
+        plan.one_tile, plan.stages, dot_precision(), acc,
+    )  # fmt: skip
+    launch(
+        _attend_shared_kernel, (N * v_blocks * plan.splits, 1, 1), args, num_warps=plan.num_warps
+    )
+    return out, lse
+
+
+def attend_shared_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attend_shared` by query, key, value and sink, each contiguous.
+
+    Takes the gradients of both results, the arguments and the results; the weights are computed
+    anew from `lse`. The last gradient has no elements where `sink` is None.
+    """
+    (N, H, EK), (S, EV) = query.shape, value.shape[1:]
+    wide, acc = _acc(query.dtype)
+    plan = shared_backward_plan(N, H, S, EK, EV, query.element_size())
+    tiles = triton.cdiv(S, plan.block_s)
+    grad_key, grad_value = query.new_empty((N, S, EK)), query.new_empty((N, S, EV))
+    grad_query = torch.empty(
+        (N, tiles, H, EK), dtype=query.dtype if tiles == 1 else wide, device=query.device
+    )
+    grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
+    sink = None if sink is None else sink.contiguous()
+    args = (
+        grad_out, grad_lse.contiguous(), query, key, value, mask, sink, out.contiguous(),
+        lse.contiguous(), grad_query, grad_key, grad_value, grad_sink,
+        *grad_out.stride(), *query.stride(), *key.stride(), *value.stride(),
+        *_mask_strides(mask, N, H, S), S, tiles,
+        H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
+    )  # fmt: skip
+    launch(_attend_shared_backward_kernel, (N * tiles, 1, 1), args, num_warps=plan.num_warps)
+    grad_query = grad_query[:, 0] if tiles == 1 else grad_query.sum(1).to(query.dtype)
+    return grad_query, grad_key, grad_value, grad_sink
