@@ -12,7 +12,6 @@ from torch import Tensor
 from . import backends, ops, reference  # noqa: F401  (ops registers the operators)
 from .reference import Rings, Weights
 
-
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
 
@@ -58,7 +57,7 @@ def steps(
     update: bool,
     differentiable: bool,
 ) -> tuple[Tensor, Rings]:
-    """Take ``T`` tokens ``(N, T, E*)`` per stream; as ``step``, with outputs ``(N, T - first, E)``."""
+    """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
     if differentiable:
         return reference.ring_steps(*tokens, weights, rings, first, *options)
     op = torch.ops.continual_mha.ring_steps_
@@ -121,11 +120,19 @@ def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | 
     return torch.cat(scores, dim=-1) if scores else None
 
 
-def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float) -> Tensor:
-    """Weights ``(N, H, S + X)`` from the scores of the clip and of the extra slots."""
+def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float, blank: bool) -> Tensor:
+    """Weights ``(N, H, S + X)`` from the scores of the clip and of the extra slots.
+
+    A query to which the masks leave nothing gets zeros if ``blank``, else NaN: which of the two
+    ``torch.nn.MultiheadAttention`` gives depends on whether it has to return the weights.
+    """
     if extra is not None:
         scores = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
+    hidden = torch.isneginf(scores).all(dim=-1, keepdim=True) if blank else None
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, 0.0)  # no NaN in the gradient either
     attn = torch.softmax(scores, dim=-1)
+    attn = attn if hidden is None else attn.masked_fill(hidden, 0.0)
     return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
 
 
@@ -145,7 +152,8 @@ def _attend_projected(
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores if mask is None else scores + mask
-    attn = _normalise(scores, _extra_scores(q, weights, options.add_zero_attn), options.dropout_p)
+    extra = _extra_scores(q, weights, options.add_zero_attn)
+    attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
     return torch.matmul(attn[..., None, : key.shape[1]].to(v.dtype), v).squeeze(-2), attn
 
 
@@ -169,20 +177,33 @@ def _attend_inputs(
     if extra is not None and b_k is not None:
         extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
     moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
-    whole = extra is None and options.dropout_p == 0.0  # the clip's weights add up to one
-    if whole and not need_weights and _wants_fused(moved, mask):
-        mixed, _ = torch.ops.continual_mha.attend_shared(moved, key, value, mask, None)
+    blank = mask is not None and not need_weights
+    plain = extra is None and options.dropout_p == 0.0
+    if plain and not need_weights and _wants_fused(moved, mask):
+        mixed, share = _fused_mix(moved, key, value, mask)
         attn = None
     else:
-        attn = _normalise(reference.shared_scores(moved, key, mask), extra, options.dropout_p)
-        mixed = torch.matmul(attn[..., : key.shape[1]].to(value.dtype), value)
+        scores = reference.shared_scores(moved, key, mask)
+        attn = _normalise(scores, extra, options.dropout_p, blank)
+        on_clip = attn[..., : key.shape[1]]
+        mixed = torch.matmul(on_clip.to(value.dtype), value)
+        share = None if plain and not blank else on_clip.sum(-1, keepdim=True)
     heads = torch.einsum("nhe,hde->nhd", mixed, w_v.unflatten(0, (num_heads, -1)))
     if b_v is not None:
         bias = b_v.view(heads.shape[1:])
-        if attn is not None and not whole:
-            bias = bias * attn[..., : key.shape[1]].sum(-1, keepdim=True).to(heads.dtype)
-        heads = heads + bias
+        heads = heads + (bias if share is None else bias * share.to(heads.dtype))
     return heads, attn
+
+
+def _fused_mix(
+    moved: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted sums of inputs ``(N, H, Ev)``, and the clip's weight ``(N, H, 1)``; None for 1."""
+    mixed, lse = torch.ops.continual_mha.attend_shared(moved, key, value, mask, None)
+    if mask is None:
+        return mixed, None
+    hidden = torch.isneginf(lse).unsqueeze(-1)
+    return mixed.masked_fill(hidden, 0.0), (~hidden).to(mixed.dtype)
 
 
 def _wants_fused(query: Tensor, mask: Tensor | None) -> bool:
