@@ -35,13 +35,14 @@ class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
 
     def __init__(self, mode: Any) -> None:
         self.mode = checked_mode(mode)
-        self.before: str | None = None
+        self._before: list[str | None] = []  # as often as the block is entered
 
     def __enter__(self) -> None:
-        self.before, call_mode.current = call_mode.current, self.mode
+        self._before.append(call_mode.current)
+        call_mode.current = self.mode
 
     def __exit__(self, *exc_info: object) -> None:
-        call_mode.current = self.before
+        call_mode.current = self._before.pop()
 
 
 def surrounding_mode() -> str | None:
