@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,9 +41,11 @@ def emulator() -> ctypes.CDLL:
         partial = library.with_suffix(f".{os.getpid()}.tmp")
         include = Path(torch.__file__).parent / "include"
         # Fibers jump between stacks, which fortified longjmp takes for an error.
-        flags = "-std=c++20 -O1 -fPIC -shared -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas".split()
-        command = [compiler, *flags, "-Werror", "-isystem", str(include)]
-        subprocess.run([*command, str(EMULATION / "emulate.cpp"), "-o", str(partial)], check=True)
+        flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall"]
+        flags += ["-Wno-unknown-pragmas", "-Werror", "-isystem", str(include)]
+        flags += ["-include", str(EMULATION / "emulated_device.h")]
+        command = [compiler, *flags, str(EMULATION / "emulate.cpp"), "-o", str(partial)]
+        subprocess.run(command, check=True)
         partial.replace(library)
     return ctypes.CDLL(str(library))
 
@@ -179,9 +182,26 @@ def reference(case: Case, step: Step) -> tuple[torch.Tensor, Step]:
     return torch.stack(outputs), after
 
 
+def declare(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Pointers to the tensors, whose memory alone the kernels may then read 16 bytes at a time."""
+    library = emulator()
+    library.forget_memory()
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            library.declare_memory(
+                ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes())
+            )
+    pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(tensors))(*pointers)
+
+
+def integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*map(int, values))
+
+
 def run_emulated(case: Case, step: Step, seed: int) -> tuple[torch.Tensor, Step]:
     """Output and the state after the step, by the CUDA kernel on the host."""
-    library = emulator()
     state = replace(
         step,
         k_ring=step.k_ring.clone(),
@@ -206,23 +226,12 @@ def run_emulated(case: Case, step: Step, seed: int) -> tuple[torch.Tensor, Step]
         *(state.k_ring, state.v_ring, state.q_ring, state.position, state.active, None, None),
         *(output, partial, partial_output, done, *projected),
     ]
-    library.forget_memory()
-    for tensor in tensors:
-        if tensor is not None:
-            size = tensor.untyped_storage().nbytes()
-            library.declare_memory(
-                ctypes.c_void_p(tensor.untyped_storage().data_ptr()), ctypes.c_int64(size)
-            )
-    pointers = (ctypes.c_void_p * len(tensors))(
-        *[None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
-    )
-    strides = (ctypes.c_int64 * 6)(
-        *[s for t in (state.query, state.key, state.value) for s in t.stride()]
-    )
+    pointers = declare(tensors)
+    strides = integers([s for t in (state.query, state.key, state.value) for s in t.stride()])
     sizes = [N, E, H, case.L, state.q_ring.shape[1], state.key.shape[1], state.value.shape[1]]
     sizes += [DTYPES.index(case.dtype), case.streams, case.head_groups, case.splits, case.cluster]
     sizes += [case.add_zero_attn, case.update, seed]
-    library.ring_step(pointers, strides, (ctypes.c_int64 * len(sizes))(*map(int, sizes)))
+    emulator().ring_step(pointers, strides, integers(sizes))
     assert not done.any(), "a counter did not reset itself"
     return output, state
 
@@ -331,3 +340,135 @@ def test_bits_of_a_stream_do_not_depend_on_streams_of_its_team() -> None:
     step.position[1:] = 7
     other, _ = run_emulated(case, step, seed=3)
     assert torch.equal(output[0], other[0])
+
+
+@dataclass(frozen=True)
+class SharedCase:
+    """Shape and options of single-query attention over a tile that all heads share."""
+
+    N: int = 2
+    H: int = 3
+    S: int = 9
+    Ek: int = 16
+    Ev: int = 24
+    dtype: torch.dtype = torch.float32
+    mask: bool = False
+    sink: bool = False
+
+
+SHARED_CASES = {
+    "plain": SharedCase(),
+    "mask_and_sink": SharedCase(mask=True, sink=True),
+    "bfloat16": SharedCase(dtype=torch.bfloat16, mask=True, sink=True),
+    "float16": SharedCase(dtype=torch.float16, S=33),
+    "two_head_tiles": SharedCase(H=11, S=5),
+    "one_row_unaligned": SharedCase(S=1, Ek=7, Ev=3),
+    "unaligned": SharedCase(S=70, Ek=21, Ev=44, dtype=torch.bfloat16),
+    "wide": SharedCase(N=1, H=2, S=5, Ek=300, Ev=2056),
+}
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = q @ k.mT + (mask if mask is not None else 0)
+    extra = [] if sink is None else [sink.unsqueeze(-1)]
+    lse = torch.cat([scores, *extra], -1).logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp() @ v, lse
+
+
+def make_shared(case: SharedCase) -> list[torch.Tensor | None]:
+    gen = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen).to(case.dtype)
+
+    N, H, S = case.N, case.H, case.S
+    query, key = draw(N, H, case.Ek) * case.Ek**-0.5, draw(N, S, case.Ek)
+    value, mask, sink = draw(N, S, case.Ev), None, None
+    if case.mask:
+        mask = draw(N, H, S)
+        mask[0, :, 2] = -torch.inf
+        mask[0, 1, 3:] = -torch.inf
+    if case.sink:
+        sink = draw(N, H)
+    return [query, key, value, mask, sink]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    rounding = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    scale = expected.abs().max().clamp(min=1).item()  # sums of many terms cancel
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding * scale)
+
+
+@pytest.mark.parametrize("name", SHARED_CASES)
+def test_attend_shared_and_its_gradients_equal_float64_reference(name: str) -> None:
+    case = SHARED_CASES[name]
+    inputs = make_shared(case)
+    wide = [None if t is None else t.double().requires_grad_() for t in inputs]
+    out, lse = attend(*wide)  # type: ignore[arg-type]
+    gen = torch.Generator().manual_seed(8)
+    grad_out = torch.randn(out.shape, generator=gen).to(case.dtype)
+    grad_lse = torch.randn(lse.shape, generator=gen)
+    ((out * grad_out.double()).sum() + (lse * grad_lse.double()).sum()).backward()
+    gradients = [t.grad for i, t in enumerate(wide) if t is not None and i != 3]
+
+    actual = run_shared(case, inputs, grad_out, grad_lse)
+    expected = [out.detach(), lse.detach(), *gradients]
+    for a, e in zip(actual, expected, strict=True):
+        assert e is not None
+        close(a, e, case.dtype)
+
+
+def run_shared(
+    case: SharedCase,
+    inputs: list[torch.Tensor | None],
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> list[torch.Tensor]:
+    """out, lse and the gradients of query, key, value and (if there is one) sink."""
+    N, H, S = case.N, case.H, case.S
+    out = torch.full((N, H, case.Ev), torch.nan, dtype=case.dtype)
+    lse = torch.full((N, H), torch.nan)
+    weights = torch.full((N, -(-H // 8), S, 8), torch.nan)
+    tensors = [*inputs, out, lse, weights]
+    sizes = [N, H, S, case.Ek, case.Ev, DTYPES.index(case.dtype)]
+    emulator().attend_shared(declare([*tensors, *[None] * 7]), integers([*sizes, 0, 5]))
+    grads = [torch.full_like(t, torch.nan) for t in inputs[:3] if t is not None]
+    dsink = torch.full((N, H), torch.nan)
+    weights.fill_(torch.nan)
+    tensors += [grad_out, grad_lse, *grads, dsink, torch.full_like(weights, torch.nan)]
+    emulator().attend_shared(declare(tensors), integers([*sizes, 1, 6]))
+    return [out, lse, *grads, *([dsink] if case.sink else [])]
+
+
+def test_attend_shared_ignores_what_masked_rows_hold() -> None:
+    case = SharedCase(mask=True)
+    query, key, value, mask, sink = make_shared(case)
+    assert key is not None
+    assert value is not None
+    assert mask is not None
+    mask[:, :, 4] = -torch.inf
+    grad_out, grad_lse = torch.randn(case.N, case.H, case.Ev), torch.randn(case.N, case.H)
+    before = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse)
+    key[:, 4], value[:, 4] = torch.nan, torch.nan
+    after = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse)
+    for b, a in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attend_shared_with_everything_masked_is_nan_as_softmax() -> None:
+    case = SharedCase(mask=True)
+    query, key, value, mask, sink = make_shared(case)
+    assert mask is not None
+    mask[1, 2] = -torch.inf
+    grads = torch.zeros(case.N, case.H, case.Ev), torch.zeros(case.N, case.H)
+    out, lse, *_ = run_shared(case, [query, key, value, mask, sink], *grads)
+    assert out[1, 2].isnan().all()
+    assert lse[1, 2] == -torch.inf
+    assert not out[0].isnan().any()
+    assert not out[1, :2].isnan().any()

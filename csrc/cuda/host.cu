@@ -7,10 +7,26 @@
 
 namespace continual_mha::cuda {
 
+namespace {
+
+using GetStream = AOTITorchError (*)(int32_t, void**);
+
+GetStream find_get_stream() {
+  const char* name = "aoti_torch_get_current_cuda_stream";
+  void* function = dlsym(RTLD_DEFAULT, name);
+  if (function == nullptr) {
+    // Python loads PyTorch's libraries outside the global scope. This finds the one that is loaded,
+    // and loads none.
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library != nullptr) function = dlsym(library, name);
+  }
+  return reinterpret_cast<GetStream>(function);
+}
+
+}  // namespace
+
 cudaStream_t current_stream(int device) {
-  using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const GetStream get_stream =
-      reinterpret_cast<GetStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const GetStream get_stream = find_get_stream();
   STD_TORCH_CHECK(get_stream != nullptr, "this PyTorch was built without CUDA");
   void* stream = nullptr;
   STD_TORCH_CHECK(get_stream(device, &stream) == 0, "no current CUDA stream on device ", device);

@@ -1,6 +1,7 @@
-// The CUDA kernels as plain C functions on host memory, for tests/test_cuda_emulation.py.
+// The CUDA kernels as plain C functions on host memory, for tests/test_cuda_emulation.py, which
+// compiles this with emulated_device.h in front.
+#include "../../csrc/cuda/attend_shared.cuh"
 #include "../../csrc/cuda/ring_step.cuh"
-#include "emulated_device.h"
 
 namespace cuda = continual_mha::cuda;
 
@@ -27,6 +28,39 @@ void choose_ring_step(cuda::RingStepParams p, int streams, bool cluster, uint64_
     cluster ? launch_ring_step<T, 4, cuda::Merge::kCluster>(p, seed)
             : launch_ring_step<T, 4, cuda::Merge::kCounter>(p, seed);
   }
+}
+
+template <typename T>
+void outer_product(const float* weights, const void* vectors, void* gradient, int64_t streams,
+                   int cols, const cuda::AttendSharedParams& p, uint64_t seed) {
+  cuda::OuterProductParams o{};
+  o.weights = weights;
+  o.vectors = vectors;
+  o.gradient = gradient;
+  o.num_heads = p.num_heads;
+  o.rows = p.rows;
+  o.cols = cols;
+  o.threads =
+      streams * cuda::divide_up(o.rows, cuda::kTileRows) * cuda::divide_up(cols, cuda::kPack);
+  o.aligned = cols * sizeof(T) % 16 == 0;
+  const int blocks = static_cast<int>((o.threads + cuda::kThreads - 1) / cuda::kThreads);
+  emulation::launch(blocks, 1, cuda::kThreads, 0, seed, [&o] { cuda::outer_product_kernel<T>(o); });
+}
+
+template <typename T>
+void run_attend_shared(cuda::AttendSharedParams p, int64_t streams, bool backward, void* dkey,
+                       void* dvalue, uint64_t seed) {
+  p.key_aligned = p.key_dim * sizeof(T) % 16 == 0;
+  p.value_aligned = p.value_dim * sizeof(T) % 16 == 0;
+  const int blocks = static_cast<int>(streams) * cuda::head_tiles(p.num_heads);
+  emulation::launch(blocks, 1, cuda::kThreads,
+                    cuda::attend_shared_bytes<T>(p.key_dim, p.value_dim, backward), seed, [&] {
+                      backward ? cuda::attend_shared_backward_kernel<T>(p)
+                               : cuda::attend_shared_kernel<T>(p);
+                    });
+  if (!backward) return;
+  outer_product<T>(p.dscores, p.query, dkey, streams, p.key_dim, p, seed);
+  outer_product<T>(p.weights, p.grad_out, dvalue, streams, p.value_dim, p, seed);
 }
 
 }  // namespace
@@ -109,6 +143,46 @@ void ring_step(void* const* tensors, const int64_t* strides, const int64_t* size
     default:
       return choose_ring_step<torch::headeronly::BFloat16>(p, sizes[kStreams], cluster,
                                                            sizes[kSeed]);
+  }
+}
+
+// `tensors`: query, key, value, mask, sink, out, lse, weights, and for the backward pass grad_out,
+// grad_lse, dquery, dkey, dvalue, dsink, dscores. mask is a full (N, H, S) tensor.
+void attend_shared(void* const* tensors, const int64_t* sizes) {
+  enum { N, H, S, Ek, Ev, kDType, kBackward, kSeed };
+  cuda::AttendSharedParams p{};
+  const bool is_float = sizes[kDType] == kFloat32;
+  p.query = tensors[0];
+  p.key = tensors[1];
+  p.value = tensors[2];
+  p.mask = {tensors[3], is_float};
+  p.mask_stride_n = sizes[H] * sizes[S];
+  p.mask_stride_h = sizes[S];
+  p.mask_stride_s = 1;
+  p.sink = {tensors[4], is_float};
+  p.out = tensors[5];
+  p.lse = static_cast<float*>(tensors[6]);
+  p.weights = static_cast<float*>(tensors[7]);
+  p.grad_out = tensors[8];
+  p.grad_lse = static_cast<const float*>(tensors[9]);
+  p.dquery = tensors[10];
+  p.dsink = static_cast<float*>(tensors[13]);
+  p.dscores = static_cast<float*>(tensors[14]);
+  p.num_heads = static_cast<int>(sizes[H]);
+  p.rows = static_cast<int>(sizes[S]);
+  p.key_dim = static_cast<int>(sizes[Ek]);
+  p.value_dim = static_cast<int>(sizes[Ev]);
+  const auto run = [&](auto element) {
+    run_attend_shared<decltype(element)>(p, sizes[N], sizes[kBackward], tensors[11], tensors[12],
+                                         sizes[kSeed]);
+  };
+  switch (sizes[kDType]) {
+    case kFloat32:
+      return run(float{});
+    case kFloat16:
+      return run(torch::headeronly::Half{});
+    default:
+      return run(torch::headeronly::BFloat16{});
   }
 }
 

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the host: every CUDA thread is a fiber, barriers and shuffles switch between
-// fibers, and the order in which fibers and blocks run is drawn from a seed. Include this before
-// any kernel header: it takes the place of csrc/cuda/device.cuh.
+// fibers, and the order in which fibers and blocks run is drawn from a seed. Included before any
+// kernel header, it takes the place of csrc/cuda/device.cuh.
 //
 // What it is stricter about than a GPU: shared memory and registers of asynchronous copies hold NaN
 // until the wait that makes them visible, 16-byte accesses must be aligned and inside a tensor that
