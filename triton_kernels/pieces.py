@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import INTERPRETED
 
@@ -20,6 +21,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 def dot_precision() -> str:
     """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed (1,) drawn on the device from torch's generator, which graphs can replay; or None."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
 
 
 @triton.jit
@@ -38,14 +46,15 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def keep_scale(seed_ptr, stream, head, slots, dropout_p):
+def keep_scale(seed_ptr, stream, head, slots, rows, dropout_p):
     """0 where the weight of this slot is dropped, else 1 / (1 - p)  # like slots
 
-    Philox keyed by the call's seed and counted by (slot, stream, head): independent of the grid.
+    Philox keyed by the call's seed and counted by (slot, stream, head, row): independent of the
+    grid. `slots` and `rows` have one shape.
     """
     zero = slots * 0
     bits, _, _, _ = tl.philox(
-        tl.load(seed_ptr), slots, zero + stream.to(tl.int32), zero + head, zero
+        tl.load(seed_ptr), slots, zero + stream.to(tl.int32), zero + head, rows
     )
     uniform = tl.uint_to_uniform_float(bits)
     return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)

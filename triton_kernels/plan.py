@@ -148,3 +148,29 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     block_s = max(16, min(64 if itemsize == 2 else 32, triton.next_power_of_2(S)))
     block_e = 128 if itemsize == 2 else 32
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, 4, 2)
+
+
+class StepsPlan(NamedTuple):
+    """Blocks of tokens, of keys and of features in the many-token kernel."""
+
+    block_t: int
+    block_s: int
+    block_d: int
+    num_warps: int
+    stages: int
+
+
+# (tokens, keys, warps) by padded head_dim: 16-bit elements on the matrix unit, fp32 on the others.
+STEPS_BLOCKS_16 = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8),
+                   256: (64, 32, 8)}  # fmt: skip
+STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8),
+                   256: (16, 16, 8)}  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def steps_plan(tokens: int, head_dim: int, itemsize: int) -> StepsPlan:
+    """The plan of `ring_steps_` for `tokens` outputs per stream."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_t, block_s, warps = (STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32)[block_d]
+    block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
+    return StepsPlan(block_t, block_s, block_d, 4 if block_t <= 32 else warps, 2)

@@ -19,6 +19,7 @@ from .pieces import (
     cast,
     dot,
     dot_precision,
+    dropout_seed,
     finite_or_zero,
     is_last,
     keep_scale,
@@ -214,7 +215,9 @@ def _ring_step_kernel(
         m_i = m_new
         l_i = l_i * alpha + weight
         if seed_ptr is not None:
-            weight *= keep_scale(seed_ptr, stream, head, now_slots, dropout_p).to(ACC)
+            weight *= keep_scale(seed_ptr, stream, head, now_slots, now_slots * 0, dropout_p).to(
+                ACC
+            )
         acc = acc * alpha[:, None] + weight[:, None] * v
 
     m = tl.max(m_i, axis=0)
@@ -246,14 +249,16 @@ def _ring_step_kernel(
             tl.store(v_ring_ptr + new_slot * D + offs_d, v_new, mask=mask_d)
         keep = tl.full((), 1.0, ACC)
         if seed_ptr is not None:
-            keep = keep_scale(seed_ptr, stream, head, new_slot, dropout_p).to(ACC)
+            keep = keep_scale(seed_ptr, stream, head, new_slot, new_slot * 0, dropout_p).to(ACC)
         score = tl.sum(q * k_new.to(ACC), axis=0) * scale
         m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new.to(ACC))
         if bias_k_ptr is not None:
             k_bias = tl.load(bias_k_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
             v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
             if seed_ptr is not None:
-                keep = keep_scale(seed_ptr, stream, head, new_slot * 0 + L, dropout_p).to(ACC)
+                keep = keep_scale(
+                    seed_ptr, stream, head, new_slot * 0 + L, new_slot * 0, dropout_p
+                ).to(ACC)
             score = tl.sum(q * k_bias, axis=0) * scale
             m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
         if ADD_ZERO_ATTN:
@@ -336,13 +341,6 @@ def project_inputs(
         linear(key, k_weight, k_bias),
         linear(value, v_weight, v_bias),
     )
-
-
-def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A seed (1,) drawn on the device from torch's generator, which graphs can replay; or None."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
 
 
 def uncovered(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:

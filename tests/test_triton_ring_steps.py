@@ -1,0 +1,144 @@
+"""The many-token pass of the Triton backend against the reference, and against single steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from triton_cases import (
+    DEVICE,
+    DTYPES,
+    RingCase,
+    assert_as_exact_as_torch,
+    needs_kernels,
+    widened,
+)
+
+from continual_mha import reference
+from continual_mha.triton_kernels import ring_step_, ring_steps_, why_not
+
+pytestmark = needs_kernels
+
+
+def check_clip(case: RingCase, T: int, first: int, zero: bool = False) -> None:
+    """One clip through kernel, PyTorch and float64; the rings must agree as the outputs do."""
+    clip, state, torch_state = list(case.clip(T)), case.state, case.copied_state()
+    exact_state = widened(torch_state)
+    rest = [first, zero, 0.0, True]
+    out = ring_steps_(*clip, *case.weights, *state, *rest)
+    plain = reference.ring_steps_(*clip, *case.weights, *torch_state, *rest)
+    exact = reference.ring_steps_(*widened(clip), *widened(case.weights), *exact_state, *rest)
+    assert out.shape == exact.shape
+    assert_as_exact_as_torch(out, plain, exact)
+    for ring, best in zip(state, exact_state, strict=True):
+        torch.testing.assert_close(
+            ring.cpu().double(), best.double(), equal_nan=True, atol=0.05, rtol=0.05
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clips_equal_sliding_window_attention_from_cold_to_wrapped(dtype: torch.dtype) -> None:
+    case = RingCase(L=6, dtype=dtype)
+    for T, first in ((4, 0), (3, 1), (20, 3)):
+        check_clip(case, T, first)
+
+
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_every_option_at_once(T: int) -> None:
+    case = RingCase(N=3, D=12, L=4, delay=3, kdim=27, vdim=22, extra_slot=True)
+    case.state[3].copy_(torch.arange(3))
+    for ring in case.state[:2]:
+        ring.copy_(case.random(*ring.shape))
+    check_clip(case, T, 0, zero=True)
+    check_clip(case, T, T - 1, zero=True)
+
+
+@pytest.mark.parametrize(("L", "T"), [(1, 3), (33, 40), (120, 5), (70, 150)])
+def test_windows_and_clips_around_the_block_sizes(L: int, T: int) -> None:
+    case = RingCase(N=1, L=L, D=20, bias=False).warm()
+    check_clip(case, T, 0)
+
+
+def test_a_clip_equals_its_tokens_one_by_one_and_leaves_the_same_state() -> None:
+    case = RingCase(L=5, delay=2, integers=True, dtype=torch.float32)
+    state = case.copied_state()
+    for _ in range(2):
+        clip = case.clip(4)
+        outs = ring_steps_(*clip, *case.weights, *case.state, 0, False, 0.0, True)
+        for t in range(4):
+            token = (clip[0][:, t],) * 3
+            out = ring_step_(*token, *case.weights, *state, None, False, 0.0, True)
+            torch.testing.assert_close(outs[:, t], out)
+    for ring, other in zip(case.state, state, strict=True):
+        assert torch.equal(ring.nan_to_num(77), other.nan_to_num(77))
+
+
+def test_without_update_the_state_stays_as_it_was() -> None:
+    case = RingCase(delay=2).warm()
+    before = case.copied_state()
+    ring_steps_(*case.clip(7), *case.weights, *case.state, 0, False, 0.0, False)
+    assert all(torch.equal(x, y) for x, y in zip(case.state, before, strict=True))
+
+
+def test_no_tokens_and_no_outputs_are_no_errors() -> None:
+    case = RingCase().warm()
+    before = case.copied_state()
+    out = ring_steps_(*case.clip(0), *case.weights, *case.state, 0, False, 0.0, True)
+    assert out.shape == (case.N, 0, case.H * case.D)
+    assert all(torch.equal(x, y) for x, y in zip(case.state, before, strict=True))
+    out = ring_steps_(*case.clip(3), *case.weights, *case.state, 3, False, 0.0, True)
+    assert out.shape == (case.N, 0, case.H * case.D)
+    assert torch.equal(case.state[3], before[3] + 3)
+
+
+def test_positions_of_a_long_life() -> None:
+    case = RingCase(delay=2).warm()
+    case.state[3].fill_(2**62 + 3)
+    check_clip(case, 7, 0)
+
+
+def test_a_stream_does_not_see_its_neighbours() -> None:
+    case = RingCase(N=3).warm()
+    clip, state = case.clip(6)[0], case.copied_state()
+    out = ring_steps_(clip, clip, clip, *case.weights, *case.state, 0, False, 0.0, True)
+    poisoned = clip.clone()
+    poisoned[[0, 2]] = float("nan")
+    state[0][[0, 2]], state[1][[0, 2]], state[3][0] = float("inf"), float("nan"), 0
+    other = ring_steps_(poisoned, poisoned, poisoned, *case.weights, *state, 0, False, 0.0, True)
+    assert torch.equal(out[1], other[1])
+
+
+def test_dropout_zeroes_weights_at_its_rate_and_rescales_the_others() -> None:
+    """Equal scores and one-hot values make the outputs the attention weights themselves."""
+    N, H, L, T, p = 1, 2, 32, 8, 0.25
+    case = RingCase(N=N, H=H, D=L, L=L, bias=False)
+    weight, out_weight = case.weights[0], case.weights[4]
+    assert weight is not None
+    assert out_weight is not None
+    weight.zero_()
+    out_weight.copy_(torch.eye(H * L))
+    case.state[0].zero_()
+    case.state[1].copy_(torch.eye(L).expand(N, H, L, L))
+    case.state[3].fill_(2 * L)
+    outs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        state = case.copied_state()
+        outs.append(ring_steps_(*case.clip(T), *case.weights, *state, 0, False, p, True))
+    attn = outs[0].view(T, H, L)[:, :, T:].flatten()  # the clip's own values are zero
+    kept = attn != 0
+    torch.testing.assert_close(attn[kept], torch.full_like(attn[kept], 1 / (L * (1 - p))))
+    deviation = math.sqrt(attn.numel() * p * (1 - p))
+    assert abs(kept.sum().item() - attn.numel() * (1 - p)) < 4 * deviation
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_an_uncovered_call_is_declined_with_the_reason() -> None:
+    case = RingCase()
+    args = [*case.clip(2), *case.weights, *case.state, 0, False, 0.0, True]
+    assert why_not("ring_steps_", *args) is None
+    args[0] = torch.zeros(2, 2, 16, dtype=torch.complex64, device=DEVICE)
+    assert "complex64" in (why_not("ring_steps_", *args) or "")
+    assert "no kernel" in (why_not("no_such_operator", *args) or "")

@@ -1,0 +1,264 @@
+"""Many tokens at once: sliding-window attention over ring and clip, then one write of the ring."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .pieces import LOG2E, cast, dot, dot_precision, dropout_seed, finite_or_zero, keep_scale
+from .plan import StepsPlan, steps_plan
+from .ring_step import project_inputs, uncovered
+
+
+@triton.jit
+def _attend_tile(
+    q, k, v, visible, keys, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head, dropout_p,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one tile of keys: k, v [BLOCK_S, BLOCK_D], visible [BLOCK_T, BLOCK_S]."""
+    scores = tl.zeros((q.shape[0], k.shape[0]), ACC)
+    scores = tl.where(visible, dot(q, tl.trans(k), scores, PRECISION) * scale, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    shift = finite_or_zero(m_new)
+    alpha = tl.exp2(m_i - shift)
+    weight = tl.exp2(scores - shift[:, None])
+    l_i = l_i * alpha + tl.sum(weight, axis=1)
+    if seed_ptr is not None:
+        row = offs_t[:, None] + keys[None, :] * 0
+        key = keys[None, :] + offs_t[:, None] * 0
+        weight *= keep_scale(seed_ptr, stream, head, key, row, dropout_p).to(ACC)
+    acc = dot(cast(weight, v.dtype), v, acc * alpha[:, None], PRECISION)
+    return m_new, l_i, acc
+
+
+@triton.jit
+def _ring_steps_kernel(
+    query_ptr, key_ptr, value_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
+    position_ptr, seed_ptr, out_ptr, stride_qn, stride_qt, stride_kn, stride_kt, stride_vn,
+    stride_vt, T, first, dropout_p,
+    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: the outputs of BLOCK_T tokens of one head of one stream.
+
+    Reads those slots of the ring and tokens of the clip that its tokens see: about
+    2 * D * (L + BLOCK_T) elements. BLOCK_T rows share every key, which makes the products matter
+    more than the bytes, so the blocks are those of the matrix unit.
+    """
+    E: tl.constexpr = H * D
+    blocks = tl.cdiv(T - first, BLOCK_T)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = program // blocks % H
+    stream = (program // (blocks * H)).to(tl.int64)
+    begin = first + block * BLOCK_T
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    position = tl.load(position_ptr + stream)
+    scale = tl.full((), SCALE * LOG2E, ACC)
+    query_ptr += stream * stride_qn + head * D
+    key_ptr += stream * stride_kn + head * D
+    value_ptr += stream * stride_vn + head * D
+    k_ring_ptr += (stream * H + head) * (L * D)
+    v_ring_ptr += (stream * H + head) * (L * D)
+
+    # With a delay of R - 1 the query is that of an earlier token, of this clip or of the ring.
+    DELAY: tl.constexpr = R - 1 if R > 0 else 0
+    source = offs_t - DELAY
+    q = tl.load(
+        query_ptr + source.to(tl.int64)[:, None] * stride_qt + offs_d[None, :],
+        mask=((source >= 0) & (offs_t < T))[:, None] & mask_d[None, :],
+        other=0.0,
+    )  # [BLOCK_T, BLOCK_D]
+    if R > 0:
+        slot = (position + offs_t + 1) % R
+        waiting = tl.load(
+            q_ring_ptr + (stream * R + slot)[:, None] * E + (head * D + offs_d)[None, :],
+            mask=((source < 0) & (offs_t < T))[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        q = tl.where((source < 0)[:, None], waiting, q)
+
+    m_i = tl.full((BLOCK_T,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_T,), ACC)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+    ring_end = tl.where(begin < L - 1, L, 0)
+    newest = ((position + L - 1) % L).to(tl.int32)
+    seen = tl.minimum(position, L).to(tl.int32)
+    for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
+        slots = start + offs_s
+        age = newest - slots
+        keys = -1 - tl.where(age < 0, age + L, age)  # counted from the clip's first token
+        there = (slots < L) & (keys >= -seen) & (keys > begin - L)
+        visible = there[None, :] & (keys[None, :] > offs_t[:, None] - L)
+        offsets = slots[:, None] * D + offs_d[None, :]
+        mask = there[:, None] & mask_d[None, :]
+        k = tl.load(k_ring_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_ring_ptr + offsets, mask=mask, other=0.0)
+        m_i, l_i, acc = _attend_tile(
+            q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
+            dropout_p, PRECISION, ACC,
+        )  # fmt: skip
+    clip_end = tl.minimum(begin + BLOCK_T, T)
+    for start in tl.range(tl.maximum(begin - L + 1, 0), clip_end, BLOCK_S, num_stages=STAGES):
+        keys = start + offs_s
+        there = keys < clip_end
+        past = keys[None, :] <= offs_t[:, None]
+        visible = there[None, :] & past & (keys[None, :] > offs_t[:, None] - L)
+        rows = keys.to(tl.int64)[:, None]
+        mask = there[:, None] & mask_d[None, :]
+        k = tl.load(key_ptr + rows * stride_kt + offs_d[None, :], mask=mask, other=0.0)
+        v = tl.load(value_ptr + rows * stride_vt + offs_d[None, :], mask=mask, other=0.0)
+        m_i, l_i, acc = _attend_tile(
+            q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
+            dropout_p, PRECISION, ACC,
+        )  # fmt: skip
+
+    if bias_k_ptr is not None:
+        k_bias = tl.load(bias_k_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
+        v_bias = tl.load(bias_v_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
+        score = tl.sum(q.to(ACC) * k_bias[None, :], axis=1) * scale
+        m_new = tl.maximum(m_i, score)
+        shift = finite_or_zero(m_new)
+        alpha = tl.exp2(m_i - shift)
+        weight = tl.exp2(score - shift)
+        m_i = m_new
+        l_i = l_i * alpha + weight
+        if seed_ptr is not None:
+            last = offs_t * 0 + (L + T)
+            weight *= keep_scale(seed_ptr, stream, head, last, offs_t, dropout_p).to(ACC)
+        acc = acc * alpha[:, None] + weight[:, None] * v_bias[None, :]
+    if ADD_ZERO_ATTN:
+        m_new = tl.maximum(m_i, 0.0)
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.exp2(-m_new)
+        acc = acc * alpha[:, None]
+
+    rows = stream * (T - first) + offs_t - first
+    tl.store(
+        out_ptr + rows[:, None] * E + (head * D + offs_d)[None, :],
+        cast(acc / l_i[:, None], out_ptr.dtype.element_ty),
+        mask=(offs_t < T)[:, None] & mask_d[None, :],
+    )
+
+
+@triton.jit
+def _write_rings_kernel(
+    query_ptr, key_ptr, value_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr, position_ptr,
+    stride_qn, stride_qt, stride_kn, stride_kt, stride_vn, stride_vt, T,
+    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_T of the last tokens of one stream, BLOCK_E features, into their slots.
+
+    Reads and writes 2 * BLOCK_T * BLOCK_E elements, 3 where queries wait; a plain copy.
+    """
+    E: tl.constexpr = H * D
+    kept = tl.minimum(T, L if L > R else R)
+    blocks = tl.cdiv(kept, BLOCK_T)
+    stream = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_t = T - kept + tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    position = tl.load(position_ptr + stream)
+    rows = offs_t.to(tl.int64)[:, None]
+    mask = (offs_t < T)[:, None] & (offs_e < E)[None, :]
+    mask_ring = mask & (offs_t >= T - L)[:, None]
+    slot = (position + offs_t) % L
+    to = ((stream * H + offs_e // D)[None, :] * L + slot[:, None]) * D + (offs_e % D)[None, :]
+    key = tl.load(key_ptr + stream * stride_kn + rows * stride_kt + offs_e[None, :], mask_ring)
+    value = tl.load(value_ptr + stream * stride_vn + rows * stride_vt + offs_e[None, :], mask_ring)
+    tl.store(k_ring_ptr + to, key, mask_ring)
+    tl.store(v_ring_ptr + to, value, mask_ring)
+    if R > 0:
+        mask_wait = mask & (offs_t >= T - R)[:, None]
+        to = (stream * R + (position + offs_t) % R)[:, None] * E + offs_e[None, :]
+        query_ptr += stream * stride_qn
+        query = tl.load(query_ptr + rows * stride_qt + offs_e[None, :], mask_wait)
+        tl.store(q_ring_ptr + to, query, mask_wait)
+
+
+def why_not(name: str, *args: Any) -> str | None:
+    """None if this module covers a call of the operator `name`, else the reason why not."""
+    if name != "ring_steps_":
+        return f"no kernel for {name} here"
+    return uncovered(*args[:14])
+
+
+def ring_steps_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    in_proj_weight: Tensor,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    q_ring: Tensor,
+    position: Tensor,
+    first: int,
+    add_zero_attn: bool,
+    dropout_p: float,
+    update: bool,
+) -> Tensor:
+    """T steps of N streams at once: the outputs (N, T - first, E) of the tokens from `first` on.
+
+    Shapes: `query` (N, T, E), `key` (N, T, Ek), `value` (N, T, Ev), any strides; the others as in
+    `ring_step_`. If `update`, the last tokens are written into the rings and `position` advances
+    by T. Covered: what `why_not` answers None to.
+    """
+    (N, H, L, D), T, R = k_ring.shape, query.shape[1], q_ring.shape[1]
+    E = H * D
+    query, key, value = project_inputs(
+        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, F.linear
+    )
+    plan = steps_plan(T - first, D, query.element_size())
+    out = query.new_empty((N, T - first, E))
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    args = (
+        query, key, value, bias_k, bias_v, k_ring, v_ring, q_ring, position,
+        dropout_seed(dropout_p, query.device), out, *strides, T, first, dropout_p,
+        *_constants(plan, H, D, L, R, query.dtype, bool(add_zero_attn), dot_precision()),
+    )  # fmt: skip
+    programs = N * H * triton.cdiv(T - first, plan.block_t)
+    launch(_ring_steps_kernel, (programs, 1, 1), args, num_warps=plan.num_warps)
+    if update and T:
+        blocks = triton.cdiv(min(T, max(L, R)), WRITE_TOKENS)
+        args = (
+            query, key, value, k_ring, v_ring, q_ring, position, *strides, T,
+            H, D, L, R, WRITE_TOKENS, WRITE_FEATURES,
+        )  # fmt: skip
+        grid = (N * blocks, triton.cdiv(E, WRITE_FEATURES), 1)
+        launch(_write_rings_kernel, grid, args, num_warps=4)
+        position.add_(T)
+    return F.linear(out, out_proj_weight, out_proj_bias)
+
+
+WRITE_TOKENS = 16
+WRITE_FEATURES = 128
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    plan: StepsPlan, H: int, D: int, L: int, R: int, dtype: torch.dtype, add_zero_attn: bool,
+    precision: str,
+) -> tuple:  # fmt: skip
+    """The constexprs of `_ring_steps_kernel` in their order."""
+    return (
+        H, D, L, R, plan.block_t, plan.block_s, plan.block_d, add_zero_attn, plan.stages,
+        precision, D**-0.5, tl.float64 if dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
