@@ -116,6 +116,18 @@ def test_stream_does_not_recompile_from_step_to_step(length, mode):
     assert counter.frame_count == until_warm
 
 
+def test_compiled_step_goes_from_inference_mode_to_gradients():
+    module, twin = build(), build()
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    step = compiled(module, "forward_step")
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            got = [step(x[:, t]) for t in range(LENGTH)]
+            want = step_through(twin, x[:, :LENGTH])
+        torch.testing.assert_close(got[-1], want[-1])
+    got[-1].sum().backward()
+
+
 def test_reset_and_new_stream_do_not_recompile():
     module = build(sequence_len=8)
     x = draw_tokens(module, 2, 12)[0]

@@ -118,10 +118,48 @@ def test_bad_tokens_are_refused(case, past):
     assert_changes_nothing(lambda module: module.forward_steps(*given), error, fragments, past)
 
 
+@pytest.mark.parametrize("single_output", [True, False])
 @pytest.mark.parametrize("case", BAD_CLIPS)
-def test_bad_clip_is_refused(case):
+def test_bad_clip_is_refused(case, single_output):
     given, error, fragments = BAD_CLIPS[case]
-    assert_changes_nothing(lambda module: module.forward(*given), error, fragments, 2)
+
+    def call(module):
+        module.single_output_forward = single_output
+        module.forward(*given)
+
+    assert_changes_nothing(call, error, fragments, 2)
+
+
+BAD_MASKS = {
+    "padding of other tokens": ({"key_padding_mask": zeros(N, 4)}, ValueError, ["(3, 4)", "3"]),
+    "padding of other streams": ({"key_padding_mask": zeros(4, 3)}, ValueError, ["(4, 3)"]),
+    "padding of all streams": ({"key_padding_mask": zeros(3)}, ValueError, ["(3,)"]),
+    "mask of other tokens": ({"attn_mask": zeros(1, 4)}, ValueError, ["(1, 4)", "(1, 3)"]),
+    "mask of all queries": ({"attn_mask": zeros(3, 3)}, ValueError, ["(3, 3)", "(1, 3)"]),
+    "mask of streams and not heads": ({"attn_mask": zeros(3, 1, 3)}, ValueError, ["(6, 1, 3)"]),
+    "integer padding": (
+        {"key_padding_mask": zeros(N, 3, dtype=torch.int64)},
+        TypeError,
+        ["key_padding_mask", "int64"],
+    ),
+    "integer mask": ({"attn_mask": zeros(1, 3, dtype=torch.uint8)}, TypeError, ["uint8"]),
+    "padding elsewhere": (
+        {"key_padding_mask": zeros(N, 3, device=META)},
+        ValueError,
+        ["key_padding_mask", "meta", "cpu"],
+    ),
+    "mask elsewhere": (
+        {"attn_mask": zeros(1, 3, device=META)},
+        ValueError,
+        ["attn_mask", "meta", "cpu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_bad_mask_is_refused(case):
+    masks, error, fragments = BAD_MASKS[case]
+    assert_changes_nothing(lambda module: module(*clips(), **masks), error, fragments, 2)
 
 
 @pytest.mark.parametrize("case", BAD_STEPS)

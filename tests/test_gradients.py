@@ -311,6 +311,35 @@ def test_inference_mode_then_no_grad_then_gradient(at_once):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_functional_step_takes_a_state_from_inference_mode():
+    module = build(**SMALL)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    state = None
+    with torch.inference_mode():
+        for t in range(LENGTH - 1):
+            _, state = module._forward_step(x[:, t], prev_state=state)
+    output, _ = module._forward_step(x[:, -1], prev_state=state)
+    torch.testing.assert_close(output[:, None], window_attention(module, x))
+    output.sum().backward()
+    assert (module.in_proj_weight.grad != 0).any()
+
+
+@pytest.mark.parametrize("update_state", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_answers_without_update_keep_what_an_earlier_graph_needs(mode, update_state):
+    module = build(**SMALL)
+    x = leaves(module, 2, LENGTH + 3)[0]
+    output = stack(step_through(module, x[:, :LENGTH]), module)
+    with mode():
+        module.forward_step(x[:, LENGTH], update_state=False)
+        module.forward_steps(x[:, LENGTH:], update_state=False)
+        module.forward_step(x[:, LENGTH], update_state=update_state)
+        module.forward_steps(x[:, LENGTH + 1 :])
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    (want,) = torch.autograd.grad(window_attention(module, x[:, :LENGTH]).sum(), x)
+    torch.testing.assert_close(grad, want)
+
+
 def test_state_from_inference_mode_serves_after_it():
     """Tensors made in inference mode refuse to be written to outside of it; the module must not."""
     module = build(**SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import continual
 import pytest
 import torch
@@ -273,6 +275,37 @@ def test_backward_hooks_fire_in_steps():
     module.register_full_backward_hook(lambda m, into, out: seen.append(out[0].shape))
     module(draw_tokens(module, 2, 1)[0][:, 0].requires_grad_()).sum().backward()
     assert seen == [(2, EMBED)]
+
+
+def test_hook_may_use_the_other_forwards_of_the_module():
+    module = build(sequence_len=1)
+    module.call_mode = "forward_step"
+    x = draw_tokens(module, 2, 3)[0]
+    seen = []
+
+    def hook(hooked, args, output):
+        if not seen:
+            seen.append(hooked.forward(x)[0].shape)
+            seen.append(hooked(x[:, 1]).shape)
+
+    module.register_forward_hook(hook)
+    with torch.no_grad():
+        module(x[:, 0])
+        assert seen == [(2, 1, EMBED), (2, EMBED)]
+        module.call_mode = "forward"
+        assert len(module(x)) == 2
+
+
+def test_copy_made_inside_a_hook_is_a_module_of_its_own():
+    module = build(sequence_len=1)
+    module.call_mode = "forward_step"
+    x = draw_tokens(module, 2, 3)[0]
+    copies = []
+    module.register_forward_hook(lambda hooked, *_: copies.append(copy.deepcopy(hooked)))
+    with torch.no_grad():
+        module(x[:, 0])
+        copies[0].call_mode = "forward"
+        assert len(copies[0](x)) == 2
 
 
 def test_keywords_pass_through_the_call():

@@ -328,6 +328,20 @@ def test_autocast_may_begin_and_end_in_mid_stream():
     assert module.get_state().k.dtype == torch.float32
 
 
+def test_state_of_half_tokens_under_autocast_can_be_set_again():
+    """Its dtype is that of the tokens and not of the weights, in a fresh module too."""
+    module = build()
+    x = draw_tokens(module, 2, LENGTH + 1)[0].bfloat16()
+    with torch.no_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+        step_through(module, x[:, :-1])
+        state = module.get_state()
+        assert state.k.dtype == torch.bfloat16
+        expected = module.forward_step(x[:, -1])
+        module.clean_state()
+        module.set_state(state)
+        assert torch.equal(module.forward_step(x[:, -1]), expected)
+
+
 def test_factory_arguments_reach_parameters_and_state():
     module = build(dtype=torch.float64, device="cpu")
     assert {p.dtype for p in module.parameters()} == {torch.float64}
