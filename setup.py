@@ -1,6 +1,266 @@
-from setuptools import setup
+"""The native libraries, and nothing else: everything about the package stands in pyproject.toml.
 
+They use LibTorch's stable ABI and no Python at all, so one build serves every torch from 2.10 on
+and every Python. What cannot be built here is left out, and one line says why. The environment:
+
+CONTINUAL_MHA_BUILD_CUDA   1 builds csrc/cuda or fails, 0 leaves it out, auto (the default) builds
+                           it where nvcc fits the installed torch
+CONTINUAL_MHA_CUDA_ARCHS   compute capabilities, by default "80;90;100" as far as nvcc knows them
+CONTINUAL_MHA_WERROR       1 makes warnings and failed builds errors
+CXX, CXXFLAGS, LDFLAGS     compiler and further arguments, as everywhere
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+STRICT = os.environ.get("CONTINUAL_MHA_WERROR", "0") == "1"
+BUILD_CUDA = os.environ.get("CONTINUAL_MHA_BUILD_CUDA", "auto")
+TORCH_ABI = "0x020a000000000000"  # 2.10
+# Only these files hold instructions that not every machine of the platform has.
+X86_FLAGS = {
+    "kernels_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ],
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def find_torch() -> Path | None:
+    """The installed package, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def torch_versions(torch: Path) -> tuple[tuple[int, int], str | None]:
+    """The release of torch, and the CUDA release it was built with, if any."""
+    text = (torch / "version.py").read_text()
+    release = re.search(r"__version__ = '(\d+)\.(\d+)", text)
+    cuda = re.search(r"^cuda(?:: [^=]*)? = '([\d.]+)'", text, re.M)
+    return (int(release[1]), int(release[2])) if release else (0, 0), cuda and cuda[1]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler's path."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "clang++", "c++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path: from CUDA_HOME, or wherever the shell finds it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def why_not_cpu() -> str | None:
+    """What is missing to build csrc/cpu; None if nothing is."""
+    torch = find_torch()
+    if sys.platform == "win32":
+        return "it has not been written for Windows"
+    if torch is None:
+        return "no torch here; install it and add --no-build-isolation"
+    if torch_versions(torch)[0] < (2, 10):
+        return "torch is older than 2.10"
+    if find_compiler() is None:
+        return "no C++ compiler found"
+    return None
+
+
+def why_not_cuda() -> str | None:
+    """What is missing to build csrc/cuda; None if nothing is."""
+    reason = why_not_cpu()
+    if BUILD_CUDA == "0":
+        return "CONTINUAL_MHA_BUILD_CUDA is 0"
+    if reason is not None:
+        return reason
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc found"
+    built_with = torch_versions(find_torch())[1]
+    if BUILD_CUDA == "auto" and built_with is None:
+        return "torch has no CUDA; CONTINUAL_MHA_BUILD_CUDA=1 builds it all the same"
+    release = run([nvcc, "--version"]).split("release ")[-1].split(",")[0]
+    if built_with is not None and release.split(".")[0] != built_with.split(".")[0]:
+        return f"nvcc is {release}, but torch was built with CUDA {built_with}"
+    return None
+
+
+def run(command: list[str]) -> str:
+    """Standard output of ``command``; an error with all that it said if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Compute capabilities to build for; machine code for each, and PTX of the newest."""
+    wanted = os.environ.get("CONTINUAL_MHA_CUDA_ARCHS")
+    if wanted:
+        return wanted.replace(".", "").split(";")
+    known = run([nvcc, "--list-gpu-arch"]).split()
+    return [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
+
+
+class Compiler:
+    """Compiles and links one library."""
+
+    def __init__(self) -> None:
+        self.torch = find_torch()
+        self.define = f"-DTORCH_TARGET_VERSION={TORCH_ABI}"
+        self.cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+
+    def compile(self, source: str) -> list[str]:
+        """The command that compiles ``source``, without its output and without its name."""
+        raise NotImplementedError
+
+    def link(self, objects: list[str], library: str) -> list[str]:
+        """The command that links ``library``."""
+        raise NotImplementedError
+
+
+class CpuCompiler(Compiler):
+    """g++ or clang++."""
+
+    def compile(self, source: str) -> list[str]:
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        command = [find_compiler(), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+        command += ["-Wall", "-Wextra", *(["-Werror"] if STRICT else []), self.define]
+        command += ["-isystem", str(self.torch / "include")]
+        command += X86_FLAGS.get(Path(source).stem, []) if x86 else []
+        return [*command, *self.cxxflags, "-c"]
+
+    def link(self, objects: list[str], library: str) -> list[str]:
+        sanitized = any(flag.startswith("-fsanitize") for flag in self.cxxflags)
+        # A symbol that torch lacks is found here, not by the user; a sanitizer's come with python.
+        checks = [] if sanitized or sys.platform == "darwin" else ["-Wl,-z,defs"]
+        command = [find_compiler(), "-shared", "-pthread", "-o", library, *objects, *checks]
+        return [*command, f"-L{self.torch / 'lib'}", "-ltorch_cpu", *self.cxxflags, *self.ldflags]
+
+
+class CudaCompiler(Compiler):
+    """nvcc. CPU-only torch serves as well: only the declarations are needed."""
+
+    def compile(self, source: str) -> list[str]:
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc)
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        command = [nvcc, "-std=c++17", "-O3", "-DUSE_CUDA", self.define, *targets]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+        command += ["-Werror", "all-warnings"] if STRICT else []
+        return [*command, "-isystem", str(self.torch / "include"), "-c"]
+
+    def link(self, objects: list[str], library: str) -> list[str]:
+        # libtorch brings in libtorch_cuda where there is one, for symbols looked up at run time.
+        command = [find_nvcc(), "-shared", "-cudart", "static", "-o", library, *objects]
+        libraries = ["-ltorch_cpu", "-Xlinker", "--no-as-needed", "-ltorch"]
+        return [*command, f"-L{self.torch / 'lib'}", *libraries]
+
+
+COMPILERS = {"cpu": CpuCompiler, "cuda": CudaCompiler}
+
+
+class BuildNative(build_ext):
+    """Plain shared libraries; ``python setup.py build_ext --inplace`` leaves them in the tree."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """No tag of a Python in the name."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile what has changed since the last build, and link."""
+        kind = ext.name.rsplit("_", 1)[1]
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            compiler = COMPILERS[kind]()
+            jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+            with ThreadPoolExecutor(jobs) as pool:
+                objects = list(pool.map(lambda s: self._object(compiler, s), ext.sources))
+            run(compiler.link(objects, str(library)))
+        except CompileError:
+            say(f"the {kind} library failed to compile")
+            raise
+
+    def _object(self, compiler: Compiler, source: str) -> str:
+        command = compiler.compile(source)
+        digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]
+        target = Path(self.build_temp) / digest / f"{Path(source).stem}.o"
+        inputs = [ROOT / source, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+        newest = max(path.stat().st_mtime for path in inputs)
+        if not target.exists() or target.stat().st_mtime < newest:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.announce(run([*command, source, "-o", str(target)]), level=1)
+        return str(target)
+
+    def copy_extensions_to_source(self) -> None:
+        """As setuptools does, into a folder that may not exist yet."""
+        (ROOT / "continual_mha" / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
+    def get_outputs(self) -> list[str]:
+        """What was built; an optional library may have failed."""
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def say(line: str) -> None:
+    """One line for whoever installs."""
+    print(f"continual_mha: {line}", file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    """The libraries that can be built here."""
+    found = []
+    reasons = {"cpu": why_not_cpu(), "cuda": why_not_cuda()}
+    for kind, reason in reasons.items():
+        sources = sorted(
+            path.relative_to(ROOT).as_posix()
+            for suffix in ("cpp", "cu")
+            for path in (ROOT / "csrc" / kind).glob(f"*.{suffix}")
+        )
+        needed = STRICT or (kind == "cuda" and BUILD_CUDA == "1")
+        if reason is None and sources:
+            name = f"continual_mha.lib.continual_mha_{kind}"
+            found.append(Extension(name, sources, optional=not needed))
+        elif kind == "cuda" and BUILD_CUDA == "1":
+            raise SystemExit(f"continual_mha: cannot build the cuda library: {reason}")
+    missing = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items() if reason)
+    if missing and {"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv):
+        say(f"installs without some native libraries, and works without them ({missing})")
+    return found
+
+
+libraries = extensions()
 setup(
     packages=["continual_mha", "continual_mha.triton_kernels"],
     package_dir={"continual_mha.triton_kernels": "triton_kernels"},
+    ext_modules=libraries,
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if libraries else {},
 )

@@ -40,19 +40,14 @@ CMHA_INLINE A finish_scores(const AttendSharedParams& p, int64_t n, int64_t head
         static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
     for (int64_t s = 0; s < p.slots; ++s) scores[s] += mask[s * p.mask_slot_stride];
   }
-  const auto [max, sum] = softmax_numerators(scores, p.slots);
   const int64_t row = n * p.num_heads + head;
-  A total = sum;
-  A highest = max;
-  A correction = 1;  // from numerators over `max` to numerators over `highest`
-  if (p.sink != nullptr) {
-    const A sink = static_cast<const A*>(p.sink)[row];
-    highest = max_of(max, sink);
-    correction = static_cast<A>(__builtin_exp(static_cast<double>(max - highest)));
-    total = sum * correction + static_cast<A>(__builtin_exp(static_cast<double>(sink - highest)));
-  }
-  static_cast<A*>(p.lse)[row] = highest + static_cast<A>(__builtin_log(static_cast<double>(total)));
-  return correction / total;
+  const A sink = p.sink == nullptr ? kMinusInfinity<A> : static_cast<const A*>(p.sink)[row];
+  const auto [max, sum] = softmax_numerators(scores, p.slots, sink);
+  const bool nothing = max == kMinusInfinity<A>;
+  const A total =
+      nothing ? 0 : sum + static_cast<A>(__builtin_exp(static_cast<double>(sink - max)));
+  static_cast<A*>(p.lse)[row] = max + static_cast<A>(__builtin_log(static_cast<double>(total)));
+  return 1 / total;
 }
 
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.

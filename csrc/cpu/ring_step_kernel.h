@@ -16,7 +16,7 @@ CMHA_INLINE void attend(const A* q, const S* k, const S* v, int64_t slots, int64
                      [&](int64_t l, int, A sum)
                          __attribute__((always_inline)) { scores[l] = sum; });
   extra.score(q, head_dim, scores + slots);
-  const A scale = 1 / softmax_numerators(scores, slots + extra.count()).sum;
+  const A scale = 1 / softmax_numerators(scores, slots + extra.count(), kMinusInfinity<A>).sum;
   for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
   weighted_rows<1>(scores, 0, v, head_dim, 0, slots, head_dim, out, 0);
   extra.add_value(scores[slots], head_dim, out);

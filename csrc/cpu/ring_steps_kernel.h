@@ -101,7 +101,8 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
     const int64_t begin = head.window_begin(token + q) - first;
     const int64_t end = token + q + 1 - first;
     extra.score(scratch.q + q * head_dim, head_dim, scores + end);
-    scales[q] = 1 / softmax_numerators(scores + begin, end - begin + extra.count()).sum;
+    scales[q] =
+        1 / softmax_numerators(scores + begin, end - begin + extra.count(), kMinusInfinity<A>).sum;
   }
   for (int64_t i = 0; i < kQ * head_dim; ++i) scratch.out[i] = 0;
   weighted_rows<kQ>(scratch.scores, stride, v, head_dim, shared_begin, shared_end, head_dim,

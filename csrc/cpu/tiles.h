@@ -165,8 +165,11 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
   }
 }
 
+template <class A>
+constexpr A kMinusInfinity = -static_cast<A>(__builtin_inff());
+
 // exp(x - max) in place over `count` scores, whose array reaches to the next multiple of kLanes.
-// Returns the maximum and the sum.
+// Returns the maximum, which also counts the score `sink`, and the sum, which does not.
 template <class A>
 struct SoftmaxSum {
   A max;
@@ -174,17 +177,17 @@ struct SoftmaxSum {
 };
 
 template <class A>
-CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count) {
+CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count, A sink) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = count; i < padded; ++i) scores[i] = -static_cast<A>(__builtin_inff());
+  for (int64_t i = count; i < padded; ++i) scores[i] = kMinusInfinity<A>;
   Vec highest = load(scores);
   for (int64_t i = kLanes; i < padded; i += kLanes) {
     const Vec x = load(scores + i);
     highest = x > highest ? x : highest;
   }
-  const A max = max_lanes<A>(highest);
+  const A max = max_of(max_lanes<A>(highest), sink);
   Vec sum = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
     const Vec e = exp_nonpositive(load(scores + i) - max);

@@ -272,9 +272,16 @@ CMHA_INLINE A sum_lanes(typename Simd<A>::Vec v) {
 
 template <class A>
 CMHA_INLINE A max_lanes(typename Simd<A>::Vec v) {
-  A result = v[0];
-  for (int i = 1; i < Simd<A>::kLanes; ++i) result = v[i] > result ? v[i] : result;
-  return result;
+  A lanes[Simd<A>::kLanes];
+  memcpy(lanes, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int half = Simd<A>::kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    }
+  }
+  return lanes[0];
 }
 
 // exp(x) for x <= 0, as a softmax needs it: 2^n e^r with n the nearest integer to x / ln 2 and a

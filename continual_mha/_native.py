@@ -1,0 +1,89 @@
+"""The native libraries: plain shared objects on LibTorch's stable ABI, loaded when first asked for.
+
+Their operators are declared in ``ops.py``; a library registers the implementations for its device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent / "lib"
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CPU_STEPS = ("ring_step_", "ring_steps_")
+_K_RING = 11  # of the arguments of a step
+_DROPOUT = -2
+
+
+def library_path(kind: str) -> Path:
+    """Where the library ``kind``, "cpu" or "cuda", lies if it was built."""
+    return _FOLDER / f"continual_mha_{kind}.so"
+
+
+@cache
+def load(kind: str) -> str | None:
+    """Load the library ``kind``; None, or why it is not there."""
+    path = library_path(kind)
+    if not path.exists():
+        return f"the native library for {kind!r} was not built (pip install --verbose says why)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the native library for {kind!r} does not load: {error}"
+    return None
+
+
+def why_not_cpu(name: str, *args: Any) -> str | None:
+    """Why the CPU library cannot run the operator ``name`` with these arguments; None if it can."""
+    query = args[0]
+    if not query.is_cpu:
+        return "a tensor is not on the CPU"
+    if query.dtype not in _CPU_DTYPES:
+        return f"no kernel for {query.dtype}"
+    if name in _CPU_STEPS:
+        return _why_not_step(query, args)
+    if name == "attend_shared":
+        return _why_not_attend_shared(query, *args[1:])
+    return f"no kernel for {name}"
+
+
+def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
+    if args[_DROPOUT] > 0.0:
+        return "dropout is not covered"
+    if not query.dtype == args[_K_RING].dtype == args[3].dtype:
+        return "tokens, weights and rings differ in dtype"
+    return None
+
+
+def _why_not_attend_shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+) -> str | None:
+    if not query.dtype == key.dtype == value.dtype:
+        return "query, key and value differ in dtype"
+    if key.shape[1] == 0:
+        return "there is nothing to attend to"
+    return None
+
+
+@cache
+def _cpu_functions() -> ctypes.CDLL:
+    functions = ctypes.CDLL(str(library_path("cpu")))
+    functions.continual_mha_cpu_isa.restype = ctypes.c_char_p
+    functions.continual_mha_cpu_use_isa.restype = ctypes.c_bool
+    return functions
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run with: "avx512", "avx2" or "baseline"."""
+    name: bytes = _cpu_functions().continual_mha_cpu_isa()
+    return name.decode()
+
+
+def use_cpu_isa(name: str) -> bool:
+    """Run the kernels of another instruction set from now on; False if this machine lacks it."""
+    return bool(_cpu_functions().continual_mha_cpu_use_isa(name.encode()))

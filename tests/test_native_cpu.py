@@ -1,0 +1,317 @@
+"""The CPU library: every kernel of every instruction set against the plain PyTorch path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_as_exact_as_torch
+from torch import Tensor
+
+from continual_mha import _native, ops, reference
+
+pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_native.load("cpu")))
+assert ops  # it declares the operators that the library implements
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ISAS = ["avx512", "avx2", "baseline"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the kernels of this instruction set."""
+    before = _native.cpu_isa()
+    if not _native.use_cpu_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    assert _native.use_cpu_isa(before)
+
+
+class Case(NamedTuple):
+    """Arguments of a step, of ``tokens`` tokens where it is not None."""
+
+    streams: int = 3
+    embed: int = 12
+    heads: int = 2
+    length: int = 5
+    query_slots: int = 0
+    tokens: int | None = None
+    separate: bool = False
+    bias: bool = True
+    extra: bool = False
+    zero: bool = False
+    update: bool = True
+    position: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def draw(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Tokens, weights and rings. Slots that no token has reached hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return x.to(case.dtype)
+
+    E, L, N = case.embed, case.length, case.streams
+    Ek, Ev = (E + 3, E + 5) if case.separate else (E, E)
+    shape = (N,) if case.tokens is None else (N, case.tokens)
+    query = random(*shape, E)
+    tokens = (query, random(*shape, Ek), random(*shape, Ev)) if case.separate else (query,) * 3
+    weights = [
+        random(E if case.separate else 3 * E, E, scale=E**-0.5),
+        random(E, Ek, scale=Ek**-0.5) if case.separate else None,
+        random(E, Ev, scale=Ev**-0.5) if case.separate else None,
+        random(3 * E) if case.bias else None,
+        random(E, E, scale=E**-0.5),
+        random(E) if case.bias else None,
+        random(1, 1, E) if case.extra else None,
+        random(1, 1, E) if case.extra else None,
+    ]
+    k, v = (random(N, case.heads, L, E // case.heads) for _ in range(2))
+    position = torch.randint(0, 3 * L, (N,), generator=generator)
+    if case.position is not None:
+        position = torch.full((N,), case.position)
+    for n, seen in enumerate(position.tolist()):
+        k[n, :, seen:] = math.nan
+        v[n, :, seen:] = math.nan
+    rings = [k, v, random(N, case.query_slots, E), position]
+    return {"tokens": tokens, "weights": weights, "rings": rings}
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x.to(dtype) if x is not None and x.is_floating_point() else x
+
+
+def step(function: Any, case: Case, drawn: dict[str, Any], dtype: torch.dtype, option: Any) -> Any:
+    """Output and rings after ``function`` ran on fresh rings; ``option`` is `active` or `first`."""
+    query, key, value = drawn["tokens"]
+    shared = cast(query, dtype)
+    tokens = [shared, *(shared if x is query else cast(x, dtype) for x in (key, value))]
+    weights = [cast(w, dtype) for w in drawn["weights"]]
+    rings = [r.clone() if (r := cast(ring, dtype)) is ring else r for ring in drawn["rings"]]
+    out = function(*tokens, *weights, *rings, option, case.zero, 0.0, case.update)
+    return out, rings
+
+
+def functions(case: Case) -> tuple[Any, Any]:
+    if case.tokens is None:
+        return torch.ops.continual_mha.cpu_ring_step_, reference.ring_step_
+    return torch.ops.continual_mha.cpu_ring_steps_, reference.ring_steps_
+
+
+def assert_equals_reference(case: Case, option: Any = None) -> None:
+    """Output as exact as plain PyTorch, the new slots too, every other slot bit for bit."""
+    native, plain = functions(case)
+    if case.tokens is not None and option is None:
+        option = 0
+    drawn = draw(case)
+    out, rings = step(native, case, drawn, case.dtype, option)
+    exact, exact_rings = step(plain, case, drawn, torch.float64, option)
+    expected, expected_rings = step(plain, case, drawn, case.dtype, option)
+    assert_as_exact_as_torch(out, exact, expected)
+    assert torch.equal(rings[3], exact_rings[3])
+    for ring, exact_ring, expected_ring, before in zip(
+        rings[:3], exact_rings, expected_rings, drawn["rings"], strict=False
+    ):
+        untouched = (expected_ring == before) | (expected_ring.isnan() & before.isnan())
+        if not case.update:
+            assert untouched.all()
+        assert torch.equal(ring.isnan(), expected_ring.isnan())
+        assert torch.equal(ring[untouched].nan_to_num(7), before[untouched].nan_to_num(7))
+        written = ~untouched
+        assert_as_exact_as_torch(ring[written], exact_ring[written], expected_ring[written])
+
+
+SHAPES = [
+    Case(streams=1, embed=16, length=1),
+    Case(streams=2, embed=64, heads=1, length=2),
+    Case(streams=130, embed=24, heads=3, length=4),
+    Case(streams=4, embed=34, heads=17, length=120),
+    Case(streams=5, embed=60, heads=5, length=63),
+    Case(streams=7, embed=96, heads=1, length=64),
+    Case(streams=2, embed=512, heads=1, length=3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES)
+def test_step_is_as_exact_as_torch_in_every_shape(case: Case, dtype: torch.dtype, isa: str) -> None:
+    assert_equals_reference(case._replace(dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [None, 1, 11])
+@pytest.mark.parametrize("query_slots", [0, 3])
+@given(
+    separate=st.booleans(),
+    bias=st.booleans(),
+    extra=st.booleans(),
+    zero=st.booleans(),
+    update=st.booleans(),
+)
+def test_steps_are_as_exact_as_torch_with_every_option(
+    dtype: torch.dtype, tokens: int | None, query_slots: int, **options: bool
+) -> None:
+    assert_equals_reference(Case(dtype=dtype, tokens=tokens, query_slots=query_slots, **options))
+
+
+@pytest.mark.parametrize(
+    ("case", "first"),
+    [
+        (Case(streams=1, embed=16, length=1, tokens=5), 2),
+        (Case(streams=2, embed=64, heads=1, length=63, tokens=200), 10),
+        (Case(streams=2, embed=128, length=64, tokens=1), 0),
+        (Case(streams=3, embed=34, heads=17, length=20, tokens=70), 3),
+        (Case(streams=2, tokens=40, query_slots=3), 40),
+        (Case(streams=130, tokens=3, position=0), 0),
+        (Case(streams=0, tokens=3), 1),
+        (Case(streams=2, tokens=0), 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tokens_are_as_exact_as_torch(
+    case: Case, first: int, dtype: torch.dtype, isa: str
+) -> None:
+    assert_equals_reference(case._replace(dtype=dtype), first)
+
+
+def test_paused_streams_answer_but_do_not_advance(isa: str) -> None:
+    active = torch.tensor([True, False, True, False, False])
+    assert_equals_reference(Case(streams=5, query_slots=2), active)
+
+
+def test_no_stream_gives_an_empty_output() -> None:
+    assert_equals_reference(Case(streams=0))
+
+
+def test_position_passes_the_range_of_32_bits() -> None:
+    assert_equals_reference(Case(position=2**31 - 1, query_slots=3))
+    assert_equals_reference(Case(position=2**40 + 3, tokens=9))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_s_bits_depend_neither_on_neighbours_nor_on_the_batch_size(
+    isa: str, dtype: torch.dtype
+) -> None:
+    case = Case(streams=11, embed=48, heads=3, length=21, position=60, dtype=dtype)
+    drawn = draw(case)
+    native = torch.ops.continual_mha.cpu_ring_step_
+    together, _ = step(native, case, drawn, dtype, None)
+    for count in (1, 2, 3, 6):
+        part = {
+            "tokens": (drawn["tokens"][0][:count],) * 3,
+            "weights": drawn["weights"],
+            "rings": [ring[:count] for ring in drawn["rings"]],
+        }
+        alone, _ = step(native, case, part, dtype, None)
+        assert torch.equal(alone, together[:count])
+
+
+def test_update_false_gives_the_bits_of_update_true() -> None:
+    case = Case(streams=4, query_slots=2)
+    drawn = draw(case)
+    native = torch.ops.continual_mha.cpu_ring_step_
+    updated, _ = step(native, case, drawn, case.dtype, None)
+    kept, _ = step(native, case._replace(update=False), drawn, case.dtype, None)
+    assert torch.equal(updated, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strides_of_the_tokens_do_not_matter(dtype: torch.dtype) -> None:
+    native = torch.ops.continual_mha.cpu_ring_step_
+    case = Case(streams=6, separate=True, dtype=dtype)
+    drawn = draw(case)
+    expected, _ = step(native, case, drawn, dtype, None)
+    for spread in (lambda x: x.t().contiguous().t(), lambda x: x.repeat_interleave(2, 1)[:, ::2]):
+        strided = {**drawn, "tokens": tuple(map(spread, drawn["tokens"]))}
+        assert not strided["tokens"][0].is_contiguous()
+        out, _ = step(native, case, strided, dtype, None)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_does_not_change_a_bit(threads: int) -> None:
+    case = Case(streams=9, embed=256, heads=4, length=70)
+    drawn = draw(case)
+    native = torch.ops.continual_mha.cpu_ring_step_
+    expected, _ = step(native, case, drawn, case.dtype, None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, _ = step(native, case, drawn, case.dtype, None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("mask", [None, (1, 1), (3, 1), (1, 6), (3, 6)])
+def test_shared_tile_is_as_exact_as_torch(
+    mask: tuple[int, int] | None, sink: bool, dtype: torch.dtype, isa: str
+) -> None:
+    N, H = 3, 6
+    for slots, key_dim, value_dim in [(1, 1, 1), (7, 12, 20), (64, 70, 128)]:
+        query = (torch.randn(N, H, key_dim) * key_dim**-0.5).to(dtype)
+        key = torch.randn(N, slots, key_dim).to(dtype)
+        value = torch.randn(slots, N, value_dim).to(dtype).transpose(0, 1)
+        rest = [
+            None if mask is None else torch.randn(*mask, slots),
+            torch.randn(N, H) if sink else None,
+        ]
+        wide = [cast(x, torch.float64) for x in (query, key, value, *rest)]
+        out, lse = torch.ops.continual_mha.cpu_attend_shared(query, key, value, *rest)
+        exact, exact_lse = reference.attend_shared(*wide)
+        expected, expected_lse = reference.attend_shared(query, key, value, *rest)
+        assert_as_exact_as_torch(out, exact, expected)
+        assert_as_exact_as_torch(lse, exact_lse, expected_lse)
+
+
+def test_shared_tile_with_everything_masked_is_nan_as_in_torch() -> None:
+    mask = torch.full((1, 1, 3), -math.inf)
+    tokens = torch.randn(1, 2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    out, lse = torch.ops.continual_mha.cpu_attend_shared(*tokens, mask, None)
+    expected, expected_lse = reference.attend_shared(*tokens, mask, None)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(lse, expected_lse)
+
+
+def test_nan_in_a_token_reaches_the_windows_that_hold_it_and_no_other() -> None:
+    case = Case(streams=1, length=4, tokens=20, position=4)
+    drawn = draw(case)
+    query = drawn["tokens"][0].clone()
+    query[:, 9] = math.nan
+    drawn["tokens"] = (query,) * 3
+    out, _ = step(torch.ops.continual_mha.cpu_ring_steps_, case, drawn, case.dtype, 0)
+    touched = torch.arange(9, 13)
+    assert out[:, touched].isnan().all()
+    assert not out[:, :9].isnan().any()
+    assert not out[:, 13:].isnan().any()
+
+
+def test_wrong_arguments_are_refused_with_the_operator_s_name() -> None:
+    case = Case()
+    drawn = draw(case)
+    native = torch.ops.continual_mha.cpu_ring_step_
+    short = {**drawn, "tokens": (drawn["tokens"][0][:, :-1],) * 3}
+    with pytest.raises(RuntimeError, match="cpu_ring_step_: query must have 12 features"):
+        step(native, case, short, case.dtype, None)
+    with pytest.raises(RuntimeError, match="cpu_ring_step_: active must be"):
+        step(native, case, drawn, case.dtype, torch.ones(2, dtype=torch.bool))
+
+
+def test_cases_that_are_not_covered_are_declined_with_a_reason() -> None:
+    case = Case()
+    drawn = draw(case)
+    args = [*drawn["tokens"], *drawn["weights"], *drawn["rings"], None, False, 0.0, True]
+    assert _native.why_not_cpu("ring_step_", *args) is None
+    assert "dropout" in str(_native.why_not_cpu("ring_step_", *args[:-2], 0.5, True))
+    assert "dtype" in str(_native.why_not_cpu("ring_step_", args[0].double(), *args[1:]))
+    assert "attend_shared_backward" in str(_native.why_not_cpu("attend_shared_backward", *args))
