@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(PY) examples/activity_stream.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(PY) -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
