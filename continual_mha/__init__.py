@@ -3,15 +3,17 @@
 from . import backends
 from .attention import SingleOutputMultiheadAttention
 from .backends import use_backend
-from .modes import call_mode
-from .ring import RingState
+from .modes import active_streams, call_mode
+from .ring import InputState, RingState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "InputState",
     "RingState",
     "SingleOutputMultiheadAttention",
     "__version__",
+    "active_streams",
     "backends",
     "call_mode",
     "use_backend",

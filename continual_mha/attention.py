@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, ring
-from .functional import Options, Tokens
-from .modes import checked_mode, surrounding_mode
-from .reference import Rings, Weights
-from .ring import RingState
+from . import checks, formulations, functional, ring
+from .functional import Options, Tokens, is_shared
+from .modes import checked_mode, surrounding_active, surrounding_mode
+from .reference import Weights
+from .ring import InputState, RingState, State
+from .streams import StatefulStreams
 
 
-class SingleOutputMultiheadAttention(nn.MultiheadAttention):
+class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     """Multi-head attention of one query over the last ``sequence_len`` tokens of a stream.
 
     A drop-in for the class of the same name in ``continual-inference`` (Hedegaard et al.,
@@ -42,6 +43,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         embed_dim_second: clips are ``(N, E, L)``; needs ``batch_first``.
         single_output_forward: whether ``forward`` computes one query only; if not, it is that of
             ``torch.nn.MultiheadAttention``.
+        formulation: what steps remember. ``kv``: projected keys and values. ``input``: the tokens
+            themselves, half the memory and traffic for more arithmetic; for self-attention, where
+            key and value are the query. ``auto`` decides when the streams begin.
 
     Raises:
         ValueError: a size or an index is out of its range.
@@ -51,7 +55,6 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
     stride = (1,)
     padding = (0,)
     _state_shape = len(RingState._fields)
-    _ring_k: Tensor  # None before the first step
     _dynamic_state_inds: ClassVar[list[bool]] = [True, True, True, True, False]
 
     def __init__(
@@ -72,8 +75,11 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         forward_returns_attn_mask: bool = True,
         embed_dim_second: bool = False,
         single_output_forward: bool = True,
+        *,
+        formulation: str = "auto",
     ) -> None:
         checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
+        checks.check_formulation(formulation, embed_dim, kdim or embed_dim, vdim or embed_dim)
         if embed_dim_second and not batch_first:
             raise ValueError(
                 "embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True"
@@ -98,10 +104,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         self.embed_dim_second = embed_dim_second
         self.single_output_forward = single_output_forward
         self._call_mode = "forward"
-        for name in RingState._fields[:-1]:
-            self.register_buffer(f"_ring_{name}", None, persistent=False)
-        self._clock: Tensor | None = None
-        self._rings_are_shared = False
+        self._formulation = formulation
+        self._decided: str | None = None
+        self._init_streams()
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -164,37 +169,6 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
 
     # -- state -----------------------------------------------------------------------------------
 
-    def get_state(self) -> RingState | None:
-        """A copy of the state, or None before the first step. Later steps do not change it."""
-        state = self._state()
-        return None if state is None else ring.clone_state(state)
-
-    def set_state(self, state: RingState | None) -> None:
-        """Go on from a copy of ``state``; None is ``clean_state``.
-
-        Raises:
-            TypeError: ``state`` is not five tensors, or a dtype is not that of the module's state.
-            ValueError: a shape or device does not fit, or the parts contradict each other.
-        """
-        if state is None:
-            self.clean_state()
-            return
-        like = self._ring_k if self._ring_k is not None else self.out_proj.weight
-        state = ring.check_state(state, self._ring_shape(), like.dtype, like.device)
-        self._store(ring.clone_state(state))
-        self._rings_are_shared = state.k.requires_grad
-
-    def clean_state(self) -> None:
-        """Forget every stream: the next call starts anew, with any batch size."""
-        self._store(RingState(None, None, None, None, None))  # type: ignore[arg-type]
-        self._rings_are_shared = False
-
-    def detach_state(self) -> None:
-        """Cut the state from the graph: gradients stop here (truncated backpropagation)."""
-        state = self._state()
-        if state is not None:
-            self._store(ring.detach_state(state))
-
     def warm_up(self, step_shape: tuple[int, ...]) -> None:
         """Feed zeros until the next token gets an output.
 
@@ -210,27 +184,42 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         with torch.no_grad():
             self.forward_steps(query, key, value)
 
-    def _ring_shape(self) -> ring.RingShape:
-        return ring.RingShape(self.num_heads, self.head_dim, self.sequence_len, self.delay)
+    @property
+    def formulation(self) -> str:
+        """What the state caches: ``kv`` or ``input``; ``auto`` as long as that is not decided.
 
-    def _state(self) -> RingState | None:
-        if self._clock is None:
-            return None
-        return RingState(self._ring_k, self._ring_v, self._ring_q, self._ring_position, self._clock)
+        Setting it converts the state, where there is one: inputs can be projected to keys and
+        values, but not the other way.
+        """
+        return self._decided or self._formulation
 
-    def _store(self, state: RingState) -> None:
-        if state.clock is not self._clock:
-            self._clock = state.clock
-        if state.k is not self._ring_k:
-            self._ring_k, self._ring_v, self._ring_q, self._ring_position = state[:4]
+    @formulation.setter
+    def formulation(self, formulation: str) -> None:
+        checks.check_formulation(formulation, self.embed_dim, self.kdim, self.vdim)
+        state = self._state()
+        if state is not None and formulation not in ("auto", self._layout().formulation):
+            if not isinstance(state, InputState):
+                raise ValueError(
+                    "keys and values cannot be turned back into inputs; call clean_state() first"
+                )
+            converted = functional.to_kv(state, self._weights(), self._layout())
+            self.clean_state()
+            self._decided = "kv"
+            self._store(converted)
+        self._formulation = formulation
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which cannot hold a part of a graph."""
-        copied: dict[str, Any] = super().__getstate__()
-        copied["_buffers"] = {
-            n: None if b is None else b.detach() for n, b in self._buffers.items()
-        }
-        return copied
+    def clean_state(self) -> None:
+        """Forget every stream: the next call starts anew, with any batch size."""
+        super().clean_state()
+        self._decided = None
+
+    def _layout(self) -> ring.Layout:
+        formulation = "input" if self.formulation == "input" else "kv"
+        sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay)
+        return ring.Layout(formulation, *sizes)
+
+    def _like(self) -> Tensor:
+        return self.out_proj.weight if self._clock is None else self._existing_state()[0]
 
     # -- the three forwards ----------------------------------------------------------------------
 
@@ -297,6 +286,9 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         key: Tensor | None = None,
         value: Tensor | None = None,
         update_state: bool = True,
+        *,
+        active: Tensor | None = None,
+        pad_end: bool = False,
     ) -> Tensor | None:
         """Take one token per stream and return the output over the last ``sequence_len``.
 
@@ -305,16 +297,25 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
             key: ``(N, kdim)``; the query if None.
             value: ``(N, vdim)``; the query if None.
             update_state: whether to remember the token.
+            active: bool ``(N,)`` on the state's device: which streams have a new token. The others
+                keep state and position. None for all, or as ``active_streams`` says.
+            pad_end: changes nothing, as there is no padding; ``continual``'s containers pass it.
 
         Returns:
-            ``(N, E)``, or None until ``sequence_len`` tokens were seen.
+            ``(N, E)``, or None until ``sequence_len`` tokens were seen. Once ``active``, ``reset``
+            or ``start_streams`` let streams differ in age it is always a tensor, and ``ready``
+            tells which rows count: a stream that is not ready attends over what it has seen. The
+            row of a paused stream is what ``update_state=False`` would give for its token.
 
         Raises:
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
         """
         tokens = self._tokens(query, key, value)
-        return self._go_on(tokens, update_state)
+        active = surrounding_active() if active is None else active
+        if active is not None:
+            checks.check_active(active, tokens[0])
+        return self._go_on(tokens, update_state, active)
 
     def forward_steps(
         self,
@@ -356,8 +357,8 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         query: Tensor,
         key: Tensor | None = None,
         value: Tensor | None = None,
-        prev_state: RingState | None = None,
-    ) -> tuple[Tensor | None, RingState]:
+        prev_state: State | None = None,
+    ) -> tuple[Tensor | None, State]:
         """``forward_step`` as a function of the state: returns the output and the next state.
 
         Neither ``prev_state`` (None for streams that have seen nothing) nor the module's own state
@@ -365,25 +366,25 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         """
         tokens = self._tokens(query, key, value)
         if prev_state is None:
-            state = self._new_state(tokens[0])
+            state = self._new_state(tokens)
         else:
-            state = RingState(*prev_state)
-            checks.check_continues(state, tokens[0])
+            state = self._layout().state_type(*prev_state)
+            checks.check_continues(state, tokens, self._layout())
         differentiable = self._needs_grad(tokens, state)
-        return self._advance(
-            tokens, state if differentiable else ring.clone_state(state), True, differentiable
-        )
+        state = state if differentiable else ring.snapshot(state)
+        return self._advance(tokens, state, None, True, differentiable)
 
-    def _go_on(self, tokens: Tokens, update: bool) -> Tensor | None:
+    def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
         """``_advance`` from the module's state, and to it if ``update``."""
         state = self._state()
         if state is None:
-            state = self._new_state(tokens[0])
-        checks.check_continues(state, tokens[0])
+            state = self._new_state(tokens)
+        else:
+            checks.check_continues(state, tokens, self._layout())
         differentiable = self._needs_grad(tokens, state)
-        if self._is_not_ours_to_write(state, differentiable):
-            state = ring.clone_state(ring.detach_state(state))
-        out, after = self._advance(tokens, state, update, differentiable)
+        if self._must_copy(state, differentiable):
+            state = ring.snapshot(ring.detach(state))
+        out, after = self._advance(tokens, state, active, update, differentiable)
         if update:
             self._store(after)
         if update or differentiable:
@@ -391,42 +392,51 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         return out
 
     def _advance(
-        self, tokens: Tokens, state: RingState, update: bool, differentiable: bool
-    ) -> tuple[Tensor | None, RingState]:
+        self,
+        tokens: Tokens,
+        state: State,
+        active: Tensor | None,
+        update: bool,
+        differentiable: bool,
+    ) -> tuple[Tensor | None, State]:
         """Outputs for tokens ``(N, E*)`` or ``(N, T, E*)``, and the state after them.
 
         The rings of ``state`` are written in place if ``update``, unless ``differentiable``.
         """
-        many = tokens[0].dim() == 3
-        steps = tokens[0].shape[1] if many else 1
-        seen = state.clock.shape[0]
-        first = min(steps, max(0, self.sequence_len - 1 - seen))
-        rings = Rings(*state[:4])
-        call = (self._options(), update, differentiable)
-        if many:
-            out, rings = functional.steps(tokens, self._weights(), rings, first, *call)
+        length = self.sequence_len
+        steps = tokens[0].shape[1] if tokens[0].dim() == 3 else 1
+        seen = length if active is not None else state.clock.shape[0]
+        first = min(steps, max(0, length - 1 - seen))
+        call = functional.StepCall(
+            self._weights(), self._layout(), self._options(), update, differentiable
+        )
+        if tokens[0].dim() == 3:
+            out, parts = functional.steps(tokens, state, first, call)
         else:
-            out, rings = functional.step(tokens, self._weights(), rings, None, *call)
+            out, parts = functional.step(tokens, state, active, call)
         clock = state.clock
-        if seen < self.sequence_len:
-            clock = ring.new_clock(min(seen + steps, self.sequence_len))
-        return out if first < steps else None, RingState(*rings, clock)
+        if clock.shape[0] < length:
+            clock = ring.new_clock(min(seen + steps, length))
+        return out if first < steps else None, ring.rebuilt(state, parts, clock)
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _new_state(self, query: Tensor) -> RingState:
-        return ring.new_state(self._ring_shape(), query.shape[0], query.dtype, query.device)
+    def _new_state(self, tokens: Tokens) -> State:
+        query = tokens[0]
+        self._decide(query.shape[0], query, one_token=is_shared(tokens))
+        return ring.new_state(self._layout(), query.shape[0], query)
 
-    def _is_not_ours_to_write(self, state: RingState, differentiable: bool) -> bool:
-        """Whether a graph still needs these rings, or torch forbids to write or save them."""
-        if torch.compiler.is_compiling() or not state.k.is_inference():
-            return self._rings_are_shared and not differentiable
-        return not torch.is_inference_mode_enabled()
+    def _decide(self, batch_size: int, like: Tensor, one_token: bool) -> None:
+        """Settle what to cache, for streams that begin now."""
+        if self._formulation == "auto":
+            sizes = (batch_size, self.embed_dim, self.num_heads, self.sequence_len)
+            suits = one_token and self.embed_dim == self.kdim == self.vdim
+            self._decided = formulations.choose(*sizes, like) if suits else "kv"
 
-    def _needs_grad(self, tokens: Tokens, state: RingState) -> bool:
+    def _needs_grad(self, tokens: Tokens, state: State) -> bool:
         if not torch.is_grad_enabled():
             return False
-        tensors = (*tokens, *state[:3], *self._weights())
+        tensors = (*tokens, *ring.rings(state), *self._weights())
         return any(x is not None and x.requires_grad for x in tensors)
 
     def _options(self) -> Options:
@@ -460,7 +470,7 @@ class SingleOutputMultiheadAttention(nn.MultiheadAttention):
         else:
             checks.check_tokens(self, clips, "(N, T, E)" if self.batch_first else "(T, N, E)", 2)
         query, key, value = clips
-        if key is query and value is query:  # one tensor thrice: keep it one for those who ask
+        if is_shared(clips):  # keep it one tensor for those who ask
             return (self._to_layout(query),) * 3
         return self._to_layout(query), self._to_layout(key), self._to_layout(value)
 

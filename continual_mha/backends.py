@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from . import _native, reference
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -54,43 +56,43 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-class _Operators:
+class _Operators(NamedTuple):
     """The functions of one backend by operator name, and its reasons to decline a call."""
 
-    def __init__(self, functions: Any, prefix: str, why_not: Callable[..., str | None]) -> None:
-        self._functions = functions
-        self._prefix = prefix
-        self.why_not = why_not
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(self._functions, self._prefix + name)
-        return function
+    functions: Mapping[str, Callable[..., Any]]
+    why_not: Callable[..., str | None]
 
 
 @cache
 def _load(backend: str) -> _Operators | str:
     """The backend, or the reason why this machine cannot have it."""
-    loaders = {
-        "torch": _load_torch,
-        "cpu": _load_native,
-        "cuda": _load_native,
-        "triton": _load_triton,
-    }
-    return loaders[backend](backend)
+    if backend == "torch":
+        return _Operators(vars(reference), lambda name, *args: None)
+    if backend == "triton":
+        return _load_triton()
+    missing = _native.load(backend)
+    return missing or _Operators(_NativeFunctions(backend + "_"), _native.WHY_NOT[backend])
 
 
-def _load_torch(backend: str) -> _Operators:
-    return _Operators(
-        importlib.import_module(".reference", __package__), "", lambda name, *args: None
-    )
+def _load_triton() -> _Operators | str:
+    try:
+        kernels = importlib.import_module(".triton_kernels", __package__)
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return _Operators(vars(kernels), kernels.why_not)
 
 
-def _load_native(backend: str) -> _Operators | str:
-    return f"the native library for {backend!r} was not built"
+class _NativeFunctions(dict[str, Callable[..., Any]]):
+    """The operators of a native library by the name they stand in for."""
 
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
 
-def _load_triton(backend: str) -> _Operators | str:
-    return "Triton's kernels are not there"
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        packet = getattr(torch.ops.continual_mha, self._prefix + name)
+        self[name] = packet.default
+        return self[name]
 
 
 def available() -> tuple[str, ...]:
@@ -125,6 +127,6 @@ def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         if reason is None:
             loaded = _load(backend)
             assert isinstance(loaded, _Operators)
-            return loaded[name]
+            return loaded.functions[name]
         reasons.append(f"{backend}: {reason}")
     raise RuntimeError(f"no backend can run {name}; " + "; ".join(reasons))

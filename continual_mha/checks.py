@@ -11,7 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
-    from .ring import RingState
+    from .ring import Layout, State
 
 _ROLES = ("query", "key", "value")
 
@@ -139,29 +139,107 @@ def check_clip(query: Tensor, key: Tensor, value: Tensor, query_index: int) -> N
         )
 
 
-def check_continues(state: RingState, query: Tensor) -> None:
-    """Check that ``query`` can be the next token of the streams in ``state``.
+def check_continues(state: State, tokens: Sequence[Tensor], layout: Layout) -> None:
+    """Check that ``tokens`` can be the next of the streams in ``state``.
 
     Raises:
-        ValueError: another number of streams, or another device.
+        ValueError: another number of streams, another device, or tokens that the state cannot keep.
         TypeError: another dtype.
     """
+    query, kept = tokens[0], state[0]
+    anew = "call clean_state() to start anew"
     streams = state.position.shape[0]
     if query.shape[0] != streams:
         raise ValueError(
             f"the state is that of {streams} streams, but got tokens for {query.shape[0]}; "
-            f"call clean_state() to start anew with another batch size"
+            f"{anew} with another batch size"
         )
-    if query.dtype != state.k.dtype:
-        raise TypeError(
-            f"the state is {state.k.dtype}, but got tokens of {query.dtype}; "
-            "call clean_state() to start anew"
-        )
-    if query.device != state.k.device:
+    if query.dtype != kept.dtype:
+        raise TypeError(f"the state is {kept.dtype}, but got tokens of {query.dtype}; {anew}")
+    if query.device != kept.device:
+        raise ValueError(f"the state is on {kept.device}, but got tokens on {query.device}; {anew}")
+    if layout.formulation == "input" and not (tokens[1] is query and tokens[2] is query):
         raise ValueError(
-            f"the state is on {state.k.device}, but got tokens on {query.device}; "
-            "call clean_state() to start anew"
+            "formulation='input' keeps one token for query, key and value, but got a key or value "
+            "of its own; use formulation='kv'"
         )
+
+
+def check_formulation(formulation: str, embed_dim: int, kdim: int, vdim: int) -> None:
+    """Check the constructor's keyword ``formulation``.
+
+    Raises:
+        ValueError: there is none of that name, or it does not serve these sizes.
+    """
+    if formulation not in ("auto", "kv", "input"):
+        raise ValueError(f"formulation must be auto, kv or input, but got {formulation!r}")
+    if formulation == "input" and not embed_dim == kdim == vdim:
+        raise ValueError(
+            "formulation='input' keeps one token for query, key and value, and needs kdim and vdim "
+            f"equal to embed_dim={embed_dim}, but got {kdim} and {vdim}"
+        )
+
+
+def check_active(active: Tensor, query: Tensor) -> None:
+    """Check a mask of active streams against the query of a step.
+
+    Raises:
+        ValueError: another shape or device.
+        TypeError: not a bool tensor.
+    """
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
+        raise TypeError(f"active must be a bool tensor, but got {_kind(active)}")
+    if active.shape != query.shape[:1] or active.device != query.device:
+        raise ValueError(
+            f"active must have the shape {tuple(query.shape[:1])} on {query.device}, "
+            f"but got {tuple(active.shape)} on {active.device}"
+        )
+
+
+def check_stream_index(index: int, state: State) -> None:
+    """Check the number of a stream.
+
+    Raises:
+        ValueError: there is no such stream.
+    """
+    streams = state.position.shape[0]
+    if not 0 <= index < streams:
+        raise ValueError(f"there are streams 0 to {streams - 1}, but got {index}")
+
+
+def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tensor:
+    """The streams to reset as a bool mask ``(N,)`` beside ``position``.
+
+    Indices on a device other than the CPU are not checked: that would wait for the device.
+
+    Raises:
+        ValueError: a mask of another shape or device, or an index out of range.
+        TypeError: neither a bool mask nor integers.
+    """
+    given = torch.as_tensor(streams)
+    if given.dtype == torch.bool:
+        if given.shape != position.shape or given.device != position.device:
+            raise ValueError(
+                f"a mask of streams must have the shape {tuple(position.shape)} on "
+                f"{position.device}, but got {tuple(given.shape)} on {given.device}"
+            )
+        return given
+    if given.numel() and (given.is_floating_point() or given.is_complex()):
+        raise TypeError(f"streams must be a bool mask or integers, but got {given.dtype}")
+    given = given.to(torch.int64).reshape(-1)
+    count = position.shape[0]
+    if given.device.type == "cpu" and given.numel():
+        least, most = int(given.min()), int(given.max())
+        if least < 0 or most >= count:
+            raise ValueError(
+                f"there are streams 0 to {count - 1}, but got indices from {least} to {most}"
+            )
+    given = given.to(position.device)
+    return (torch.arange(count, device=position.device)[:, None] == given).any(dim=1)
+
+
+def _kind(x: object) -> str:
+    return f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def merged_mask(

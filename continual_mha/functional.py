@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, ops, reference  # noqa: F401  (ops registers the operators)
+from . import backends, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .reference import Rings, Weights
+from .ring import InputState, Layout, RingState, State
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
@@ -22,46 +23,128 @@ class Options(NamedTuple):
     dropout_p: float
 
 
-def step(
-    tokens: Tokens,
-    weights: Weights,
-    rings: Rings,
-    active: Tensor | None,
-    options: Options,
-    update: bool,
-    differentiable: bool,
-) -> tuple[Tensor, Rings]:
-    """Take one token ``(N, E*)`` per stream.
+class StepCall(NamedTuple):
+    """What ``step`` and ``steps`` need besides tokens and state.
 
-    Args:
-        active: ``(N,)`` bool: which streams advance; None for all.
-        update: whether to remember the token.
+    Attributes:
+        update: whether to remember the tokens.
         differentiable: whether to make new rings, which autograd can follow, rather than to write
             to those given.
+    """
+
+    weights: Weights
+    layout: Layout
+    options: Options
+    update: bool
+    differentiable: bool
+
+
+def is_shared(tokens: Tokens) -> bool:
+    """Whether query, key and value are one tensor."""
+    return tokens[1] is tokens[0] and tokens[2] is tokens[0]
+
+
+def step(
+    tokens: Tokens, state: State, active: Tensor | None, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Take one token ``(N, E*)`` per stream; ``active``, ``(N,)`` bool or None, says who advances.
 
     Returns:
-        The output ``(N, E)``, and the rings after the token.
+        The output ``(N, E)``, and the parts of the state after the token, but for the clock.
     """
-    if differentiable:
-        return reference.ring_step(*tokens, weights, rings, active, *options)
+    if isinstance(state, InputState):
+        return _input_step(tokens[0], state, active, call)
+    rings = Rings(*state[:-1])
+    if call.differentiable:
+        return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
     op = torch.ops.continual_mha.ring_step_
-    return op(*tokens, *weights, *rings, active, *options, update), rings
+    return op(*tokens, *call.weights, *rings, active, *call.options, call.update), rings
 
 
 def steps(
-    tokens: Tokens,
-    weights: Weights,
-    rings: Rings,
-    first: int,
-    options: Options,
-    update: bool,
-    differentiable: bool,
-) -> tuple[Tensor, Rings]:
+    tokens: Tokens, state: State, first: int, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
-    if differentiable:
-        return reference.ring_steps(*tokens, weights, rings, first, *options)
+    if isinstance(state, InputState):
+        return _input_steps(tokens[0], state, first, call)
+    rings = Rings(*state[:-1])
+    if call.differentiable:
+        return reference.ring_steps(*tokens, call.weights, rings, first, *call.options)
     op = torch.ops.continual_mha.ring_steps_
-    return op(*tokens, *weights, *rings, first, *options, update), rings
+    return op(*tokens, *call.weights, *rings, first, *call.options, call.update), rings
+
+
+def _input_step(
+    token: Tensor, state: InputState, active: Tensor | None, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``step`` over a ring of inputs: write the token, then attend to the ring as to a clip."""
+    layout, position = call.layout, state.position
+    put = reference.put if call.differentiable else reference.put_
+    slot = (position % layout.sequence_len)[:, None]
+    overwritten = None if call.update else reference.take(state.x, slot)
+    x_ring = put(state.x, slot, token.unsqueeze(1))
+    asked = reference.token_before(x_ring, position, layout.delay) if layout.delay else token
+    filled = reference.filled(position, layout.sequence_len)
+    mask = None if filled is None else _hide(~filled[:, 0], token.dtype)
+    out, _ = attend_clip(
+        (asked, x_ring, x_ring), call.weights, layout.num_heads, call.options, mask, moved=True
+    )
+    if overwritten is not None and not call.differentiable:
+        put(x_ring, slot, overwritten)
+    ahead = 1 if active is None else active.to(torch.int64)
+    if call.update and not call.differentiable:
+        return out, (x_ring, position.add_(ahead))
+    return out, (x_ring, position + ahead)
+
+
+def _input_steps(
+    tokens: Tensor, state: InputState, first: int, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``steps`` over a ring of inputs: for many tokens, keys and values are worth projecting."""
+    rings = _projected(state, call.weights, call.layout)
+    out, _ = reference.ring_steps(
+        tokens, tokens, tokens, call.weights, rings, first, *call.options, put=None
+    )
+    if not call.update:
+        return out, state[:-1]
+    put = reference.put if call.differentiable else reference.put_
+    length = call.layout.sequence_len
+    slot = reference.last_positions(state.position, tokens.shape[1], length) % length
+    x_ring = put(state.x, slot, tokens[:, -slot.shape[1] :])
+    if call.differentiable:
+        return out, (x_ring, state.position + tokens.shape[1])
+    return out, (x_ring, state.position.add_(tokens.shape[1]))
+
+
+def _projected(state: InputState, weights: Weights, layout: Layout) -> Rings:
+    """The rings of formulation ``kv`` that hold the same tokens as a ring of inputs."""
+    q, k, v = (
+        F.linear(state.x, w, b) for w, b in zip(weights.split(), weights.split_bias(), strict=True)
+    )
+    k, v = (reference.split_heads(x, layout.num_heads).contiguous() for x in (k, v))
+    waiting = layout.delay + 1 if layout.delay else 0
+    q_ring = q.new_zeros(q.shape[0], waiting, q.shape[2])
+    if waiting:
+        back = torch.arange(-layout.delay, 0, device=q.device)
+        at = state.position[:, None] + back
+        known = reference.take(q, at % layout.sequence_len).masked_fill((at < 0).unsqueeze(-1), 0)
+        q_ring = reference.put(q_ring, at % waiting, known)
+    return Rings(k, v, q_ring, state.position)
+
+
+def to_kv(state: InputState, weights: Weights, layout: Layout) -> RingState:
+    """The state of formulation ``kv`` that goes on as ``state`` would. Differentiable."""
+    snapshot: RingState = ring.snapshot(
+        RingState(*_projected(state, weights, layout), clock=state.clock)
+    )
+    return snapshot
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: minus infinity where ``hidden``."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
+        hidden, -math.inf
+    )
 
 
 def input_formulation_is_cheaper(
@@ -84,21 +167,25 @@ def attend_clip(
     options: Options,
     mask: Tensor | None = None,
     need_weights: bool = False,
+    moved: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one query per stream over a clip, in whichever formulation is cheaper.
+    """Attention of one query per stream over a clip.
 
     Args:
         tokens: the query ``(N, E)``, keys ``(N, S, Ek)`` and values ``(N, S, Ev)``.
         mask: float, added to the scores, broadcastable to ``(N, H, S)``.
         need_weights: also return the attention weights, after dropout.
+        moved: whether to move the key and value projections to the query's side, which is the same
+            in exact arithmetic; None for whichever is cheaper.
 
     Returns:
         ``(N, E)``, and the weights ``(N, H, S + extra slots)`` or None.
     """
     query, key, value = tokens
-    sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
-    cheaper = input_formulation_is_cheaper(num_heads, *sizes)
-    attend = _attend_inputs if cheaper else _attend_projected
+    if moved is None:
+        sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
+        moved = input_formulation_is_cheaper(num_heads, *sizes)
+    attend = _attend_inputs if moved else _attend_projected
     w_q, b_q = weights.split()[0], weights.split_bias()[0]
     q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
     q = q / math.sqrt(q.shape[-1])

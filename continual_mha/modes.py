@@ -1,11 +1,14 @@
-"""Which of the three forwards ``module(...)`` stands for."""
+"""What surrounds a call: which forward ``module(...)`` stands for, and which streams advance."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CALL_MODES = ("forward", "forward_steps", "forward_step")
 
@@ -53,3 +56,28 @@ def surrounding_mode() -> str | None:
     if upstream is None or upstream.prev is None:
         return None
     return checked_mode(upstream.cur)
+
+
+_active: Tensor | None = None
+
+
+@contextmanager
+def active_streams(active: Tensor | None) -> Iterator[None]:
+    """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
+
+    For models whose inner modules cannot be handed the ``active`` of ``forward_step``.
+
+    Args:
+        active: bool ``(N,)`` on the state's device; None for all.
+    """
+    global _active
+    before, _active = _active, active
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def surrounding_active() -> Tensor | None:
+    """The mask of the innermost ``active_streams`` block, or None."""
+    return _active

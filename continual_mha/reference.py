@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _QUERY_BLOCK = 128
-_Put = Callable[[Tensor, Tensor, Tensor], Tensor]
+Put = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Weights(NamedTuple):
@@ -136,12 +136,25 @@ def _slot_index(ring: Tensor, slot: Tensor) -> Tensor:
     return slot.view(slot.shape[0], *(1,) * (ring.dim() - 3), slot.shape[1], 1).expand(shape)
 
 
-def _put(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+def put(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+    """A copy of a ring with tokens ``new`` ``(N, ..., T, D)`` in the slots ``(N, T)``."""
     return ring.scatter(-2, _slot_index(ring, slot), new.to(ring.dtype))
 
 
-def _put_(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+def put_(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+    """``put`` in place."""
     return ring.scatter_(-2, _slot_index(ring, slot), new.to(ring.dtype))
+
+
+def take(ring: Tensor, slot: Tensor) -> Tensor:
+    """What is in the slots ``(N, T)`` of a ring."""
+    return ring.gather(-2, _slot_index(ring, slot))
+
+
+def token_before(ring: Tensor, position: Tensor, steps: int) -> Tensor:
+    """The token ``(N, E)`` that came ``steps`` before that at ``position``; zero if none did."""
+    at = (position - steps)[:, None]
+    return take(ring, at % ring.shape[-2]).squeeze(1).masked_fill(at < 0, 0)
 
 
 def _all_warm(position: Tensor, sequence_len: int) -> bool:
@@ -151,7 +164,7 @@ def _all_warm(position: Tensor, sequence_len: int) -> bool:
     return position.device.type == "cpu" and bool((position >= sequence_len - 1).all())
 
 
-def _filled(position: Tensor, sequence_len: int) -> Tensor | None:
+def filled(position: Tensor, sequence_len: int) -> Tensor | None:
     """Slots ``(N, 1, 1, L)`` in use once the token at ``position`` is written; None for all."""
     if _all_warm(position, sequence_len):
         return None
@@ -168,7 +181,7 @@ def ring_step(
     active: Tensor | None = None,
     add_zero_attn: bool = False,
     dropout_p: float = 0.0,
-    put: _Put = _put,
+    put: Put = put,
 ) -> tuple[Tensor, Rings]:
     """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token."""
     num_heads, sequence_len = rings.k.shape[1:3]
@@ -177,7 +190,7 @@ def ring_step(
     k_ring = put(rings.k, slot, split_heads(k, num_heads))
     v_ring = put(rings.v, slot, split_heads(v, num_heads))
     due, q_ring = _delayed_queries(q, rings, put)
-    slots = _Slots(k_ring, v_ring, _filled(rings.position, sequence_len))
+    slots = _Slots(k_ring, v_ring, filled(rings.position, sequence_len))
     out = attend(split_heads(due, num_heads), [slots], weights, add_zero_attn, dropout_p)
     step = 1 if active is None else active.to(torch.int64)
     return out.squeeze(1), Rings(k_ring, v_ring, q_ring, rings.position + step)
@@ -192,7 +205,7 @@ def ring_steps(
     first: int = 0,
     add_zero_attn: bool = False,
     dropout_p: float = 0.0,
-    put: _Put | None = _put,
+    put: Put | None = put,
 ) -> tuple[Tensor, Rings]:
     """Outputs ``(N, T - first, E)`` for tokens ``first ..`` of ``(N, T, E*)``, and the rings.
 
@@ -215,7 +228,7 @@ def ring_steps(
     out = outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
     if put is None:
         return out, rings
-    slot = _last_positions(rings.position, query.shape[1], sequence_len) % sequence_len
+    slot = last_positions(rings.position, query.shape[1], sequence_len) % sequence_len
     k_ring = put(rings.k, slot, clip_k[:, :, -slot.shape[1] :])
     v_ring = put(rings.v, slot, clip_v[:, :, -slot.shape[1] :])
     return out, Rings(k_ring, v_ring, q_ring, rings.position + query.shape[1])
@@ -231,12 +244,12 @@ def ring_step_(
     weights, rings = Weights(*args[:8]), Rings(*args[8:12])
     active, add_zero_attn, dropout_p, update = args[12:]
     saved = None if update else _slots_of_next_token(rings)
-    out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, _put_)
+    out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, put_)
     if saved is None:
         rings.position.copy_(new.position)
         return out
     for ring, (slot, old) in zip(rings[:3], saved, strict=True):
-        _put_(ring, slot, old)
+        put_(ring, slot, old)
     return out
 
 
@@ -249,14 +262,14 @@ def ring_steps_(
     """Operator ``ring_steps_``: ``ring_steps`` in place."""
     weights, rings = Weights(*args[:8]), Rings(*args[8:12])
     first, add_zero_attn, dropout_p, update = args[12:]
-    put = _put_ if update else None
+    put = put_ if update else None
     out, new = ring_steps(query, key, value, weights, rings, first, add_zero_attn, dropout_p, put)
     if update:
         rings.position.copy_(new.position)
     return out
 
 
-def _delayed_queries(q: Tensor, rings: Rings, put: _Put | None) -> tuple[Tensor, Tensor]:
+def _delayed_queries(q: Tensor, rings: Rings, put: Put | None) -> tuple[Tensor, Tensor]:
     """The ``T`` queries whose turn it is, out of those that wait and the new ``(N, T, E)``."""
     waiting = rings.q.shape[1]
     if waiting == 0:
@@ -264,15 +277,15 @@ def _delayed_queries(q: Tensor, rings: Rings, put: _Put | None) -> tuple[Tensor,
     steps = q.shape[1]
     before = torch.arange(1 - waiting, 0, device=q.device)
     slot = (rings.position[:, None] + before) % waiting
-    old = rings.q.gather(1, _slot_index(rings.q, slot)).to(q.dtype)
+    old = take(rings.q, slot).to(q.dtype)
     due = torch.cat([old, q], dim=1)[:, :steps]
     if put is None:
         return due, rings.q
-    slot = _last_positions(rings.position, steps, waiting) % waiting
+    slot = last_positions(rings.position, steps, waiting) % waiting
     return due, put(rings.q, slot, q[:, -slot.shape[1] :])
 
 
-def _last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
+def last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
     """Positions ``(N, min(steps, ring_len))`` of the last of ``steps`` tokens, those that stay."""
     kept = torch.arange(max(0, steps - ring_len), steps, device=position.device)
     return position[:, None] + kept
@@ -283,8 +296,8 @@ def _slots_of_next_token(rings: Rings) -> list[tuple[Tensor, Tensor]]:
     saved = []
     for ring in rings[:3]:
         length = ring.shape[-2]
-        slot = _last_positions(rings.position, 1, length) % max(length, 1)
-        saved.append((slot, ring.gather(-2, _slot_index(ring, slot))))
+        slot = last_positions(rings.position, 1, length) % max(length, 1)
+        saved.append((slot, take(ring, slot)))
     return saved
 
 

@@ -7,14 +7,15 @@ Softmax over one query does not depend on the order of the slots, so nothing is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class RingState(NamedTuple):
-    """State of ``N`` streams; what ``get_state`` returns and ``set_state`` takes.
+    """State of ``N`` streams in the formulation ``kv``: projected keys and values are kept.
 
     Attributes:
         k: projected keys, ``(N, H, L, D)``, slot ``p % L`` holds the token at position ``p``.
@@ -23,9 +24,9 @@ class RingState(NamedTuple):
             or ``R = 0`` when there is no delay; slot ``p % R``.
         position: tokens that each stream has seen since its reset, ``(N,)``, int64, on the device.
         clock: ``(steps, 0)``, a CPU tensor of no bytes. Its first size counts the steps that all
-            streams have taken together, up to ``L``. The host reads it without waiting for the
-            device, and ``torch.compile`` treats a size as dynamic where it would specialise on
-            an integer and recompile in every step.
+            streams have taken together, up to ``L``; it is ``L`` as soon as they may differ. The
+            host reads it without waiting for the device, and ``torch.compile`` treats a size as
+            dynamic where it would specialise on an integer and recompile in every step.
     """
 
     k: Tensor
@@ -35,20 +36,50 @@ class RingState(NamedTuple):
     clock: Tensor
 
 
-class RingShape(NamedTuple):
-    """The sizes that fix a state's layout: everything but batch, dtype and device."""
+class InputState(NamedTuple):
+    """State of ``N`` streams in the formulation ``input``: the tokens themselves are kept.
 
+    Attributes:
+        x: tokens, ``(N, L, E)``, slot ``p % L`` holds the token at position ``p``.
+        position: as in ``RingState``.
+        clock: as in ``RingState``.
+    """
+
+    x: Tensor
+    position: Tensor
+    clock: Tensor
+
+
+State = RingState | InputState
+
+
+class Layout(NamedTuple):
+    """What fixes the shape of a state: everything but batch, dtype and device."""
+
+    formulation: str  # "kv" or "input"
     num_heads: int
     head_dim: int
     sequence_len: int
     delay: int
 
+    @property
+    def state_type(self) -> Any:
+        """The class of the states laid out so."""
+        return InputState if self.formulation == "input" else RingState
+
     def sizes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Shape of every part of a state of ``batch_size`` streams, the clock aside."""
+        embed_dim = self.num_heads * self.head_dim
+        if self.formulation == "input":
+            return {"x": (batch_size, self.sequence_len, embed_dim), "position": (batch_size,)}
         kv = (batch_size, self.num_heads, self.sequence_len, self.head_dim)
-        queries = self.delay + 1 if self.delay else 0
-        q = (batch_size, queries, self.num_heads * self.head_dim)
+        q = (batch_size, self.delay + 1 if self.delay else 0, embed_dim)
         return {"k": kv, "v": kv, "q": q, "position": (batch_size,)}
+
+
+def rings(state: State) -> tuple[Tensor, ...]:
+    """The circular caches of a state; the slots are the last axis but one."""
+    return tuple(state[:-2])
 
 
 def new_clock(steps: int) -> Tensor:
@@ -56,62 +87,102 @@ def new_clock(steps: int) -> Tensor:
     return torch.empty((steps, 0), device="cpu")
 
 
-def new_state(
-    shape: RingShape, batch_size: int, dtype: torch.dtype, device: torch.device
-) -> RingState:
-    """The state of ``batch_size`` streams that have seen nothing; rings are zero."""
-    sizes = shape.sizes(batch_size)
-    parts = {name: torch.zeros(sizes[name], dtype=dtype, device=device) for name in ("k", "v", "q")}
-    position = torch.zeros(sizes["position"], dtype=torch.int64, device=device)
-    return RingState(**parts, position=position, clock=new_clock(0))
+def new_state(layout: Layout, batch_size: int, like: Tensor) -> State:
+    """The state of streams that have seen nothing: zero rings, dtype and device as ``like``."""
+    sizes = layout.sizes(batch_size)
+    position = torch.zeros(sizes.pop("position"), dtype=torch.int64, device=like.device)
+    parts = [torch.zeros(size, dtype=like.dtype, device=like.device) for size in sizes.values()]
+    state: State = layout.state_type(*parts, position, new_clock(0))
+    return state
 
 
-def clone_state(state: RingState) -> RingState:
-    """A copy that later steps in place do not change. Differentiable."""
-    return RingState(
-        state.k.clone(), state.v.clone(), state.q.clone(), state.position.clone(), state.clock
-    )
+def rebuilt(state: State, parts: Iterable[Tensor], clock: Tensor | None = None) -> Any:
+    """A state of the same kind from other rings and positions, and the clock if it changed."""
+    kind: Any = type(state)
+    return kind(*parts, state.clock if clock is None else clock)
 
 
-def detach_state(state: RingState) -> RingState:
+def snapshot(state: State) -> Any:
+    """A copy that later steps do not change, zero in the slots that a stream has not filled.
+
+    Differentiable. The unfilled slots of a stream that was reset hold what was its former owner's.
+    """
+    copies = []
+    for part in rings(state):
+        unfilled = torch.arange(part.shape[-2], device=part.device) >= state.position[:, None]
+        copies.append(part.masked_fill(_over_slots(unfilled, part), 0))
+    return rebuilt(state, [*copies, state.position.clone()])
+
+
+def _over_slots(mask: Tensor, part: Tensor) -> Tensor:
+    """A mask ``(N, slots)`` shaped to broadcast against a ring."""
+    return mask.view(mask.shape[0], *(1,) * (part.dim() - 3), mask.shape[1], 1)
+
+
+def detach(state: State) -> Any:
     """The same tensors, cut from the graph that made them."""
-    return RingState(*(part.detach() for part in state))
+    return rebuilt(state, (part.detach() for part in state[:-1]))
 
 
-def check_state(
-    state: object, shape: RingShape, dtype: torch.dtype, device: torch.device
-) -> RingState:
-    """``state`` as a ``RingState``, if it fits ``shape``, ``dtype`` and ``device``.
+def forget(state: State, streams: Tensor, in_place: bool) -> Any:
+    """The state after ``streams``, ``(N,)`` bool, were reset.
+
+    A position of 0 hides keys and values. Waiting queries and inputs are cleared too, for they may
+    be used before the stream itself has filled their slots.
+    """
+    cleared = {"q", "x"} & set(state._fields)
+    fill = torch.Tensor.masked_fill_ if in_place else torch.Tensor.masked_fill
+    parts = {}
+    for name in cleared:
+        part = getattr(state, name)
+        parts[name] = fill(part, streams.view(-1, *(1,) * (part.dim() - 1)), 0)
+    return state._replace(**parts, position=fill(state.position, streams, 0))
+
+
+def stream_of(state: State, index: int, sequence_len: int) -> Any:
+    """A copy of one stream, as a state of batch size 1 with nothing in it but what it has seen."""
+    one = rebuilt(state, (part[index : index + 1] for part in state[:-1]))
+    copy = snapshot(detach(one))
+    position = int(copy.position)
+    for part in rings(copy):
+        if part.shape[-2]:  # the next token overwrites this slot before anyone reads it
+            part[..., position % part.shape[-2], :] = 0
+    return copy._replace(clock=new_clock(min(position, sequence_len)))
+
+
+def check_state(state: object, layout: Layout, dtype: torch.dtype, device: torch.device) -> Any:
+    """``state`` as the class that ``layout`` asks for, if shapes, dtype and device fit.
 
     Raises:
-        TypeError: it is not five tensors, or a dtype differs.
+        TypeError: it is not a state of that formulation, or a dtype differs.
         ValueError: a shape or device differs, or clock and positions contradict each other.
     """
-    if not isinstance(state, (tuple, list)) or len(state) != len(RingState._fields):
-        what = f"a {type(state).__name__}" + (
-            f" of {len(state)}" if isinstance(state, (tuple, list)) else ""
-        )
+    expected = layout.state_type
+    if not isinstance(state, (tuple, list)) or len(state) != len(expected._fields):
         raise TypeError(
-            f"a state is a RingState of {len(RingState._fields)} tensors, but got {what}"
+            f"with formulation={layout.formulation!r} a state is ({', '.join(expected._fields)}), "
+            f"but got {_describe(state)}"
         )
-    for name, part in zip(RingState._fields, state, strict=True):
+    for name, part in zip(expected._fields, state, strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"state.{name} must be a tensor, but got {type(part).__name__}")
-    ring = RingState(*state)
-    if ring.position.dim() != 1:
-        raise ValueError(
-            f"state.position must have shape (N,), but got {tuple(ring.position.shape)}"
-        )
-    _check_parts(ring, shape, dtype, device)
-    _check_clock(ring, shape.sequence_len)
-    return ring
+    checked: State = expected(*state)
+    if checked.position.dim() != 1:
+        shape = tuple(checked.position.shape)
+        raise ValueError(f"state.position must have shape (N,), but got {shape}")
+    _check_parts(checked, layout, dtype, device)
+    _check_clock(checked, layout.sequence_len)
+    return checked
 
 
-def _check_parts(
-    ring: RingState, shape: RingShape, dtype: torch.dtype, device: torch.device
-) -> None:
-    for name, size in shape.sizes(ring.position.shape[0]).items():
-        part = getattr(ring, name)
+def _describe(state: object) -> str:
+    kind = type(state).__name__
+    return f"a {kind} of {len(state)}" if isinstance(state, (tuple, list)) else f"a {kind}"
+
+
+def _check_parts(state: State, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    for name, size in layout.sizes(state.position.shape[0]).items():
+        part = getattr(state, name)
         if tuple(part.shape) != size:
             raise ValueError(f"state.{name} must have shape {size}, but got {tuple(part.shape)}")
         expected = torch.int64 if name == "position" else dtype
@@ -121,18 +192,19 @@ def _check_parts(
             raise ValueError(f"state.{name} must be on {device}, but is on {part.device}")
 
 
-def _check_clock(ring: RingState, sequence_len: int) -> None:
-    clock = ring.clock
+def _check_clock(state: State, sequence_len: int) -> None:
+    clock, position = state.clock, state.position
     if clock.dim() != 2 or clock.shape[1] != 0 or clock.shape[0] > sequence_len:
         expected = f"(steps, 0) with steps <= {sequence_len}"
         raise ValueError(f"state.clock must have shape {expected}, but got {tuple(clock.shape)}")
-    if ring.position.numel() and int(ring.position.min()) < 0:
-        raise ValueError(
-            f"state.position must not be negative, but its least is {int(ring.position.min())}"
-        )
+    if not position.numel():
+        return
+    least, most = int(position.min()), int(position.max())
+    if least < 0:
+        raise ValueError(f"state.position must not be negative, but its least is {least}")
     steps = clock.shape[0]
-    if steps < sequence_len and ring.position.numel() and bool((ring.position != steps).any()):
+    if steps < sequence_len and (least, most) != (steps, steps):
         raise ValueError(
             f"state.clock says that every stream has seen {steps} tokens, but state.position "
-            f"ranges from {int(ring.position.min())} to {int(ring.position.max())}"
+            f"ranges from {least} to {most}"
         )

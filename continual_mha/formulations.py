@@ -1,0 +1,20 @@
+"""Which formulation the state of new streams gets when the user leaves it open."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# From this size of a key-value ring on, reading the ring decides the time of a step on a GPU, and
+# reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
+_CUDA_RING_BYTES = 64 << 20
+_CUDA_MAX_EMBED_DIM = 2048
+_CUDA_MAX_HEADS = 32
+
+
+def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, like: Tensor) -> str:
+    """``kv`` or ``input`` for self-attention streams of the dtype and device of ``like``."""
+    if like.device.type != "cuda" or like.element_size() != 2:
+        return "kv"
+    kv_bytes = 2 * batch_size * sequence_len * embed_dim * like.element_size()
+    fits = embed_dim <= _CUDA_MAX_EMBED_DIM and num_heads <= _CUDA_MAX_HEADS
+    return "input" if fits and kv_bytes >= _CUDA_RING_BYTES else "kv"
