@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -340,6 +341,24 @@ def test_bits_of_a_stream_do_not_depend_on_streams_of_its_team() -> None:
     step.position[1:] = 7
     other, _ = run_emulated(case, step, seed=3)
     assert torch.equal(output[0], other[0])
+
+
+# (E, H, L) of the benchmark.
+SHAPES = [(512, 8, 32), (1024, 8, 64), (192, 16, 120), (512, 8, 250), (512, 8, 4096), (768, 12, 64)]
+
+
+@pytest.mark.parametrize("cluster", [False, True], ids=["counter", "cluster"])
+def test_plan_fits_every_gpu_and_covers_all_heads(cluster: bool) -> None:
+    limit = (227 if cluster else 99) * 1024  # of one block, from sm_90 on and on sm_86
+    for (E, H, L), streams, wanted in itertools.product(SHAPES, (1, 4), (0, 1, 8, 13, 132)):
+        plan = (ctypes.c_int64 * 3)()
+        emulator().plan_step(integers([E, H, L, 2, streams, wanted, 16, cluster]), plan)
+        groups, splits, shared = plan
+        assert H % groups == 0
+        assert 1 <= groups * splits <= max(1, min(wanted, 16))
+        assert shared <= (limit if streams == 1 or groups > 1 else 227 * 1024)
+        if wanted >= 16:
+            assert groups * splits > 16 // 3, "most of the blocks that a team may have are idle"
 
 
 @dataclass(frozen=True)

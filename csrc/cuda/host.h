@@ -3,9 +3,6 @@
 #define CONTINUAL_MHA_CUDA_HOST_H_
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -16,10 +13,10 @@
 #include <string>
 #include <utility>
 
+#include "../common.h"
+
 namespace continual_mha::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Args>

@@ -22,21 +22,17 @@ constexpr int64_t kMaxSingleStreams = 16;
 
 struct StepArgs {
   Tensor query, key, value;
-  Tensor in_proj_weight;
-  OptionalTensor k_proj_weight, v_proj_weight, in_proj_bias;
-  Tensor out_proj_weight;
-  OptionalTensor out_proj_bias, bias_k, bias_v;
-  Tensor k_ring, v_ring, q_ring, position;
+  Weights weights;
+  Rings rings;
+  RingSizes sizes;
   OptionalTensor active;
   bool add_zero_attn;
   bool update;
 
-  int64_t num_streams() const { return query.size(0); }
-  int64_t embed_dim() const { return query.size(1); }
-  bool packed() const { return !k_proj_weight.has_value(); }
+  bool packed() const { return !weights.k_proj_weight.has_value(); }
 
   std::string describe() const {
-    return concat(kOp, " for query ", shape_of(query), " and k_ring ", shape_of(k_ring));
+    return concat(kOp, " for query ", shape_of(query), " and k_ring ", shape_of(rings.k));
   }
 };
 
@@ -45,68 +41,30 @@ bool same_tensor(const Tensor& a, const Tensor& b) {
          a.stride(1) == b.stride(1);
 }
 
-void check_input(const Tensor& tensor, const char* name, const StepArgs& a) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == a.num_streams(), name, " has shape ",
-                  shape_of(tensor), ", expected (", a.num_streams(), ", features)");
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == a.query.get_device_index() &&
-                      tensor.scalar_type() == a.query.scalar_type(),
-                  name, " is on another device or of another dtype than the query");
-}
-
-void check_weights(const StepArgs& a) {
-  const int64_t E = a.embed_dim();
-  STD_TORCH_CHECK(a.k_proj_weight.has_value() == a.v_proj_weight.has_value(),
-                  "k_proj_weight and v_proj_weight go together");
-  STD_TORCH_CHECK(a.bias_k.has_value() == a.bias_v.has_value(), "bias_k and bias_v go together");
-  check_operand(a.in_proj_weight, "in_proj_weight", a.query, {a.packed() ? 3 * E : E, E});
-  if (a.packed()) {
-    STD_TORCH_CHECK(a.key.size(1) == E && a.value.size(1) == E,
-                    "key and value of other sizes than the query need their own weights");
-  } else {
-    check_operand(*a.k_proj_weight, "k_proj_weight", a.query, {E, a.key.size(1)});
-    check_operand(*a.v_proj_weight, "v_proj_weight", a.query, {E, a.value.size(1)});
+// What only these kernels ask for, beyond what the operator does.
+void check_covered(const StepArgs& a) {
+  const RingSizes& s = a.sizes;
+  STD_TORCH_CHECK(a.rings.k.is_cuda(), kOp, ": the rings are not on a CUDA device");
+  STD_TORCH_CHECK(a.query.dim() == 2, kOp, ": tokens must be (N, E)");
+  const Weights& w = a.weights;
+  for (const OptionalTensor& matrix : {OptionalTensor(w.in_proj_weight), w.k_proj_weight,
+                                       w.v_proj_weight, OptionalTensor(w.out_proj_weight)}) {
+    STD_TORCH_CHECK(!matrix || matrix->is_contiguous(), kOp, ": a weight is not contiguous");
   }
-  if (a.in_proj_bias) check_operand(*a.in_proj_bias, "in_proj_bias", a.query, {3 * E});
-  check_operand(a.out_proj_weight, "out_proj_weight", a.query, {E, E});
-  if (a.out_proj_bias) check_operand(*a.out_proj_bias, "out_proj_bias", a.query, {E});
-  if (a.bias_k) {
-    check_operand(*a.bias_k, "bias_k", a.query, {1, 1, E});
-    check_operand(*a.bias_v, "bias_v", a.query, {1, 1, E});
-  }
-}
-
-void check_state(const StepArgs& a) {
-  const int64_t N = a.num_streams();
-  const int64_t E = a.embed_dim();
-  STD_TORCH_CHECK(a.k_ring.dim() == 4, "k_ring has shape ", shape_of(a.k_ring),
-                  ", expected (streams, heads, sequence_len, head_dim)");
-  const int64_t H = a.k_ring.size(1);
-  const int64_t L = a.k_ring.size(2);
-  const int64_t D = a.k_ring.size(3);
-  STD_TORCH_CHECK(H > 0 && L > 0 && H * D == E, "k_ring ", shape_of(a.k_ring),
-                  " does not fit query ", shape_of(a.query));
-  check_operand(a.k_ring, "k_ring", a.query, {N, H, L, D});
-  check_operand(a.v_ring, "v_ring", a.query, {N, H, L, D});
-  STD_TORCH_CHECK(a.q_ring.dim() == 3, "q_ring has shape ", shape_of(a.q_ring));
-  check_operand(a.q_ring, "q_ring", a.query, {N, a.q_ring.size(1), E});
-  STD_TORCH_CHECK(a.q_ring.size(1) != 1, "q_ring must have delay + 1 slots, or none");
-  check_shape(a.position, "position", {N});
-  STD_TORCH_CHECK(a.position.scalar_type() == ScalarType::Long && a.position.is_contiguous() &&
-                      a.position.is_cuda(),
-                  "position must be a contiguous int64 tensor on the query's device");
+  STD_TORCH_CHECK(s.query_slots != 1, kOp, ": the ring of queries has delay + 1 slots, or none");
   if (a.active) {
-    check_shape(*a.active, "active", {N});
+    check_shape(*a.active, "active", {s.streams});
     STD_TORCH_CHECK(a.active->scalar_type() == ScalarType::Bool && a.active->is_contiguous() &&
-                        a.active->is_cuda(),
-                    "active must be a contiguous bool tensor on the query's device");
+                        a.active->device() == a.rings.k.device(),
+                    kOp, ": active must be contiguous bool beside the rings");
   }
-  const int64_t row_bytes = D * static_cast<int64_t>(a.k_ring.element_size());
-  STD_TORCH_CHECK(D <= 256 && aligned16(a.k_ring.data_ptr(), row_bytes) &&
-                      aligned16(a.v_ring.data_ptr(), row_bytes),
-                  kOp,
-                  " covers head_dim up to 256 whose rows are whole multiples of 16 bytes, not ", D);
-  STD_TORCH_CHECK(L < (int64_t{1} << 30) && N < (int64_t{1} << 30), kOp,
-                  " does not cover sizes of ", shape_of(a.k_ring));
+  const int64_t row_bytes = s.head_dim * static_cast<int64_t>(a.rings.k.element_size());
+  STD_TORCH_CHECK(s.head_dim <= kMaxHeadDim && aligned16(a.rings.k.data_ptr(), row_bytes) &&
+                      aligned16(a.rings.v.data_ptr(), row_bytes),
+                  a.describe(), ": covered are rows of whole 16 bytes and head_dim up to ",
+                  kMaxHeadDim);
+  constexpr int64_t kMaxSize = int64_t{1} << 30;
+  STD_TORCH_CHECK(s.length < kMaxSize && s.streams < kMaxSize, a.describe(), ": too large");
 }
 
 Projection projection(const void* weight, int64_t cols, int64_t element_size) {
@@ -115,7 +73,7 @@ Projection projection(const void* weight, int64_t cols, int64_t element_size) {
 
 RingStepParams make_params(const StepArgs& a) {
   RingStepParams p{};
-  const int64_t E = a.embed_dim();
+  const int64_t E = a.sizes.embed_dim();
   const int64_t bytes = static_cast<int64_t>(a.query.element_size());
   const std::array<const Tensor*, 3> inputs{&a.query, &a.key, &a.value};
   for (int i = 0; i < 3; ++i) {
@@ -128,28 +86,29 @@ RingStepParams make_params(const StepArgs& a) {
                    0,
                    0};
   }
-  const char* packed = static_cast<const char*>(a.in_proj_weight.data_ptr());
-  const void* k_weight = a.packed() ? packed + E * E * bytes : a.k_proj_weight->data_ptr();
-  const void* v_weight = a.packed() ? packed + 2 * E * E * bytes : a.v_proj_weight->data_ptr();
+  const char* packed = static_cast<const char*>(a.weights.in_proj_weight.data_ptr());
+  const void* k_weight = a.packed() ? packed + E * E * bytes : a.weights.k_proj_weight->data_ptr();
+  const void* v_weight =
+      a.packed() ? packed + 2 * E * E * bytes : a.weights.v_proj_weight->data_ptr();
   p.in_proj[0] = projection(packed, E, bytes);
   p.in_proj[1] = projection(k_weight, a.key.size(1), bytes);
   p.in_proj[2] = projection(v_weight, a.value.size(1), bytes);
-  p.out_proj = projection(a.out_proj_weight.data_ptr(), E, bytes);
-  p.in_proj_bias = data_or_null(a.in_proj_bias);
-  p.out_proj_bias = data_or_null(a.out_proj_bias);
-  p.bias_k = data_or_null(a.bias_k);
-  p.bias_v = data_or_null(a.bias_v);
-  p.k_ring = a.k_ring.data_ptr();
-  p.v_ring = a.v_ring.data_ptr();
-  p.q_ring = a.q_ring.data_ptr();
-  p.position = static_cast<int64_t*>(a.position.data_ptr());
+  p.out_proj = projection(a.weights.out_proj_weight.data_ptr(), E, bytes);
+  p.in_proj_bias = data_or_null(a.weights.in_proj_bias);
+  p.out_proj_bias = data_or_null(a.weights.out_proj_bias);
+  p.bias_k = data_or_null(a.weights.bias_k);
+  p.bias_v = data_or_null(a.weights.bias_v);
+  p.k_ring = a.rings.k.data_ptr();
+  p.v_ring = a.rings.v.data_ptr();
+  p.q_ring = a.rings.q.data_ptr();
+  p.position = static_cast<int64_t*>(a.rings.position.data_ptr());
   p.active = static_cast<const bool*>(data_or_null(a.active));
-  p.num_streams = static_cast<int>(a.num_streams());
+  p.num_streams = static_cast<int>(a.sizes.streams);
   p.embed_dim = static_cast<int>(E);
-  p.num_heads = static_cast<int>(a.k_ring.size(1));
-  p.sequence_len = static_cast<int>(a.k_ring.size(2));
-  p.head_dim = static_cast<int>(a.k_ring.size(3));
-  p.query_slots = static_cast<int>(a.q_ring.size(1));
+  p.num_heads = static_cast<int>(a.sizes.num_heads);
+  p.sequence_len = static_cast<int>(a.sizes.length);
+  p.head_dim = static_cast<int>(a.sizes.head_dim);
+  p.query_slots = static_cast<int>(a.sizes.query_slots);
   p.head_groups = 1;
   p.splits = 1;
   p.scale_log2 =
@@ -186,7 +145,7 @@ int claim_counters(int device, const void* key, int count) {
 
 unsigned int* find_counters(const StepArgs& a, int count, Tensor& scratch, cudaStream_t stream) {
   const auto where = [&a] { return a.describe(); };
-  const int first = claim_counters(a.query.get_device_index(), a.k_ring.data_ptr(), count);
+  const int first = claim_counters(a.query.get_device_index(), a.rings.k.data_ptr(), count);
   void* counters = nullptr;
   if (first >= 0) {
     check_cuda(cudaGetSymbolAddress(&counters, step_counters), "cudaGetSymbolAddress", where);
@@ -246,8 +205,9 @@ void launch_kernel(Kernel kernel, const RingStepParams& p, int teams, bool clust
              [&a] { return a.describe(); });
 }
 
+// False, and nothing launched, if the device has too little shared memory for it.
 template <typename T, int kStreams>
-void launch_step(RingStepParams p, const StepArgs& a) {
+bool launch_step(RingStepParams p, const StepArgs& a) {
   const int device = a.query.get_device_index();
   const DeviceScope scope(device);
   const DeviceProperties& properties = device_properties(device);
@@ -261,9 +221,7 @@ void launch_step(RingStepParams p, const StepArgs& a) {
     split_work(p, properties.multiprocessors / teams, max_blocks, cluster);
   }
   plan_block(p, kStreams, sizeof(T));
-  STD_TORCH_CHECK(p.shared.total <= properties.shared_bytes, a.describe(), " needs ",
-                  p.shared.total, " bytes of shared memory per block; the device has ",
-                  properties.shared_bytes);
+  if (p.shared.total > properties.shared_bytes) return false;
   Tensor scratch = a.query;
   Tensor counters = a.query;
   if (!cluster && p.head_groups * p.splits > 1) {
@@ -275,17 +233,17 @@ void launch_step(RingStepParams p, const StepArgs& a) {
     p.done = find_counters(a, sizes.counters, counters, stream);
   }
   launch_kernel(kernel, p, teams, cluster, stream, a);
+  return true;
 }
 
-void launch_step(const RingStepParams& p, const StepArgs& a) {
+bool launch_step(const RingStepParams& p, const StepArgs& a) {
+  bool launched = false;
   dispatch_dtype(a.query.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
-    if (p.projected[0] != nullptr || p.num_streams <= kMaxSingleStreams) {
-      launch_step<T, 1>(p, a);
-    } else {
-      launch_step<T, 4>(p, a);
-    }
+    const bool single = p.projected[0] != nullptr || p.num_streams <= kMaxSingleStreams;
+    launched = single ? launch_step<T, 1>(p, a) : launch_step<T, 4>(p, a);
   });
+  return launched;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -299,10 +257,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 
 // q, k and v by matrix products, and pointers to them in `p`. The result owns their memory.
 std::array<Tensor, 3> project_by_gemm(RingStepParams& p, const StepArgs& a) {
-  const int64_t E = a.embed_dim();
+  const int64_t E = a.sizes.embed_dim();
   const int64_t bytes = static_cast<int64_t>(a.query.element_size());
+  for (StepInput& input : p.inputs) input.size = 0;  // the kernel stages none
   if (a.packed() && same_tensor(a.key, a.query) && same_tensor(a.value, a.query)) {
-    const Tensor qkv = linear(a.query, a.in_proj_weight, a.in_proj_bias);
+    const Tensor qkv = linear(a.query, a.weights.in_proj_weight, a.weights.in_proj_bias);
     const char* data = static_cast<const char*>(qkv.data_ptr());
     for (int i = 0; i < 3; ++i) p.projected[i] = data + i * E * bytes;
     p.projected_stride = 3 * E;
@@ -314,14 +273,14 @@ std::array<Tensor, 3> project_by_gemm(RingStepParams& p, const StepArgs& a) {
   };
   const auto project = [&](int i, const Tensor& x, const OptionalTensor& own) {
     OptionalTensor bias;
-    if (a.in_proj_bias) bias = rows(*a.in_proj_bias, i);
-    const Tensor out = linear(x, own ? *own : rows(a.in_proj_weight, i), bias);
+    if (a.weights.in_proj_bias) bias = rows(*a.weights.in_proj_bias, i);
+    const Tensor out = linear(x, own ? *own : rows(a.weights.in_proj_weight, i), bias);
     p.projected[i] = out.data_ptr();
     return out;
   };
   p.projected_stride = E;
-  return {project(0, a.query, std::nullopt), project(1, a.key, a.k_proj_weight),
-          project(2, a.value, a.v_proj_weight)};
+  return {project(0, a.query, std::nullopt), project(1, a.key, a.weights.k_proj_weight),
+          project(2, a.value, a.weights.v_proj_weight)};
 }
 
 }  // namespace
@@ -333,27 +292,28 @@ Tensor ring_step_cuda(Tensor query, Tensor key, Tensor value, Tensor in_proj_wei
                       OptionalTensor out_proj_bias, OptionalTensor bias_k, OptionalTensor bias_v,
                       Tensor k_ring, Tensor v_ring, Tensor q_ring, Tensor position,
                       OptionalTensor active, bool add_zero_attn, double dropout_p, bool update) {
-  const StepArgs a{query,         key,           value,           in_proj_weight, k_proj_weight,
-                   v_proj_weight, in_proj_bias,  out_proj_weight, out_proj_bias,  bias_k,
-                   bias_v,        k_ring,        v_ring,          q_ring,         position,
-                   active,        add_zero_attn, update};
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, " does not cover dropout");
-  check_input(query, "query", a);
-  check_input(key, "key", a);
-  check_input(value, "value", a);
-  check_weights(a);
-  check_state(a);
-  const int64_t N = a.num_streams();
-  Tensor output = torch::stable::new_empty(query, {N, a.embed_dim()});
+  const Rings rings{k_ring, v_ring, q_ring, position};
+  const StepArgs a{query,
+                   key,
+                   value,
+                   {in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
+                    out_proj_bias, bias_k, bias_v},
+                   rings,
+                   check_rings(rings, kOp),
+                   active,
+                   add_zero_attn,
+                   update};
+  check_tokens(query, key, value, a.weights, rings, a.sizes, kOp);
+  check_covered(a);
+  const int64_t N = a.sizes.streams;
+  Tensor output = torch::stable::new_empty(query, {N, a.sizes.embed_dim()});
   if (N == 0) return output;
   RingStepParams p = make_params(a);
   p.output = output.data_ptr();
-  if (N <= kMaxFusedStreams) {
-    launch_step(p, a);
-    return output;
-  }
+  if (N <= kMaxFusedStreams && launch_step(p, a)) return output;
   const std::array<Tensor, 3> qkv = project_by_gemm(p, a);
-  launch_step(p, a);
+  STD_TORCH_CHECK(launch_step(p, a), a.describe(), ": too little shared memory for one stream");
   return linear(output, out_proj_weight, out_proj_bias);
 }
 

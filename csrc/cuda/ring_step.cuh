@@ -20,6 +20,7 @@ enum class Merge {
 };
 
 constexpr int kStages = 4;
+constexpr int kMaxHeadDim = kWarpSize * kPack;
 
 // Weight rows that a warp multiplies at once: 128 bytes per lane in flight for one stream. Several
 // streams have their sums in registers as well, and take fewer rows.

@@ -146,6 +146,26 @@ void ring_step(void* const* tensors, const int64_t* strides, const int64_t* size
   }
 }
 
+// Head groups, splits and bytes of shared memory that the launch of a step would choose.
+void plan_step(const int64_t* sizes, int64_t* plan) {
+  enum { E, H, L, kElementSize, kStreams, kWanted, kMaxBlocks, kCluster };
+  cuda::RingStepParams p{};
+  p.embed_dim = static_cast<int>(sizes[E]);
+  p.num_heads = static_cast<int>(sizes[H]);
+  p.head_dim = p.embed_dim / p.num_heads;
+  p.sequence_len = static_cast<int>(sizes[L]);
+  for (int i = 0; i < 3; ++i) {
+    p.inputs[i].size = p.embed_dim;
+    p.inputs[i].staged = i == 0;
+  }
+  cuda::split_work(p, static_cast<int>(sizes[kWanted]), static_cast<int>(sizes[kMaxBlocks]),
+                   sizes[kCluster] != 0);
+  cuda::plan_block(p, static_cast<int>(sizes[kStreams]), static_cast<int>(sizes[kElementSize]));
+  plan[0] = p.head_groups;
+  plan[1] = p.splits;
+  plan[2] = p.shared.total;
+}
+
 // `tensors`: query, key, value, mask, sink, out, lse, weights, and for the backward pass grad_out,
 // grad_lse, dquery, dkey, dvalue, dsink, dscores. mask is a full (N, H, S) tensor.
 void attend_shared(void* const* tensors, const int64_t* sizes) {

@@ -1,0 +1,235 @@
+"""What the CUDA compiler makes of ``csrc/cuda``, read without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+TORCH = Path(torch.__file__).parent
+ARCHS = (80, 90, 100)
+DTYPES = ("float", "Half", "BFloat16")
+# kThreads * registers may not exceed the 64 Ki of a multiprocessor; a step wants two blocks there.
+MAX_REGISTERS = {"ring_step_kernel": 128, "attend_shared": 255, "outer_product_kernel": 255}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one target, as ptxas reports it."""
+
+    name: str  # as c++filt would, roughly: ring_step_kernel<float, 1, 0>
+    arch: int
+    registers: int
+    stack: int
+    spilled: int
+    static_shared: int
+
+    @property
+    def is_empty(self) -> bool:
+        """A target has machine code for one way of merging; the other's kernels are empty."""
+        return "ring_step" in self.name and self.name.endswith("1>" if self.arch < 90 else "0>")
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc: set CUDA_HOME or put it on the PATH")
+    return nvcc
+
+
+def find_cuobjdump() -> str:
+    """The toolkit's, or the one that Triton brings."""
+    beside = Path(find_nvcc()).resolve().parent / "cuobjdump"
+    found = shutil.which("cuobjdump") or (str(beside) if beside.exists() else None)
+    if found is None:
+        triton = pytest.importorskip("triton", reason="neither cuobjdump nor Triton's copy of it")
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    if not os.access(found, os.X_OK):
+        pytest.skip("no cuobjdump")
+    return found
+
+
+@functools.cache
+def build() -> Path:
+    """A folder with an object and a compiler report per source, and the linked library.
+
+    Named by the hash of all that it depends on, so that a second run compiles nothing.
+    """
+    nvcc = find_nvcc()
+    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
+    inputs = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "common.h", Path(__file__)]
+    content = [version, torch.__version__.encode(), *(path.read_bytes() for path in inputs)]
+    folder = ROOT / "build" / "cuda_compile" / hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    partial = folder.with_suffix(f".{os.getpid()}")
+    partial.mkdir(parents=True)
+    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden"]
+    flags += ["-Xptxas", "-v", "-isystem", str(TORCH / "include")]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+
+    def compile_source(source: Path) -> str:
+        target = partial / f"{source.stem}.o"
+        done = subprocess.run(
+            [nvcc, *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        target.with_suffix(".log").write_text(done.stdout + done.stderr)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_source, sorted(SOURCES.glob("*.cu"))))
+    link = [nvcc, "-shared", "-cudart", "static", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*link, "-o", str(partial / "continual_mha_cuda.so")], check=True)
+    partial.rename(folder)
+    return folder
+
+
+def demangle(symbol: str) -> str:
+    """``..16ring_step_kernelIN3c108BFloat16ELi4ELNS0_5MergeE1EEE..`` to a readable name."""
+    kernel = re.search(r"\d+([a-z_]+_kernel)I", symbol)
+    assert kernel is not None, symbol
+    dtype = re.search(r"_kernelI(?:N3c10)?\d*(f|Half|BFloat16)", symbol)
+    assert dtype is not None, symbol
+    numbers = re.findall(r"(?:Li|MergeE)(\d+)E", symbol)
+    arguments = ["float" if dtype[1] == "f" else dtype[1], *numbers]
+    return f"{kernel[1]}<{', '.join(arguments)}>"
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    report = "\n".join(path.read_text() for path in sorted(build().glob("*.log")))
+    entries = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers([^\n]*)",
+        report,
+        flags=re.DOTALL,
+    )
+    found = []
+    for symbol, arch, stack, stores, loads, registers, rest in entries:
+        shared = re.search(r"(\d+) bytes smem", rest)
+        spilled = int(stores) + int(loads)
+        static = int(shared[1]) if shared else 0
+        found.append(
+            Kernel(demangle(symbol), int(arch), int(registers), int(stack), spilled, static)
+        )
+    return tuple(found)
+
+
+@functools.cache
+def machine_code(source: str, arch: int) -> dict[str, str]:
+    """SASS by kernel name."""
+    command = [find_cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(build() / f"{source}.o")]
+    nvdisasm = str(Path(command[0]).parent)
+    env = {**os.environ, "PATH": f"{nvdisasm}:{os.environ['PATH']}"}
+    listing = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    functions = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
+    return {demangle(text.split()[0]): text for text in functions}
+
+
+def used_ring_steps(arch: int) -> dict[str, str]:
+    code = machine_code("ring_step", arch)
+    unused = {k.name for k in kernels() if k.arch == arch and k.is_empty}
+    return {name: text for name, text in code.items() if name not in unused}
+
+
+def test_every_kernel_is_there_for_every_target() -> None:
+    expected = {
+        f"ring_step_kernel<{dtype}, {streams}, {merge}>"
+        for dtype in DTYPES
+        for streams in (1, 4)
+        for merge in (0, 1)
+    }
+    for name in ("attend_shared_kernel", "attend_shared_backward_kernel", "outer_product_kernel"):
+        expected |= {f"{name}<{dtype}>" for dtype in DTYPES}
+    for arch in ARCHS:
+        assert {k.name for k in kernels() if k.arch == arch} == expected
+
+
+def test_no_kernel_spills_or_uses_local_memory() -> None:
+    bad = [k for k in kernels() if k.spilled or k.stack]
+    assert not bad, bad
+
+
+def test_registers_and_static_shared_memory_stay_within_the_design() -> None:
+    for kernel in kernels():
+        limit = next(v for name, v in MAX_REGISTERS.items() if kernel.name.startswith(name))
+        assert kernel.registers <= limit, kernel
+        assert kernel.static_shared == 0, kernel  # all of it is dynamic, and planned by the host
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_step_reads_ring_and_weights_16_bytes_at_a_time(arch: int) -> None:
+    code = used_ring_steps(arch)
+    assert len(code) == 6
+    for name, text in code.items():
+        ring = re.findall(r"LDGSTS\.E\.(\S*)", text)
+        assert ring, name
+        assert all(kind.startswith("BYPASS.") and "128" in kind for kind in ring), (name, set(ring))
+        # The rows of a weight block are loaded before the first is used.
+        assert len(re.findall(r"LDG\.E\.128\.CONSTANT", text)) >= 8, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_blocks_of_a_step_merge_as_their_target_can(arch: int) -> None:
+    for name, text in used_ring_steps(arch).items():
+        uses_cluster = "UCGABAR_ARV" in text
+        uses_counter = "ATOMG" in text
+        assert (uses_cluster, uses_counter) == (arch >= 90, arch < 90), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_adds_atomically_in_floating_point(arch: int) -> None:
+    for source in ("ring_step", "attend_shared"):
+        for name, text in machine_code(source, arch).items():
+            assert not re.search(r"(ATOM|RED)\S*\.(F16|F32|BF16|F64)", text), name
+
+
+def test_library_needs_only_the_stable_interface_of_torch() -> None:
+    library = build() / "continual_mha_cuda.so"
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    listing = subprocess.run(
+        [nm, "-D", "--undefined-only", "-C", str(library)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    undefined = {line.split()[-1].split("@")[0] for line in listing.splitlines() if line.strip()}
+    assert "aoti_torch_get_current_cuda_stream" not in undefined  # not in torch without CUDA
+    outside = [name for name in undefined if re.search(r"c10|at::|torch::|^cu[A-Z]|^cuda", name)]
+    assert not outside, outside
+
+
+def test_library_loads_and_registers_in_torch_without_cuda() -> None:
+    script = f"""
+import torch
+import continual_mha
+torch.ops.load_library({str(build() / "continual_mha_cuda.so")!r})
+for name in ("cuda_ring_step_", "cuda_attend_shared", "cuda_attend_shared_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("continual_mha::" + name, "CUDA"), name
+x = torch.zeros(1, 1, 4)
+try:
+    torch.ops.continual_mha.cuda_attend_shared(x, x, x, None, None)
+except NotImplementedError:
+    print("declined")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "declined"
