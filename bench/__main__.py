@@ -1,0 +1,87 @@
+"""``python -m bench``: measure every implementation over the grid, and keep the rows."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import ceilings, grid, machine, records
+from .measure import Bench
+from .peers import all_peers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--size", choices=grid.SIZES, default="standard", help="how much of it")
+    parser.add_argument("--mode", type=_names, default=grid.MODES, help=",".join(grid.MODES))
+    parser.add_argument("--dtype", type=_names, default=None, help="names of dtypes, with commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="by default a GPU")
+    parser.add_argument("--out", type=Path, default=None, help="results folder")
+    parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
+    parser.add_argument("--compile", action="store_true", help="also those under torch.compile")
+    parser.add_argument("--only", type=_names, default=(), help="implementations that start so")
+    parser.add_argument("--budget", type=float, default=0.4, help="seconds for each and case")
+    parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
+    options = parser.parse_args(arguments)
+    if set(options.mode) - set(grid.MODES):
+        parser.error(f"--mode takes {', '.join(grid.MODES)}")
+    if set(options.dtype or ()) - set(grid.BYTES):
+        parser.error(f"--dtype takes {', '.join(grid.BYTES)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure; every finished case is on disk before the next begins."""
+    options = parse(arguments)
+    started = time.monotonic()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    about = machine.describe(device.type)
+    folder = options.out or RESULTS / machine.slug(about)
+    cases = list(grid.cases(device.type, options.size, options.mode, options.dtype))
+    if options.resume:
+        done = records.finished(records.read(folder), about["sources"])
+        cases = [case for case in cases if case not in done]
+    else:
+        (folder / records.ROWS).unlink(missing_ok=True)
+    if not cases:
+        print(f"nothing left to measure in {folder}")
+        return
+    tqdm.write(f"{about['device']}: {len(cases)} cases, into {folder}")
+    found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
+    stamp = {"machine": about}
+    records.append(folder, [{**row, **stamp} for row in ceilings.as_rows(found)])
+    peers = all_peers(device, options.compile)
+    peers = [p for p in peers if not options.only or p.name.startswith(options.only)]
+    bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget)
+    for case in tqdm(cases, unit="case", smoothing=0):
+        if options.limit is not None and time.monotonic() - started > options.limit:
+            tqdm.write("stopped at the time limit; --resume measures the rest")
+            break
+        rows = bench.rows(case)
+        records.append(folder, rows)
+        tqdm.write(_line(case, rows))
+
+
+def _line(case: grid.Case, rows: list[records.Row]) -> str:
+    """A case's times in words: ours, and the others from the fastest on."""
+    first = [row for row in rows if row.get("status") == "ok"]
+    timers = [row["timer"] for row in first]
+    timed = [row for row in first if row["timer"] == timers[0]]
+    timed.sort(key=lambda row: (row["implementation"] != "ours", row["median_us"]))
+    times = [f"{row['implementation']} {row['median_us']:.1f}" for row in timed[:4]]
+    return f"{case.label}: {', '.join(times) or 'nothing could be timed'} us"
+
+
+if __name__ == "__main__":
+    main()

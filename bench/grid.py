@@ -1,0 +1,228 @@
+"""The shapes that are measured: what each stands for, and how much of the grid a size takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MODES = ("step", "forward", "forward_backward", "steps")
+SIZES = ("quick", "standard", "full")
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Family(NamedTuple):
+    """An application: its attention, whatever the number of streams."""
+
+    name: str
+    embed_dim: int
+    num_heads: int
+    sequence_len: int
+
+
+EXAMPLE = Family("example", 512, 8, 32)  # the documented example of `continual-inference`
+DETECTION = Family("detection", 1024, 8, 64)  # online action detection
+AUDIO = Family("audio", 192, 16, 120)  # audio classification; a head has 12 features
+SPEECH = Family("speech", 512, 8, 250)  # streaming speech
+LONG_1024 = Family("long-1024", 512, 8, 1024)
+LONG_4096 = Family("long-4096", 512, 8, 4096)
+FAMILIES = (EXAMPLE, DETECTION, AUDIO, SPEECH, LONG_1024, LONG_4096)
+# Points for which there are older measurements of `continual-inference`.
+NARROW = Family("narrow", 128, 4, 32)
+MIDDLE = Family("middle", 512, 8, 128)
+WIDE = Family("wide", 512, 8, 256)
+
+
+class Case(NamedTuple):
+    """One point of the grid.
+
+    Attributes:
+        family: the application, by name.
+        batch_size: streams, ``N``.
+        embed_dim: ``E``.
+        num_heads: ``H``.
+        sequence_len: window, ``L``; the clip's length in ``forward``.
+        tokens: tokens per stream in a call, ``T``; 1 in a step.
+        dtype: name of the dtype.
+        mode: ``step``, ``forward``, ``forward_backward`` or ``steps``.
+    """
+
+    family: str
+    batch_size: int
+    embed_dim: int
+    num_heads: int
+    sequence_len: int
+    tokens: int
+    dtype: str
+    mode: str
+
+    @property
+    def label(self) -> str:
+        """Short name for people: ``step detection N=8 E=1024 H=8 L=64 bfloat16``."""
+        sizes = f"N={self.batch_size} E={self.embed_dim} H={self.num_heads} L={self.sequence_len}"
+        many = f" T={self.tokens}" if self.mode == "steps" else ""
+        return f"{self.mode} {self.family} {sizes}{many} {self.dtype}"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all streams' keys and values."""
+        return 2 * self.batch_size * self.sequence_len * self.embed_dim * BYTES[self.dtype]
+
+
+def _case(family: Family, batch_size: int, mode: str, dtype: str, tokens: int = 1) -> Case:
+    return Case(
+        family.name,
+        batch_size,
+        family.embed_dim,
+        family.num_heads,
+        family.sequence_len,
+        tokens,
+        dtype,
+        mode,
+    )
+
+
+# Per device and size, (family, numbers of streams) for steps. The design's own figures come first,
+# so that a run that is cut short has them.
+_STEP_POINTS: dict[str, dict[str, list[tuple[Family, tuple[int, ...]]]]] = {
+    "cpu": {
+        "quick": [(NARROW, (1,)), (EXAMPLE, (1, 10)), (AUDIO, (8,))],
+        "standard": [
+            (NARROW, (1,)),
+            (EXAMPLE, (1, 8, 10, 64, 512)),
+            (DETECTION, (1, 8, 16, 64)),
+            (MIDDLE, (64,)),
+            (WIDE, (256,)),
+            (AUDIO, (1, 8, 64, 512)),
+            (SPEECH, (1, 8, 64)),
+            (LONG_1024, (1, 8)),
+            (LONG_4096, (1,)),
+        ],
+        "full": [
+            (NARROW, (1, 8, 64, 512)),
+            (EXAMPLE, (1, 8, 10, 64, 512, 4096)),
+            (DETECTION, (1, 8, 16, 64, 512)),
+            (MIDDLE, (64,)),
+            (WIDE, (256,)),
+            (AUDIO, (1, 8, 64, 512, 4096)),
+            (SPEECH, (1, 8, 64, 512)),
+            (LONG_1024, (1, 8, 64)),
+            (LONG_4096, (1, 8, 64)),
+        ],
+    },
+    "cuda": {
+        "quick": [(EXAMPLE, (1, 4096)), (DETECTION, (512,)), (AUDIO, (64,))],
+        "standard": [
+            (EXAMPLE, (1, 8, 10, 64, 512, 4096)),
+            (DETECTION, (1, 8, 64, 512, 4096)),
+            (AUDIO, (1, 64, 4096)),
+            (SPEECH, (1, 64, 512, 4096)),
+            (LONG_1024, (1, 8, 64, 512)),
+            (LONG_4096, (1, 8, 64)),
+        ],
+        "full": [
+            (EXAMPLE, (1, 2, 4, 8, 10, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)),
+            (DETECTION, (1, 8, 64, 512, 4096, 16384)),
+            (AUDIO, (1, 8, 64, 512, 4096, 16384)),
+            (SPEECH, (1, 8, 64, 512, 4096)),
+            (LONG_1024, (1, 8, 64, 512, 4096)),
+            (LONG_4096, (1, 8, 64, 512)),
+        ],
+    },
+}
+_FORWARD_POINTS: dict[str, dict[str, list[tuple[Family, int]]]] = {
+    "cpu": {
+        "quick": [(EXAMPLE, 10)],
+        "standard": [(EXAMPLE, 10), (DETECTION, 16), (WIDE, 32), (AUDIO, 16)],
+        "full": [(EXAMPLE, 10), (DETECTION, 16), (DETECTION, 256), (WIDE, 32), (AUDIO, 16)],
+    },
+    "cuda": {
+        "quick": [(DETECTION, 256)],
+        "standard": [(DETECTION, 256), (EXAMPLE, 10), (WIDE, 256), (AUDIO, 256)],
+        "full": [(DETECTION, 256), (EXAMPLE, 10), (WIDE, 256), (AUDIO, 256), (LONG_1024, 256)],
+    },
+}
+_STEPS_POINTS: dict[str, dict[str, list[tuple[Family, int, int]]]] = {
+    "cpu": {
+        "quick": [(EXAMPLE, 1, 16)],
+        "standard": [(EXAMPLE, 1, 16), (DETECTION, 1, 256), (SPEECH, 8, 64)],
+        "full": [(EXAMPLE, 1, 16), (EXAMPLE, 10, 256), (DETECTION, 1, 256), (SPEECH, 8, 64)],
+    },
+    "cuda": {
+        "quick": [(EXAMPLE, 8, 256)],
+        "standard": [(EXAMPLE, 8, 256), (DETECTION, 64, 256), (SPEECH, 1, 256), (SPEECH, 64, 16)],
+        "full": [
+            (EXAMPLE, 1, 256),
+            (EXAMPLE, 8, 256),
+            (DETECTION, 64, 256),
+            (SPEECH, 1, 256),
+            (SPEECH, 64, 16),
+            (LONG_1024, 8, 256),
+        ],
+    },
+}
+DEFAULT_DTYPES = {
+    "cpu": {"quick": ("float32",), "standard": ("float32",), "full": ("float32", "bfloat16")},
+    "cuda": {
+        "quick": ("bfloat16",),
+        "standard": ("bfloat16",),
+        "full": ("bfloat16", "float16", "float32"),
+    },
+}
+
+
+def cases(
+    device_type: str,
+    size: str,
+    modes: tuple[str, ...] = MODES,
+    dtypes: tuple[str, ...] | None = None,
+) -> Iterator[Case]:
+    """The grid for ``cpu`` or ``cuda``, most important points first.
+
+    Args:
+        size: ``quick``, ``standard`` or ``full``.
+        modes: which modes to take.
+        dtypes: names of dtypes; those that the size has by default if None.
+    """
+    for dtype in dtypes or DEFAULT_DTYPES[device_type][size]:
+        for mode in modes:
+            yield from _cases_of_mode(device_type, size, mode, dtype)
+
+
+def _cases_of_mode(device_type: str, size: str, mode: str, dtype: str) -> Iterator[Case]:
+    if mode == "step":
+        for family, batch_sizes in _STEP_POINTS[device_type][size]:
+            yield from (_case(family, n, mode, dtype) for n in batch_sizes)
+    elif mode == "steps":
+        for family, n, tokens in _STEPS_POINTS[device_type][size]:
+            yield _case(family, n, mode, dtype, tokens)
+    else:
+        for family, n in _FORWARD_POINTS[device_type][size]:
+            yield _case(family, n, mode, dtype)
+
+
+class Work(NamedTuple):
+    """The least that a case has to move and to compute, in bytes and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+def work(case: Case, formulation: str = "kv") -> Work:
+    """What ``case`` costs at least: every weight, input, output and cached value moved once.
+
+    ``kv`` caches (or projects) keys and values, ``input`` keeps the tokens themselves and moves
+    the two projections to the query's side. The backward pass counts as twice the forward pass.
+    """
+    n, e, h, length = case.batch_size, case.embed_dim, case.num_heads, case.sequence_len
+    size = BYTES[case.dtype]
+    weights = 4 * e * e
+    if case.mode in ("forward", "forward_backward"):
+        passes = 1 if case.mode == "forward" else 3
+        elements = weights + n * length * e + n * e
+        moved = min(2 * length * e * e + 2 * length * e, 2 * e * e + 2 * h * length * e)
+        return Work(passes * elements * size, 2 * passes * n * (2 * e * e + moved))
+    cached = (1 if formulation == "input" else 2) * length * e
+    written = (1 if formulation == "input" else 2) * min(case.tokens, length) * e
+    elements = weights + n * (cached + written + 2 * case.tokens * e)
+    attention = 2 * h * length * e if formulation == "input" else 2 * length * e
+    return Work(elements * size, 2 * n * case.tokens * (4 * e * e + attention))

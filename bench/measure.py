@@ -1,0 +1,201 @@
+"""One case: every implementation set up, compared with the exact result, and then timed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .ceilings import Roofline
+from .grid import Case, work
+from .peers import Peer, Ready
+from .problem import TOLERANCE, Problem
+from .records import Row
+from .timing import GPU_TIMERS, Contestant, GpuTimer, Summary, time_on_host
+
+MEMORY_SHARE = 0.7  # of the memory that is free
+
+
+@dataclass
+class Entry:
+    """An implementation that gave the right answer and waits to be timed."""
+
+    peer: Peer
+    ready: Ready
+    error: float
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split(":") for line in file)
+        return int(sizes["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
+
+
+def groups(peers: list[Peer], case: Case, memory: int) -> Iterator[list[Peer]]:
+    """Implementations that fit into memory together; those are timed in interleaved rounds.
+
+    One that needs more than there is alone comes by itself, and may fail.
+    """
+    group: list[Peer] = []
+    left = memory
+    for peer in peers:
+        needs = int(peer.copies * case.state_bytes)
+        if group and needs > left:
+            yield group
+            group, left = [], memory
+        group.append(peer)
+        left -= needs
+    if group:
+        yield group
+
+
+class Bench:
+    """Measures cases on one device.
+
+    Args:
+        machine: goes into every row.
+        budget: seconds that an implementation may take per case, about.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        peers: list[Peer],
+        roofline: Roofline,
+        machine: dict[str, Any],
+        budget: float = 0.4,
+    ) -> None:
+        self.device = device
+        self.peers = peers
+        self.roofline = roofline
+        self.machine = machine
+        self.budget = budget
+        self.gpu = GpuTimer(device) if device.type == "cuda" else None
+
+    def rows(self, case: Case) -> list[Row]:
+        """Rows for every implementation that knows the case's mode."""
+        found = []
+        present = []
+        for peer in self.peers:
+            if case.mode not in peer.modes:
+                continue
+            reason = peer.why_absent(case)
+            if reason is None:
+                present.append(peer)
+            else:
+                found.append(self._row(case, peer, "absent", reason=reason))
+        try:
+            if 2.5 * case.state_bytes > MEMORY_SHARE * free_memory(self.device):
+                raise MemoryError(f"the state alone takes {case.state_bytes / 1e9:.1f} GB")
+            problem = Problem(case, self.device)
+            problem.past_kv  # noqa: B018  (made now: it counts as taken below)
+            memory = free_memory(self.device)
+            for group in groups(present, case, int(MEMORY_SHARE * memory)):
+                found += self._rows_of_group(case, problem, group)
+        except (RuntimeError, MemoryError) as error:
+            found += [self._row(case, peer, "failed", reason=_line(error)) for peer in present]
+        self._clean_up()
+        return [*found, {"kind": "case", "case": case._asdict(), "machine": self.machine}]
+
+    def _rows_of_group(self, case: Case, problem: Problem, group: list[Peer]) -> list[Row]:
+        entries, found = [], []
+        for peer in group:
+            entry = self._prepare(problem, peer)
+            if isinstance(entry, Entry):
+                entries.append(entry)
+            else:
+                found.append(entry)
+        if self.gpu is None:
+            contestants = [Contestant(e.ready.run, e.ready.context) for e in entries]
+            summaries = time_on_host(contestants, self.budget)
+            for entry, summary in zip(entries, summaries, strict=True):
+                found.append(self._timed(case, entry, "wall", summary))
+        else:
+            for timer in GPU_TIMERS:
+                found += [self._time_on_gpu(case, entry, timer) for entry in entries]
+        entries.clear()
+        self._clean_up()
+        return found
+
+    def _prepare(self, problem: Problem, peer: Peer) -> Entry | Row:
+        """Set up and check: the entry, or the row that says why there is none."""
+        case = problem.case
+        try:
+            ready = peer.setup(problem)
+            with ready.context():
+                error = problem.error(ready.run())
+        except Exception as problem_with_it:  # whatever a third party raises is its result
+            return self._row(case, peer, "failed", reason=_line(problem_with_it))
+        if not error <= TOLERANCE[case.dtype]:
+            reason = f"relative error {error:.1e} is over {TOLERANCE[case.dtype]:.0e}"
+            return self._row(case, peer, "wrong", reason=reason, error=error)
+        return Entry(peer, ready, error)
+
+    def _time_on_gpu(self, case: Case, entry: Entry, timer: str) -> Row:
+        reason = entry.ready.why_no_graph if timer in ("graph", "cold") else None
+        if reason is not None:
+            return self._row(case, entry.peer, "absent", timer, reason)
+        try:
+            with entry.ready.context():
+                summary = getattr(self.gpu, timer)(entry.ready.run)
+        except Exception as error:
+            torch.cuda.synchronize()
+            return self._row(case, entry.peer, "failed", timer, _line(error))
+        return self._timed(case, entry, timer, summary)
+
+    def _timed(self, case: Case, entry: Entry, timer: str, summary: Summary) -> Row:
+        least = work(case, entry.peer.formulation)
+        floor = self.roofline.microseconds(case, entry.peer.formulation, timer == "cold")
+        return {
+            **self._row(case, entry.peer, "ok", timer, error=entry.error),
+            "median_us": round(summary.median, 4),
+            "p20_us": round(summary.p20, 4),
+            "p80_us": round(summary.p80, 4),
+            "samples": summary.samples,
+            "bytes": least.bytes,
+            "flops": least.flops,
+            "gb_per_s": round(least.bytes / summary.median / 1e3, 3),
+            "roofline_us": round(floor, 4),
+            "roofline_share": round(floor / summary.median, 4),
+        }
+
+    def _row(
+        self,
+        case: Case,
+        peer: Peer,
+        status: str,
+        timer: str | None = None,
+        reason: str | None = None,
+        error: float | None = None,
+    ) -> Row:
+        return {
+            "kind": "time",
+            "case": case._asdict(),
+            "implementation": peer.name,
+            "formulation": peer.formulation,
+            "timer": timer,
+            "status": status,
+            "reason": reason,
+            "error": error,
+            "machine": self.machine,
+        }
+
+    def _clean_up(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, at a bearable length."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

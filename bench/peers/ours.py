@@ -1,0 +1,124 @@
+"""This package: what its dispatcher picks, and each backend and formulation by name."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import continual_mha
+from continual_mha import SingleOutputMultiheadAttention
+
+from ..grid import MODES, Case
+from ..problem import Problem
+from .base import Outputs, Peer, Ready
+
+FORMULATIONS = ("kv", "input")
+_CHUNK_BYTES = 1 << 30  # of tokens at once while a stream is warmed up
+
+
+def knows_formulations() -> bool:
+    """Whether the module has a choice of what to cache."""
+    return "formulation" in inspect.signature(SingleOutputMultiheadAttention).parameters
+
+
+def build(problem: Problem, formulation: str | None) -> SingleOutputMultiheadAttention:
+    """The module with the problem's weights; warm if the mode goes on from a state."""
+    options: dict[str, Any] = {} if formulation is None else {"formulation": formulation}
+    module = SingleOutputMultiheadAttention.build_from(
+        problem.mha, problem.case.sequence_len, forward_returns_attn_mask=False, **options
+    )
+    module.eval().requires_grad_(problem.case.mode == "forward_backward")
+    if problem.case.mode in ("step", "steps"):
+        row = problem.past[:, 0]
+        chunk = max(1, _CHUNK_BYTES // max(1, row.numel() * row.element_size()))
+        with torch.no_grad():
+            for tokens in problem.past.split(chunk, dim=1):
+                module.forward_steps(tokens)
+    return module
+
+
+def _context(backend: str | None, mode: str) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    if mode != "forward_backward":
+        stack.enter_context(torch.inference_mode())
+    if backend is not None:
+        stack.enter_context(continual_mha.use_backend(backend))
+    return stack
+
+
+def _run_of(module: SingleOutputMultiheadAttention, problem: Problem) -> Any:
+    mode = problem.case.mode
+    if mode == "step":
+        return partial(module.forward_step, problem.tokens[:, 0])
+    if mode == "steps":
+        return partial(module.forward_steps, problem.tokens)
+    if mode == "forward":
+        return partial(module.forward, problem.past)
+    return partial(forward_backward, module, problem)
+
+
+def forward_backward(module: torch.nn.Module, problem: Problem) -> Outputs:
+    """Output and gradient of the clip; gradients of the weights are computed too."""
+    clip = problem.past.detach().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    out = module(clip).reshape(problem.gradient.shape)
+    out.backward(problem.gradient)
+    assert clip.grad is not None
+    return out, clip.grad
+
+
+def _setup(backend: str | None, formulation: str | None, problem: Problem) -> Ready:
+    context = partial(_context, backend, problem.case.mode)
+    with context():
+        module = build(problem, formulation)
+    return Ready(_run_of(module, problem), context)
+
+
+def _setup_single_steps(problem: Problem) -> Ready:
+    """T single steps: what ``forward_steps`` saves."""
+    context = partial(_context, None, "step")
+    with context():
+        module = build(problem, None)
+    tokens = problem.tokens.unbind(1)
+
+    def run() -> Tensor:
+        return torch.stack([module.forward_step(token) for token in tokens], dim=1)
+
+    return Ready(run, context)
+
+
+def _why_absent(
+    backend: str | None, formulation: str | None, device: torch.device, case: Case
+) -> str | None:
+    if backend is not None and backend not in continual_mha.backends.available():
+        return f"the backend {backend!r} does not load here"
+    if formulation is not None and not knows_formulations():
+        return "the module has one formulation of its state only"
+    if formulation is not None and case.mode in ("forward", "forward_backward"):
+        return "a clip has no state"
+    return None
+
+
+def peers(device: torch.device) -> list[Peer]:
+    """The automatic choice, then every backend, then every backend with every formulation."""
+    backends = ("triton", "cuda", "torch") if device.type == "cuda" else ("cpu", "torch")
+    choices: list[tuple[str | None, str | None]] = [(None, None)]
+    choices += [(backend, None) for backend in backends]
+    choices += [(None, formulation) for formulation in FORMULATIONS]
+    choices += [(b, f) for f in FORMULATIONS for b in backends if b != "torch"]
+    found = [
+        Peer(
+            name="ours" + "".join(f":{part}" for part in choice if part is not None),
+            modes=MODES if choice[1] is None else ("step", "steps"),
+            setup=partial(_setup, *choice),
+            why_absent=partial(_why_absent, *choice, device),
+            formulation=choice[1] or "kv",
+        )
+        for choice in choices
+    ]
+    return [*found, Peer("ours:single-steps", ("steps",), _setup_single_steps)]

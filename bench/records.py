@@ -1,0 +1,53 @@
+"""Results on disk: JSON Lines, one row per implementation, shape, dtype, mode and timer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .grid import Case
+
+Row = dict[str, Any]
+ROWS = "rows.jsonl"
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows of a results folder; none if it has none."""
+    path = folder / ROWS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def append(folder: Path, rows: Iterable[Row]) -> None:
+    """Add rows at once, so that a run that is cut short leaves whole cases."""
+    text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ROWS).open("a") as file:
+        file.write(text)
+
+
+def case_of(row: Row) -> Case:
+    """The case that a row of kind ``time`` belongs to."""
+    return Case(**row["case"])
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What a time is of: case, implementation and timer."""
+    return (*case_of(row), row["implementation"], row["timer"])
+
+
+def times(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    """The newest measured time of everything that was timed, by ``key_of``."""
+    return {key_of(row): row for row in rows if row["kind"] == "time" and row["status"] == "ok"}
+
+
+def finished(rows: Iterable[Row], sources: str) -> set[Case]:
+    """Cases that a run of the same sources has been through."""
+    return {
+        Case(**row["case"])
+        for row in rows
+        if row["kind"] == "case" and row["machine"]["sources"] == sources
+    }
