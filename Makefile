@@ -43,5 +43,5 @@ $(VENV)/.demo: $(VENV)/.base $(PACKAGE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --no-build-isolation --editable '.[demo,test,bench,lint]'
+	$(PIP) --requirement requirements-dev.lock
 	touch $@

@@ -94,7 +94,7 @@ def test_wheel_from_an_sdist_holds_the_same_files(tree, wheel, tmp_path):
     assert names_in(build("wheel", source, wheels, tools)) == names_in(wheel)
 
 
-def test_wheel_declares_what_it_needs(wheel):
+def test_wheel_declares_what_it_needs_and_the_lock_pins_it(wheel):
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = message_from_bytes(archive.read(name))
@@ -104,7 +104,10 @@ def test_wheel_declares_what_it_needs(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needed = [need for need in metadata.get_all("Requires-Dist") if "extra" not in need]
     assert sorted(re.match(r"[\w-]+", need)[0] for need in needed) == ["torch", "triton"]
-    assert {"demo", "test", "bench"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"demo", "test", "bench", "lint"} <= set(metadata.get_all("Provides-Extra"))
+    named = {re.match(r"[\w-]+", need)[0] for need in metadata.get_all("Requires-Dist")}
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements-dev.lock").read_text(), re.M)
+    assert named <= set(pinned)
 
 
 @pytest.mark.parametrize("place", ["wheel", "tree"])
