@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | wheel | clean. Everything lives in .venv, built on first use from
+# make demo | test | lint | bench | gpu | wheel | clean. Everything lives in .venv, built on first use from
 # the versions pinned in requirements-dev.lock; once it stands, no target needs the network.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --c
 PACKAGE := pyproject.toml setup.py requirements-dev.lock $(wildcard csrc/*/* csrc/*.h)
 ARGS ?=
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench gpu wheel clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/activity_stream.py $(ARGS)
@@ -25,6 +25,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) -m bench $(ARGS)
+	$(PY) -m bench.report
+
+# On a machine with a GPU: builds in the tree, tests, measures. Installs nothing, and uses no .venv.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 wheel: $(VENV)/.dev
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -34,6 +39,7 @@ clean:
 
 # torch comes first: the package's build looks for it and does without the native code where it is missing.
 $(VENV)/.base: requirements-dev.lock
+	@echo "Installing PyTorch and the package into $(VENV); this takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
 	touch $@
