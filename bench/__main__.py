@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from . import ceilings, grid, machine, records
 from .measure import Bench
 from .peers import all_peers
+from .progress import bar, say
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,20 +57,20 @@ def main(arguments: list[str] | None = None) -> None:
     if not cases:
         print(f"nothing left to measure in {folder}")
         return
-    tqdm.write(f"{about['device']}: {len(cases)} cases, into {folder}")
+    say(f"{about['device']}: {len(cases)} cases, into {folder}")
     found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
     stamp = {"machine": about}
     records.append(folder, [{**row, **stamp} for row in ceilings.as_rows(found)])
     peers = all_peers(device, options.compile)
     peers = [p for p in peers if not options.only or p.name.startswith(options.only)]
     bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget)
-    for case in tqdm(cases, unit="case", smoothing=0):
+    for case in bar(cases, "case"):
         if options.limit is not None and time.monotonic() - started > options.limit:
-            tqdm.write("stopped at the time limit; --resume measures the rest")
+            say("stopped at the time limit; --resume measures the rest")
             break
         rows = bench.rows(case)
         records.append(folder, rows)
-        tqdm.write(_line(case, rows))
+        say(_line(case, rows))
 
 
 def _line(case: grid.Case, rows: list[records.Row]) -> str:

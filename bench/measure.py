@@ -79,7 +79,7 @@ class Bench:
         self.roofline = roofline
         self.machine = machine
         self.budget = budget
-        self.gpu = GpuTimer(device) if device.type == "cuda" else None
+        self.gpu = GpuTimer(device, budget / 4) if device.type == "cuda" else None
 
     def rows(self, case: Case) -> list[Row]:
         """Rows for every implementation that knows the case's mode."""

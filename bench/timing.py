@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -104,12 +105,15 @@ def time_on_host(
         for calls, each in sizes
     ]
     samples: list[list[float]] = [[] for _ in contestants]
+    order = list(enumerate(contestants))
+    shuffle = random.Random(0).shuffle
     for turn in range(max(wanted, default=0)):
-        for index, contestant in enumerate(contestants):
+        shuffle(order)  # nobody always comes after the same neighbour
+        for index, contestant in order:
             if turn < wanted[index]:
                 calls, each = sizes[index]
                 if each < _SLOW:  # a slow call loses nothing to caches that others have filled
-                    _batch(contestant, 1, clock)
+                    _batch(contestant, 1 + calls // 8, clock)
                 samples[index].append(1e6 * _batch(contestant, calls, clock) / calls)
     return [summarise(each) for each in samples]
 
@@ -173,52 +177,66 @@ def time_with_events(
     return summarise([1e3 * start.elapsed_time(end) / calls for start, end in pairs])
 
 
-def time_enqueueing(run: Run, samples: int = 30, calls: int = 20) -> Summary:
-    """Host time to enqueue one call, the device being given time to catch up between samples."""
-    taken = []
-    for _ in range(samples):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        taken.append(1e6 * (time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
-    return summarise(taken)
-
-
-def time_eagerly(run: Run, samples: int = 20, budget: float = 0.2) -> Summary:
-    """Wall time per call of a loop of calls without a graph: the larger of host and device time."""
+def _seconds_of_one(run: Run) -> float:
+    """Wall time of one warm call, the device's work included."""
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    one = time.perf_counter() - start
-    calls = max(1, min(200, int(budget / samples / max(one, 1e-6))))
+    return time.perf_counter() - start
+
+
+def share_out(budget: float, one: float, samples: int, most_calls: int) -> tuple[int, int]:
+    """Samples, and calls in each, that take ``budget`` seconds if one call takes ``one``.
+
+    At least 5 samples of one call, whatever they take; at most ``samples`` of ``most_calls``.
+    """
+    samples = max(5, min(samples, int(budget / one)))
+    return samples, max(1, min(most_calls, int(budget / samples / one)))
+
+
+def time_in_loop(
+    run: Run, budget: float = 0.1, samples: int = 20, most_calls: int = 200, wait: bool = True
+) -> Summary:
+    """Wall time per eager call in a loop: the larger of host and device time.
+
+    Args:
+        wait: whether the device has to finish before the clock is read; if not, this is the host's
+            time to enqueue a call, as long as the device's queue is not full.
+    """
+    samples, calls = share_out(budget, _seconds_of_one(run), samples, most_calls)
     taken = []
     for _ in range(samples):
+        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             run()
-        torch.cuda.synchronize()
+        if wait:
+            torch.cuda.synchronize()
         taken.append(1e6 * (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
     return summarise(taken)
 
 
 class GpuTimer:
-    """The timers of a GPU; each gives a Summary, or raises what capturing raised."""
+    """The timers of a GPU; each gives a Summary, or raises what capturing raised.
 
-    def __init__(self, device: torch.device, samples: int = 100) -> None:
+    Args:
+        budget: seconds that a timer may take, about.
+    """
+
+    def __init__(self, device: torch.device, budget: float = 0.1) -> None:
         self.flush = Flush(device)
-        self.samples = samples
+        self.budget = budget
 
     def eager(self, run: Run) -> Summary:
-        """Wall time per call, eagerly."""
-        return time_eagerly(run)
+        """Wall time per eager call."""
+        return time_in_loop(run, self.budget)
 
     def host(self, run: Run) -> Summary:
         """Host time per eager call."""
-        return time_enqueueing(run)
+        return time_in_loop(run, self.budget, samples=40, most_calls=20, wait=False)
 
     def graph(self, run: Run) -> Summary:
         """Device time per call in a replayed graph of many calls, caches as the calls leave them.
@@ -226,17 +244,17 @@ class GpuTimer:
         Between calls in one graph there is no launch from the host, so this is the time of the
         work itself.
         """
-        eager = time_eagerly(run, samples=3, budget=0.03).median
-        calls = max(1, min(50, int(2000 / eager)))
+        samples, calls = share_out(self.budget, _seconds_of_one(run), 40, 50)
         graph = capture(run, calls)
         graph.replay()
-        return time_with_events(graph.replay, max(10, self.samples // 2), calls)
+        return time_with_events(graph.replay, samples, calls)
 
     def cold(self, run: Run) -> Summary:
         """Device time of one replayed call with nothing of its data in the level-2 cache."""
+        samples, _ = share_out(self.budget, _seconds_of_one(run), 100, 1)
         graph = capture(run, 1)
         graph.replay()
-        return time_with_events(graph.replay, self.samples, 1, self.flush)
+        return time_with_events(graph.replay, samples, 1, self.flush)
 
 
 GPU_TIMERS = ("graph", "cold", "eager", "host")

@@ -96,7 +96,7 @@ def _why_absent(
     backend: str | None, formulation: str | None, device: torch.device, case: Case
 ) -> str | None:
     if backend is not None and backend not in continual_mha.backends.available():
-        return f"the backend {backend!r} does not load here"
+        return continual_mha.backends.why_not(backend, "ring_step_", ())
     if formulation is not None and not knows_formulations():
         return "the module has one formulation of its state only"
     if formulation is not None and case.mode in ("forward", "forward_backward"):

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..grid import Case
 from ..problem import Problem
-from ..timing import Contestant, time_eagerly
+from ..timing import Contestant, time_in_loop
 from .base import Peer, Ready, missing
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -109,7 +109,7 @@ def _setup_pipeline(problem: Problem) -> Ready:
         contestant = Contestant(partial(step, token), partial(_in_inference, backend))
         try:
             with contestant.context():
-                times[name] = time_eagerly(contestant.run, samples=5, budget=0.05).median
+                times[name] = time_in_loop(contestant.run, 0.03).median
         except RuntimeError:  # this backend does not take the shape
             continue
     best = min(times, key=lambda name: times[name])

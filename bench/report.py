@@ -1,0 +1,87 @@
+"""``python -m bench.report``: tables and plots from the committed results.
+
+A file takes a table between two lines, and this writes what is between them::
+
+    <!-- bench:cpu-step -->
+    <!-- /bench:cpu-step -->
+
+Names are ``cpu-`` or ``gpu-`` and a table of ``bench.tables``, or ``paper``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from . import paper, plots, records
+from .machine import ROOT
+from .ratios import Results
+from .tables import TABLES, caption
+
+RESULTS = Path(__file__).parent / "results"
+FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PICTURES = ROOT / "docs" / "benchmarks"
+_KINDS = {"cpu": "cpu", "gpu": "cuda"}
+_MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
+
+
+def load(folder: Path = RESULTS) -> dict[str, list[Results]]:
+    """Results of every device kind, ``cpu`` and ``gpu``, by the names of their folders."""
+    found: dict[str, list[Results]] = {kind: [] for kind in _KINDS}
+    for path in sorted(folder.glob(f"*/{records.ROWS}")):
+        rows = records.read(path.parent)
+        for kind, device_type in _KINDS.items():
+            if rows and rows[-1]["machine"]["device_type"] == device_type:
+                found[kind].append(Results(rows))
+    return found
+
+
+def table(name: str, data: dict[str, list[Results]]) -> str:
+    """The text for a marker.
+
+    Raises:
+        KeyError: there is no table of that name.
+    """
+    if name == "paper":
+        return paper.table()
+    kind, _, wanted = name.partition("-")
+    make = TABLES[wanted]
+    made = [(caption(results), make(results)) for results in data[kind]]
+    parts = [f"{head}\n\n{body}" for head, body in made if body]
+    return "\n\n".join(parts) or "No results yet."
+
+
+def render(text: str, data: dict[str, list[Results]]) -> str:
+    """``text`` with every table between markers made anew; text without markers as it is."""
+    return _MARKED.sub(lambda m: f"{m[1]}{table(m[2], data)}\n{m[3]}", text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write tables into the files that ask for them, and the plots into docs."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results folders")
+    parser.add_argument("--check", action="store_true", help="fail if a table is out of date")
+    options = parser.parse_args(arguments)
+    data = load(options.results)
+    stale = []
+    for path in FILES:
+        before = path.read_text() if path.exists() else ""
+        after = render(before, data)
+        if after != before:
+            stale.append(path.name)
+            if not options.check:
+                path.write_text(after)
+    if options.check:
+        if stale:
+            raise SystemExit(f"tables out of date in {', '.join(stale)}: python -m bench.report")
+        return
+    for kind, found in data.items():
+        for results in found[-1:]:
+            for path in plots.draw(results, PICTURES, kind):
+                print(path.relative_to(ROOT))
+    print(f"tables written: {', '.join(stale) or 'all were up to date'}")
+
+
+if __name__ == "__main__":
+    main()
