@@ -52,6 +52,17 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     return f"no kernel for {name}"
 
 
+def why_not_cuda(name: str, *args: Any) -> str | None:
+    """Why the CUDA library cannot run the operator ``name`` with these arguments; None if it can."""
+    query = args[0]
+    if not query.is_cuda:
+        return "a tensor is not on a CUDA device"
+    return f"no kernel for {name}"
+
+
+WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}
+
+
 def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
     if args[_DROPOUT] > 0.0:
         return "dropout is not covered"
