@@ -1,4 +1,4 @@
-"""Compile recorded launches without a GPU and read what the compiler made of them."""
+"""Compile launches without a GPU, and read in the machine code what the compiler made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Launch
+from .attend_shared import attend_shared, attend_shared_backward
+from .launch import Launch, record
+from .plan import step_plan
+from .ring_step import ring_step_
+from .ring_steps import ring_steps_
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -26,6 +30,11 @@ _TYPES = {
 }
 
 
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)")
+_LOAD = re.compile(r"\bLDG\.(\S*)")
+
+
 class Report(NamedTuple):
     """What the compiler says of one kernel for one architecture."""
 
@@ -33,10 +42,31 @@ class Report(NamedTuple):
     programs: int
     threads: int
     registers: int
-    spilled_bytes: int
+    spills: int  # loads and stores of local memory in the machine code
     shared_bytes: int
-    ptx: str
     sass: str
+
+    def loads_in_loops(self) -> list[str]:
+        """Widths of the global loads into registers inside loops: "128", "64", or "32" and less."""
+        lines = self.sass.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
+        looped: set[int] = set()
+        for i, line in enumerate(lines):
+            target = _BRANCH.search(line)
+            if target and labels.get(target[1], i) < i:
+                looped.update(range(labels[target[1]], i))
+        loads = [m for i in sorted(looped) if (m := _LOAD.search(lines[i]))]
+        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
+
+    def has_matrix_instructions(self) -> bool:
+        """Whether any multiplication runs on the tensor cores."""
+        return re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", self.sass) is not None
+
+    def resident_programs(self, shared_memory: int) -> int:
+        """Programs that fit on one multiprocessor at a time."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        by_shared = shared_memory // max(self.shared_bytes + 1024, 1)
+        return min(65536 // registers, 2048 // self.threads, by_shared, 32)
 
 
 def source(launch: Launch) -> ASTSource:
@@ -66,16 +96,16 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     kernel = triton.compile(source(launch), target=target, options=options)
     cubin = kernel.asm["cubin"]
     usage = _tool("cuobjdump", cubin, "-res-usage")
+    sass = _tool("nvdisasm", cubin, "-c")
     fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return Report(
         kernel=kernel.metadata.name,
         programs=launch.grid[0] * launch.grid[1] * launch.grid[2],
         threads=32 * kernel.metadata.num_warps,
         registers=fields["REG"],
-        spilled_bytes=fields.get("STACK", 0) + fields.get("LOCAL", 0),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared_bytes=kernel.metadata.shared,
-        ptx=kernel.asm["ptx"],
-        sass=_tool("nvdisasm", cubin, "-c"),
+        sass=sass,
     )
 
 
@@ -88,3 +118,50 @@ def _tool(name: str, cubin: bytes, *options: str) -> str:
         return subprocess.run(
             [path, *options, file.name], check=True, capture_output=True, text=True
         ).stdout
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ring_arguments(
+    N: int, E: int, H: int, L: int, dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """Self-attention's weights with biases, and the state without a delay."""
+    ring = _meta(dtype, N, H, L, E // H)
+    return [
+        _meta(dtype, 3 * E, E), None, None, _meta(dtype, 3 * E), _meta(dtype, E, E),
+        _meta(dtype, E), None, None, ring, ring, _meta(dtype, N, 0, E), _meta(torch.int64, N),
+    ]  # fmt: skip
+
+
+def step_launches(
+    N: int, E: int, H: int, L: int, dtype: torch.dtype, path: str | None = None
+) -> list[Launch]:
+    """Our launches of one step; `path` as in `step_plan`."""
+    token = _meta(dtype, N, E)
+    plan = step_plan(N, E, H, L, dtype.itemsize, path)
+    args = _ring_arguments(N, E, H, L, dtype)
+    with record() as launches:
+        ring_step_(token, token, token, *args, None, False, 0.0, True, plan=plan)
+    return launches
+
+
+def steps_launches(N: int, T: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[Launch]:
+    """Our launches for T tokens at once."""
+    clip = _meta(dtype, N, T, E)
+    with record() as launches:
+        ring_steps_(clip, clip, clip, *_ring_arguments(N, E, H, L, dtype), 0, False, 0.0, True)
+    return launches
+
+
+def shared_launches(
+    N: int, H: int, S: int, E: int, dtype: torch.dtype, one_tensor: bool = True
+) -> list[Launch]:
+    """Our launches of `attend_shared` and of its backward."""
+    query, key = _meta(dtype, N, H, E), _meta(dtype, N, S, E)
+    args = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
+    with record() as launches:
+        out, lse = attend_shared(*args)
+        attend_shared_backward(out, lse, *args, out, lse)
+    return launches

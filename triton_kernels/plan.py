@@ -21,10 +21,12 @@ class StepPlan(NamedTuple):
 
     path: "fused", one launch for everything; "chain", projection, ring and output projection as
     three launches of our own; "gemm", the same with torch's matrix product around the ring kernel.
+    spread: "fused" gives the new token's key and its value programs of their own.
     """
 
     path: str
     splits: int
+    spread: bool
     block_l: int
     block_d: int
     block_k: int
@@ -91,12 +93,13 @@ def step_plan(
     return StepPlan(
         path=rule.path,
         splits=splits,
+        spread=rule.path == "fused" and N * H * (splits + 2) <= MULTIPROCESSORS,
         block_l=rows,
         block_d=block_d,
-        block_k=max(16, min(128, wide * 8 // block_d)),
+        block_k=max(16, min(256, wide * 16 // block_d)),
         block_e=max(16, min(128, wide * 8 // block_d)),
         num_warps=warps,
-        stages=4 if block_d <= 64 else 3,
+        stages=3,
         block_o=16,
         pdl=rule.pdl,
     )
@@ -161,9 +164,9 @@ class StepsPlan(NamedTuple):
 
 
 # (tokens, keys, warps) by padded head_dim: 16-bit elements on the matrix unit, fp32 on the others.
-STEPS_BLOCKS_16 = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8),
-                   256: (64, 32, 8)}  # fmt: skip
-STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8),
+STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 8),
+                   256: (32, 32, 8)}  # fmt: skip
+STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
                    256: (16, 16, 8)}  # fmt: skip
 
 
@@ -173,4 +176,4 @@ def steps_plan(tokens: int, head_dim: int, itemsize: int) -> StepsPlan:
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_t, block_s, warps = (STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32)[block_d]
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
-    return StepsPlan(block_t, block_s, block_d, 4 if block_t <= 32 else warps, 2)
+    return StepsPlan(block_t, block_s, block_d, warps, 2)

@@ -136,13 +136,41 @@ def _merge_parts(
 
 
 @triton.jit
+def _project_out(
+    o, weight_ptr, partial_ptr, head, dtype: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, USE_DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """partial = this head's columns of weight @ o  # [E]"""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_e = tl.arange(0, BLOCK_E)
+    if USE_DOT:
+        tokens = tl.broadcast_to(cast(o, dtype)[None, :], (16, BLOCK_D))
+    for e in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        mask_e = e + offs_e < E
+        weight = tl.load(
+            weight_ptr + (e + offs_e)[:, None] * E + (head * D + offs_d)[None, :],
+            mask=mask_e[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+        )  # [BLOCK_E, BLOCK_D]
+        if USE_DOT:
+            rows = dot(tokens, tl.trans(weight), tl.zeros((16, BLOCK_E), ACC), PRECISION)
+            first = tl.arange(0, 16) == 0
+            contribution = tl.sum(tl.where(first[:, None], rows, 0.0), axis=0)
+        else:
+            contribution = tl.sum(weight.to(ACC) * o[None, :], axis=1)
+        tl.store(partial_ptr + e + offs_e, contribution, mask=mask_e)
+
+
+@triton.jit
 def _ring_step_kernel(
     query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, v_weight_ptr, in_bias_ptr,
     o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
     position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, ml_ptr, counter_ptr,
     stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p,
     E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
-    R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PROJECT: tl.constexpr, STAGES: tl.constexpr,
     USE_DOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
@@ -154,11 +182,16 @@ def _ring_step_kernel(
     of the weights; writes one slot of k, v (and q). BLOCK_L * BLOCK_D is as much as the threads
     can hold twice in registers, so that the next tile is in flight while this one is used.
     """
+    # With SPREAD the new token's key and value have programs of their own, behind those of the
+    # ring: no program then waits for more than two of the four projections.
+    ROLES: tl.constexpr = SPLITS + 2 if SPREAD else SPLITS
+    KEY_ROLE: tl.constexpr = SPLITS if SPREAD else 0
+    VALUE_ROLE: tl.constexpr = SPLITS + 1 if SPREAD else 0
     D: tl.constexpr = E // H
     program = tl.program_id(0)
-    split = program % SPLITS
-    head = program // SPLITS % H
-    stream = (program // (SPLITS * H)).to(tl.int64)
+    role = program % ROLES
+    head = program // ROLES % H
+    stream = (program // (ROLES * H)).to(tl.int64)
     start_after_previous_launch(PDL)
 
     position = tl.load(position_ptr + stream)
@@ -174,7 +207,7 @@ def _ring_step_kernel(
 
     # The new token's own slot is left out of the ring: its key and value come from registers.
     PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_L - 1) // BLOCK_L * BLOCK_L
-    begin = split * PART
+    begin = role * PART
     end = tl.minimum(begin + PART, last_slot + 1)
     slots = begin + tl.arange(0, BLOCK_L)
     valid = (slots < end) & (slots != new_slot)
@@ -182,17 +215,18 @@ def _ring_step_kernel(
     v_next = _load_ring(v_ring_ptr, slots, valid, offs_d, mask_d, D)
 
     dtype = k_ring_ptr.dtype.element_ty
-    if R == 0:
-        q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E, D,
-                        BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
-    else:
+    q = tl.zeros((BLOCK_D,), ACC)
+    if R > 0:
         q_ring_ptr += stream * R * E
         if UPDATE:  # noqa: SIM102 (one is known at compile time, one is not)
-            if split == 0:
+            if role == KEY_ROLE:
                 q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E,
                                 D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
                 tl.store(q_ring_ptr + position % R * E + head_d, cast(q, dtype), mask=mask_d)
         q = tl.load(q_ring_ptr + (position + 1) % R * E + head_d, mask=mask_d, other=0.0).to(ACC)
+    elif role <= KEY_ROLE or not SPREAD:
+        q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E, D,
+                        BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
 
     # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
     m_i = tl.full((BLOCK_L,), float("-inf"), ACC)
@@ -225,78 +259,80 @@ def _ring_step_kernel(
     l_sum = tl.sum(l_i * row_scale, axis=0)
     acc = tl.sum(acc * row_scale[:, None], axis=0)
 
-    if split == 0:
-        key_ptr += stream * stride_kn
-        value_ptr += stream * stride_vn
-        k_part_ptr = k_weight_ptr
+    keep = tl.full((), 1.0, ACC)
+    v_new = tl.zeros((BLOCK_D,), ACC)
+    if role == VALUE_ROLE:
         v_part_ptr = v_weight_ptr
-        if PROJECT and k_weight_ptr is None:
-            k_part_ptr = q_weight_ptr + E * E
+        if PROJECT and v_weight_ptr is None:
             v_part_ptr = q_weight_ptr + 2 * E * E
-        k_bias_ptr = in_bias_ptr
         v_bias_ptr = in_bias_ptr
         if in_bias_ptr is not None:
-            k_bias_ptr = in_bias_ptr + E
             v_bias_ptr = in_bias_ptr + 2 * E
-        k_new = _token_part(key_ptr, stride_ke, k_part_ptr, k_bias_ptr, head, PROJECT, EK, D,
-                            BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
-        v_new = _token_part(value_ptr, stride_ve, v_part_ptr, v_bias_ptr, head, PROJECT, EV, D,
-                            BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
-        k_new = cast(k_new, dtype)
-        v_new = cast(v_new, dtype)
+        v_new = _token_part(value_ptr + stream * stride_vn, stride_ve, v_part_ptr, v_bias_ptr,
+                            head, PROJECT, EV, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
+                            ACC)  # fmt: skip
+        v_slot = cast(v_new, dtype)
         if UPDATE:
-            tl.store(k_ring_ptr + new_slot * D + offs_d, k_new, mask=mask_d)
-            tl.store(v_ring_ptr + new_slot * D + offs_d, v_new, mask=mask_d)
-        keep = tl.full((), 1.0, ACC)
+            tl.store(v_ring_ptr + new_slot * D + offs_d, v_slot, mask=mask_d)
+        v_new = v_slot.to(ACC)
         if seed_ptr is not None:
             keep = keep_scale(seed_ptr, stream, head, new_slot, new_slot * 0, dropout_p).to(ACC)
+        if SPREAD:
+            acc = v_new * keep
+            l_sum = tl.full((), 1.0, ACC)
+    if role == KEY_ROLE:
+        k_part_ptr = k_weight_ptr
+        if PROJECT and k_weight_ptr is None:
+            k_part_ptr = q_weight_ptr + E * E
+        k_bias_ptr = in_bias_ptr
+        if in_bias_ptr is not None:
+            k_bias_ptr = in_bias_ptr + E
+        k_new = _token_part(key_ptr + stream * stride_kn, stride_ke, k_part_ptr, k_bias_ptr, head,
+                            PROJECT, EK, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
+                            ACC)  # fmt: skip
+        k_new = cast(k_new, dtype)
+        if UPDATE:
+            tl.store(k_ring_ptr + new_slot * D + offs_d, k_new, mask=mask_d)
         score = tl.sum(q * k_new.to(ACC), axis=0) * scale
-        m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new.to(ACC))
+        if SPREAD:
+            m = score
+            l_sum = tl.full((), 1.0, ACC)
+        else:
+            m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
+    if role == 0:
         if bias_k_ptr is not None:
             k_bias = tl.load(bias_k_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
             v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
+            keep = tl.full((), 1.0, ACC)
             if seed_ptr is not None:
-                keep = keep_scale(
-                    seed_ptr, stream, head, new_slot * 0 + L, new_slot * 0, dropout_p
-                ).to(ACC)
+                slot = new_slot * 0 + L
+                keep = keep_scale(seed_ptr, stream, head, slot, new_slot * 0, dropout_p).to(ACC)
             score = tl.sum(q * k_bias, axis=0) * scale
             m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
         if ADD_ZERO_ATTN:
-            m, l_sum, acc = _add_slot(
-                m, l_sum, acc, tl.zeros((), ACC), keep, tl.zeros((BLOCK_D,), ACC)
-            )
+            nothing = tl.zeros((BLOCK_D,), ACC)
+            m, l_sum, acc = _add_slot(m, l_sum, acc, tl.zeros((), ACC), keep, nothing)
 
-    # A part without a valid slot has l_sum = 0 and weighs nothing; its output must not be 0 / 0.
-    if SPLITS > 1:
-        acc = tl.where(l_sum == 0.0, 0.0, acc / l_sum)
-    else:
-        acc = acc / l_sum
+    # A part without a valid slot has l = 0 and weighs nothing; its output must not be 0 / 0.
+    acc = acc / l_sum
+    if ROLES > 1:
+        acc = tl.where(l_sum == 0.0, 0.0, acc)
 
     if BLOCK_E > 0:
         # This head's share of every output feature; the last program of the stream adds them up.
-        part = head * SPLITS + split
-        partial_ptr += stream * (H * SPLITS * E)
-        ml_ptr += stream * (H * SPLITS * 2)
-        offs_e = tl.arange(0, BLOCK_E)
-        for e in tl.range(0, E, BLOCK_E, num_stages=STAGES):
-            mask_e = e + offs_e < E
-            weight = tl.load(
-                o_weight_ptr + (e + offs_e)[:, None] * E + head_d[None, :],
-                mask=mask_e[:, None] & mask_d[None, :],
-                other=0.0,
-            )  # [BLOCK_E, BLOCK_D]
-            if USE_DOT:
-                o = tl.broadcast_to(cast(acc, dtype)[None, :], (16, BLOCK_D))
-                rows = dot(o, tl.trans(weight), tl.zeros((16, BLOCK_E), ACC), PRECISION)
-                first = tl.arange(0, 16) == 0
-                contribution = tl.sum(tl.where(first[:, None], rows, 0.0), axis=0)
-            else:
-                contribution = tl.sum(weight.to(ACC) * acc[None, :], axis=1)
-            tl.store(partial_ptr + part * E + e + offs_e, contribution, mask=mask_e)
-        tl.store(ml_ptr + part * 2, m)
-        tl.store(ml_ptr + part * 2 + 1, l_sum)
-        if is_last(counter_ptr + stream, H * SPLITS):
-            _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, H, SPLITS, E,
+        # The new token is one part, whose score and whose value come from two programs.
+        PARTS: tl.constexpr = SPLITS + 1 if SPREAD else SPLITS
+        part = head * PARTS + tl.minimum(role, PARTS - 1)
+        partial_ptr += stream * (H * PARTS * E)
+        ml_ptr += stream * (H * PARTS * 2)
+        if role != KEY_ROLE or not SPREAD:
+            _project_out(acc, o_weight_ptr, partial_ptr + part * E, head, dtype, E, D, BLOCK_D,
+                         BLOCK_E, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+        if role != VALUE_ROLE or not SPREAD:
+            tl.store(ml_ptr + part * 2, m)
+            tl.store(ml_ptr + part * 2 + 1, l_sum)
+        if is_last(counter_ptr + stream, H * ROLES):
+            _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, H, PARTS, E,
                          BLOCK_M, BLOCK_H, BLOCK_S, ACC)  # fmt: skip
             if UPDATE:
                 step = tl.full((), 1, tl.int64)
@@ -307,9 +343,9 @@ def _ring_step_kernel(
         group = stream * H + head
         partial_ptr += group * (SPLITS * D)
         ml_ptr += group * (SPLITS * 2)
-        tl.store(partial_ptr + split * D + offs_d, acc, mask=mask_d)
-        tl.store(ml_ptr + split * 2, m)
-        tl.store(ml_ptr + split * 2 + 1, l_sum)
+        tl.store(partial_ptr + role * D + offs_d, acc, mask=mask_d)
+        tl.store(ml_ptr + role * 2, m)
+        tl.store(ml_ptr + role * 2 + 1, l_sum)
         if is_last(counter_ptr + group, SPLITS):
             _merge_parts(partial_ptr, ml_ptr, None, out_ptr + group * D, 1, SPLITS, D,
                          BLOCK_D, 1, BLOCK_S, ACC)  # fmt: skip
@@ -431,8 +467,9 @@ def ring_step_(
         )
     weights: tuple = (in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
                       out_proj_bias) if fused else (None,) * 6  # fmt: skip
-    parts = plan.splits * H if fused else plan.splits
+    parts = (plan.splits + plan.spread) * H if fused else plan.splits
     width = E if fused else D
+    roles = plan.splits + 2 * plan.spread
     partial = ml = counter = None
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
     if fused or plan.splits > 1:
@@ -448,7 +485,7 @@ def ring_step_(
                     add_zero_attn, update, dot_precision()),
     )  # fmt: skip
     options = {"num_warps": plan.num_warps}
-    launch(_ring_step_kernel, (N * H * plan.splits, 1, 1), args, pdl=plan.pdl, **options)
+    launch(_ring_step_kernel, (N * H * roles, 1, 1), args, pdl=plan.pdl, **options)
     if fused:
         return out
     if plan.path == "chain":
@@ -465,9 +502,10 @@ def _constants(
 ) -> tuple:  # fmt: skip
     """The constexprs of `_ring_step_kernel` in their order."""
     fused = plan.path == "fused"
-    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(plan.splits)
+    block_h = triton.next_power_of_2(H)
+    block_s = triton.next_power_of_2(plan.splits + plan.spread)
     return (
-        E, EK, EV, H, L, R, plan.splits, plan.block_l, plan.block_d, plan.block_k,
+        E, EK, EV, H, L, R, plan.splits, plan.spread, plan.block_l, plan.block_d, plan.block_k,
         plan.block_e if fused else 0, fused, plan.stages,
         dtype.itemsize == 2 or precision == "tf32", bool(add_zero_attn), bool(update),
         block_h, block_s, max(4, 4096 // (block_h * block_s)), plan.pdl, precision,
