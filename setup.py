@@ -149,7 +149,7 @@ class CpuCompiler(Compiler):
 
     def compile(self, source: str) -> list[str]:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        command = [find_compiler(), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+        command = [find_compiler(), "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread"]
         command += ["-Wall", "-Wextra", *(["-Werror"] if STRICT else []), self.define]
         command += ["-isystem", str(self.torch / "include")]
         command += X86_FLAGS.get(Path(source).stem, []) if x86 else []

@@ -106,8 +106,12 @@ bool same_tokens(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-bool prefers_gemm(DType dtype, int64_t tokens) {
-  return dtype == DType::kFloat32 ? tokens > 1 << 30 : tokens > 1 << 30;
+// Measured with MKL and oneDNN on AVX-512, see docs/cpu.md: bfloat16 has dot products of its own
+// there; short rows leave the kernels too much time in adding up lanes. Elsewhere the kernels are
+// at least as fast, and give a stream the same bits in a batch of any size.
+bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim) {
+  if (dtype == DType::kBFloat16) return tokens >= 16;
+  return dtype == DType::kFloat32 && embed_dim < 256 && tokens >= 32;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

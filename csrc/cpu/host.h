@@ -57,7 +57,7 @@ struct Projected {
 bool same_tokens(const Tensor& a, const Tensor& b);
 
 // Whether torch's matrix multiplication beats the kernels for so many tokens at once.
-bool prefers_gemm(DType dtype, int64_t tokens);
+bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim);
 
 // In-projection of (tokens, E*) each. The result is valid until the thread's next call.
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,

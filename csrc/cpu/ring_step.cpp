@@ -76,7 +76,7 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
 
-  const bool gemm = prefers_gemm(dtype, s.streams);
+  const bool gemm = prefers_gemm(dtype, s.streams, e);
   const Projected tokens = project_in(query, key, value, w, dtype, gemm);
   RingStepParams p = params_of(tokens, w, rings, s, add_zero_attn, update);
   Tensor out = torch::stable::new_empty(query, {s.streams, e});

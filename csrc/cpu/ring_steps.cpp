@@ -115,7 +115,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);
-  const bool gemm = prefers_gemm(dtype, s.streams * count);
+  const bool gemm = prefers_gemm(dtype, s.streams * count, e);
   const Projected tokens = project_in(q, k, v, w, dtype, gemm);
   RingStepsParams p = params_of(tokens, w, rings, s, count, first, add_zero_attn);
   p.out = out.mutable_data_ptr();

@@ -37,8 +37,8 @@ CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
 // of addition whatever kR and kC are, so its bits do not depend on them. kPrefetch asks for the
 // lines `ahead` elements further on: the hardware does not follow kR rows at once.
 template <int kR, int kC, bool kPrefetch, class S, class A>
-CMHA_INLINE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
-                          int64_t count, int64_t ahead, A* sums) {
+CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
+                        int64_t count, int64_t ahead, A* sums) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   Vec acc[kR * kC] = {};
@@ -96,13 +96,12 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
 }
 
 // out[q][0..columns) += sum over rows l of p[q][l] * row l, for kQ rows of weights and kVecs
-// vectors of columns; `tail` > 0 says that the last vector has only so many columns. The rows are
+// vectors of columns, or with kTail for `tail` columns of one vector. The rows are
 // dealt out to kPhases accumulators, so that a narrow chunk is not bound by the latency of one
 // addition.
-template <int kQ, int kVecs, int kPhases, class S, class A>
-CMHA_INLINE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
-                               int64_t begin, int64_t end, int64_t tail, A* out,
-                               int64_t out_stride) {
+template <int kQ, int kVecs, int kPhases, bool kTail, class S, class A>
+CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
+                             int64_t begin, int64_t end, int64_t tail, A* out, int64_t out_stride) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   Vec acc[kPhases][kQ][kVecs] = {};
@@ -110,7 +109,7 @@ CMHA_INLINE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int6
     const S* row = rows + l * row_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) {
-      const Vec v = tail > 0 ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
+      const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
     }
@@ -129,7 +128,7 @@ CMHA_INLINE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int6
 #pragma GCC unroll 4
       for (int phase = 1; phase < kPhases; ++phase) sum += acc[phase][q][j];
       A* to = out + q * out_stride + j * kLanes;
-      if (tail > 0) {
+      if constexpr (kTail) {
         store_partial<A>(to, load_partial(to, tail) + sum, tail);
       } else {
         store<A>(to, load(to) + sum);
@@ -150,8 +149,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
     constexpr int kSpare = kTileVectors / (kVecs * kQ);
     constexpr int kPhases = kSpare < 1 ? 1 : kSpare > 4 ? 4 : kSpare;
     for (; d + kVecs * kLanes <= columns; d += kVecs * kLanes) {
-      weighted_tile<kQ, kVecs, kPhases>(p, p_stride, rows + d, row_stride, begin, end, 0, out + d,
-                                        out_stride);
+      weighted_tile<kQ, kVecs, kPhases, false>(p, p_stride, rows + d, row_stride, begin, end, 0,
+                                               out + d, out_stride);
     }
   };
   if constexpr (kTileVectors / kQ >= 16) chunks_of(Int<16>{});
@@ -160,8 +159,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
   chunks_of(Int<2>{});
   chunks_of(Int<1>{});
   if (d < columns) {
-    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1>(p, p_stride, rows + d, row_stride, begin, end,
-                                          columns - d, out + d, out_stride);
+    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1, true>(p, p_stride, rows + d, row_stride, begin, end,
+                                                columns - d, out + d, out_stride);
   }
 }
 

@@ -11,6 +11,8 @@
 #endif
 
 #define CMHA_INLINE inline __attribute__((always_inline))
+// A loop long enough to be called: inlined into each of its users, it would multiply the code.
+#define CMHA_TILE __attribute__((noinline))
 
 namespace continual_mha::cpu {
 namespace {
@@ -168,17 +170,30 @@ CMHA_INLINE FVec load(const Float16* p) {
 // The first `count` < kLanes elements, zeros behind them; reads no byte beyond.
 template <class S>
 CMHA_INLINE auto load_partial(const S* p, int64_t count) {
-  using A = typename AccOf<S>::type;
-  typename Simd<A>::Vec v = {};
-  for (int i = 0; i < Simd<A>::kLanes; ++i) {
-    if (i < count) v[i] = widen(p[i]);
-  }
-  return v;
+  S padded[Simd<typename AccOf<S>::type>::kLanes] = {};
+  memcpy(padded, p, static_cast<size_t>(count) * sizeof(S));
+  return load(padded);
 }
 
 #if defined(__AVX512F__)
 CMHA_INLINE FVec load_partial(const float* p, int64_t count) {
   return bit_cast<FVec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+
+CMHA_INLINE DVec load_partial(const double* p, int64_t count) {
+  return bit_cast<DVec>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p));
+}
+
+CMHA_INLINE FVec load_partial(const BFloat16* p, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  const BFloat16* padded = reinterpret_cast<const BFloat16*>(&bits);
+  return load(padded);
+}
+
+CMHA_INLINE FVec load_partial(const Float16* p, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  const Float16* padded = reinterpret_cast<const Float16*>(&bits);
+  return load(padded);
 }
 #elif defined(__AVX2__)
 CMHA_INLINE FVec load_partial(const float* p, int64_t count) {
@@ -195,9 +210,7 @@ CMHA_INLINE void store(A* p, typename Simd<A>::Vec v) {
 
 template <class A>
 CMHA_INLINE void store_partial(A* p, typename Simd<A>::Vec v, int64_t count) {
-  for (int i = 0; i < Simd<A>::kLanes; ++i) {
-    if (i < count) p[i] = v[i];
-  }
+  memcpy(p, &v, static_cast<size_t>(count) * sizeof(A));
 }
 
 template <class A>
