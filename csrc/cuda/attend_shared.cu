@@ -1,217 +1,31 @@
-// Host side of continual_mha::cuda_attend_shared and continual_mha::cuda_attend_shared_backward.
-#include <algorithm>
-#include <tuple>
-
 #include "attend_shared.cuh"
-#include "host.h"
+#include "kernels.h"
 
 namespace continual_mha::cuda {
 namespace {
 
-// What both directions take.
-struct AttendArgs {
-  const char* op;
-  Tensor query, key, value;
-  OptionalTensor mask, sink;
-
-  std::string describe() const {
-    return concat(op, " for query ", shape_of(query), ", key ", shape_of(key), " and value ",
-                  shape_of(value));
-  }
-};
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-AttendArgs contiguous_args(const char* op, const Tensor& query, const Tensor& key,
-                           const Tensor& value, const OptionalTensor& mask,
-                           const OptionalTensor& sink) {
-  AttendArgs a{op, as_contiguous(query), as_contiguous(key), as_contiguous(value), mask, sink};
-  if (sink) a.sink = as_contiguous(*sink);
-  return a;
-}
-
-void check_float_like(const Tensor& tensor, const char* name, const AttendArgs& a) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == a.query.get_device_index() &&
-                      (tensor.scalar_type() == ScalarType::Float ||
-                       tensor.scalar_type() == a.query.scalar_type()),
-                  name, " must be float32 or of the query's dtype, on its device");
-}
-
-void check_args(const AttendArgs& a) {
-  STD_TORCH_CHECK(a.query.dim() == 3 && a.key.dim() == 3 && a.value.dim() == 3, a.describe(),
-                  ": expected (N, H, Ek), (N, S, Ek) and (N, S, Ev)");
-  const int64_t N = a.query.size(0);
-  const int64_t H = a.query.size(1);
-  const int64_t S = a.key.size(1);
-  check_operand(a.query, "query", a.query, {N, H, a.query.size(2)});
-  check_operand(a.key, "key", a.query, {N, S, a.query.size(2)});
-  check_operand(a.value, "value", a.query, {N, S, a.value.size(2)});
-  STD_TORCH_CHECK(H > 0 && S > 0 && a.query.size(2) > 0 && a.value.size(2) > 0, a.describe(),
-                  ": no empty dimension but N");
-  if (a.mask) {
-    check_float_like(*a.mask, "mask", a);
-    STD_TORCH_CHECK(a.mask->dim() == 3 && (a.mask->size(0) == N || a.mask->size(0) == 1) &&
-                        (a.mask->size(1) == H || a.mask->size(1) == 1) && a.mask->size(2) == S,
-                    "mask has shape ", shape_of(*a.mask), ", expected (", N, " or 1, ", H,
-                    " or 1, ", S, ")");
-  }
-  if (a.sink) {
-    check_float_like(*a.sink, "sink", a);
-    check_shape(*a.sink, "sink", {N, H});
-  }
-}
-
-FloatLike float_like(const OptionalTensor& tensor) {
-  if (!tensor.has_value()) return {nullptr, false};
-  return {tensor->data_ptr(), tensor->scalar_type() == ScalarType::Float};
-}
-
-AttendSharedParams make_params(const AttendArgs& a) {
-  AttendSharedParams p{};
-  const int64_t bytes = static_cast<int64_t>(a.query.element_size());
-  p.query = a.query.data_ptr();
-  p.key = a.key.data_ptr();
-  p.value = a.value.data_ptr();
-  p.mask = float_like(a.mask);
-  if (a.mask) {
-    p.mask_stride_n = a.mask->size(0) > 1 ? a.mask->stride(0) : 0;
-    p.mask_stride_h = a.mask->size(1) > 1 ? a.mask->stride(1) : 0;
-    p.mask_stride_s = a.mask->stride(2);
-  }
-  p.sink = float_like(a.sink);
-  p.num_heads = static_cast<int>(a.query.size(1));
-  p.rows = static_cast<int>(a.key.size(1));
-  p.key_dim = static_cast<int>(a.query.size(2));
-  p.value_dim = static_cast<int>(a.value.size(2));
-  p.key_aligned = aligned16(p.key, p.key_dim * bytes);
-  p.value_aligned = aligned16(p.value, p.value_dim * bytes);
-  return p;
-}
-
-Tensor new_weights(const AttendArgs& a, AttendSharedParams& p) {
-  return torch::stable::new_empty(
-      a.query, {a.query.size(0), head_tiles(p.num_heads), p.rows, kTileHeads}, ScalarType::Float);
-}
-
-template <typename Kernel, typename Params>
-void launch(Kernel kernel, int64_t blocks, int shared_bytes, const Params& p, const AttendArgs& a) {
-  const int device = a.query.get_device_index();
-  const auto where = [&a] { return a.describe(); };
-  STD_TORCH_CHECK(shared_bytes <= device_properties(device).shared_bytes, a.describe(), " needs ",
-                  shared_bytes, " bytes of shared memory per block; the device has ",
-                  device_properties(device).shared_bytes);
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), a.describe(), " needs too many blocks");
-  constexpr int kDefaultShared = 48 * 1024;
-  if (shared_bytes > kDefaultShared) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute", where);
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = current_stream(device);
-  check_cuda(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx", where);
-}
-
 template <typename T>
-void launch_outer_product(const float* weights, const Tensor& vectors, const Tensor& gradient,
-                          const AttendArgs& a) {
-  OuterProductParams p{};
-  p.weights = weights;
-  p.vectors = vectors.data_ptr();
-  p.gradient = gradient.data_ptr();
-  p.num_heads = static_cast<int>(vectors.size(1));
-  p.rows = static_cast<int>(gradient.size(1));
-  p.cols = static_cast<int>(gradient.size(2));
-  p.threads = gradient.size(0) * divide_up(p.rows, kTileRows) * divide_up(p.cols, kPack);
-  p.aligned = aligned16(p.vectors, p.cols * static_cast<int64_t>(sizeof(T)));
-  launch(outer_product_kernel<T>, (p.threads + kThreads - 1) / kThreads, 0, p, a);
+const void* kernel_for(bool backward) {
+  return backward ? reinterpret_cast<const void*>(attend_shared_backward_kernel<T>)
+                  : reinterpret_cast<const void*>(attend_shared_kernel<T>);
 }
 
 }  // namespace
 
-// The operator attend_shared of continual_mha/ops.py for CUDA tensors.
-std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, Tensor value,
-                                              OptionalTensor mask, OptionalTensor sink) {
-  const AttendArgs a = contiguous_args("cuda_attend_shared", query, key, value, mask, sink);
-  check_args(a);
-  const int64_t N = query.size(0);
-  const int64_t H = query.size(1);
-  Tensor out = torch::stable::new_empty(query, {N, H, value.size(2)});
-  Tensor lse = torch::stable::new_empty(query, {N, H}, ScalarType::Float);
-  if (N == 0) return {out, lse};
-  AttendSharedParams p = make_params(a);
-  const Tensor weights = new_weights(a, p);
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.weights = static_cast<float*>(weights.data_ptr());
-  const DeviceScope scope(query.get_device_index());
-  dispatch_dtype(query.scalar_type(), a.op, [&](auto element) {
-    using T = decltype(element);
-    launch(attend_shared_kernel<T>, N * head_tiles(p.num_heads),
-           attend_shared_bytes<T>(p.key_dim, p.value_dim, false), p, a);
-  });
-  return {out, lse};
+const void* attend_shared_kernel_for(Element element, bool backward) {
+  if (element == Element::kFloat32) return kernel_for<float>(backward);
+  if (element == Element::kFloat16) return kernel_for<torch::headeronly::Half>(backward);
+  return kernel_for<torch::headeronly::BFloat16>(backward);
 }
 
-// The operator attend_shared_backward of continual_mha/ops.py for CUDA tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
-    Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor mask,
-    OptionalTensor sink, Tensor out, Tensor lse) {
-  const AttendArgs a =
-      contiguous_args("cuda_attend_shared_backward", query, key, value, mask, sink);
-  check_args(a);
-  grad_out = as_contiguous(grad_out);
-  grad_lse = as_contiguous(grad_lse);
-  const int64_t N = query.size(0);
-  const int64_t H = query.size(1);
-  check_operand(grad_out, "grad_out", query, {N, H, value.size(2)});
-  check_operand(out, "out", query, {N, H, value.size(2)});
-  for (const auto& [tensor, name] : {std::pair{grad_lse, "grad_lse"}, std::pair{lse, "lse"}}) {
-    check_shape(tensor, name, {N, H});
-    STD_TORCH_CHECK(
-        tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float,
-        name, " must be a contiguous float32 CUDA tensor");
+const void* outer_product_kernel_for(Element element) {
+  if (element == Element::kFloat32) {
+    return reinterpret_cast<const void*>(outer_product_kernel<float>);
   }
-  const auto gradient_of = [&query](const Tensor& tensor) {
-    return torch::stable::new_empty(query, tensor.sizes());
-  };
-  Tensor dquery = gradient_of(query);
-  Tensor dkey = gradient_of(key);
-  Tensor dvalue = gradient_of(value);
-  Tensor dsink = sink ? torch::stable::new_empty(query, {N, H}, ScalarType::Float)
-                      : torch::stable::new_empty(query, {0}, ScalarType::Float);
-  if (N == 0) return {dquery, dkey, dvalue, dsink};
-  AttendSharedParams p = make_params(a);
-  const Tensor weights = new_weights(a, p);
-  const Tensor dscores = new_weights(a, p);
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.grad_out = grad_out.data_ptr();
-  p.grad_lse = static_cast<const float*>(grad_lse.data_ptr());
-  p.dquery = dquery.data_ptr();
-  p.dsink = static_cast<float*>(dsink.data_ptr());
-  p.weights = static_cast<float*>(weights.data_ptr());
-  p.dscores = static_cast<float*>(dscores.data_ptr());
-  const DeviceScope scope(query.get_device_index());
-  dispatch_dtype(query.scalar_type(), a.op, [&](auto element) {
-    using T = decltype(element);
-    launch(attend_shared_backward_kernel<T>, N * head_tiles(p.num_heads),
-           attend_shared_bytes<T>(p.key_dim, p.value_dim, true), p, a);
-    launch_outer_product<T>(p.dscores, a.query, dkey, a);
-    launch_outer_product<T>(p.weights, grad_out, dvalue, a);
-  });
-  return {dquery, dkey, dvalue, dsink};
+  if (element == Element::kFloat16) {
+    return reinterpret_cast<const void*>(outer_product_kernel<torch::headeronly::Half>);
+  }
+  return reinterpret_cast<const void*>(outer_product_kernel<torch::headeronly::BFloat16>);
 }
 
 }  // namespace continual_mha::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(continual_mha, CUDA, m) {
-  m.impl("cuda_attend_shared", TORCH_BOX(&continual_mha::cuda::attend_shared_cuda));
-  m.impl("cuda_attend_shared_backward",
-         TORCH_BOX(&continual_mha::cuda::attend_shared_backward_cuda));
-}

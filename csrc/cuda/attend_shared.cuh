@@ -7,62 +7,15 @@
 #ifndef CONTINUAL_MHA_CUDA_ATTEND_SHARED_CUH_
 #define CONTINUAL_MHA_CUDA_ATTEND_SHARED_CUH_
 
+#include "attend_shared_params.h"
 #include "dot_rows.cuh"
 
 namespace continual_mha::cuda {
 
-// A warp per head forms the softmax.
-constexpr int kTileHeads = kWarps;
-constexpr int kTileRows = 4;
-
-// A tensor of float32 or of the kernel's element type.
-struct FloatLike {
-  const void* data;
-  bool is_float;
-
-  template <typename T>
-  __device__ __forceinline__ float load(int64_t i) const {
-    return is_float ? static_cast<const float*>(data)[i]
-                    : static_cast<float>(static_cast<const T*>(data)[i]);
-  }
-};
-
-struct AttendSharedParams {
-  const void* query;  // (N, num_heads, key_dim)
-  const void* key;    // (N, rows, key_dim)
-  const void* value;  // (N, rows, value_dim)
-  FloatLike mask;     // (N or 1, num_heads or 1, rows) or null
-  int64_t mask_stride_n;
-  int64_t mask_stride_h;
-  int64_t mask_stride_s;
-  FloatLike sink;         // (N, num_heads) or null
-  void* out;              // (N, num_heads, value_dim)
-  float* lse;             // (N, num_heads)
-  const void* grad_out;   // (N, num_heads, value_dim)
-  const float* grad_lse;  // (N, num_heads)
-  void* dquery;           // (N, num_heads, key_dim)
-  float* dsink;           // (N, num_heads)
-  float* weights;         // (N, head tiles, rows, kTileHeads)
-  float* dscores;         // (N, head tiles, rows, kTileHeads)
-  int num_heads;
-  int rows;
-  int key_dim;
-  int value_dim;
-  bool key_aligned;  // rows begin at multiples of 16 bytes
-  bool value_aligned;
-};
-
-__host__ __device__ inline int head_tiles(int num_heads) {
-  return divide_up(num_heads, kTileHeads);
-}
-
-// Bytes of shared memory: the staged queries, the staged gradients if there are any, the statistics
-// of each head, and room to sum over threads.
 template <typename T>
-__host__ __device__ inline int attend_shared_bytes(int key_dim, int value_dim, bool backward) {
-  const int staged = round_up(key_dim, kPack) + (backward ? round_up(value_dim, kPack) : 0);
-  return kTileHeads * staged * static_cast<int>(sizeof(T)) +
-         (2 * kTileHeads + kThreads * kPack) * static_cast<int>(sizeof(float));
+__device__ __forceinline__ float load_float(const FloatLike& tensor, int64_t i) {
+  return tensor.is_float ? static_cast<const float*>(tensor.data)[i]
+                         : static_cast<float>(static_cast<const T*>(tensor.data)[i]);
 }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -163,8 +116,9 @@ struct AttendSharedBlock {
   // A masked row counts as minus infinity whatever its key holds.
   __device__ __forceinline__ float masked(float score, int row, int head) const {
     if (p.mask.data == nullptr) return score;
-    const float mask = p.mask.load<T>(
-        stream * p.mask_stride_n + (first_head + head) * p.mask_stride_h + row * p.mask_stride_s);
+    const float mask =
+        load_float<T>(p.mask, stream * p.mask_stride_n + (first_head + head) * p.mask_stride_h +
+                                  row * p.mask_stride_s);
     return mask == -INFINITY ? mask : score + mask;
   }
 
@@ -190,7 +144,7 @@ struct AttendSharedBlock {
     }
     m = warp_max(m);
     const bool has_sink = p.sink.data != nullptr;
-    const float sink = has_sink ? p.sink.load<T>(first_row + head) : -INFINITY;
+    const float sink = has_sink ? load_float<T>(p.sink, first_row + head) : -INFINITY;
     m = fmaxf(m, sink);
     const float reference = m == -INFINITY ? 0.0f : m;
     float sum = 0.0f;
@@ -280,6 +234,7 @@ struct AttendSharedBlock {
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       float total = 0.0f;
+#pragma unroll 1
       for (int part = 0; part < parts; ++part) total += reduce[i * kThreads + part * pass + thread];
       if (col + i < cols) row[col + i] = static_cast<T>(total);
     }
@@ -310,7 +265,7 @@ struct AttendSharedBlock {
     lse[head] = p.lse[row];
     offset[head] = dot;
     if (p.sink.data != nullptr) {
-      p.dsink[row] = -expf(p.sink.load<T>(row) - lse[head]) * dot;
+      p.dsink[row] = -expf(load_float<T>(p.sink, row) - lse[head]) * dot;
     }
   }
 
@@ -351,20 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   AttendSharedBlock<T>(params, true).backward();
 }
 
-// gradient[n, s] = sum over heads of weight[n, s, h] * vectors[n, h]: of the keys from dscores and
-// queries, of the values from weights and output gradients. A thread computes kPack columns of
-// kTileRows rows; it reads each head's columns once for them.
-struct OuterProductParams {
-  const float* weights;  // (N, head tiles, rows, kTileHeads)
-  const void* vectors;   // (N, num_heads, cols)
-  void* gradient;        // (N, rows, cols)
-  int64_t threads;       // N * row groups * column packs
-  int num_heads;
-  int rows;
-  int cols;
-  bool aligned;
-};
-
+// A thread computes kPack columns of kTileRows rows, and reads each head's columns once for them.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     outer_product_kernel(const __grid_constant__ OuterProductParams p) {

@@ -9,22 +9,9 @@
 #include <cstring>
 
 #include "device.cuh"
+#include "tiles.h"
 
 namespace continual_mha::cuda {
-
-constexpr int kWarpSize = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-// Elements that a lane handles at once: 16 bytes of a 16-bit type, 32 bytes of float.
-constexpr int kPack = 8;
-
-__host__ __device__ constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-__host__ __device__ constexpr int divide_up(int value, int divisor) {
-  return (value + divisor - 1) / divisor;
-}
 
 // 16-byte pieces of one pack.
 template <typename T>
@@ -131,6 +118,7 @@ __device__ __forceinline__ float dot_rows(const RowBlock<T, X>& block, int lane)
       }
     }
   }
+#pragma unroll 1
   for (int col = vector_cols + lane; col < block.cols; col += kWarpSize) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

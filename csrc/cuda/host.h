@@ -2,10 +2,6 @@
 #ifndef CONTINUAL_MHA_CUDA_HOST_H_
 #define CONTINUAL_MHA_CUDA_HOST_H_
 
-#include <cuda_runtime.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -14,6 +10,7 @@
 #include <utility>
 
 #include "../common.h"
+#include "kernels.h"
 
 namespace continual_mha::cuda {
 
@@ -73,19 +70,22 @@ inline bool aligned16(const void* pointer, int64_t row_bytes = 0) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-// Calls f(T{}) with the element type T of a supported dtype.
-template <typename F>
-void dispatch_dtype(ScalarType dtype, const char* op, F f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(torch::headeronly::Half{});
-    case ScalarType::BFloat16:
-      return f(torch::headeronly::BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, op, " covers float32, float16 and bfloat16 only");
-  }
+inline Element element_of(const Tensor& tensor, const char* op) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+      " covers float32, float16 and bfloat16 only");
+  if (dtype == ScalarType::Float) return Element::kFloat32;
+  return dtype == ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
+}
+
+// Launches `kernel`, whose one argument is `params`.
+template <typename Params, typename Where>
+void launch(const cudaLaunchConfig_t& config, const void* kernel, const Params& params,
+            Where where) {
+  Params copy = params;
+  void* arguments[] = {&copy};
+  check_cuda(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC", where);
 }
 
 // The stream on which PyTorch runs the device's work. Looked up at run time, because PyTorch's

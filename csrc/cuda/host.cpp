@@ -1,9 +1,9 @@
+#include "host.h"
+
 #include <dlfcn.h>
 
 #include <array>
 #include <mutex>
-
-#include "host.h"
 
 namespace continual_mha::cuda {
 
