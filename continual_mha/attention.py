@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, formulations, functional, ring
-from .functional import Options, Tokens, is_shared
+from .functional import Options, Tokens
 from .modes import checked_mode, surrounding_active, surrounding_mode
 from .reference import Weights
 from .ring import InputState, RingState, State
@@ -105,7 +105,6 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.single_output_forward = single_output_forward
         self._call_mode = "forward"
         self._formulation = formulation
-        self._decided: str | None = None
         self._init_streams()
 
     # -- what it is ------------------------------------------------------------------------------
@@ -191,32 +190,38 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Setting it converts the state, where there is one: inputs can be projected to keys and
         values, but not the other way.
         """
-        return self._decided or self._formulation
+        if self._clock is None:
+            return self._formulation
+        return "kv" if self._ring_x is None else "input"
 
     @formulation.setter
     def formulation(self, formulation: str) -> None:
         checks.check_formulation(formulation, self.embed_dim, self.kdim, self.vdim)
         state = self._state()
-        if state is not None and formulation not in ("auto", self._layout().formulation):
+        if state is not None and formulation not in ("auto", self.formulation):
             if not isinstance(state, InputState):
                 raise ValueError(
                     "keys and values cannot be turned back into inputs; call clean_state() first"
                 )
             converted = functional.to_kv(state, self._weights(), self._layout())
             self.clean_state()
-            self._decided = "kv"
             self._store(converted)
         self._formulation = formulation
 
-    def clean_state(self) -> None:
-        """Forget every stream: the next call starts anew, with any batch size."""
-        super().clean_state()
-        self._decided = None
-
     def _layout(self) -> ring.Layout:
-        formulation = "input" if self.formulation == "input" else "kv"
-        sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay)
-        return ring.Layout(formulation, *sizes)
+        return self._layout_with(self.formulation)
+
+    def _layout_with(self, formulation: str) -> ring.Layout:
+        kept = "input" if formulation == "input" else "kv"
+        return ring.Layout(kept, self.num_heads, self.head_dim, self.sequence_len, self.delay)
+
+    def _layout_of_new(self, batch_size: int, like: Tensor, one_token: bool = True) -> ring.Layout:
+        formulation = self._formulation
+        suits = one_token and self.embed_dim == self.kdim == self.vdim
+        if formulation == "auto" and suits:
+            sizes = (batch_size, self.embed_dim, self.num_heads, self.sequence_len)
+            formulation = formulations.choose(*sizes, like)
+        return self._layout_with(formulation)
 
     def _like(self) -> Tensor:
         return self.out_proj.weight if self._clock is None else self._existing_state()[0]
@@ -343,10 +348,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
         """
-        key = query if key is None else key
-        value = query if value is None else value
-        tokens = self._clips((query, key, value))
-        checks.check_same_steps(tokens)
+        tokens = self._many_tokens(query, key, value)
         if tokens[0].shape[1] == 0:
             return None
         out = self._go_on(tokens, update_state)
@@ -365,51 +367,49 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         changes. Shapes and errors are those of ``forward_step``.
         """
         tokens = self._tokens(query, key, value)
-        if prev_state is None:
-            state = self._new_state(tokens)
-        else:
-            state = self._layout().state_type(*prev_state)
-            checks.check_continues(state, tokens, self._layout())
-        differentiable = self._needs_grad(tokens, state)
-        state = state if differentiable else ring.snapshot(state)
-        return self._advance(tokens, state, None, True, differentiable)
+        state = None if prev_state is None else self._layout().state_type(*prev_state)
+        state, call = self._plan(tokens, state, update=True)
+        state = state if call.differentiable else ring.snapshot(state)
+        return self._advance(tokens, state, None, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
         """``_advance`` from the module's state, and to it if ``update``."""
-        state = self._state()
-        if state is None:
-            state = self._new_state(tokens)
-        else:
-            checks.check_continues(state, tokens, self._layout())
-        differentiable = self._needs_grad(tokens, state)
-        if self._must_copy(state, differentiable):
+        state, call = self._plan(tokens, self._state(), update)
+        if self._must_copy(state, call.differentiable):
             state = ring.snapshot(ring.detach(state))
-        out, after = self._advance(tokens, state, active, update, differentiable)
+        out, after = self._advance(tokens, state, active, call)
         if update:
             self._store(after)
-        if update or differentiable:
-            self._rings_are_shared = differentiable
+        if update or call.differentiable:
+            self._rings_are_shared = call.differentiable
         return out
 
+    def _plan(
+        self, tokens: Tokens, state: State | None, update: bool
+    ) -> tuple[State, functional.StepCall]:
+        """The state to go on from, a new one for None, and how. Nothing changes yet."""
+        query = tokens[0]
+        if state is None:
+            layout = self._layout_of_new(query.shape[0], query, functional.is_shared(tokens))
+            state = ring.new_state(layout, query.shape[0], query)
+        else:
+            layout = self._layout_with("input" if isinstance(state, InputState) else "kv")
+        checks.check_continues(state, tokens, layout)
+        differentiable = self._needs_grad(tokens, state)
+        call = functional.StepCall(self._weights(), layout, self._options(), update, differentiable)
+        return state, call
+
     def _advance(
-        self,
-        tokens: Tokens,
-        state: State,
-        active: Tensor | None,
-        update: bool,
-        differentiable: bool,
+        self, tokens: Tokens, state: State, active: Tensor | None, call: functional.StepCall
     ) -> tuple[Tensor | None, State]:
         """Outputs for tokens ``(N, E*)`` or ``(N, T, E*)``, and the state after them.
 
-        The rings of ``state`` are written in place if ``update``, unless ``differentiable``.
+        The rings of ``state`` are written in place, unless ``call`` says otherwise.
         """
         length = self.sequence_len
         steps = tokens[0].shape[1] if tokens[0].dim() == 3 else 1
         seen = length if active is not None else state.clock.shape[0]
         first = min(steps, max(0, length - 1 - seen))
-        call = functional.StepCall(
-            self._weights(), self._layout(), self._options(), update, differentiable
-        )
         if tokens[0].dim() == 3:
             out, parts = functional.steps(tokens, state, first, call)
         else:
@@ -420,18 +420,6 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return out if first < steps else None, ring.rebuilt(state, parts, clock)
 
     # -- helpers ---------------------------------------------------------------------------------
-
-    def _new_state(self, tokens: Tokens) -> State:
-        query = tokens[0]
-        self._decide(query.shape[0], query, one_token=is_shared(tokens))
-        return ring.new_state(self._layout(), query.shape[0], query)
-
-    def _decide(self, batch_size: int, like: Tensor, one_token: bool) -> None:
-        """Settle what to cache, for streams that begin now."""
-        if self._formulation == "auto":
-            sizes = (batch_size, self.embed_dim, self.num_heads, self.sequence_len)
-            suits = one_token and self.embed_dim == self.kdim == self.vdim
-            self._decided = formulations.choose(*sizes, like) if suits else "kv"
 
     def _needs_grad(self, tokens: Tokens, state: State) -> bool:
         if not torch.is_grad_enabled():
@@ -463,14 +451,21 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         checks.check_same_steps(tokens)
         return tokens
 
-    def _clips(self, clips: Tokens) -> Tokens:
+    def _many_tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of many steps, as ``(N, T, E)``."""
+        tokens = (query, query if key is None else key, query if value is None else value)
+        clips = self._clips(tokens)
+        checks.check_same_steps(clips)
+        return clips
+
+    def _clips(self, clips: Tokens) -> Tokens:
+        """Checked clips in the module's layout, as ``(N, T, E)``."""
         if self.embed_dim_second:
             checks.check_tokens(self, clips, "(N, E, T)", 1)
         else:
             checks.check_tokens(self, clips, "(N, T, E)" if self.batch_first else "(T, N, E)", 2)
         query, key, value = clips
-        if is_shared(clips):  # keep it one tensor for those who ask
+        if functional.is_shared(clips):  # keep it one tensor for those who ask
             return (self._to_layout(query),) * 3
         return self._to_layout(query), self._to_layout(key), self._to_layout(value)
 

@@ -121,12 +121,20 @@ def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     Raises:
         RuntimeError: a backend was forced that cannot run it.
     """
-    reasons = []
     for backend in order(args[0].device.type):
-        reason = why_not(backend, name, args)
-        if reason is None:
+        if why_not(backend, name, args) is None:
             loaded = _load(backend)
             assert isinstance(loaded, _Operators)
             return loaded.functions[name]
-        reasons.append(f"{backend}: {reason}")
-    raise RuntimeError(f"no backend can run {name}; " + "; ".join(reasons))
+    raise RuntimeError(f"no backend can run {name}; " + "; ".join(reasons(name, args)))
+
+
+def reasons(name: str, args: tuple[Any, ...]) -> list[str]:
+    """A line for each backend that is asked for this call: that it runs it, or why not."""
+    lines = []
+    for backend in order(args[0].device.type):
+        reason = why_not(backend, name, args)
+        lines.append(f"{backend}: {reason or 'runs it'}")
+        if reason is None:
+            break
+    return lines

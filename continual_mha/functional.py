@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,7 @@ def step(
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
-    op = torch.ops.continual_mha.ring_step_
-    return op(*tokens, *call.weights, *rings, active, *call.options, call.update), rings
+    return torch.ops.continual_mha.ring_step_(*operands(tokens, rings, active, call)), rings
 
 
 def steps(
@@ -70,8 +69,14 @@ def steps(
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_steps(*tokens, call.weights, rings, first, *call.options)
-    op = torch.ops.continual_mha.ring_steps_
-    return op(*tokens, *call.weights, *rings, first, *call.options, call.update), rings
+    return torch.ops.continual_mha.ring_steps_(*operands(tokens, rings, first, call)), rings
+
+
+def operands(
+    tokens: Tokens, rings: Rings, extra: Tensor | int | None, call: StepCall
+) -> tuple[Any, ...]:
+    """Arguments of the operators for steps; ``extra`` is ``active`` of one token, else ``first``."""
+    return (*tokens, *call.weights, *rings, extra, *call.options, call.update)
 
 
 def _input_step(
@@ -266,7 +271,7 @@ def _attend_inputs(
     moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
     blank = mask is not None and not need_weights
     plain = extra is None and options.dropout_p == 0.0
-    if plain and not need_weights and _wants_fused(moved, mask):
+    if plain and not need_weights and wants_fused(moved, mask):
         mixed, share = _fused_mix(moved, key, value, mask)
         attn = None
     else:
@@ -293,7 +298,7 @@ def _fused_mix(
     return mixed.masked_fill(hidden, 0.0), (~hidden).to(mixed.dtype)
 
 
-def _wants_fused(query: Tensor, mask: Tensor | None) -> bool:
+def wants_fused(query: Tensor, mask: Tensor | None) -> bool:
     """Whether the fused operator serves, and gains over plain PyTorch."""
     if torch.is_autocast_enabled(query.device.type) or (mask is not None and mask.requires_grad):
         return False

@@ -33,6 +33,10 @@ class StatefulStreams(nn.Module):
     def _layout(self) -> ring.Layout:
         raise NotImplementedError
 
+    def _layout_of_new(self, batch_size: int, like: Tensor) -> ring.Layout:
+        """The layout for streams that begin now."""
+        raise NotImplementedError
+
     def _like(self) -> Tensor:
         """A tensor of the dtype and device that a state must have."""
         raise NotImplementedError
@@ -91,9 +95,10 @@ class StatefulStreams(nn.Module):
         """
         if batch_size < 0:
             raise ValueError(f"batch_size must not be negative, but got {batch_size}")
-        layout = self._layout()
         self.clean_state()
-        state = ring.new_state(layout, batch_size, self._like())
+        like = self._like()
+        layout = self._layout_of_new(batch_size, like)
+        state = ring.new_state(layout, batch_size, like)
         self._store(state._replace(clock=ring.new_clock(layout.sequence_len)))
 
     def reset(self, streams: Tensor | Sequence[int] | int) -> None:

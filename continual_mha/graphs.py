@@ -1,0 +1,88 @@
+"""A step as a CUDA graph: one launch from the host, whatever the model does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .modes import active_streams
+from .streams import StatefulStreams
+
+_WARM_UP_RUNS = 3
+
+
+class GraphedStep:
+    """``model.forward_step`` captured once and replayed: the least latency on a GPU.
+
+    Every stream begins anew at the capture. Calling the object copies the tokens into a buffer of
+    its own, replays the graph, and returns a buffer of its own, which the next call overwrites. The
+    module's state advances as if ``forward_step`` had been called; ``model.reset`` works between
+    replays. What replaces tensors rather than write to them ends the graph's use: ``set_state``,
+    ``clean_state``, ``to``, another batch size. Weights may be changed in place.
+
+    Args:
+        model: a module on a CUDA device, built of modules with this package's state, whose
+            ``forward_step`` takes one tensor ``(N, ...)`` and returns one.
+        example: a tensor of the shape, dtype and device of the tokens of one step.
+
+    Attributes:
+        active: bool ``(N,)``, all True; write to it between replays to pause streams.
+
+    Raises:
+        ValueError: ``example`` is not on a CUDA device, or the model keeps no streams.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        if example.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need tokens on a CUDA device, not on {example.device}")
+        self._stateful = [m for m in model.modules() if isinstance(m, StatefulStreams)]
+        if not self._stateful:
+            raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
+        for module in self._stateful:
+            module.start_streams(example.shape[0])
+        self._model = model
+        self._tokens = torch.zeros_like(example)
+        self.active = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
+        self._graph = torch.cuda.CUDAGraph()
+        self._output = self._capture()
+        self.active.fill_(True)
+        self._captured = [module._ring_position for module in self._stateful]
+
+    def _step(self) -> Tensor:
+        output: Tensor = self._model.forward_step(self._tokens)  # type: ignore[operator]
+        return output
+
+    def _capture(self) -> Tensor:
+        """Run the step, with no stream active so that no state moves, and record it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), active_streams(self.active):
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP_RUNS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                return self._step()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Take one token per stream; the output is overwritten by the next call.
+
+        Args:
+            tokens: of the example's shape and dtype.
+
+        Raises:
+            ValueError: another shape.
+            RuntimeError: the state was replaced since the capture.
+        """
+        if tokens.shape != self._tokens.shape:
+            expected, given = tuple(self._tokens.shape), tuple(tokens.shape)
+            raise ValueError(f"the graph takes tokens of shape {expected}, but got {given}")
+        for module, position in zip(self._stateful, self._captured, strict=True):
+            if module._ring_position is not position:
+                raise RuntimeError(
+                    "the state was replaced since the capture (by set_state, clean_state or to); "
+                    "make a new GraphedStep"
+                )
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._output
