@@ -53,7 +53,7 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
 
 
 def why_not_cuda(name: str, *args: Any) -> str | None:
-    """Why the CUDA library cannot run the operator ``name`` with these arguments; None if it can."""
+    """Why the CUDA library cannot run the operator ``name`` with these arguments, or None."""
     query = args[0]
     if not query.is_cuda:
         return "a tensor is not on a CUDA device"
