@@ -75,7 +75,7 @@ def steps(
 def operands(
     tokens: Tokens, rings: Rings, extra: Tensor | int | None, call: StepCall
 ) -> tuple[Any, ...]:
-    """Arguments of the operators for steps; ``extra`` is ``active`` of one token, else ``first``."""
+    """Arguments of the operators for steps; ``extra`` is ``active`` or, for many, ``first``."""
     return (*tokens, *call.weights, *rings, extra, *call.options, call.update)
 
 
