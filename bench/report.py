@@ -5,7 +5,8 @@ A file takes a table between two lines, and this writes what is between them::
     <!-- bench:cpu-step -->
     <!-- /bench:cpu-step -->
 
-Names are ``cpu-`` or ``gpu-`` and a table of ``bench.tables``, or ``paper``.
+Names are ``cpu-`` or ``gpu-`` and a table of ``bench.tables``; ``cpu-plots`` and ``gpu-plots``,
+which link the plots from a file in docs; and ``paper``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import paper, plots, records
+from . import paper, records
 from .machine import ROOT
 from .ratios import Results
 from .tables import TABLES, caption
@@ -46,6 +47,9 @@ def table(name: str, data: dict[str, list[Results]]) -> str:
     if name == "paper":
         return paper.table()
     kind, _, wanted = name.partition("-")
+    if wanted == "plots":
+        links = [f"![{p.stem}]({PICTURES.name}/{p.name})" for p in PICTURES.glob(f"{kind}-*.svg")]
+        return "\n".join(sorted(links)) or "No results yet."
     make = TABLES[wanted]
     made = [(caption(results), make(results)) for results in data[kind]]
     parts = [f"{head}\n\n{body}" for head, body in made if body]
@@ -64,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="fail if a table is out of date")
     options = parser.parse_args(arguments)
     data = load(options.results)
+    if not options.check:
+        _draw(data)
     stale = []
     for path in FILES:
         before = path.read_text() if path.exists() else ""
@@ -72,15 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
             stale.append(path.name)
             if not options.check:
                 path.write_text(after)
-    if options.check:
-        if stale:
-            raise SystemExit(f"tables out of date in {', '.join(stale)}: python -m bench.report")
-        return
+    if options.check and stale:
+        raise SystemExit(f"tables out of date in {', '.join(stale)}: python -m bench.report")
+    print(f"tables written: {', '.join(stale) or 'all were up to date'}")
+
+
+def _draw(data: dict[str, list[Results]]) -> None:
+    from . import plots  # the tables alone do without matplotlib
+
     for kind, found in data.items():
         for results in found[-1:]:
             for path in plots.draw(results, PICTURES, kind):
                 print(path.relative_to(ROOT))
-    print(f"tables written: {', '.join(stale) or 'all were up to date'}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def _setup_flex(problem: Problem) -> Ready:
     mask = create_block_mask(
         sliding, None, None, count, length - 1 + count, device=problem.device.type
     )
+    torch.compiler.reset()  # or cases would use up the limit of compilations of one function
     attend = partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
     return Ready(partial(_Steps(problem, attend), problem.tokens), torch.inference_mode)
 

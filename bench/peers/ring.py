@@ -35,21 +35,19 @@ SDPA_BACKENDS = {
 class Ring:
     """Keys and values in a ring, both in one tensor so that one kernel writes them.
 
-    On a GPU the slot to write is a tensor, so that a replayed graph goes on; on a CPU it is a
-    Python integer, which is faster there.
+    On a GPU, or compiled, the slot to write is a tensor, so that a replayed graph goes on and
+    nothing is compiled anew; else it is a Python integer, which is faster.
     """
 
-    def __init__(self, problem: Problem, heads_first: bool) -> None:
+    def __init__(self, problem: Problem, heads_first: bool, compiled: bool = False) -> None:
         k, v = problem.past_kv
         if not heads_first:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.kv = torch.stack([k, v])  # (2, N, H, L, D), or (2, N, L, H, D)
         self._axis = 3 if heads_first else 2
         self._length = problem.case.sequence_len
-        self._heads = problem.case.num_heads
-        on_host = problem.device.type == "cpu"
         self._slot: int | Tensor = 0
-        if not on_host:
+        if compiled or problem.device.type != "cpu":
             self._slot = torch.zeros(1, dtype=torch.int64, device=problem.device)
 
     def write(self, kv: Tensor) -> None:
@@ -95,8 +93,11 @@ def _in_inference(backend: SDPBackend | None) -> AbstractContextManager[object]:
 
 
 def _setup_sdpa(backend: SDPBackend | None, compiled: bool, problem: Problem) -> Ready:
-    step = _Step(problem, Ring(problem, heads_first=True), _attend_sdpa)
-    call = torch.compile(step.__call__, dynamic=False) if compiled else step
+    step = _Step(problem, Ring(problem, True, compiled), _attend_sdpa)
+    call = step
+    if compiled:
+        torch.compiler.reset()  # or cases would use up the limit of compilations of one function
+        call = torch.compile(step.__call__, dynamic=False, fullgraph=True)
     return Ready(partial(call, problem.tokens[:, 0]), partial(_in_inference, backend))
 
 
@@ -122,6 +123,7 @@ def _setup_cache_layer(problem: Problem) -> Ready:
 
     case = problem.case
     layer = StaticSlidingWindowLayer(case.sequence_len, case.sequence_len)
+    # Releases before 5 take positions; later ones count by themselves and ignore them.
     k, v = problem.past_kv
     layer.update(k, v, {"cache_position": torch.arange(case.sequence_len, device=problem.device)})
     newest = {"cache_position": torch.tensor([case.sequence_len], device=problem.device)}
@@ -135,7 +137,7 @@ def _setup_cache_layer(problem: Problem) -> Ready:
         out = F.scaled_dot_product_attention(q, k, v)
         return F.linear(out.reshape(token.shape), mha.out_proj.weight, mha.out_proj.bias)
 
-    return Ready(run, torch.inference_mode, "the layer counts its tokens on the host")
+    return Ready(run, torch.inference_mode, "every step copies an index from the host")
 
 
 def _setup_flash_decode(problem: Problem) -> Ready:
