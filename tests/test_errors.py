@@ -267,7 +267,7 @@ def other_state(**changes):
 BAD_STATES = {
     "a number": (lambda s: 3, TypeError, ["int"]),
     "a tensor": (lambda s: s.k, TypeError, ["Tensor"]),
-    "too few parts": (lambda s: tuple(s)[:4], (TypeError, ValueError), ["5", "4"]),
+    "too few parts": (lambda s: tuple(s)[:4], (TypeError, ValueError), ["position, clock", "4"]),
     "a part that is no tensor": (other_state(v=lambda s: None), TypeError, ["v", "NoneType"]),
     "other heads": (other_state(k=lambda s: zeros(N, 3, L, 6)), ValueError, ["k", "(3, 3, 5, 6)"]),
     "other length": (

@@ -190,6 +190,35 @@ def test_frozen_weights_leave_the_gradient_of_the_input():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradient_through_the_state_alone(at_once):
+    """Neither the weights nor the newest tokens ask for a gradient, but those before them do."""
+    module = build(**SMALL).requires_grad_(False)
+    early = leaves(module, 2, LENGTH - 1)[0]
+    late = draw_tokens(module, 2, 2, seed=3)[0]
+    expected = window_attention(module, torch.cat([early, late], 1))
+    (want,) = torch.autograd.grad(expected.sum(), early)
+    step_through(module, early)
+    if at_once:
+        output = module.forward_steps(late)
+    else:
+        output = torch.stack(step_through(module, late), 1)
+    (got,) = torch.autograd.grad(output.sum(), early)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("role", [0, 1, 2])
+def test_gradient_of_one_kind_of_token_alone(role):
+    module = build(**SMALL).requires_grad_(False)
+    tokens = draw_tokens(module, 2, LENGTH + 2)
+    x = tokens[role].requires_grad_()
+    expected = window_attention(module, *tokens)
+    (want,) = torch.autograd.grad(expected.sum(), x)
+    for way in STEPWISE.values():
+        (got,) = torch.autograd.grad(way(module, *tokens).sum(), x)
+        torch.testing.assert_close(got, want)
+
+
 def test_one_trainable_weight_is_enough():
     module = build(**SMALL).requires_grad_(False)
     module.out_proj.bias.requires_grad_(True)
@@ -259,6 +288,20 @@ def test_detach_state_does_not_cut_the_graph_of_earlier_outputs():
     module.detach_state()
     (grad,) = torch.autograd.grad(output.sum(), x)
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
+    torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_steps_after_detach_state_keep_what_the_earlier_graph_needs(mode):
+    module = build(**SMALL)
+    x = leaves(module, 2, LENGTH + 3)[0]
+    output = stack(step_through(module, x[:, :LENGTH]), module)
+    module.detach_state()
+    with mode():
+        step_through(module, x[:, LENGTH:])
+        module.forward_steps(x[:, LENGTH:])
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    (want,) = torch.autograd.grad(window_attention(module, x[:, :LENGTH]).sum(), x)
     torch.testing.assert_close(grad, want)
 
 
@@ -400,3 +443,19 @@ def test_gradient_through_autocast_steps():
     output.float().sum().backward()
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
     torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_gradcheck_of_attention_over_a_shared_tile(with_mask, with_sink):
+    """Both outputs, for every differentiable argument of the operator behind `forward`."""
+    drawn = [torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6), torch.randn(2, 3)]
+    query, key, value, sink = (x.double().requires_grad_() for x in drawn)
+    mask = torch.randn(2, 1, 5).double() if with_mask else None
+    attend = torch.ops.continual_mha.attend_shared
+    if with_sink:
+        assert gradcheck(
+            lambda *given: attend(*given[:3], mask, given[3]), (query, key, value, sink)
+        )
+    else:
+        assert gradcheck(lambda *given: attend(*given, mask, None), (query, key, value))

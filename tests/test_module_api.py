@@ -196,9 +196,10 @@ def test_call_follows_the_surrounding_call_mode_first(mode, backend):
     module.call_mode = "forward_steps" if mode != "forward_steps" else "forward_step"
     own = module.call_mode
     x = argument_of(module, mode)
-    with torch.no_grad(), co.call_mode(mode):
-        module(x)
-    getattr(twin, mode)(x)
+    with torch.no_grad():
+        with co.call_mode(mode):
+            module(x)
+        getattr(twin, mode)(x)
     assert_same_state(module.get_state(), twin.get_state())
     assert module.call_mode == own
 
