@@ -198,6 +198,7 @@ class BuildNative(build_ext):
         kind = ext.name.rsplit("_", 1)[1]
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # an old one must not stand in for one that fails
         try:
             compiler = COMPILERS[kind]()
             jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -211,8 +212,15 @@ class BuildNative(build_ext):
     def _object(self, compiler: Compiler, source: str) -> str:
         command = compiler.compile(source)
         digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]
-        target = Path(self.build_temp) / digest / f"{Path(source).stem}.o"
-        inputs = [ROOT / source, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+        # Not in build_temp, which an editable installation throws away.
+        target = ROOT / "build" / "objects" / digest / f"{Path(source).stem}.o"
+        folder = (ROOT / source).parent
+        inputs = [
+            ROOT / source,
+            *folder.parent.glob("*.h"),
+            *folder.glob("*.h"),
+            *folder.glob("*.cuh"),
+        ]
         newest = max(path.stat().st_mtime for path in inputs)
         if not target.exists() or target.stat().st_mtime < newest:
             target.parent.mkdir(parents=True, exist_ok=True)
