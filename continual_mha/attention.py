@@ -14,6 +14,16 @@ from .reference import Weights
 from .ring import InputState, RingState, State
 from .streams import StatefulStreams
 
+_OWN_WEIGHTS = (
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+)
+
 
 class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     """Multi-head attention of one query over the last ``sequence_len`` tokens of a stream.
@@ -105,6 +115,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.single_output_forward = single_output_forward
         self._call_mode = "forward"
         self._formulation = formulation
+        sizes = (num_heads, self.head_dim, sequence_len, self.delay)
+        self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
         self._init_streams()
 
     # -- what it is ------------------------------------------------------------------------------
@@ -192,7 +204,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """
         if self._clock is None:
             return self._formulation
-        return "kv" if self._ring_x is None else "input"
+        return "kv" if self._buffers["_ring_x"] is None else "input"
 
     @formulation.setter
     def formulation(self, formulation: str) -> None:
@@ -212,8 +224,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return self._layout_with(self.formulation)
 
     def _layout_with(self, formulation: str) -> ring.Layout:
-        kept = "input" if formulation == "input" else "kv"
-        return ring.Layout(kept, self.num_heads, self.head_dim, self.sequence_len, self.delay)
+        return self._layouts["input" if formulation == "input" else "kv"]
 
     def _layout_of_new(self, batch_size: int, like: Tensor, one_token: bool = True) -> ring.Layout:
         formulation = self._formulation
@@ -233,11 +244,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         mode = surrounding_mode() or self._call_mode
         if mode == "forward":
             return super().__call__(*args, **kwargs)
-        self.__dict__["forward"] = getattr(self, mode)  # what torch's own call looks up
         try:
+            self.__dict__["forward"] = getattr(self, mode)  # what torch's own call looks up
             return super().__call__(*args, **kwargs)
         finally:
-            del self.__dict__["forward"]
+            self.__dict__.pop("forward", None)
 
     def forward(  # type: ignore[override]
         self,
@@ -373,6 +384,17 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return self._advance(tokens, state, None, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
+        """``_take``; if that raises, the streams are where they were."""
+        if torch.compiler.is_compiling():
+            return self._take(tokens, update, active)
+        mark = self._mark_before(tokens[0].shape[1] if tokens[0].dim() == 3 else None)
+        try:
+            return self._take(tokens, update, active)
+        except BaseException:
+            self.return_to(mark)
+            raise
+
+    def _take(self, tokens: Tokens, update: bool, active: Tensor | None) -> Tensor | None:
         """``_advance`` from the module's state, and to it if ``update``."""
         state, call = self._plan(tokens, self._state(), update)
         if self._must_copy(state, call.differentiable):
@@ -431,17 +453,19 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return Options(self.add_zero_attn, self.dropout if self.training else 0.0)
 
     def _weights(self) -> Weights:
-        q_weight = self.in_proj_weight if self.in_proj_weight is not None else self.q_proj_weight
-        out_proj = self.out_proj
+        own, out = self._parameters, self.out_proj
+        if "in_proj_weight" not in own:  # parametrised: its value is behind an attribute
+            own = {name: getattr(self, name) for name in _OWN_WEIGHTS}
+        packed = own["in_proj_weight"]
         return Weights(
-            q_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
-            self.in_proj_bias,
-            out_proj.weight,
-            out_proj.bias,
-            self.bias_k,
-            self.bias_v,
+            own["q_proj_weight"] if packed is None else packed,  # type: ignore[arg-type]
+            own["k_proj_weight"],
+            own["v_proj_weight"],
+            own["in_proj_bias"],
+            out.weight,
+            out.bias,
+            own.get("bias_k"),
+            own.get("bias_v"),
         )
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:

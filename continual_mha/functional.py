@@ -57,7 +57,7 @@ def step(
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
-    return torch.ops.continual_mha.ring_step_(*operands(tokens, rings, active, call)), rings
+    return _run("ring_step_", operands(tokens, rings, active, call)), rings
 
 
 def steps(
@@ -69,7 +69,16 @@ def steps(
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_steps(*tokens, call.weights, rings, first, *call.options)
-    return torch.ops.continual_mha.ring_steps_(*operands(tokens, rings, first, call)), rings
+    return _run("ring_steps_", operands(tokens, rings, first, call)), rings
+
+
+def _run(name: str, args: tuple[Any, ...]) -> Tensor:
+    """Run an operator: as one under the compiler, which cannot look into it, else directly."""
+    if torch.compiler.is_compiling():
+        out: Tensor = getattr(torch.ops.continual_mha, name)(*args)
+    else:
+        out = backends.choose(name, args)(*args)
+    return out
 
 
 def operands(

@@ -119,9 +119,10 @@ def _register() -> None:
     for name, schema in SCHEMAS.items():
         for prefix in ("", "cpu_", "cuda_"):
             _library.define(prefix + name + schema)
+            fake = f"{NAMESPACE}::{prefix}{name}"
+            torch.library.register_fake(fake, _FAKES[name], lib=_library)
         for key in ("CPU", "CUDA"):
             _library.impl(name, partial(_run, name), key)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_library)
     torch.library.register_autograd(
         f"{NAMESPACE}::attend_shared",
         _differentiate_attend_shared,

@@ -8,7 +8,7 @@ autograd, as long as the version without the underscore is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -243,12 +243,12 @@ def ring_step_(
     """Operator ``ring_step_``: ``ring_step`` in place. ``update=False`` puts the old slots back."""
     weights, rings = Weights(*args[:8]), Rings(*args[8:12])
     active, add_zero_attn, dropout_p, update = args[12:]
-    saved = None if update else _slots_of_next_token(rings)
+    saved = None if update else slots_of_next_tokens(rings[:3], rings.position, 1)
     out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, put_)
     if saved is None:
         rings.position.copy_(new.position)
         return out
-    for ring, (slot, old) in zip(rings[:3], saved, strict=True):
+    for ring, slot, old in saved:
         put_(ring, slot, old)
     return out
 
@@ -291,13 +291,15 @@ def last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
     return position[:, None] + kept
 
 
-def _slots_of_next_token(rings: Rings) -> list[tuple[Tensor, Tensor]]:
-    """Slot ``(N, T)`` and contents of what the next token overwrites, for k, v and q."""
+def slots_of_next_tokens(
+    rings: Sequence[Tensor], position: Tensor, steps: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each ring the slots ``(N, T)`` that its next tokens overwrite, and what is in them."""
     saved = []
-    for ring in rings[:3]:
+    for ring in rings:
         length = ring.shape[-2]
-        slot = last_positions(rings.position, 1, length) % max(length, 1)
-        saved.append((slot, take(ring, slot)))
+        slot = last_positions(position, steps if length else 0, length) % max(length, 1)
+        saved.append((ring, slot, take(ring, slot)))
     return saved
 
 

@@ -150,6 +150,19 @@ def stream_of(state: State, index: int, sequence_len: int) -> Any:
     return copy._replace(clock=new_clock(min(position, sequence_len)))
 
 
+def put_stream_(state: State, index: int, stream: State) -> None:
+    """Write a state of one stream to the place ``index`` of ``state``: all of it or nothing."""
+    rows = [part[index] for part in state[:-1]]
+    before = [row.clone() for row in rows]
+    try:
+        for row, part in zip(rows, stream[:-1], strict=True):
+            row.copy_(part[0])
+    except BaseException:
+        for row, old in zip(rows, before, strict=True):
+            row.copy_(old)
+        raise
+
+
 def check_state(state: object, layout: Layout, dtype: torch.dtype, device: torch.device) -> Any:
     """``state`` as the class that ``layout`` asks for, if shapes, dtype and device fit.
 

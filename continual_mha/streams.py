@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, ring
+from . import checks, reference, ring
 from .ring import InputState, RingState, State
 
-_PARTS = tuple(dict.fromkeys([*RingState._fields[:-1], *InputState._fields[:-1]]))
+_BUFFERS: dict[type, list[str]] = {
+    kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in (RingState, InputState)
+}
+
+
+class Mark(NamedTuple):
+    """Where a module's streams are, to return to if what comes next does not complete.
+
+    Attributes:
+        state: the module's own tensors, not copies; None before the first step.
+        shared: whether someone else needs them as they are, so that nobody writes to them.
+        position: a copy of the positions, or None where the clock tells them.
+        slots: copies of what will be overwritten and is still needed, with ring and slot indices.
+    """
+
+    state: State | None
+    shared: bool
+    position: Tensor | None = None
+    slots: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
 
 class StatefulStreams(nn.Module):
@@ -25,8 +44,8 @@ class StatefulStreams(nn.Module):
     _ring_position: Tensor  # None, as all parts, before the first step
 
     def _init_streams(self) -> None:
-        for name in _PARTS:
-            self.register_buffer(f"_ring_{name}", None, persistent=False)
+        for name in {name for names in _BUFFERS.values() for name in names}:
+            self.register_buffer(name, None, persistent=False)
         self._clock = None
         self._rings_are_shared = False  # with a graph, or with whoever set the state
 
@@ -58,13 +77,15 @@ class StatefulStreams(nn.Module):
             return
         like = self._like()
         checked = ring.check_state(state, self._layout(), like.dtype, like.device)
-        self._store(ring.snapshot(checked))
-        self._rings_are_shared = any(part.requires_grad for part in checked)
+        copy = ring.snapshot(checked)
+        with self._or_as_before():
+            self._store(copy)
+            self._rings_are_shared = any(part.requires_grad for part in checked)
 
     def clean_state(self) -> None:
         """Forget every stream: the next call starts anew, with any batch size."""
-        for name in _PARTS:
-            setattr(self, f"_ring_{name}", None)
+        for name in {name for names in _BUFFERS.values() for name in names}:
+            setattr(self, name, None)
         self._clock = None
         self._rings_are_shared = False
 
@@ -95,16 +116,18 @@ class StatefulStreams(nn.Module):
         """
         if batch_size < 0:
             raise ValueError(f"batch_size must not be negative, but got {batch_size}")
-        self.clean_state()
-        like = self._like()
-        layout = self._layout_of_new(batch_size, like)
-        state = ring.new_state(layout, batch_size, like)
-        self._store(state._replace(clock=ring.new_clock(layout.sequence_len)))
+        with self._or_as_before():
+            self.clean_state()
+            like = self._like()
+            layout = self._layout_of_new(batch_size, like)
+            state = ring.new_state(layout, batch_size, like)
+            self._store(state._replace(clock=ring.new_clock(layout.sequence_len)))
 
     def reset(self, streams: Tensor | Sequence[int] | int) -> None:
         """Let some streams start anew, as if they had seen nothing; the others go on.
 
         Nothing waits for the device, so that it can stand in a CUDA graph if ``streams`` is a mask.
+        Interrupted half-way, it is completed before the exception goes on.
 
         Args:
             streams: a bool mask ``(N,)`` on the state's device, or indices.
@@ -117,9 +140,17 @@ class StatefulStreams(nn.Module):
         if state is None:
             return
         mask = checks.stream_mask(streams, state.position)
+        try:
+            self._forget(state, mask)
+        except BaseException:
+            if not torch.compiler.is_compiling():
+                self._forget(state, mask)
+            raise
+
+    def _forget(self, state: State, streams: Tensor) -> None:
         in_place = not self._must_copy(state, differentiable=False)
         with torch.no_grad():
-            self._store(ring.forget(state, mask, in_place))
+            self._store(ring.forget(state, streams, in_place))
         self._mix_ages()
 
     def get_stream(self, index: int) -> RingState | InputState:
@@ -145,14 +176,67 @@ class StatefulStreams(nn.Module):
         new = ring.check_state(stream, self._layout(), like.dtype, like.device)
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
+        new = ring.snapshot(ring.detach(new))
         if self._must_copy(state, differentiable=False):
             state = ring.snapshot(ring.detach(state))
+        with self._or_as_before(), torch.no_grad():
+            ring.put_stream_(state, index, new)
+            self._store(state)
+            self._mix_ages()
             self._rings_are_shared = False
-        with torch.no_grad():
-            for part, one in zip(state[:-1], new[:-1], strict=True):
-                part[index].copy_(one[0])
+
+    def mark(self) -> Mark:
+        """What ``return_to`` needs to undo the next ``forward_step``; a copy of the positions.
+
+        A step that fails is undone by the module itself. This is for models of several modules, of
+        which some have stepped when another fails.
+        """
+        state = self._state()
+        if state is None:
+            return Mark(None, False)
+        return Mark(state, self._rings_are_shared, state.position.clone())
+
+    def return_to(self, mark: Mark) -> None:
+        """Undo what happened since ``mark``: nothing, or one ``forward_step``."""
+        self._rings_are_shared = mark.shared
+        if mark.state is None:
+            self.clean_state()
+            return
+        state = mark.state
         self._store(state)
-        self._mix_ages()
+        if self._must_copy(state, differentiable=False):
+            return  # so nobody wrote to it
+        with torch.no_grad():
+            for part, slot, old in mark.slots:
+                reference.put_(part, slot, old)
+            if mark.position is not None:
+                state.position.copy_(mark.position)
+            elif state.clock.shape[0] < self._layout().sequence_len:
+                state.position.fill_(state.clock.shape[0])
+
+    def _mark_before(self, tokens: int | None) -> Mark:
+        """A mark that costs nothing before one step (None), and copies some slots before many.
+
+        The slot that one step writes is that which the next step overwrites unread, so that only
+        the position tells whether it happened. Operators advance that last. Once streams differ in
+        age an interrupted step may therefore have happened, for all of them, or not.
+        """
+        state = self._state()
+        if tokens is None or state is None:
+            return Mark(state, self._rings_are_shared)
+        with torch.no_grad():
+            slots = reference.slots_of_next_tokens(ring.rings(state), state.position, tokens)
+            return Mark(state, self._rings_are_shared, state.position.clone(), slots)
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Inside the block the state changes as a whole or, if something raises, not at all."""
+        mark = self._mark_before(None)
+        try:
+            yield
+        except BaseException:
+            self.return_to(mark)
+            raise
 
     def _existing_state(self) -> State:
         state = self._state()
@@ -169,17 +253,18 @@ class StatefulStreams(nn.Module):
     def _state(self) -> State | None:
         if self._clock is None:
             return None
-        kind = self._layout().state_type
-        parts = (getattr(self, f"_ring_{name}") for name in kind._fields[:-1])
-        state: State = kind(*parts, self._clock)
+        buffers = self._buffers
+        kind = RingState if buffers["_ring_x"] is None else InputState
+        state: State = kind(*[buffers[name] for name in _BUFFERS[kind]], self._clock)  # type: ignore
         return state
 
     def _store(self, state: State) -> None:
         if state.clock is not self._clock:
             self._clock = state.clock
-        for name, part in zip(state._fields[:-1], state[:-1], strict=True):
-            if part is not getattr(self, f"_ring_{name}"):
-                setattr(self, f"_ring_{name}", part)
+        buffers = self._buffers
+        for name, part in zip(_BUFFERS[type(state)], state[:-1], strict=True):
+            if part is not buffers[name]:
+                setattr(self, name, part)
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""
