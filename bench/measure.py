@@ -153,10 +153,13 @@ class Bench:
         return self._timed(case, entry, timer, summary)
 
     def _timed(self, case: Case, entry: Entry, timer: str, summary: Summary) -> Row:
-        least = work(case, entry.peer.formulation)
-        floor = self.roofline.microseconds(case, entry.peer.formulation, timer == "cold")
+        chosen = entry.ready.formulation
+        formulation = chosen if chosen in ("kv", "input") else entry.peer.formulation
+        least = work(case, formulation)
+        floor = self.roofline.microseconds(case, formulation, timer == "cold")
         return {
             **self._row(case, entry.peer, "ok", timer, error=entry.error),
+            "formulation": formulation,
             "median_us": round(summary.median, 4),
             "p20_us": round(summary.p20, 4),
             "p80_us": round(summary.p80, 4),

@@ -78,10 +78,12 @@ def roofline(results: Results) -> Figure | None:
     figure, axes = _axes("Roofline", "operations per byte", "GFLOP/s")
     intensities = [row["flops"] / row["bytes"] for row in known]
     low, high = min(intensities) / 2, max(intensities) * 2
-    bandwidth = Roofline(ceilings).bandwidth(0, cold=True)
+    memory, cache = (Roofline(ceilings).bandwidth(0, cold) for cold in (True, False))
     for (dtype, rate), colour in zip(rates.items(), _COLOURS[1:], strict=False):
         grid = [low * (high / low) ** (i / 60) for i in range(61)]
-        axes.plot(grid, [min(rate, x * bandwidth) for x in grid], color=colour, label=dtype)
+        axes.plot(grid, [min(rate, x * memory) for x in grid], color=colour, label=dtype)
+        near = [min(rate, x * cache) for x in grid]
+        axes.plot(grid, near, "--", color=colour, label=f"{dtype}, from cache")
     for mode, marker in (("step", "o"), ("forward", "s"), ("steps", "^")):
         points = [row for row in known if row["case"]["mode"] == mode]
         x = [row["flops"] / row["bytes"] for row in points]

@@ -25,11 +25,13 @@ class Ready(NamedTuple):
             where the mode has a backward pass.
         context: what has to surround calls; entered once around many.
         why_no_graph: why a replayed CUDA graph would not be the same computation, if so.
+        formulation: what it turned out to cache, if it had the choice.
     """
 
     run: Callable[[], Outputs]
     context: Context = nullcontext
     why_no_graph: str | None = None
+    formulation: str | None = None
 
 
 @dataclass(frozen=True)

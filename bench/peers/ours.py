@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -21,11 +20,6 @@ FORMULATIONS = ("kv", "input")
 _CHUNK_BYTES = 1 << 30  # of tokens at once while a stream is warmed up
 
 
-def knows_formulations() -> bool:
-    """Whether the module has a choice of what to cache."""
-    return "formulation" in inspect.signature(SingleOutputMultiheadAttention).parameters
-
-
 def build(problem: Problem, formulation: str | None) -> SingleOutputMultiheadAttention:
     """The module with the problem's weights; warm if the mode goes on from a state."""
     options: dict[str, Any] = {} if formulation is None else {"formulation": formulation}
@@ -36,8 +30,12 @@ def build(problem: Problem, formulation: str | None) -> SingleOutputMultiheadAtt
     if problem.case.mode in ("step", "steps"):
         row = problem.past[:, 0]
         chunk = max(1, _CHUNK_BYTES // max(1, row.numel() * row.element_size()))
+        # The first call of a stream decides what an automatic module caches.
+        alone = 1 if problem.case.mode == "step" else 0
         with torch.no_grad():
-            for tokens in problem.past.split(chunk, dim=1):
+            for token in problem.past[:, :alone].unbind(1):
+                module.forward_step(token)
+            for tokens in problem.past[:, alone:].split(chunk, dim=1):
                 module.forward_steps(tokens)
     return module
 
@@ -76,7 +74,7 @@ def _setup(backend: str | None, formulation: str | None, problem: Problem) -> Re
     context = partial(_context, backend, problem.case.mode)
     with context():
         module = build(problem, formulation)
-    return Ready(_run_of(module, problem), context)
+    return Ready(_run_of(module, problem), context, None, module.formulation)
 
 
 def _setup_single_steps(problem: Problem) -> Ready:
@@ -97,8 +95,6 @@ def _why_absent(
 ) -> str | None:
     if backend is not None and backend not in continual_mha.backends.available():
         return continual_mha.backends.why_not(backend, "ring_step_", ())
-    if formulation is not None and not knows_formulations():
-        return "the module has one formulation of its state only"
     if formulation is not None and case.mode in ("forward", "forward_backward"):
         return "a clip has no state"
     return None

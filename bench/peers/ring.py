@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..grid import Case
 from ..problem import Problem
-from ..timing import Contestant, time_in_loop
+from ..timing import capture, time_with_events
 from .base import Peer, Ready, missing
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,15 +102,14 @@ def _setup_sdpa(backend: SDPBackend | None, compiled: bool, problem: Problem) ->
 
 
 def _setup_pipeline(problem: Problem) -> Ready:
-    """The same with whichever of the backends is fastest on this very problem."""
-    token = problem.tokens[:, 0]
+    """The same with whichever of the backends is fastest in a graph, on this very problem."""
     times = {}
     for name, backend in SDPA_BACKENDS["cuda"].items():
-        step = _Step(problem, Ring(problem, heads_first=True), _attend_sdpa)
-        contestant = Contestant(partial(step, token), partial(_in_inference, backend))
+        ready = _setup_sdpa(backend, False, problem)
         try:
-            with contestant.context():
-                times[name] = time_in_loop(contestant.run, 0.03).median
+            with ready.context():
+                graph = capture(ready.run, 10)
+            times[name] = time_with_events(graph.replay, 5, 10).median
         except RuntimeError:  # this backend does not take the shape
             continue
     best = min(times, key=lambda name: times[name])
