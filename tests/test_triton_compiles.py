@@ -12,14 +12,19 @@ from continual_mha.triton_kernels.launch import INTERPRETED, Launch
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 HALF, FULL = torch.bfloat16, torch.float32
+# N, E, H, L: with and without programs of the new token's own, and with a split window.
+FUSED = {
+    HALF: [(1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)],
+    FULL: [(1, 512, 8, 32), (1, 512, 8, 4096)],
+}
 
 
 def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for dtype in (HALF, FULL):
-        for head_dim in plan.RING_ROWS:
+        for head_dim in plan.RING_TILES:
             shape = (4096, 4 * head_dim, 4, 4096, dtype)
             yield f"ring-D{head_dim}-{dtype}", aot.step_launches(*shape, path="gemm")
-        for N, E, H, L in ((1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)):
+        for N, E, H, L in FUSED[dtype]:
             shape = (N, E, H, L, dtype)
             yield f"fused-{N}-{E}-{H}-{L}-{dtype}", aot.step_launches(*shape, path="fused")
         yield f"chain-{dtype}", aot.step_launches(8, 1024, 8, 4096, dtype, path="chain")

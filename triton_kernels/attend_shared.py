@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, counters, launch
+from .launch import INTERPRETED, constants_of, counters, launch
 from .pieces import DTYPES, LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, is_last
 from .plan import shared_backward_plan, shared_plan
 
@@ -328,11 +328,17 @@ def attend_shared(
     args = (
         query, key, value, mask, sink, out, lse, partial, ml, counter,
         *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
+    )  # fmt: skip
+    constants = constants_of(
         H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
         plan.one_tile, plan.stages, dot_precision(), acc,
     )  # fmt: skip
     launch(
-        _attend_shared_kernel, (N * v_blocks * plan.splits, 1, 1), args, num_warps=plan.num_warps
+        _attend_shared_kernel,
+        (N * v_blocks * plan.splits, 1, 1),
+        args,
+        constants,
+        num_warps=plan.num_warps,
     )
     return out, lse
 
@@ -368,8 +374,12 @@ def attend_shared_backward(
         lse.contiguous(), grad_query, grad_key, grad_value, grad_sink,
         *grad_out.stride(), *query.stride(), *key.stride(), *value.stride(),
         *_mask_strides(mask, N, H, S), S, tiles,
+    )  # fmt: skip
+    constants = constants_of(
         H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
     )  # fmt: skip
-    launch(_attend_shared_backward_kernel, (N * tiles, 1, 1), args, num_warps=plan.num_warps)
+    launch(
+        _attend_shared_backward_kernel, (N * tiles, 1, 1), args, constants, num_warps=plan.num_warps
+    )
     grad_query = grad_query[:, 0] if tiles == 1 else grad_query.sum(1).to(query.dtype)
     return grad_query, grad_key, grad_value, grad_sink

@@ -56,9 +56,9 @@ STEP_RULES = (
     StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
 )
 
-# Rows of the ring in one tile, by padded head_dim, for four warps and 16-bit elements: 32 elements
-# of k and of v per thread, so that with the next tile's loads a thread stays near 128 registers.
-RING_ROWS = {8: 512, 16: 256, 32: 128, 64: 64, 128: 32, 256: 16}
+# Rows of the ring in one tile and warps, by padded head_dim, for 16-bit elements: 32 elements of k
+# and of v per thread, so that with the next tile's loads a thread stays under 200 registers.
+RING_TILES = {8: (512, 4), 16: (256, 4), 32: (256, 8), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
 
 
 @lru_cache(maxsize=1024)
@@ -82,8 +82,10 @@ def step_plan(
             and H * splits * 2 <= rule.max_parts
         ):
             splits *= 2
-    warps = 8 if rule.path == "fused" else 4
-    rows = max(RING_ROWS[block_d] * 2 // max(itemsize, 2), 1)
+    rows, warps = RING_TILES[block_d]
+    if rule.path == "fused":  # the projections want all eight warps, the ring has few rows
+        rows, warps = rows * 4 // warps, 8
+    rows = max(rows * 2 // max(itemsize, 2), 1)
     part = triton.next_power_of_2(triton.cdiv(L, splits))
     while rows > part:
         rows //= 2
@@ -148,7 +150,8 @@ def shared_plan(
 def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int) -> SharedPlan:
     """The plan of `attend_shared_backward`; its tiles are its splits."""
     block_h = max(16, triton.next_power_of_2(H))
-    block_s = max(16, min(64 if itemsize == 2 else 32, triton.next_power_of_2(S)))
+    rows = 64 if itemsize == 2 and block_h <= 32 else 32
+    block_s = max(16, min(rows, triton.next_power_of_2(S)))
     block_e = 128 if itemsize == 2 else 32
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, 4, 2)
 

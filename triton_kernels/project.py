@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import constants_of, launch
 from .pieces import cast, dot, dot_precision, start_after_previous_launch
 from .plan import StepPlan
 
@@ -77,11 +77,14 @@ def project(
     tokens, (outputs, features) = x.shape[0], weight.shape
     out = x.new_empty((tokens, outputs))
     args = (
-        x, weight, bias, out, position, active, tokens, outputs, *x.stride(), features,
-        BLOCK_N, plan.block_o, min(1024 // x.element_size(), triton.next_power_of_2(features)),
+        x, weight, bias, out, position, active, tokens, outputs, *x.stride(),
+    )  # fmt: skip
+    constants = constants_of(
+        features, BLOCK_N, plan.block_o,
+        min(1024 // x.element_size(), triton.next_power_of_2(features)),
         2, plan.pdl, dot_precision(),
         tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, BLOCK_N), triton.cdiv(outputs, plan.block_o), 1)
-    launch(_project_kernel, grid, args, pdl=plan.pdl, num_warps=4)
+    launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)
     return out

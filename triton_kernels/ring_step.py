@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ def _project_out(
 def _ring_step_kernel(
     query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, v_weight_ptr, in_bias_ptr,
     o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
-    position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, ml_ptr, counter_ptr,
+    position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, counter_ptr,
     stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p,
     E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     R: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -323,8 +323,8 @@ def _ring_step_kernel(
         # The new token is one part, whose score and whose value come from two programs.
         PARTS: tl.constexpr = SPLITS + 1 if SPREAD else SPLITS
         part = head * PARTS + tl.minimum(role, PARTS - 1)
-        partial_ptr += stream * (H * PARTS * E)
-        ml_ptr += stream * (H * PARTS * 2)
+        partial_ptr += stream * (H * PARTS * (E + 4))
+        ml_ptr = partial_ptr + H * PARTS * E
         if role != KEY_ROLE or not SPREAD:
             _project_out(acc, o_weight_ptr, partial_ptr + part * E, head, dtype, E, D, BLOCK_D,
                          BLOCK_E, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
@@ -341,8 +341,8 @@ def _ring_step_kernel(
                 tl.store(position_ptr + stream, position + step)
     elif SPLITS > 1:
         group = stream * H + head
-        partial_ptr += group * (SPLITS * D)
-        ml_ptr += group * (SPLITS * 2)
+        partial_ptr += group * (SPLITS * (D + 4))
+        ml_ptr = partial_ptr + SPLITS * D
         tl.store(partial_ptr + role * D + offs_d, acc, mask=mask_d)
         tl.store(ml_ptr + role * 2, m)
         tl.store(ml_ptr + role * 2 + 1, l_sum)
@@ -453,10 +453,11 @@ def ring_step_(
     """
     N, H, L, D = k_ring.shape
     E = H * D
-    plan = plan or step_plan(N, E, H, L, query.element_size())
-    out = query.new_empty((N, E))
+    options = (bool(add_zero_attn), bool(update), dot_precision())
+    ready = _prepare(N, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
+                     *options, plan)  # fmt: skip
+    plan = ready.plan
     fused = plan.path == "fused"
-    advance = (position, active) if update else (None, None)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return project(x, weight, bias, plan) if plan.path == "chain" else F.linear(x, weight, bias)
@@ -467,47 +468,66 @@ def ring_step_(
         )
     weights: tuple = (in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
                       out_proj_bias) if fused else (None,) * 6  # fmt: skip
-    parts = (plan.splits + plan.spread) * H if fused else plan.splits
-    width = E if fused else D
-    roles = plan.splits + 2 * plan.spread
-    partial = ml = counter = None
-    acc = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if fused or plan.splits > 1:
-        groups = N if fused else N * H
-        partial = torch.empty((groups, parts, width), dtype=acc, device=query.device)
-        ml = torch.empty((groups, parts, 2), dtype=acc, device=query.device)
-        counter = counters(query, groups)
+    out = query.new_empty((N, E))
+    partial = counter = None
+    if ready.groups:
+        partial = torch.empty(ready.scratch, dtype=ready.acc, device=query.device)
+        counter = counters(query, ready.groups)
     args = (
         query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, q_ring, position,
-        active if update else None, dropout_seed(dropout_p, query.device), out, partial, ml,
-        counter, *query.stride(), *key.stride(), *value.stride(), dropout_p,
-        *_constants(plan, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
-                    add_zero_attn, update, dot_precision()),
+        active if update else None, dropout_seed(dropout_p, query.device), out, partial, counter,
+        *query.stride(), *key.stride(), *value.stride(), dropout_p,
     )  # fmt: skip
-    options = {"num_warps": plan.num_warps}
-    launch(_ring_step_kernel, (N * H * roles, 1, 1), args, pdl=plan.pdl, **options)
+    launch(
+        _ring_step_kernel, ready.grid, args, ready.constants,
+        num_warps=plan.num_warps, pdl=plan.pdl,
+    )  # fmt: skip
     if fused:
         return out
     if plan.path == "chain":
+        advance = (position, active) if update else ()
         return project(out, out_proj_weight, out_proj_bias, plan, *advance)
     if update:
         position.add_(1 if active is None else active)
     return F.linear(out, out_proj_weight, out_proj_bias)
 
 
+class _Prepared(NamedTuple):
+    """All of a launch of `_ring_step_kernel` that does not change from step to step."""
+
+    plan: StepPlan
+    grid: tuple[int, int, int]
+    constants: tuple
+    groups: int  # of programs that merge their results
+    scratch: int
+    acc: torch.dtype
+
+
 @lru_cache(maxsize=1024)
-def _constants(
-    plan: StepPlan, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype,
-    add_zero_attn: bool, update: bool, precision: str,
-) -> tuple:  # fmt: skip
-    """The constexprs of `_ring_step_kernel` in their order."""
+def _prepare(
+    N: int, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype,
+    add_zero_attn: bool, update: bool, precision: str, plan: StepPlan | None,
+) -> _Prepared:  # fmt: skip
+    plan = plan or step_plan(N, E, H, L, dtype.itemsize)
     fused = plan.path == "fused"
-    block_h = triton.next_power_of_2(H)
-    block_s = triton.next_power_of_2(plan.splits + plan.spread)
-    return (
+    parts = plan.splits + plan.spread
+    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(parts)
+    wide = dtype == torch.float64
+    constants = (
         E, EK, EV, H, L, R, plan.splits, plan.spread, plan.block_l, plan.block_d, plan.block_k,
         plan.block_e if fused else 0, fused, plan.stages,
-        dtype.itemsize == 2 or precision == "tf32", bool(add_zero_attn), bool(update),
+        dtype.itemsize == 2 or precision == "tf32", add_zero_attn, update,
         block_h, block_s, max(4, 4096 // (block_h * block_s)), plan.pdl, precision,
-        (E // H) ** -0.5, tl.float64 if dtype == torch.float64 else tl.float32,
+        (E // H) ** -0.5, tl.float64 if wide else tl.float32,
     )  # fmt: skip
+    programs = N * H * (plan.splits + 2 * plan.spread)
+    width = (E if fused else E // H) + 4  # of one part: its vector, and padded, m and l
+    merges = fused or plan.splits > 1
+    return _Prepared(
+        plan=plan,
+        grid=(programs, 1, 1),
+        constants=constants,
+        groups=(N if fused else N * H) if merges else 0,
+        scratch=N * H * parts * width,
+        acc=torch.float64 if wide else torch.float32,
+    )

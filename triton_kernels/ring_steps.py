@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import constants_of, launch
 from .pieces import LOG2E, cast, dot, dot_precision, dropout_seed, finite_or_zero, keep_scale
-from .plan import StepsPlan, steps_plan
+from .plan import steps_plan
 from .ring_step import project_inputs, uncovered
 
 
@@ -232,33 +231,22 @@ def ring_steps_(
     args = (
         query, key, value, bias_k, bias_v, k_ring, v_ring, q_ring, position,
         dropout_seed(dropout_p, query.device), out, *strides, T, first, dropout_p,
-        *_constants(plan, H, D, L, R, query.dtype, bool(add_zero_attn), dot_precision()),
+    )  # fmt: skip
+    constants = constants_of(
+        H, D, L, R, plan.block_t, plan.block_s, plan.block_d, bool(add_zero_attn), plan.stages,
+        dot_precision(), D**-0.5, tl.float64 if query.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, plan.block_t)
-    launch(_ring_steps_kernel, (programs, 1, 1), args, num_warps=plan.num_warps)
+    launch(_ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     if update and T:
         blocks = triton.cdiv(min(T, max(L, R)), WRITE_TOKENS)
-        args = (
-            query, key, value, k_ring, v_ring, q_ring, position, *strides, T,
-            H, D, L, R, WRITE_TOKENS, WRITE_FEATURES,
-        )  # fmt: skip
+        args = (query, key, value, k_ring, v_ring, q_ring, position, *strides, T)
+        constants = constants_of(H, D, L, R, WRITE_TOKENS, WRITE_FEATURES)
         grid = (N * blocks, triton.cdiv(E, WRITE_FEATURES), 1)
-        launch(_write_rings_kernel, grid, args, num_warps=4)
+        launch(_write_rings_kernel, grid, args, constants, num_warps=4)
         position.add_(T)
     return F.linear(out, out_proj_weight, out_proj_bias)
 
 
 WRITE_TOKENS = 16
 WRITE_FEATURES = 128
-
-
-@lru_cache(maxsize=1024)
-def _constants(
-    plan: StepsPlan, H: int, D: int, L: int, R: int, dtype: torch.dtype, add_zero_attn: bool,
-    precision: str,
-) -> tuple:  # fmt: skip
-    """The constexprs of `_ring_steps_kernel` in their order."""
-    return (
-        H, D, L, R, plan.block_t, plan.block_s, plan.block_d, add_zero_attn, plan.stages,
-        precision, D**-0.5, tl.float64 if dtype == torch.float64 else tl.float32,
-    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The cached launcher and the counters, without a GPU: a stand-in for kernel and device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from continual_mha.triton_kernels import launch as module
+from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
+
+
+class StandIn:
+    """Records who was called: Triton's own way in, or the compiled kernel."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **options: Any) -> StandIn:
+            self.calls.append("triton")
+            self.args = args
+            return Compiled(self)
+
+        return run
+
+
+class Compiled(StandIn):
+    def __init__(self, kernel: StandIn) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any) -> None:
+            self.kernel.calls.append("compiled")
+            assert len(args) == len(self.kernel.args)
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return StandIn()
+
+
+def test_a_launch_like_an_earlier_one_skips_the_binder(kernel: StandIn) -> None:
+    for N in (4, 4, 5, 4):
+        launch(kernel, (1, 1, 1), (torch.zeros(4), None, N), constants_of(1, 2), num_warps=4)
+    assert kernel.calls == ["triton", "compiled", "triton", "compiled"]
+
+
+@pytest.mark.parametrize("change", ["dtype", "constants", "none", "warps"])
+def test_whatever_changes_the_machine_code_takes_the_binder(kernel: StandIn, change: str) -> None:
+    x = torch.zeros(4)
+    launch(kernel, (1, 1, 1), (x, x, 3), constants_of(1, 2), num_warps=4)
+    launch(
+        kernel,
+        (1, 1, 1),
+        (x.half() if change == "dtype" else x, None if change == "none" else x, 3),
+        constants_of(1, 3 if change == "constants" else 2),
+        num_warps=8 if change == "warps" else 4,
+    )
+    assert kernel.calls == ["triton", "triton"]
+
+
+def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel: StandIn) -> None:
+    x = torch.zeros(8)
+    for argument in (x, x[1:], x[1:], x):
+        launch(kernel, (1, 1, 1), (argument,), constants_of(), num_warps=4)
+    assert kernel.calls == ["triton", "triton", "triton", "compiled"]
+
+
+def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> None:
+    launch(kernel, (0, 1, 1), (), constants_of(), num_warps=4)
+    with record() as launches:
+        launch(kernel, (2, 1, 1), (1,), constants_of(7), num_warps=4, pdl=True)
+    assert kernel.calls == []
+    assert [(x.args, x.options["launch_pdl"]) for x in launches] == [((1, 7), True)]
+
+
+class OnDevice:
+    """As much of a CUDA tensor as `counters` asks for."""
+
+    class device:  # noqa: N801
+        type = "cuda"
+
+
+def test_each_captured_call_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    zeros = torch.zeros
+    monkeypatch.setattr(module, "_arenas", {})
+    monkeypatch.setattr(module, "_captured", {})
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7})
+    )
+    eager = [counters(OnDevice, 8) for _ in range(2)]  # type: ignore[arg-type]
+    assert eager[0].data_ptr() == eager[1].data_ptr()
+    capturing = True
+    captured = [counters(OnDevice, 7) for _ in range(3)]  # type: ignore[arg-type]
+    pointers = {x.data_ptr() for x in (*eager, *captured)}
+    assert len(pointers) == 4
+    assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
+    assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
