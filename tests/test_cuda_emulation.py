@@ -10,45 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import build
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
-EMULATION = ROOT / "tests" / "cuda_emulation"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @functools.cache
 def emulator() -> ctypes.CDLL:
-    """The kernels compiled for the host; rebuilt when a source changes."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    sources = sorted([*SOURCES.glob("*.cuh"), *EMULATION.iterdir()])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    library = ROOT / "build" / "cuda_emulation" / f"{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}.tmp")
-        include = Path(torch.__file__).parent / "include"
-        # Fibers jump between stacks, which fortified longjmp takes for an error.
-        flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall"]
-        flags += ["-Wno-unknown-pragmas", "-Werror", "-isystem", str(include)]
-        flags += ["-include", str(EMULATION / "emulated_device.h")]
-        command = [compiler, *flags, str(EMULATION / "emulate.cpp"), "-o", str(partial)]
-        subprocess.run(command, check=True)
-        partial.replace(library)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(build("emulate")))
 
 
 @dataclass(frozen=True)
@@ -356,6 +331,7 @@ def test_plan_fits_every_gpu_and_covers_all_heads(cluster: bool) -> None:
         groups, splits, shared = plan
         assert H % groups == 0
         assert 1 <= groups * splits <= max(1, min(wanted, 16))
+        assert not cluster or (groups * splits).bit_count() == 1
         assert shared <= (limit if streams == 1 or groups > 1 else 227 * 1024)
         if wanted >= 16:
             assert groups * splits > 16 // 3, "most of the blocks that a team may have are idle"

@@ -53,11 +53,10 @@ void run_attend_shared(cuda::AttendSharedParams p, int64_t streams, bool backwar
   p.key_aligned = p.key_dim * sizeof(T) % 16 == 0;
   p.value_aligned = p.value_dim * sizeof(T) % 16 == 0;
   const int blocks = static_cast<int>(streams) * cuda::head_tiles(p.num_heads);
-  emulation::launch(blocks, 1, cuda::kThreads,
-                    cuda::attend_shared_bytes<T>(p.key_dim, p.value_dim, backward), seed, [&] {
-                      backward ? cuda::attend_shared_backward_kernel<T>(p)
-                               : cuda::attend_shared_kernel<T>(p);
-                    });
+  emulation::launch(
+      blocks, 1, cuda::kThreads, cuda::attend_shared_bytes(p, sizeof(T), backward), seed, [&] {
+        backward ? cuda::attend_shared_backward_kernel<T>(p) : cuda::attend_shared_kernel<T>(p);
+      });
   if (!backward) return;
   outer_product<T>(p.dscores, p.query, dkey, streams, p.key_dim, p, seed);
   outer_product<T>(p.weights, p.grad_out, dvalue, streams, p.value_dim, p, seed);

@@ -3,8 +3,9 @@
 // kernel header, it takes the place of csrc/cuda/device.cuh.
 //
 // What it is stricter about than a GPU: shared memory and registers of asynchronous copies hold NaN
-// until the wait that makes them visible, 16-byte accesses must be aligned and inside a tensor that
-// was declared with `declare_memory`, and a barrier that not all threads reach is an error.
+// until the wait that makes them visible, 16-byte accesses must be aligned and, once tensors
+// are declared with `declare_memory`, inside one of them, and a barrier that not all threads reach
+// is an error.
 #ifndef CONTINUAL_MHA_CUDA_DEVICE_CUH_
 #define CONTINUAL_MHA_CUDA_DEVICE_CUH_
 
@@ -107,8 +108,6 @@ struct Machine {
   Fiber* current = nullptr;
   ucontext_t scheduler_entry;
   jmp_buf scheduler;
-  Dim3 grid{};
-  Dim3 block{};
   std::vector<std::pair<const char*, size_t>> memory;
 };
 
@@ -124,6 +123,7 @@ inline void declare_memory(const void* data, size_t bytes) {
 inline void check_global(const void* address) {
   const char* a = static_cast<const char*>(address);
   if (reinterpret_cast<uintptr_t>(a) % 16 != 0) fail("unaligned 16-byte access");
+  if (machine().memory.empty()) return;
   for (const auto& [data, bytes] : machine().memory) {
     if (a >= data && a + 16 <= data + bytes) return;
   }
@@ -223,8 +223,6 @@ inline void launch(int grid, int cluster, int threads, size_t shared_bytes, uint
                    const std::function<void()>& kernel) {
   Machine& m = machine();
   m.random.seed(seed);
-  m.grid = {static_cast<unsigned int>(grid), 1, 1};
-  m.block = {static_cast<unsigned int>(threads), 1, 1};
   std::vector<Fiber> fibers(static_cast<size_t>(cluster) * threads);
   for (Fiber& fiber : fibers) fiber.stack.resize(32 * 1024);
   std::vector<int> order(grid / cluster);
@@ -239,8 +237,6 @@ inline Fiber& self() { return *machine().current; }
 
 #define threadIdx (::emulation::self().thread)
 #define blockIdx (::emulation::self().block->index)
-#define blockDim (::emulation::machine().block)
-#define gridDim (::emulation::machine().grid)
 
 inline void __syncthreads() { ::emulation::synchronize(::emulation::self().block->barrier); }
 inline void __threadfence() {}

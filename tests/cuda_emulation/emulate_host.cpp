@@ -1,0 +1,109 @@
+// The CUDA operators as they are, host code included, on CPU tensors and an emulated device:
+// registers cuda_ring_step_, cuda_attend_shared and cuda_attend_shared_backward for the CPU key.
+#include "../../csrc/common.h"
+
+// The operators ask whether their tensors are where the kernels can reach them.
+#define is_cuda is_cpu
+#include "../../csrc/cuda/attend_shared.cpp"
+#include "../../csrc/cuda/attend_shared.cu"
+#include "../../csrc/cuda/ring_step.cpp"
+#include "../../csrc/cuda/ring_step.cu"
+#undef is_cuda
+
+namespace cuda = continual_mha::cuda;
+
+namespace {
+
+cuda::DeviceProperties device{132, 9, 227 * 1024};
+int max_cluster = 16;
+int launches = 0;
+bool failing = false;
+
+template <typename Params>
+void run(const cudaLaunchConfig_t& config, int cluster, const void* kernel, void** arguments) {
+  const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
+  const auto& params = *static_cast<const Params*>(arguments[0]);
+  emulation::launch(static_cast<int>(config.gridDim.x), cluster,
+                    static_cast<int>(config.blockDim.x), config.dynamicSmemBytes,
+                    static_cast<uint64_t>(++launches), [&] { function(params); });
+}
+
+bool takes_outer_product(const void* kernel) {
+  for (int e = 0; e < 3; ++e) {
+    if (kernel == cuda::outer_product_kernel_for(static_cast<cuda::Element>(e))) return true;
+  }
+  return false;
+}
+
+bool takes_attend_shared(const void* kernel) {
+  for (int e = 0; e < 3; ++e) {
+    for (const bool backward : {false, true}) {
+      const auto element = static_cast<cuda::Element>(e);
+      if (kernel == cuda::attend_shared_kernel_for(element, backward)) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "emulated failure";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void*,
+                                                 const cudaLaunchConfig_t*) {
+  *blocks = max_cluster;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
+  const int cluster = config->numAttrs == 1 ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
+  if (failing || config->dynamicSmemBytes > static_cast<size_t>(device.shared_bytes) ||
+      cluster > max_cluster || config->gridDim.x % cluster != 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (takes_outer_product(kernel)) {
+    run<cuda::OuterProductParams>(*config, cluster, kernel, arguments);
+  } else if (takes_attend_shared(kernel)) {
+    run<cuda::AttendSharedParams>(*config, cluster, kernel, arguments);
+  } else {
+    run<cuda::RingStepParams>(*config, cluster, kernel, arguments);
+  }
+  return cudaSuccess;
+}
+
+namespace continual_mha::cuda {
+
+cudaStream_t current_stream(int) { return nullptr; }
+DeviceScope::DeviceScope(int) {}
+DeviceScope::~DeviceScope() {}
+const DeviceProperties& device_properties(int) { return device; }
+
+}  // namespace continual_mha::cuda
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// From now on operators see such a device; a failing one refuses every launch.
+void set_device(int multiprocessors, int major, int shared_bytes, bool fail) {
+  device = {multiprocessors, major, shared_bytes};
+  failing = fail;
+  emulation::machine().memory.clear();
+}
+
+int count_launches() { return launches; }
+}
+#pragma GCC visibility pop
+
+STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cuda_ring_step_", TORCH_BOX(&continual_mha::cuda::ring_step_cuda));
+  m.impl("cuda_attend_shared", TORCH_BOX(&continual_mha::cuda::attend_shared_cuda));
+  m.impl("cuda_attend_shared_backward",
+         TORCH_BOX(&continual_mha::cuda::attend_shared_backward_cuda));
+}

@@ -1,0 +1,196 @@
+"""The CUDA operators, host code included, on CPU tensors and an emulated device.
+
+What runs is the library's own code from the operator's arguments to the launch, and the kernels as
+in ``test_cuda_emulation.py``; only the CUDA runtime is a stand-in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulation import build
+
+import continual_mha.ops  # noqa: F401  declares the operators
+from continual_mha import reference
+
+OPS = torch.ops.continual_mha
+# Multiprocessors, compute capability, shared memory of a block.
+DEVICES = {
+    "sm_80": (108, 8, 163 * 1024),
+    "sm_86_small": (16, 8, 99 * 1024),
+    "sm_90": (132, 9, 227 * 1024),
+    "sm_90_one_multiprocessor": (1, 9, 227 * 1024),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    path = str(build("emulate_host"))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+def use_device(name: str, fail: bool = False) -> None:
+    library().set_device(*DEVICES[name], fail)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    use_device(request.param)
+    return str(request.param)
+
+
+def make_args(
+    N: int = 3,
+    E: int = 16,
+    H: int = 2,
+    L: int = 5,
+    dtype: torch.dtype = torch.float32,
+    delay: int = 0,
+    kdim: int | None = None,
+    bias: bool = True,
+    bias_kv: bool = False,
+    active: bool = False,
+    add_zero_attn: bool = False,
+    update: bool = True,
+) -> list[Any]:
+    """Arguments of ``ring_step_``, with streams of every age."""
+    gen = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=gen) * scale).to(dtype)
+
+    query = draw(N, E)
+    key, value = (draw(N, kdim), draw(N, 3)) if kdim else (query, query)
+    own = [draw(E, kdim), draw(E, 3)] if kdim else [None, None]
+    weights = [draw(E if kdim else 3 * E, E, scale=E**-0.5), *own, draw(3 * E) if bias else None]
+    weights += [draw(E, E, scale=E**-0.5), draw(E) if bias else None]
+    weights += [draw(1, 1, E), draw(1, 1, E)] if bias_kv else [None, None]
+    rings = [draw(N, H, L, E // H), draw(N, H, L, E // H), draw(N, delay + 1 if delay else 0, E)]
+    position = torch.arange(N) * (L // 2 + 1)
+    paused = torch.arange(N) % 2 == 0 if active else None
+    return [query, key, value, *weights, *rings, position, paused, add_zero_attn, 0.0, update]
+
+
+def copied(args: list[Any], dtype: torch.dtype | None = None) -> list[Any]:
+    def copy(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to(dtype, copy=True) if dtype and x.is_floating_point() else x.clone()
+
+    return [copy(x) for x in args]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "teams_of_four": {"N": 18, "E": 8, "H": 1},
+    "by_matrix_products": {"N": 67, "E": 8, "H": 1, "L": 3},
+    "by_matrix_products_own_weights": {"N": 65, "E": 8, "H": 2, "L": 2, "kdim": 5, "delay": 1},
+    "own_weights_delay_extras": {"kdim": 7, "delay": 2, "bias_kv": True, "add_zero_attn": True},
+    "active_no_bias": {"active": True, "bias": False},
+    "no_update": {"update": False, "delay": 1},
+    "long_window": {"N": 1, "L": 1030, "H": 1, "E": 8},
+    "no_streams": {"N": 0},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_ring_step_equals_float64_reference(option: str, device: str) -> None:
+    args = make_args(**OPTIONS[option])
+    dtype = args[0].dtype
+    wide = copied(args, torch.float64)
+    expected = reference.ring_step_(*wide)
+    actual = OPS.cuda_ring_step_(*args)
+    rounding = 1.6e-2 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding)
+    for ring, wide_ring in zip(args[11:14], wide[11:14], strict=True):
+        torch.testing.assert_close(ring.double(), wide_ring, rtol=rounding, atol=rounding)
+    assert torch.equal(args[14], wide[14])
+
+
+def test_consecutive_steps_share_counters_and_stay_right(device: str) -> None:
+    args = make_args(N=2, E=32, H=4, L=130)
+    wide = copied(args, torch.float64)
+    gen = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        token = torch.randn(2, 32, generator=gen)
+        args[:3], wide[:3] = [token] * 3, [token.double()] * 3
+        expected = reference.ring_step_(*wide)
+        torch.testing.assert_close(
+            OPS.cuda_ring_step_(*args).double(), expected, rtol=2e-6, atol=2e-6
+        )
+
+
+def test_few_streams_take_one_launch_on_every_device(device: str) -> None:
+    args = make_args(N=16)
+    before = library().count_launches()
+    OPS.cuda_ring_step_(*args)
+    assert library().count_launches() == before + 1
+
+
+def test_uncovered_or_wrong_arguments_raise_and_leave_the_state() -> None:
+    use_device("sm_90")
+
+    def replaced(index: int, value: Any) -> list[Any]:
+        args = make_args()
+        args[index] = value
+        return args
+
+    bad = {
+        "dropout": replaced(17, 0.5),
+        "contiguous": replaced(7, torch.zeros(16, 16).t()),
+        "in_proj_weight": replaced(3, torch.zeros(48, 8)),
+        "active": replaced(15, torch.ones(3)),
+        "whole 16 bytes": make_args(E=6, H=2),
+        "delay": replaced(13, torch.zeros(3, 1, 16)),
+        "dtype": replaced(0, torch.zeros(3, 16, dtype=torch.float64)),
+    }
+    for reason, args in bad.items():
+        before = copied(args)
+        with pytest.raises(RuntimeError, match=reason):
+            OPS.cuda_ring_step_(*args)
+        for ring, old in zip(args[11:15], before[11:15], strict=True):
+            assert torch.equal(ring, old)
+
+
+def test_a_refused_launch_is_an_exception_that_names_operator_and_shape() -> None:
+    use_device("sm_90", fail=True)
+    with pytest.raises(RuntimeError, match=r"cuda_ring_step_ for query \(3, 16\).*failed"):
+        OPS.cuda_ring_step_(*make_args())
+    x = torch.zeros(2, 3, 8)
+    with pytest.raises(RuntimeError, match=r"cuda_attend_shared for query \(2, 3, 8\).*failed"):
+        OPS.cuda_attend_shared(x, x, x, None, None)
+
+
+@pytest.mark.parametrize("options", ["", "mask", "mask sink", "broadcast_mask strided"])
+def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> None:
+    use_device("sm_90")
+    gen = torch.Generator().manual_seed(3)
+    N, H, S, Ek, Ev = 2, 3, 7, 12, 9
+    query, key = torch.randn(N, H, Ek, generator=gen), torch.randn(N, S, Ek, generator=gen)
+    value, mask, sink = torch.randn(N, S, Ev, generator=gen), None, None
+    if "mask" in options:
+        mask = torch.randn(N, H, S, generator=gen)
+        mask[0, 1, 2:] = -torch.inf
+    if "broadcast" in options and mask is not None:
+        mask = mask[:1, :1]
+    if "sink" in options:
+        sink = torch.randn(N, H, generator=gen)
+    if "strided" in options:
+        key, value = key.mT.contiguous().mT, value.mT.contiguous().mT
+    wide = [None if x is None else x.double() for x in (query, key, value, mask, sink)]
+    expected = reference.attend_shared(*wide)  # type: ignore[arg-type]
+    actual = OPS.cuda_attend_shared(query, key, value, mask, sink)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6)
+
+    grads = torch.randn(N, H, Ev, generator=gen), torch.randn(N, H, generator=gen)
+    expected = reference.attend_shared_backward(*(g.double() for g in grads), *wide, *expected)
+    actual = OPS.cuda_attend_shared_backward(*grads, query, key, value, mask, sink, *actual)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=1e-5)
