@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import checks, formulations, functional, ring
 from .functional import Options, Tokens
@@ -108,8 +110,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             dtype,
         )
         assert sequence_len is not None
-        self.sequence_len = sequence_len
-        self.query_index = query_index
+        self.sequence_len = sequence_len = operator.index(sequence_len)
+        self.query_index = operator.index(query_index)
         self.forward_returns_attn_mask = forward_returns_attn_mask
         self.embed_dim_second = embed_dim_second
         self.single_output_forward = single_output_forward
@@ -244,11 +246,21 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         mode = surrounding_mode() or self._call_mode
         if mode == "forward":
             return super().__call__(*args, **kwargs)
+        forward = getattr(self, mode)
+        if not self._has_hooks():
+            return forward(*args, **kwargs)
+        # torch's own call looks `forward` up before it runs the first hook, which gives it back
+        handle = self.register_forward_pre_hook(_give_forward_back, prepend=True)
         try:
-            self.__dict__["forward"] = getattr(self, mode)  # what torch's own call looks up
+            self.__dict__["forward"] = forward
             return super().__call__(*args, **kwargs)
         finally:
             self.__dict__.pop("forward", None)
+            handle.remove()
+
+    def _has_hooks(self) -> bool:
+        names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        return any(getattr(self, name) for name in names) or bool(_has_any_global_hook())
 
     def forward(  # type: ignore[override]
         self,
@@ -282,9 +294,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         key = query if key is None else key
         value = query if value is None else value
         query, key, value = self._clips((query, key, value))
+        checks.check_clips(query, key, value)
         if not self.single_output_forward:
             return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
-        checks.check_clip(query, key, value, self.query_index)
+        checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
         wants_attn = need_weights and self.forward_returns_attn_mask
         asked = query[:, self.query_index]
@@ -540,6 +553,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             length, self.head_dim, include_muls, include_adds, include_exps
         )
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
+
+
+def _give_forward_back(module: nn.Module, args: tuple[Any, ...]) -> None:
+    module.__dict__.pop("forward", None)
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _give_forward_back]:
+        del hooks[key]
 
 
 def _single_query_flops(length: int, head_dim: int, muls: bool, adds: bool, exps: bool) -> int:

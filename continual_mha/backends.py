@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, reference
+from .precision import autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -105,7 +106,7 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     loaded = _load(backend)
     if isinstance(loaded, str):
         return loaded
-    if backend != "torch" and torch.is_autocast_enabled(args[0].device.type):
+    if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
     return loaded.why_not(name, *args)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .precision import autocast_dtype
+
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
     from .ring import Layout, State
@@ -39,7 +41,7 @@ def check_arguments(
     optional = {"kdim": kdim, "vdim": vdim}
     sizes.update({name: size for name, size in optional.items() if size is not None})
     for name, number in {**sizes, "query_index": query_index}.items():
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not hasattr(number, "__index__") or isinstance(number, bool):
             raise TypeError(
                 f"{name} must be an integer, but got {number!r} of type {type(number).__name__}"
             )
@@ -95,9 +97,7 @@ def _check_one(
             f"but its shape is {tuple(x.shape)}"
         )
     weight = module.out_proj.weight
-    if x.dtype != weight.dtype and not (
-        torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
-    ):
+    if x.dtype != weight.dtype and not (autocast_dtype(x.device.type) and x.is_floating_point()):
         raise TypeError(
             f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}"
         )
@@ -121,18 +121,25 @@ def check_same_steps(tokens: Sequence[Tensor]) -> None:
         raise ValueError(f"query, key and value must agree in streams and steps, but got {shapes}")
 
 
-def check_clip(query: Tensor, key: Tensor, value: Tensor, query_index: int) -> None:
-    """Check clips ``(N, L, E)``, ``(N, S, Ek)``, ``(N, S, Ev)`` and that the query is in its clip.
+def check_clips(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check that clips ``(N, L, E)``, ``(N, S, Ek)`` and ``(N, S, Ev)`` belong together.
 
     Raises:
-        ValueError: sizes differ, or the clip has no token at ``query_index``.
+        ValueError: sizes differ.
     """
     if key.shape[:2] != value.shape[:2] or query.shape[0] != key.shape[0]:
         raise ValueError(
             f"key and value must agree in batch and length, query in batch; as (N, L, E) they are "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    length = query.shape[1]
+
+
+def check_query_index(length: int, query_index: int) -> None:
+    """Check that a clip of ``length`` tokens has the one that asks.
+
+    Raises:
+        ValueError: it has not.
+    """
     if not -length <= query_index < length:
         raise ValueError(
             f"query_index={query_index} needs a longer clip than one of {length} tokens"
@@ -258,20 +265,23 @@ def merged_mask(
     heads = module.num_heads
     merged = None
     if key_padding_mask is not None:
-        _check_mask("key_padding_mask", key_padding_mask, [(batch, length)])
+        _check_mask("key_padding_mask", key_padding_mask, [(batch, length)], key)
         merged = _additive(key_padding_mask, key).view(batch, 1, length)
     if attn_mask is not None:
-        _check_mask("attn_mask", attn_mask, [(1, length), (batch * heads, 1, length)])
+        shapes = [(1, length), (batch * heads, 1, length)]
+        _check_mask("attn_mask", attn_mask, shapes, key)
         shape = (1, 1, length) if attn_mask.dim() == 2 else (batch, heads, length)
         added = _additive(attn_mask, key).reshape(shape)
         merged = added if merged is None else merged + added
     return merged
 
 
-def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]], key: Tensor) -> None:
     if tuple(mask.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name} must have the shape {expected}, but got {tuple(mask.shape)}")
+    if mask.device != key.device:
+        raise ValueError(f"{name} must be on {key.device} as the key is, but is on {mask.device}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating point, but got {mask.dtype}")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, ops, reference, ring  # noqa: F401  (ops registers the operators)
+from .precision import autocast_dtype, wide
 from .reference import Rings, Weights
 from .ring import InputState, Layout, RingState, State
 
@@ -251,7 +252,7 @@ def _attend_projected(
     k = reference.split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
     v = reference.split_heads(F.linear(value, w_v, b_v), q.shape[1])
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask
     extra = _extra_scores(q, weights, options.add_zero_attn)
     attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
@@ -309,6 +310,6 @@ def _fused_mix(
 
 def wants_fused(query: Tensor, mask: Tensor | None) -> bool:
     """Whether the fused operator serves, and gains over plain PyTorch."""
-    if torch.is_autocast_enabled(query.device.type) or (mask is not None and mask.requires_grad):
+    if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
         return False
     return backends.order(query.device.type)[0] in ("triton", "cuda")

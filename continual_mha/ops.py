@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
 
@@ -47,8 +48,7 @@ def _run(name: str, *args: Any) -> Any:
 
 
 def _output_dtype(query: Tensor) -> torch.dtype:
-    kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return autocast_dtype(query.device.type) or query.dtype
 
 
 def _fake_ring_step_(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
@@ -61,15 +61,11 @@ def _fake_ring_steps_(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> 
     return query.new_empty(shape, dtype=_output_dtype(query))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _fake_attend_shared(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:2], value.shape[2]))
-    return out, query.new_empty(query.shape[:2], dtype=_wide(query.dtype))
+    return out, query.new_empty(query.shape[:2], dtype=wide(query.dtype))
 
 
 def _fake_attend_shared_backward(

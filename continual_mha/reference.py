@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide
+
 _QUERY_BLOCK = 128
 Put = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -125,8 +127,7 @@ def _weighted_values(attn: Tensor, group: _Slots) -> Tensor:
 
 
 def _softmax(scores: Tensor, dropout_p: float) -> Tensor:
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    attn = torch.softmax(scores, dim=-1, dtype=wide)
+    attn = torch.softmax(scores, dim=-1, dtype=wide(scores.dtype))
     return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
 
 
@@ -347,7 +348,7 @@ def attend_shared(
 def shared_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Scores ``(N, H, S)`` of ``attend_shared`` in at least fp32."""
     scores = torch.matmul(query, key.transpose(-1, -2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.to(wide(scores.dtype))
     return scores if mask is None else scores + mask
 
 

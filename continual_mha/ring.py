@@ -163,8 +163,10 @@ def put_stream_(state: State, index: int, stream: State) -> None:
         raise
 
 
-def check_state(state: object, layout: Layout, dtype: torch.dtype, device: torch.device) -> Any:
-    """``state`` as the class that ``layout`` asks for, if shapes, dtype and device fit.
+def check_state(
+    state: object, layout: Layout, dtypes: set[torch.dtype], device: torch.device
+) -> Any:
+    """``state`` as the class that ``layout`` asks for, in one of ``dtypes``, if all fits.
 
     Raises:
         TypeError: it is not a state of that formulation, or a dtype differs.
@@ -183,7 +185,7 @@ def check_state(state: object, layout: Layout, dtype: torch.dtype, device: torch
     if checked.position.dim() != 1:
         shape = tuple(checked.position.shape)
         raise ValueError(f"state.position must have shape (N,), but got {shape}")
-    _check_parts(checked, layout, dtype, device)
+    _check_parts(checked, layout, dtypes, device)
     _check_clock(checked, layout.sequence_len)
     return checked
 
@@ -193,13 +195,17 @@ def _describe(state: object) -> str:
     return f"a {kind} of {len(state)}" if isinstance(state, (tuple, list)) else f"a {kind}"
 
 
-def _check_parts(state: State, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+def _check_parts(
+    state: State, layout: Layout, dtypes: set[torch.dtype], device: torch.device
+) -> None:
+    dtypes = {state[0].dtype} if state[0].dtype in dtypes else dtypes
     for name, size in layout.sizes(state.position.shape[0]).items():
         part = getattr(state, name)
         if tuple(part.shape) != size:
             raise ValueError(f"state.{name} must have shape {size}, but got {tuple(part.shape)}")
-        expected = torch.int64 if name == "position" else dtype
-        if part.dtype != expected:
+        allowed = {torch.int64} if name == "position" else dtypes
+        if part.dtype not in allowed:
+            expected = " or ".join(sorted(map(str, allowed)))
             raise TypeError(f"state.{name} must be {expected}, but got {part.dtype}")
         if part.device != device:
             raise ValueError(f"state.{name} must be on {device}, but is on {part.device}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import checks, reference, ring
 from .ring import InputState, RingState, State
 
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
 _BUFFERS: dict[type, list[str]] = {
     kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in (RingState, InputState)
 }
@@ -76,7 +77,8 @@ class StatefulStreams(nn.Module):
             self.clean_state()
             return
         like = self._like()
-        checked = ring.check_state(state, self._layout(), like.dtype, like.device)
+        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *_AUTOCAST_DTYPES}
+        checked = ring.check_state(state, self._layout(), dtypes, like.device)
         copy = ring.snapshot(checked)
         with self._or_as_before():
             self._store(copy)
@@ -173,7 +175,7 @@ class StatefulStreams(nn.Module):
         state = self._existing_state()
         checks.check_stream_index(index, state)
         like = state[0]
-        new = ring.check_state(stream, self._layout(), like.dtype, like.device)
+        new = ring.check_state(stream, self._layout(), {like.dtype}, like.device)
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
         new = ring.snapshot(ring.detach(new))

@@ -1,0 +1,17 @@
+"""Which dtype a computation takes, and in which it accumulates."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on such a device; None where it is off."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of the softmax: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
