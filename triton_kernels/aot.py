@@ -124,9 +124,7 @@ def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _ring_arguments(
-    N: int, E: int, H: int, L: int, dtype: torch.dtype
-) -> list[torch.Tensor | None]:
+def _ring_arguments(N: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[Any]:
     """Self-attention's weights with biases, and the state without a delay."""
     ring = _meta(dtype, N, H, L, E // H)
     return [
@@ -160,8 +158,8 @@ def shared_launches(
 ) -> list[Launch]:
     """Our launches of `attend_shared` and of its backward."""
     query, key = _meta(dtype, N, H, E), _meta(dtype, N, S, E)
-    args = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
+    args: list[Any] = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
     with record() as launches:
         out, lse = attend_shared(*args)
-        attend_shared_backward(out, lse, *args, out, lse)
+        attend_shared_backward(*[out, lse, *args, out, lse])
     return launches
