@@ -141,7 +141,7 @@ def step_launches(
     plan = step_plan(N, E, H, L, dtype.itemsize, path)
     args = _ring_arguments(N, E, H, L, dtype)
     with record() as launches:
-        ring_step_(token, token, token, *args, None, False, 0.0, True, plan=plan)
+        ring_step_(*[token, token, token, *args, None, False, 0.0, True, plan])
     return launches
 
 
@@ -149,7 +149,7 @@ def steps_launches(N: int, T: int, E: int, H: int, L: int, dtype: torch.dtype) -
     """Our launches for T tokens at once."""
     clip = _meta(dtype, N, T, E)
     with record() as launches:
-        ring_steps_(clip, clip, clip, *_ring_arguments(N, E, H, L, dtype), 0, False, 0.0, True)
+        ring_steps_(*[clip, clip, clip, *_ring_arguments(N, E, H, L, dtype), 0, False, 0.0, True])
     return launches
 
 
