@@ -15,6 +15,8 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent / "lib"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _K_RING = 11  # of the arguments of a step
 _DROPOUT = -2
@@ -54,10 +56,60 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
 
 def why_not_cuda(name: str, *args: Any) -> str | None:
     """Why the CUDA library cannot run the operator ``name`` with these arguments, or None."""
-    query = args[0]
-    if not query.is_cuda:
+    if not args[0].is_cuda:
         return "a tensor is not on a CUDA device"
+    if torch.cuda.get_device_capability(args[0].device) < _CUDA_CAPABILITY:
+        return "the device is older than compute capability 8.0"
+    if name == "ring_step_":
+        return _why_not_cuda_step(args)
+    if name in ("attend_shared", "attend_shared_backward"):
+        backward = name == "attend_shared_backward"
+        query, key, value, mask, sink = args[2:7] if backward else args[:5]
+        return _why_not_cuda_shared(query, key, value, mask, sink, backward)
     return f"no kernel for {name}"
+
+
+def _why_not_cuda_step(args: tuple[Any, ...]) -> str | None:
+    weights, rings = args[3:_K_RING], args[_K_RING : _K_RING + 3]
+    held = [x for x in (*weights, *rings) if x is not None]
+    query, head_dim = args[0], rings[0].shape[3]
+    if query.dtype not in _CUDA_DTYPES:
+        return f"no kernel for {query.dtype}"
+    if any(x.dtype != query.dtype for x in (*args[1:3], *held)):
+        return "tokens, weights and rings differ in dtype"
+    if args[_DROPOUT] > 0.0:
+        return "dropout is not covered"
+    if head_dim > 256 or head_dim * query.element_size() % 16:
+        return f"head_dim {head_dim} is over 256 or no multiple of 16 bytes"
+    if not all(x.is_contiguous() for x in held) or any(x.data_ptr() % 16 for x in rings[:2]):
+        return "a weight or a ring is not contiguous, or a ring not aligned to 16 bytes"
+    if rings[2].shape[1] == 1 or max(rings[0].shape[0], rings[0].shape[2]) >= 1 << 30:
+        return "the rings have a size that no module makes"
+    return None
+
+
+def _why_not_cuda_shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    backward: bool,
+) -> str | None:
+    if query.dtype not in _CUDA_DTYPES or not query.dtype == key.dtype == value.dtype:
+        return "query, key and value differ in dtype, or there is no kernel for it"
+    if any(x is not None and x.dtype not in (torch.float32, query.dtype) for x in (mask, sink)):
+        return "mask or sink is neither fp32 nor of the query's dtype"
+    if mask is not None and mask.dim() != 3:
+        return "the mask has not three axes"
+    if 0 in (*query.shape[1:], *value.shape[1:]):
+        return "there is nothing to attend to"
+    features = [query.shape[2], value.shape[2]] if backward else [query.shape[2]]
+    padded = sum(-(-width // 8) * 8 for width in features)
+    device = torch.cuda.get_device_properties(query.device)
+    if 8 * padded * query.element_size() + 8256 > device.shared_memory_per_block_optin:
+        return "the queries do not fit into shared memory"
+    return None
 
 
 WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}

@@ -1,0 +1,118 @@
+"""Which backend runs, what it says of itself, and the graphed step."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracles import build, draw_tokens
+
+import continual_mha as co
+from continual_mha import backends
+
+
+def test_plain_pytorch_is_always_available():
+    assert backends.available()[-1] == "torch"
+
+
+def test_forced_backend_that_cannot_run_says_why():
+    module = build(sequence_len=3)
+    x = draw_tokens(module, 2, 1)[0][:, 0]
+    with (
+        torch.no_grad(),
+        co.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"no backend can run ring_step_; cuda: .+"),
+    ):
+        module.forward_step(x)
+    assert module.get_state() is None
+
+
+def test_forcing_ends_with_its_block_even_after_an_error():
+    before = backends.order("cpu")
+    with pytest.raises(ValueError, match="query must"), co.use_backend("cuda"):
+        build().forward_step(torch.zeros(1, 1))
+    assert backends.order("cpu") == before != ("cuda",)
+
+
+def test_auto_inside_a_forced_block_chooses_again():
+    with co.use_backend("torch"), co.use_backend("auto"):
+        assert backends.order("cpu") == ("cpu", "torch")
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="fortran"), co.use_backend("fortran"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["torch", "fortran"])
+def test_environment_forces_a_backend(name):
+    code = "import continual_mha; print(continual_mha.backends.order('cpu'))"
+    environment = {**os.environ, "CONTINUAL_MHA_BACKEND": name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    if name == "torch":
+        assert done.stdout.strip() == "('torch',)"
+    else:
+        assert done.returncode != 0
+        assert "there is no backend 'fortran'" in done.stderr
+
+
+def test_explanation_names_formulation_and_backend():
+    module = build(sequence_len=3)
+    query = draw_tokens(module, 2, 3)[0]
+    assert co.explain(module, query[:, 0]).splitlines()[1].startswith("torch: runs it, because")
+    with torch.no_grad():
+        with co.use_backend("torch"):
+            step = co.explain(module, query[:, 0])
+        assert step == "forward_step: formulation kv\ntorch: runs it"
+        assert co.explain(module, query).startswith("forward_steps: formulation kv\n")
+        module.formulation = "input"
+        assert co.explain(module, query[:, 0]).startswith("forward_step: formulation input\n")
+    assert module.get_state() is None
+
+
+def test_explanation_gives_the_reason_of_every_backend_that_declines():
+    module = build(sequence_len=3, dropout=0.5)
+    x = draw_tokens(module, 2, 1)[0][:, 0]
+    with torch.no_grad():
+        lines = co.explain(module, x).splitlines()
+    assert lines[-1] == "torch: runs it"
+    assert lines[1].startswith("cpu: ")
+    assert not lines[1].endswith("runs it")
+
+
+def test_explanation_checks_tokens_as_a_step_does():
+    module = build(sequence_len=3)
+    with pytest.raises(ValueError, match="query must have"):
+        co.explain(module, torch.zeros(2, 5))
+
+
+def test_graphed_step_needs_a_cuda_device():
+    module = build(sequence_len=3)
+    with pytest.raises(ValueError, match="on a CUDA device, not on cpu"):
+        co.GraphedStep(module, torch.zeros(2, module.embed_dim))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation):
+    module = build(sequence_len=5, formulation=formulation).cuda().requires_grad_(False)
+    other = co.SingleOutputMultiheadAttention.build_from(module, 5, formulation=formulation)
+    other = other.requires_grad_(False)
+    x = torch.randn(3, 17, module.embed_dim, device="cuda")
+    graphed = co.GraphedStep(module, x[:, 0])
+    other.start_streams(3)
+    for t in range(17):
+        if t == 8:
+            module.reset(torch.tensor([True, False, False], device="cuda"))
+            other.reset([0])
+        if t == 10:
+            graphed.active[1] = False
+        active = graphed.active.clone()
+        assert torch.equal(graphed(x[:, t]), other.forward_step(x[:, t], active=active))
+    module.clean_state()
+    with pytest.raises(RuntimeError, match="replaced"):
+        graphed(x[:, 0])

@@ -1,0 +1,93 @@
+"""The operators as torch sees them: schemas, fake kernels, gradients, export."""
+
+import pytest
+import torch
+from oracles import build, draw_tokens
+from torch.library import opcheck
+
+import continual_mha as co
+from continual_mha import functional, ops
+from continual_mha.reference import Rings
+
+LENGTH = 4
+
+
+def step_operands(steps=None, **arguments):
+    """Arguments of ``ring_step_``, or of ``ring_steps_`` for that many tokens, in mid-stream."""
+    module = build(sequence_len=LENGTH, **arguments).requires_grad_(False)
+    tokens = draw_tokens(module, 2, 6 + (steps or 1))
+    module.forward_steps(*(x[:, :6] for x in tokens))
+    now = tuple(x[:, 6] if steps is None else x[:, 6:] for x in tokens)
+    state, call = module._plan(now, module._state(), update=True)
+    return functional.operands(now, Rings(*state[:-1]), None if steps is None else 0, call)
+
+
+def shared_operands(mask, sink):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+    value = torch.randn(2, 7, 6)
+    return (
+        query.requires_grad_(),
+        key.requires_grad_(),
+        value.requires_grad_(),
+        torch.randn(2, 1, 7) if mask else None,
+        torch.randn(2, 3, requires_grad=True) if sink else None,
+    )
+
+
+@pytest.mark.parametrize("query_index", [-1, -3])
+@pytest.mark.parametrize("steps", [None, 1, 3, 9])
+def test_steps_pass_torchs_own_checks(steps, query_index):
+    name = "ring_step_" if steps is None else "ring_steps_"
+    operator = getattr(torch.ops.continual_mha, name).default
+    opcheck(operator, step_operands(steps, query_index=query_index))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("sink", [False, True])
+def test_shared_attention_passes_torchs_own_checks(mask, sink):
+    opcheck(torch.ops.continual_mha.attend_shared.default, shared_operands(mask, sink))
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_backward_of_shared_attention_passes_torchs_own_checks(sink):
+    operands = [x if x is None else x.detach() for x in shared_operands(True, sink)]
+    out, lse = torch.ops.continual_mha.attend_shared(*operands)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), *operands, out, lse)
+    opcheck(torch.ops.continual_mha.attend_shared_backward.default, arguments)
+
+
+def test_every_operator_stands_for_every_backend():
+    for name in ops.SCHEMAS:
+        for prefix in ("", "cpu_", "cuda_"):
+            assert hasattr(torch.ops.continual_mha, prefix + name)
+
+
+class Step(torch.nn.Module):
+    """What export needs: a module whose forward is a step."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention.forward_step(x)
+
+
+def test_exported_step_writes_the_ring_and_equals_the_module():
+    module = build(sequence_len=LENGTH).requires_grad_(False)
+    x = torch.randn(2, 3 * LENGTH, module.embed_dim)
+    module.forward_steps(x[:, :LENGTH])
+    exported = torch.export.export(Step(module), (x[:, 0],), strict=False).module()
+    other = co.SingleOutputMultiheadAttention.build_from(module, LENGTH).requires_grad_(False)
+    other.forward_steps(x[:, :LENGTH])
+    for t in range(LENGTH, 3 * LENGTH):
+        torch.testing.assert_close(exported(x[:, t]), other.forward_step(x[:, t]))
+
+
+def test_exported_forward_equals_the_module():
+    module = build(sequence_len=LENGTH).eval()
+    x = torch.randn(2, LENGTH, module.embed_dim)
+    exported = torch.export.export(module, (x,), strict=False).module()
+    for got, wanted in zip(exported(x), module(x), strict=True):
+        torch.testing.assert_close(got, wanted)
