@@ -144,8 +144,14 @@ _FORWARD_POINTS: dict[str, dict[str, list[tuple[Family, int]]]] = {
 _STEPS_POINTS: dict[str, dict[str, list[tuple[Family, int, int]]]] = {
     "cpu": {
         "quick": [(EXAMPLE, 1, 16)],
-        "standard": [(EXAMPLE, 1, 16), (DETECTION, 1, 256), (SPEECH, 8, 64)],
-        "full": [(EXAMPLE, 1, 16), (EXAMPLE, 10, 256), (DETECTION, 1, 256), (SPEECH, 8, 64)],
+        "standard": [(EXAMPLE, 1, 16), (EXAMPLE, 1, 256), (DETECTION, 1, 64), (SPEECH, 8, 64)],
+        "full": [
+            (EXAMPLE, 1, 16),
+            (EXAMPLE, 1, 256),
+            (DETECTION, 1, 64),
+            (DETECTION, 16, 256),
+            (SPEECH, 8, 64),
+        ],
     },
     "cuda": {
         "quick": [(EXAMPLE, 8, 256)],

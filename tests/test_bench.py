@@ -210,6 +210,13 @@ def test_host_timer_is_not_misled_by_a_few_slow_calls():
     assert summary.median == pytest.approx(4e3)
 
 
+def test_host_timer_ends_on_a_machine_that_became_slow():
+    clock = FakeClock()
+    [summary] = time_on_host([clock.worker(*[1e-4] * 200, 1e-2)], budget=0.2, clock=clock)
+    assert 5 <= summary.samples < 40
+    assert clock.now < 2
+
+
 def test_samples_of_contestants_alternate():
     turns = []
     contestants = [Contestant(lambda i=i: turns.append(i), nullcontext) for i in range(2)]
