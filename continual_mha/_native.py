@@ -106,7 +106,7 @@ def _why_not_cuda_shared(
         return "there is nothing to attend to"
     features = [query.shape[2], value.shape[2]] if backward else [query.shape[2]]
     padded = sum(-(-width // 8) * 8 for width in features)
-    device = torch.cuda.get_device_properties(query.device)
+    device: Any = torch.cuda.get_device_properties(query.device)
     if 8 * padded * query.element_size() + 8256 > device.shared_memory_per_block_optin:
         return "the queries do not fit into shared memory"
     return None

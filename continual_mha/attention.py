@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
 from .functional import Options, Tokens
@@ -260,7 +260,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _has_hooks(self) -> bool:
         names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        return any(getattr(self, name) for name in names) or bool(_has_any_global_hook())
+        own = any(getattr(self, name) for name in names)
+        return own or bool(_has_any_global_hook())
 
     def forward(  # type: ignore[override]
         self,
@@ -553,6 +554,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             length, self.head_dim, include_muls, include_adds, include_exps
         )
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
+
+
+# Private to torch: where it is not there, every call takes the way that serves hooks.
+_has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
 def _give_forward_back(module: nn.Module, args: tuple[Any, ...]) -> None:
