@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,26 +59,36 @@ def surrounding_mode() -> str | None:
     return checked_mode(upstream.cur)
 
 
-_active: Tensor | None = None
+class _Here(threading.local):
+    """What surrounds the calls of this thread."""
+
+    active: Tensor | None = None
+
+
+_here = _Here()
+_active: Tensor | None = None  # of whichever thread came last, for compiled code
 
 
 @contextmanager
 def active_streams(active: Tensor | None) -> Iterator[None]:
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
-    For models whose inner modules cannot be handed the ``active`` of ``forward_step``.
+    For models whose inner modules cannot be handed the ``active`` of ``forward_step``. Other
+    threads see nothing of it, but for compiled modules: ``torch.compile`` cannot read what is a
+    thread's own, so that only one thread at a time may use those inside such a block.
 
     Args:
         active: bool ``(N,)`` on the state's device; None for all.
     """
     global _active
-    before, _active = _active, active
+    before = _here.active
+    _here.active = _active = active
     try:
         yield
     finally:
-        _active = before
+        _here.active = _active = before
 
 
 def surrounding_active() -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None."""
-    return _active
+    return _active if torch.compiler.is_compiling() else _here.active
