@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint requirements-dev.lock
 PACKAGE := pyproject.toml setup.py requirements-dev.lock $(wildcard csrc/*/* csrc/*.h)
 ARGS ?=
+# What runs Triton's kernels on the CPU: whether Triton interprets is settled when it is imported.
+INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_module_api.py -k 'triton'
 
 .PHONY: demo test lint bench gpu wheel clean
 
@@ -16,6 +18,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
