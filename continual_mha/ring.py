@@ -7,7 +7,8 @@ Softmax over one query does not depend on the order of the slots, so nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -150,13 +151,15 @@ def stream_of(state: State, index: int, sequence_len: int) -> Any:
     return copy._replace(clock=new_clock(min(position, sequence_len)))
 
 
-def put_stream_(state: State, index: int, stream: State) -> None:
-    """Write a state of one stream to the place ``index`` of ``state``: all of it or nothing."""
+@contextmanager
+def put_stream_(state: State, index: int, stream: State) -> Iterator[None]:
+    """Write a state of one stream to the place ``index``; undone if the block raises."""
     rows = [part[index] for part in state[:-1]]
     before = [row.clone() for row in rows]
     try:
         for row, part in zip(rows, stream[:-1], strict=True):
             row.copy_(part[0])
+        yield
     except BaseException:
         for row, old in zip(rows, before, strict=True):
             row.copy_(old)

@@ -181,8 +181,7 @@ class StatefulStreams(nn.Module):
         new = ring.snapshot(ring.detach(new))
         if self._must_copy(state, differentiable=False):
             state = ring.snapshot(ring.detach(state))
-        with self._or_as_before(), torch.no_grad():
-            ring.put_stream_(state, index, new)
+        with torch.no_grad(), self._or_as_before(), ring.put_stream_(state, index, new):
             self._store(state)
             self._mix_ages()
             self._rings_are_shared = False
