@@ -6,19 +6,50 @@ from .backends import use_backend
 from .explain import explain
 from .graphs import GraphedStep
 from .modes import active_streams, call_mode
+from .pool import PoolFull, QueueFull, StreamPool, UnknownStream
 from .ring import InputState, RingState
+from .storage import (
+    export_state,
+    export_stream,
+    import_state,
+    import_stream,
+    load_stream,
+    load_streams,
+    save_stream,
+    save_streams,
+    states_from_bytes,
+    states_to_bytes,
+    stream_from_bytes,
+    stream_to_bytes,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GraphedStep",
     "InputState",
+    "PoolFull",
+    "QueueFull",
     "RingState",
     "SingleOutputMultiheadAttention",
+    "StreamPool",
+    "UnknownStream",
     "__version__",
     "active_streams",
     "backends",
     "call_mode",
     "explain",
+    "export_state",
+    "export_stream",
+    "import_state",
+    "import_stream",
+    "load_stream",
+    "load_streams",
+    "save_stream",
+    "save_streams",
+    "states_from_bytes",
+    "states_to_bytes",
+    "stream_from_bytes",
+    "stream_to_bytes",
     "use_backend",
 ]

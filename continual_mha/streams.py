@@ -76,9 +76,7 @@ class StatefulStreams(nn.Module):
         if state is None:
             self.clean_state()
             return
-        like = self._like()
-        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *_AUTOCAST_DTYPES}
-        checked = ring.check_state(state, self._layout(), dtypes, like.device)
+        checked = self._checked(state)
         copy = ring.snapshot(checked)
         with self._or_as_before():
             self._store(copy)
@@ -174,8 +172,7 @@ class StatefulStreams(nn.Module):
         """
         state = self._existing_state()
         checks.check_stream_index(index, state)
-        like = state[0]
-        new = ring.check_state(stream, self._layout(), {like.dtype}, like.device)
+        new = self._checked(stream)
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
         new = ring.snapshot(ring.detach(new))
@@ -238,6 +235,12 @@ class StatefulStreams(nn.Module):
         except BaseException:
             self.return_to(mark)
             raise
+
+    def _checked(self, state: object) -> Any:
+        """``state`` as a state of this module, if it fits; errors are those of ``set_state``."""
+        like = self._like()
+        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *_AUTOCAST_DTYPES}
+        return ring.check_state(state, self._layout(), dtypes, like.device)
 
     def _existing_state(self) -> State:
         state = self._state()

@@ -1,0 +1,487 @@
+"""The server's side: many streams that come and go share the slots of one model.
+
+A stream is opened, tokens are pushed to it at any time and from any thread, and each tick takes one
+token of every stream that has one, in one call of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import storage
+from .graphs import GraphedStep
+from .modes import active_streams
+from .streams import StatefulStreams
+
+
+class PoolFull(RuntimeError):  # noqa: N818  (as in queue.Full)
+    """No slot is free."""
+
+
+class QueueFull(RuntimeError):  # noqa: N818
+    """The stream has as many tokens waiting as it may."""
+
+
+class UnknownStream(KeyError):  # noqa: N818
+    """There is no open stream of this number, or not any more."""
+
+
+class Statistics(NamedTuple):
+    """What a pool has done, at one moment.
+
+    Attributes:
+        capacity: slots.
+        open: streams that are open.
+        waiting: tokens in queues.
+        longest_queue: tokens in the longest queue.
+        ticks: ticks that took a token.
+        tokens: tokens taken by all ticks.
+        p50: median host time of the last ticks in seconds; NaN before the first. What a tick puts
+            in a device's queue may take longer.
+        p99: 99th percentile.
+        p999: 99.9th percentile.
+    """
+
+    capacity: int
+    open: int
+    waiting: int
+    longest_queue: int
+    ticks: int
+    tokens: int
+    p50: float
+    p99: float
+    p999: float
+
+    def __str__(self) -> str:
+        """One line that tells how it goes."""
+        times = ", ".join(f"{1e3 * t:.2f}" for t in (self.p50, self.p99, self.p999))
+        return (
+            f"{self.open}/{self.capacity} streams, {self.ticks} ticks, {self.tokens} tokens, "
+            f"{self.waiting} waiting (at most {self.longest_queue} in a queue), "
+            f"tick p50, p99, p99.9: {times} ms"
+        )
+
+
+class _Stream:
+    """One open stream: its slot, the tokens it has seen, and those that wait."""
+
+    def __init__(self, slot: int, seen: int = 0) -> None:
+        self.slot = slot
+        self.seen = seen
+        self.queue: deque[Tensor] = deque()
+
+
+class StreamPool:
+    """A fixed number of slots on one device, for streams that come and go.
+
+    All methods may be called from any thread. A stream is ready once its tokens fill the model's
+    receptive field; from then on its outputs are those that the model gives it alone.
+
+    A model whose stateful submodules are all of this package steps all streams at once. One that
+    also holds modules with only ``get_state`` and ``set_state`` (as ``continual`` has them, whose
+    streams all share one clock) is stepped stream by stream: right, but without the gain of a
+    batch; ``batched`` tells which.
+
+    Args:
+        model: a module whose ``forward_step`` takes one tensor ``(N, *token_shape)``. The pool owns
+            its state from now on.
+        capacity: slots.
+        token_shape: shape of one stream's token, such as ``(E,)``.
+        queue_size: tokens that may wait in each stream.
+        dtype: of the tokens; that of the model's first parameter if None.
+        device: of the model; that of its first parameter if None.
+        receptive_field: tokens until a stream is ready; the model's own, or what its modules give
+            if they stand in a row, if None. Stepped one by one, a stream is ready when it gets an
+            output.
+        graph: whether to replay a tick as a CUDA graph.
+        history: ticks whose times the statistics are over.
+
+    Raises:
+        ValueError: the model keeps no streams, or state that nobody can read; a size is below 1;
+            ``graph`` without a CUDA device or with a model that is stepped stream by stream.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int,
+        token_shape: tuple[int, ...],
+        *,
+        queue_size: int = 8,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        receptive_field: int | None = None,
+        graph: bool = False,
+        history: int = 4096,
+    ) -> None:
+        if capacity < 1 or queue_size < 1:
+            raise ValueError(
+                f"capacity and queue_size must be at least 1: {capacity}, {queue_size}"
+            )
+        parameter = next(model.parameters(), torch.empty(0))
+        self._token_shape = tuple(token_shape)
+        self._dtype = dtype or parameter.dtype
+        self._device = torch.device(device or parameter.device)
+        self._queue_size = queue_size
+        example = torch.zeros((capacity, *token_shape), dtype=self._dtype, device=self._device)
+        alone = _foreign_modules(model)
+        if alone and graph:
+            raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
+        self._slots: Any = _OneByOne(model, alone) if alone else _Batched(model, example, graph)
+        self.batched = not alone
+        # one by one, a stream that is not ready has no output
+        self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
+        self.capacity = capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self._streams: dict[int, _Stream] = {}
+        self._next_id = 0
+        self._stepping = threading.Lock()  # whoever holds it may touch the model; taken first
+        self._changed = threading.Condition()  # guards all the books
+        self._times: deque[float] = deque(maxlen=history)
+        self._ticks = self._tokens = 0
+
+    # -- streams that come and go ----------------------------------------------------------------
+
+    def open(self, timeout: float | None = 0.0) -> int:
+        """Begin a stream and return its number, which is never used again.
+
+        Args:
+            timeout: seconds to wait for a free slot; None waits for ever.
+
+        Raises:
+            PoolFull: no slot became free in that time.
+        """
+        return self._admit(self._slots.begin, 0, timeout)
+
+    def restore(self, states: Mapping[str, Any], timeout: float | None = 0.0) -> int:
+        """Begin a stream that goes on from what ``export`` returned, of this or another pool.
+
+        Raises:
+            PoolFull: no slot became free in that time.
+            ValueError: the state does not fit the model. Nothing has changed.
+        """
+        return self._admit(lambda slot: self._slots.put(slot, states), _age(states), timeout)
+
+    def _admit(self, prepare: Callable[[int], None], seen: int, timeout: float | None) -> int:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free, timeout):
+                raise PoolFull(f"all {self.capacity} slots are taken")
+            slot = self._free.pop()
+        try:
+            with self._stepping:
+                prepare(slot)
+            with self._changed:
+                stream, self._next_id = self._next_id, self._next_id + 1
+                self._streams[stream] = _Stream(slot, seen)
+                return stream
+        except BaseException:
+            with self._changed:
+                self._free.append(slot)
+                self._changed.notify_all()
+            raise
+
+    def close(self, stream: int) -> None:
+        """End a stream. Tokens that wait are dropped.
+
+        Raises:
+            UnknownStream: there is no such stream.
+        """
+        with self._stepping, self._changed:
+            closed = self._streams.pop(stream, None)
+            if closed is None:
+                raise UnknownStream(stream)
+            self._free.append(closed.slot)
+            self._changed.notify_all()
+
+    def export(self, stream: int) -> dict[str, Any]:
+        """A stream's state after its last tick, on the CPU: by the names of the model's modules.
+
+        ``restore`` takes it, and ``states_to_bytes`` if all modules are of this package. Tokens
+        that wait are not in it.
+
+        Raises:
+            UnknownStream: there is no such stream.
+        """
+        with self._stepping:
+            with self._changed:
+                slot = self._existing(stream).slot
+            return self._slots.get(slot)
+
+    # -- tokens ----------------------------------------------------------------------------------
+
+    def push(self, stream: int, token: Tensor, timeout: float | None = 0.0) -> None:
+        """Add a copy of ``token`` to those that wait for the next ticks.
+
+        Args:
+            stream: its number.
+            token: of the pool's token shape and dtype, on any device.
+            timeout: seconds to wait for room in the queue; None waits for ever.
+
+        Raises:
+            UnknownStream: there is no such stream, or it was closed in the meantime.
+            QueueFull: there was no room in that time.
+            ValueError: another shape.
+            TypeError: another dtype, or no tensor.
+        """
+        if not isinstance(token, Tensor) or token.dtype != self._dtype:
+            given = token.dtype if isinstance(token, Tensor) else type(token).__name__
+            raise TypeError(f"a token must be a tensor of {self._dtype}, but got {given}")
+        if tuple(token.shape) != self._token_shape:
+            shapes = f"{self._token_shape}, but got {tuple(token.shape)}"
+            raise ValueError(f"a token must have the shape {shapes}")
+        copy = token.detach().to(self._device, copy=True)
+        with self._changed:
+            there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
+            if not self._changed.wait_for(there_is_room, timeout):
+                raise QueueFull(f"stream {stream} has {self._queue_size} tokens waiting")
+            self._existing(stream).queue.append(copy)
+
+    def _existing(self, stream: int) -> _Stream:
+        found = self._streams.get(stream)
+        if found is None:
+            raise UnknownStream(stream)
+        return found
+
+    def tick(self) -> dict[int, Tensor]:
+        """Take one token of every stream that has one.
+
+        Returns:
+            The outputs of those streams that are ready, by number.
+
+        Whatever it raises, no stream has moved and no token is lost, so that it can be repeated.
+        """
+        with self._stepping:
+            with self._changed:
+                due = {i: s for i, s in self._streams.items() if s.queue}
+                tokens = {s.slot: s.queue[0] for s in due.values()}
+            if not due:
+                return {}
+            started = time.perf_counter()
+            mark = self._slots.mark()
+            try:
+                rows = self._slots.step(tokens)
+                outputs = self._outputs(due, rows)
+                self._book(due, time.perf_counter() - started)
+            except BaseException:
+                self._slots.return_to(mark)
+                with self._changed:
+                    for stream in due.values():
+                        token = tokens[stream.slot]
+                        if not stream.queue or stream.queue[0] is not token:
+                            stream.queue.appendleft(token)
+                raise
+            return outputs
+
+    def _outputs(self, due: Mapping[int, _Stream], rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {
+            number: rows[stream.slot]
+            for number, stream in due.items()
+            if stream.slot in rows and stream.seen + 1 >= self.receptive_field
+        }
+
+    def _book(self, due: Mapping[int, _Stream], seconds: float) -> None:
+        """Take the tokens off the queues; the counts are last, for they cannot be taken back."""
+        with self._changed:
+            for stream in due.values():
+                stream.queue.popleft()
+            for stream in due.values():
+                stream.seen += 1
+            self._times.append(seconds)
+            self._ticks += 1
+            self._tokens += len(due)
+            self._changed.notify_all()
+
+    # -- how it goes -----------------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """What the pool has done so far; ``str`` of it is one line."""
+        with self._changed:
+            queues = [len(stream.queue) for stream in self._streams.values()]
+            times = sorted(self._times)
+            counts = (self.capacity, len(queues), sum(queues), max(queues, default=0))
+            return Statistics(
+                *counts,
+                self._ticks,
+                self._tokens,
+                *(_quantile(times, share) for share in (0.5, 0.99, 0.999)),
+            )
+
+    def progress(self) -> str:
+        """A line for a terminal or a log: streams, ticks, queues, times."""
+        return str(self.statistics())
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all do not exceed; NaN of nothing."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+class _Batched:
+    """Slots that are rows of one batch, for models whose modules all keep streams apart."""
+
+    def __init__(self, model: nn.Module, example: Tensor, graph: bool) -> None:
+        self._model = model
+        self._modules = storage.stateful_modules(model)
+        self._tokens = example
+        self._run: Callable[[Tensor], Tensor | None]
+        if graph:
+            graphed = GraphedStep(model, example)
+            self._run, self._active = graphed, graphed.active
+        else:
+            for module in self._modules.values():
+                module.start_streams(example.shape[0])
+            self._run = model.forward_step  # type: ignore[assignment]
+            self._active = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
+
+    def begin(self, slot: int) -> None:
+        mask = torch.zeros_like(self._active)
+        mask[slot] = True
+        for module in self._modules.values():
+            module.reset(mask)
+        self._tokens[slot].zero_()
+
+    def put(self, slot: int, states: Mapping[str, Any]) -> None:
+        storage.import_stream(self._model, slot, states)
+
+    def get(self, slot: int) -> dict[str, Any]:
+        return storage.export_stream(self._model, slot)
+
+    def mark(self) -> list[Any]:
+        return [module.mark() for module in self._modules.values()]
+
+    def return_to(self, mark: list[Any]) -> None:
+        for module, before in zip(self._modules.values(), mark, strict=True):
+            module.return_to(before)
+
+    def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """One step with these tokens by slot; the outputs by slot, none if the model gave none."""
+        slots = torch.tensor(list(tokens), device=self._tokens.device)
+        with torch.no_grad(), active_streams(self._active):
+            self._tokens.index_copy_(0, slots, torch.stack(list(tokens.values())))
+            self._active.zero_().index_fill_(0, slots, True)
+            out = self._run(self._tokens)
+            if out is None:
+                return {}
+            return dict(zip(tokens, out.index_select(0, slots).unbind(), strict=True))
+
+
+class _OneByOne:
+    """Slots that each hold a whole state, for models with modules that know only one clock."""
+
+    def __init__(self, model: nn.Module, foreign: list[str]) -> None:
+        ours = [name for name, m in model.named_modules() if isinstance(m, StatefulStreams)]
+        self._model: Any = model
+        self._modules: dict[str, Any] = {n: model.get_submodule(n) for n in [*ours, *foreign]}
+        self._states: dict[int, dict[str, Any]] = {}
+
+    def begin(self, slot: int) -> None:
+        self._states[slot] = dict.fromkeys(self._modules)
+
+    def put(self, slot: int, states: Mapping[str, Any]) -> None:
+        if set(states) != set(self._modules):
+            given, own = sorted(states), sorted(self._modules)
+            raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
+        self._states[slot] = {name: _copy(state) for name, state in states.items()}
+
+    def get(self, slot: int) -> dict[str, Any]:
+        return {name: _copy(state, "cpu") for name, state in self._states[slot].items()}
+
+    def mark(self) -> dict[int, dict[str, Any]]:
+        return dict(self._states)
+
+    def return_to(self, mark: dict[int, dict[str, Any]]) -> None:
+        self._states = mark
+
+    def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """One step with these tokens by slot; the outputs by slot of those that have one."""
+        outputs = {}
+        for slot, token in tokens.items():
+            for name, module in self._modules.items():
+                state = self._states[slot][name]
+                module.clean_state() if state is None else module.set_state(_copy(state))
+            with torch.no_grad():
+                out = self._model.forward_step(token.unsqueeze(0))
+            self._states[slot] = {n: _copy(m.get_state()) for n, m in self._modules.items()}
+            if isinstance(out, Tensor):
+                outputs[slot] = out[0]
+        return outputs
+
+
+def _copy(state: Any, device: str | None = None) -> Any:
+    """A copy of a tree of tensors; its clock, which has no bytes, stays where it is."""
+    if isinstance(state, Tensor):
+        return state.detach().to(device or state.device, copy=True)
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*(_copy(part, device) for part in state))
+    if isinstance(state, (tuple, list)):
+        return type(state)(_copy(part, device) for part in state)
+    return state
+
+
+def _foreign_modules(model: nn.Module) -> list[str]:
+    """Names of modules that keep a state by ``get_state`` and ``set_state`` and not by streams.
+
+    Raises:
+        ValueError: one has a state that cannot be read or set.
+    """
+    upstream = getattr(sys.modules.get("continual.module"), "CoModule", None)
+    found = []
+    for name, module in model.named_modules():
+        if not _keeps(module, upstream) or any(_keeps(m, upstream) for m in module.children()):
+            continue
+        if isinstance(module, StatefulStreams):
+            continue
+        if not (_own(module, "get_state", upstream) and _own(module, "set_state", upstream)):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) keeps a state that cannot be read and "
+                "set: it has clean_state, but not get_state and set_state"
+            )
+        found.append(name)
+    return found
+
+
+def _keeps(module: nn.Module, upstream: type | None) -> bool:
+    """Whether it, or a module inside, keeps a state."""
+    if isinstance(module, StatefulStreams):
+        return True
+    names = ("get_state", "set_state", "clean_state")
+    itself = any(_own(module, name, upstream) for name in names) and not _says_none(module)
+    return itself or any(_keeps(child, upstream) for child in module.children())
+
+
+def _says_none(module: nn.Module) -> bool:
+    """Whether its ``_state_shape``, as in ``continual``, tells that there is no state."""
+    shapes: list[Any] = [getattr(module, "_state_shape", 1)]
+    while shapes and isinstance(shapes[-1], list):
+        shapes.extend(shapes.pop())
+    return all(shape == 0 for shape in shapes)
+
+
+def _own(module: nn.Module, name: str, upstream: type | None) -> bool:
+    """Whether the module's class itself has this method, and not only by ``continual``'s base."""
+    method = getattr(type(module), name, None)
+    return callable(method) and method is not getattr(upstream, name, None)
+
+
+def _receptive_field(model: nn.Module) -> int:
+    """Tokens that an output depends on: as the model says, or for its modules in a row."""
+    own = getattr(model, "receptive_field", None)
+    if isinstance(own, (int, Tensor)):
+        return int(own)
+    fields = [m._layout().sequence_len for m in model.modules() if isinstance(m, StatefulStreams)]
+    return 1 + sum(length - 1 for length in fields)
+
+
+def _age(states: Mapping[str, Any]) -> int:
+    """Tokens that a stream has seen, as far as its state tells."""
+    positions = [getattr(state, "position", None) for state in states.values()]
+    return max((int(p[0]) for p in positions if p is not None and len(p)), default=0)
