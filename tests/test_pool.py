@@ -1,0 +1,449 @@
+"""A pool serves streams that come and go as if each had the model for itself."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import time
+
+import continual
+import pytest
+import torch
+from oracles import EMBED, LENGTH, assert_same_state, build
+from torch import nn
+
+import continual_mha as co
+
+KINDS = {
+    "kv": {"formulation": "kv"},
+    "kv_delayed": {"formulation": "kv", "query_index": 1, "add_bias_kv": True},
+    "input": {"formulation": "input"},
+}
+
+
+class Net(nn.Module):
+    """Projection, two attentions in a row with a residual, and a head."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, EMBED)
+        self.layers = nn.ModuleList([build(seed, **arguments) for seed in range(2)])
+        self.head = nn.Linear(EMBED, 3)
+        self.requires_grad_(False)
+
+    def forward_step(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer.forward_step(x)
+            if x is None:
+                return None
+        return self.head(x)
+
+
+READY = 2 * LENGTH - 1  # tokens until both layers' windows are full
+
+
+def tokens(count, seed=0):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def alone(model, x):
+    """What the model answers to one stream that has it for itself, by the number of its tokens."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if hasattr(module, "clean_state"):
+            module.clean_state()
+    answers = {}
+    for count, token in enumerate(x, 1):
+        answer = twin.forward_step(token[None])
+        if answer is not None:
+            answers[count] = answer[0]
+    return answers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_that_come_go_and_pause_get_what_they_would_get_alone(kind, backend):
+    model = Net(**KINDS[kind])
+    pool = co.StreamPool(model, 3, (4,), queue_size=2)
+    assert pool.batched
+    assert pool.receptive_field == READY
+    source = random.Random(1)
+    streams, answered = {}, 0
+    for _ in range(160):
+        if len(streams) < 3 and source.random() < 0.3:
+            number = pool.open()
+            x = tokens(64, number)
+            streams[number] = [0, x, alone(model, x)]
+        pushed = [n for n in streams if source.random() < 0.7]
+        for number in pushed:
+            pool.push(number, streams[number][1][streams[number][0]])
+            streams[number][0] += 1
+        outputs = pool.tick()
+        assert set(outputs) <= set(pushed)
+        for number in pushed:
+            count, _, expected = streams[number]
+            assert (number in outputs) == (count in expected)
+            if count in expected:
+                torch.testing.assert_close(outputs[number], expected[count], rtol=1e-4, atol=1e-5)
+                answered += 1
+        for number in list(streams):
+            if streams[number][0] > 50 or source.random() < 0.02:
+                pool.close(number)
+                del streams[number]
+    assert answered > 50
+
+
+def test_tick_without_tokens_does_nothing():
+    pool = co.StreamPool(build(), 2, (EMBED,))
+    assert pool.tick() == {}
+    pool.open()
+    assert pool.tick() == {}
+    assert pool.statistics().ticks == 0
+
+
+def test_full_pool_refuses_and_waits():
+    pool = co.StreamPool(build(), 2, (EMBED,))
+    first, second = pool.open(), pool.open()
+    assert first != second
+    with pytest.raises(co.PoolFull, match="2 slots"):
+        pool.open()
+    begun = time.monotonic()
+    with pytest.raises(co.PoolFull):
+        pool.open(timeout=0.05)
+    assert time.monotonic() - begun >= 0.05
+    closer = threading.Timer(0.05, pool.close, [first])
+    closer.start()
+    third = pool.open(timeout=10)
+    closer.join()
+    assert third not in (first, second)
+    with pytest.raises(co.UnknownStream):
+        pool.push(first, torch.zeros(EMBED))
+
+
+def test_full_queue_refuses_and_waits():
+    pool = co.StreamPool(build(), 1, (EMBED,), queue_size=2)
+    stream = pool.open()
+    for _ in range(2):
+        pool.push(stream, torch.zeros(EMBED))
+    with pytest.raises(co.QueueFull, match="2 tokens"):
+        pool.push(stream, torch.zeros(EMBED))
+    ticker = threading.Timer(0.05, pool.tick)
+    ticker.start()
+    pool.push(stream, torch.zeros(EMBED), timeout=10)
+    ticker.join()
+    assert pool.statistics().waiting == 2
+
+
+def test_close_wakes_whoever_waits_to_push():
+    pool = co.StreamPool(build(), 1, (EMBED,), queue_size=1)
+    stream = pool.open()
+    pool.push(stream, torch.zeros(EMBED))
+    closer = threading.Timer(0.05, pool.close, [stream])
+    closer.start()
+    with pytest.raises(co.UnknownStream):
+        pool.push(stream, torch.zeros(EMBED), timeout=10)
+    closer.join()
+
+
+def test_bad_tokens_and_numbers_are_refused():
+    pool = co.StreamPool(build(), 1, (EMBED,))
+    stream = pool.open()
+    with pytest.raises(ValueError, match="shape"):
+        pool.push(stream, torch.zeros(1, EMBED))
+    with pytest.raises(TypeError, match="float32"):
+        pool.push(stream, torch.zeros(EMBED, dtype=torch.float64))
+    with pytest.raises(TypeError, match="list"):
+        pool.push(stream, [0.0] * EMBED)
+    for call in (pool.close, pool.export, lambda s: pool.push(s, torch.zeros(EMBED))):
+        with pytest.raises(co.UnknownStream):
+            call(99)
+    for sizes in ({"capacity": 0}, {"capacity": 1, "queue_size": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            co.StreamPool(build(), token_shape=(EMBED,), **sizes)
+    with pytest.raises(ValueError, match="no module that keeps streams"):
+        co.StreamPool(nn.Linear(2, 2), 1, (2,))
+    with pytest.raises(ValueError, match="CUDA"):
+        co.StreamPool(build(), 1, (EMBED,), graph=True, device="cpu")
+
+
+def test_pushed_token_is_a_copy():
+    pool = co.StreamPool(build(sequence_len=1), 1, (EMBED,))
+    stream, token = pool.open(), torch.ones(EMBED)
+    pool.push(stream, token)
+    token.fill_(float("nan"))
+    assert pool.tick()[stream].isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["as_it_is", "as_bytes"])
+@pytest.mark.parametrize("past", [0, 3, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_stream_goes_on_in_another_pool(kind, past, stored):
+    model = Net(**KINDS[kind])
+    pool, other = (co.StreamPool(copy.deepcopy(model), size, (4,)) for size in (2, 5))
+    x = tokens(40)
+    stream = pool.open()
+    for token in x[:past]:
+        pool.push(stream, token)
+        pool.tick()
+    state = pool.export(stream)
+    if stored:
+        state = co.states_from_bytes(co.states_to_bytes(state))
+    other.open()
+    moved = other.restore(state)
+    expected = alone(model, x)
+    for count, token in enumerate(x[past:], past + 1):
+        other.push(moved, token)
+        outputs = other.tick()
+        assert (moved in outputs) == (count in expected)
+        if count in expected:
+            torch.testing.assert_close(outputs[moved], expected[count], rtol=1e-4, atol=1e-5)
+
+
+def test_state_that_does_not_fit_takes_no_slot():
+    pool = co.StreamPool(build(), 1, (EMBED,))
+    foreign = co.StreamPool(build(sequence_len=LENGTH + 1), 1, (EMBED,))
+    state = foreign.export(foreign.open())
+    with pytest.raises(ValueError, match="does not fit"):
+        pool.restore(state)
+    pool.open()
+
+
+def test_new_stream_sees_nothing_of_the_slots_former_owner():
+    model = build(sequence_len=2, query_index=0, formulation="kv")
+    pool = co.StreamPool(model, 1, (EMBED,))
+    for _ in range(3):
+        stream = pool.open()
+        for _ in range(4):
+            pool.push(stream, torch.full((EMBED,), float("nan")))
+            pool.tick()
+        pool.close(stream)
+        stream = pool.open()
+        assert all(part.isfinite().all() for part in pool.export(stream)[""][:3])
+        for count in range(1, 5):
+            pool.push(stream, torch.ones(EMBED))
+            outputs = pool.tick()
+            assert (stream in outputs) == (count >= 2)
+            assert count < 2 or outputs[stream].isfinite().all()
+        pool.close(stream)
+
+
+class Breaks(nn.Module):
+    """Two layers, of which something between them may fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = build(0), build(1)
+        self.requires_grad_(False)
+        self.broken = False
+
+    def forward_step(self, x):
+        x = self.one.forward_step(x)
+        if self.broken:
+            raise MemoryError("between the layers")
+        return None if x is None else self.two.forward_step(x)
+
+
+def test_tick_that_fails_between_layers_has_not_happened():
+    pool, twin = (co.StreamPool(Breaks(), 3, (EMBED,)) for _ in range(2))
+    x = torch.randn(30, 3, EMBED)
+    streams = [pool.open() for _ in range(3)]
+    assert streams == [twin.open() for _ in range(3)]
+    for t in range(30):
+        for i, stream in enumerate(streams):
+            if (t + i) % 4:
+                for each in (pool, twin):
+                    each.push(stream, x[t, i])
+        if t % 3 == 0:
+            pool._slots._model.broken = True
+            with pytest.raises(MemoryError):
+                pool.tick()
+            pool._slots._model.broken = False
+        expected, got = twin.tick(), pool.tick()
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[s], got[s]) for s in expected)
+    for stream in streams:
+        expected, got = twin.export(stream), pool.export(stream)
+        for name in expected:
+            assert_same_state(expected[name], got[name])
+    assert pool.statistics().tokens == twin.statistics().tokens
+
+
+def test_threads_share_a_pool_without_mixing_their_streams():
+    """Each thread pushes to streams of its own while one ticks; every answer is its stream's."""
+    model = Net()
+    pool = co.StreamPool(model, 4, (4,), queue_size=3)
+    received, lock = {}, threading.Lock()
+    inputs, failures, done = {}, [], threading.Event()
+
+    def tick():
+        while not done.is_set() or pool.statistics().waiting:
+            for number, row in pool.tick().items():
+                with lock:
+                    received.setdefault(number, []).append(row)
+
+    def talk(seed):
+        try:
+            for turn in range(3):
+                number = pool.open(timeout=30)
+                x = tokens(READY + 4, 100 * seed + turn)
+                inputs[number] = x
+                for token in x:
+                    pool.push(number, token, timeout=30)
+                while True:
+                    with lock:
+                        if len(received.get(number, ())) == 5:
+                            break
+                    time.sleep(1e-3)
+                pool.close(number)
+        except Exception as error:
+            failures.append(error)
+
+    ticker = threading.Thread(target=tick)
+    talkers = [threading.Thread(target=talk, args=(seed,)) for seed in range(6)]
+    for thread in (ticker, *talkers):
+        thread.start()
+    for thread in talkers:
+        thread.join(60)
+    done.set()
+    ticker.join(60)
+    assert not failures
+    assert len(inputs) == 18
+    for number, x in inputs.items():
+        expected = list(alone(model, x).values())
+        torch.testing.assert_close(
+            torch.stack(received[number]), torch.stack(expected), rtol=1e-4, atol=1e-5
+        )
+    assert pool.statistics().open == 0
+
+
+def test_pools_in_two_threads_do_not_see_each_others_masks():
+    pools = [co.StreamPool(build(), 4, (EMBED,)) for _ in range(2)]
+    failures = []
+
+    def run(pool, seed):
+        source = random.Random(seed)
+        counts = {pool.open(): 0 for _ in range(4)}
+        for _ in range(200):
+            for number in counts:
+                if source.random() < 0.5:
+                    pool.push(number, torch.zeros(EMBED))
+                    counts[number] += 1
+            pool.tick()
+        found = {n: int(pool.export(n)[""].position) for n in counts}
+        if found != counts:
+            failures.append((found, counts))
+
+    threads = [threading.Thread(target=run, args=(p, s)) for s, p in enumerate(pools)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+def test_statistics_count_and_fit_on_a_line():
+    pool = co.StreamPool(build(), 3, (EMBED,))
+    assert pool.statistics().p50 != pool.statistics().p50  # NaN
+    streams = [pool.open(), pool.open()]
+    for _ in range(3):
+        pool.push(streams[0], torch.zeros(EMBED))
+    pool.push(streams[1], torch.zeros(EMBED))
+    pool.tick()
+    found = pool.statistics()
+    assert (found.capacity, found.open, found.waiting, found.longest_queue) == (3, 2, 2, 2)
+    assert (found.ticks, found.tokens) == (1, 2)
+    assert 0 < found.p50 <= found.p99 <= found.p999
+    assert "2/3 streams" in pool.progress()
+    assert "\n" not in pool.progress()
+
+
+# -- modules that know only one clock for the whole batch ------------------------------------------
+
+
+def continual_model(name):
+    torch.manual_seed(0)
+    mha = build(embed_dim_second=True, forward_returns_attn_mask=False)
+    models = {
+        "convolution": lambda: continual.Sequential(continual.Conv1d(4, EMBED, 3), mha),
+        "residual with a delay": lambda: continual.Residual(
+            continual.Conv1d(4, 4, 3, padding=1), residual_shrink=False
+        ),
+        "recurrent": lambda: continual.Sequential(continual.GRU(4, 4), continual.Conv1d(4, 4, 2)),
+    }
+    return models[name]().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["convolution", "residual with a delay", "recurrent"])
+def test_modules_with_one_clock_serve_streams_of_different_age(name):
+    model = continual_model(name)
+    pool = co.StreamPool(model, 2, (4,))
+    assert not pool.batched
+    x = tokens(40)
+    expected = alone(model, x)
+    assert expected
+    first = pool.open()
+    second = None
+    counts = {}
+    for t in range(40):
+        if t == 7:
+            second = pool.open()
+        if t == 20:  # moves while it runs
+            state = pool.export(first)
+            pool.close(first)
+            counts.pop(first)
+            first = pool.restore(state)
+            counts[first] = 20
+        due = [s for s in (first, second) if s is not None and (s == first or t % 3)]
+        for stream in due:
+            pool.push(stream, x[counts.get(stream, 0)])
+            counts[stream] = counts.get(stream, 0) + 1
+        outputs = pool.tick()
+        for stream in due:
+            assert (stream in outputs) == (counts[stream] in expected)
+            if stream in outputs:
+                torch.testing.assert_close(outputs[stream], expected[counts[stream]])
+
+
+def test_failed_tick_of_modules_with_one_clock_has_not_happened(monkeypatch):
+    model = continual_model("convolution")
+    pool = co.StreamPool(model, 2, (4,))
+    x = tokens(20)
+    expected = alone(model, x)
+    streams = [pool.open(), pool.open()]
+    real, calls = model.forward_step, []
+
+    def fails_sometimes(token):
+        calls.append(token)
+        out = real(token)
+        if len(calls) % 5 == 0:
+            raise MemoryError
+        return out
+
+    monkeypatch.setattr(model, "forward_step", fails_sometimes)
+    for count in range(1, 21):
+        for stream in streams:
+            pool.push(stream, x[count - 1])
+        while True:
+            try:
+                outputs = pool.tick()
+                break
+            except MemoryError:
+                pass
+        for stream in streams:
+            assert (stream in outputs) == (count in expected)
+            if stream in outputs:
+                torch.testing.assert_close(outputs[stream], expected[count])
+
+
+def test_residual_around_our_module_is_still_batched():
+    mha = build(embed_dim_second=True, forward_returns_attn_mask=False)
+    model = continual.Residual(mha, residual_shrink="lagging").eval().requires_grad_(False)
+    assert co.StreamPool(model, 2, (EMBED,)).batched
+
+
+def test_state_that_nobody_can_read_is_refused():
+    model = continual.Sequential(continual.RecyclingPositionalEncoding(4, 8), build())
+    with pytest.raises(ValueError, match="cannot be read"):
+        co.StreamPool(model, 2, (4,))
