@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | wheel | clean. Everything lives in .venv, built on first use from
+# make demo | test | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
 # the versions pinned in requirements-dev.lock; once it stands, no target needs the network.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 # What runs Triton's kernels on the CPU: whether Triton interprets is settled when it is imported.
 INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_module_api.py -k 'triton'
 
-.PHONY: demo test lint bench gpu wheel clean
+.PHONY: demo test lint bench gpu wheel sanitize abi-check clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/activity_stream.py $(ARGS)
@@ -36,6 +36,27 @@ gpu:
 
 wheel: $(VENV)/.dev
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# The CPU library with sanitizers, in a copy of the tree so that the plain one stays where it is.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.dev
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -R continual_mha triton_kernels csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZE)" CONTINUAL_MHA_BUILD_CUDA=0 CONTINUAL_MHA_WERROR=0 \
+		$(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(CURDIR)/$(PY) -m pytest -p no:cacheprovider tests/test_native_cpu.py
+
+# One wheel under the oldest and the newest torch. It downloads both.
+abi-check: wheel
+	for torch in 'torch==2.10.*' torch; do \
+		rm -rf build/abi && $(PYTHON) -m venv build/abi && \
+		build/abi/bin/pip install --quiet "$$torch" && \
+		build/abi/bin/pip install --quiet --no-deps dist/*.whl && \
+		CONTINUAL_MHA_BACKEND=cpu build/abi/bin/python examples/quickstart.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -213,7 +213,7 @@ class BuildNative(build_ext):
         command = compiler.compile(source)
         digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:8]
         # Not in build_temp, which an editable installation throws away.
-        target = ROOT / "build" / "objects" / digest / f"{Path(source).stem}.o"
+        target = ROOT / "build" / "objects" / digest / f"{Path(source).name}.o"
         folder = (ROOT / source).parent
         inputs = [
             ROOT / source,

@@ -31,6 +31,11 @@ Tokens tokens_of(const Tensor& x, DType dtype) {
   return {buffer, features, count, features};
 }
 
+// The operator of that name costs a microsecond even where there is nothing to do.
+Tensor contiguous_rows(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // `weight` and `bias` are the rows' own; `out` has `out_stride` elements from token to token.
 void project(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
              int64_t out_stride, int64_t rows) {
@@ -131,7 +136,7 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
   const int64_t bytes = query.size(0) * 3 * e * element_size(dtype);
   char* out = static_cast<char*>(scratch<ProjectedTag>(bytes));
   const int64_t part = e * element_size(dtype);
-  const Tensor packed = torch::stable::contiguous(w.in_proj_weight);
+  const Tensor packed = contiguous_rows(w.in_proj_weight);
   const void* bias = data_or_null(w.in_proj_bias);
   if (!w.k_proj_weight && same_tokens(query, key) && same_tokens(query, value)) {
     project(tokens_of(query, dtype), packed.const_data_ptr(), bias, dtype, out, 3 * e, 3 * e);
@@ -139,7 +144,7 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
     const std::array<std::optional<Tensor>, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};
     for (int64_t i = 0; i < 3; ++i) {
       std::optional<Tensor> own;  // keeps a contiguous copy alive
-      if (w.k_proj_weight) own = torch::stable::contiguous(*separate[i]);
+      if (w.k_proj_weight) own = contiguous_rows(*separate[i]);
       const void* weight =
           own ? own->const_data_ptr() : third(packed.const_data_ptr(), i, e * e, dtype);
       project(tokens_of(*tokens[i], dtype), weight, third(bias, i, e, dtype), dtype, out + i * part,
@@ -151,7 +156,7 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
 
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
   const int64_t e = w.out_proj_weight.size(0);
-  const Tensor weight = torch::stable::contiguous(w.out_proj_weight);
+  const Tensor weight = contiguous_rows(w.out_proj_weight);
   project({attended, e, out.numel() / e, e}, weight.const_data_ptr(), data_or_null(w.out_proj_bias),
           dtype, out.mutable_data_ptr(), e, e);
 }

@@ -31,7 +31,7 @@ void* scratch(int64_t bytes) {
 // multiply-adds, to be worth waking.
 template <class F>
 void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
-  constexpr int64_t kMinWork = 32768;
+  constexpr int64_t kMinWork = 65536;  // some microseconds: what waking a thread costs
   const int64_t grain = (kMinWork + work_per_task - 1) / (work_per_task > 0 ? work_per_task : 1);
   torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, f);
 }

@@ -35,10 +35,11 @@ CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
 
 // sums[r * kC + c] = row r . x c over `count` elements. Each sum has one accumulator and one order
 // of addition whatever kR and kC are, so its bits do not depend on them. kPrefetch asks for the
-// lines `ahead` elements further on: the hardware does not follow kR rows at once.
+// next tile's lines: the hardware does not follow kR rows at once. Behind the last row lies what is
+// read next, another head's ring or other weights; beyond the end a prefetch does nothing.
 template <int kR, int kC, bool kPrefetch, class S, class A>
 CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
-                        int64_t count, int64_t ahead, A* sums) {
+                        int64_t count, A* sums) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   Vec acc[kR * kC] = {};
@@ -53,7 +54,7 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
     for (int c = 0; c < kC; ++c) xs[c] = load(x + c * x_stride + i);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      if constexpr (kPrefetch) __builtin_prefetch(row(r, i) + ahead);
+      if constexpr (kPrefetch) __builtin_prefetch(row(r, i) + kR * row_stride);
       const Vec w = load(row(r, i));
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
@@ -82,9 +83,7 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
   const auto tiles_of = [&](auto tag) __attribute__((always_inline)) {
     constexpr int kRows = decltype(tag)::value;
     for (; r + kRows <= end; r += kRows) {
-      const int64_t ahead = r + 2 * kRows <= end ? kRows * row_stride : 0;
-      dot_tile<kRows, kC, kPrefetch>(rows + r * row_stride, row_stride, x, x_stride, count, ahead,
-                                     sums);
+      dot_tile<kRows, kC, kPrefetch>(rows + r * row_stride, row_stride, x, x_stride, count, sums);
       for (int i = 0; i < kRows; ++i) {
         for (int c = 0; c < kC; ++c) emit(r + i, c, sums[i * kC + c]);
       }
@@ -94,6 +93,8 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
   if constexpr (kR > 4) tiles_of(Int<4>{});
   tiles_of(Int<1>{});
 }
+
+constexpr int64_t kAhead = 16;  // rows from the one in use to the one prefetched
 
 // out[q][0..columns) += sum over rows l of p[q][l] * row l, for kQ rows of weights and kVecs
 // vectors of columns, or with kTail for `tail` columns of one vector. The rows are
@@ -109,6 +110,7 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
     const S* row = rows + l * row_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) {
+      if constexpr (kQ == 1 && !kTail) __builtin_prefetch(row + j * kLanes + kAhead * row_stride);
       const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
