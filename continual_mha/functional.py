@@ -14,6 +14,10 @@ from .precision import autocast_dtype, wide
 from .reference import Rings, Weights
 from .ring import InputState, Layout, RingState, State
 
+# On a CPU the fused operator gains from such a tile on, and in half precision at any size, where it
+# also rounds less: see docs/formulations.md.
+_CPU_FUSED_ELEMENTS = 1 << 19
+
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
 
@@ -142,7 +146,10 @@ def _projected(state: InputState, weights: Weights, layout: Layout) -> Rings:
     if waiting:
         back = torch.arange(-layout.delay, 0, device=q.device)
         at = state.position[:, None] + back
-        known = reference.take(q, at % layout.sequence_len).masked_fill((at < 0).unsqueeze(-1), 0)
+        known = reference.take(q, at % layout.sequence_len)
+        bias = weights.split_bias()[0]  # the query of a token of zeros, as in a single step
+        absent = q.new_zeros(q.shape[2]) if bias is None else bias
+        known = torch.where((at < 0).unsqueeze(-1), absent, known)
         q_ring = reference.put(q_ring, at % waiting, known)
     return Rings(k, v, q_ring, state.position)
 
@@ -281,7 +288,7 @@ def _attend_inputs(
     moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
     blank = mask is not None and not need_weights
     plain = extra is None and options.dropout_p == 0.0
-    if plain and not need_weights and wants_fused(moved, mask):
+    if plain and not need_weights and wants_fused(moved, key, value, mask):
         mixed, share = _fused_mix(moved, key, value, mask)
         attn = None
     else:
@@ -290,6 +297,8 @@ def _attend_inputs(
         on_clip = attn[..., : key.shape[1]]
         mixed = torch.matmul(on_clip.to(value.dtype), value)
         share = None if plain and not blank else on_clip.sum(-1, keepdim=True)
+        if plain and share is not None:  # exactly 1, as where there is no mask; or 0
+            share = share > 0
     heads = torch.einsum("nhe,hde->nhd", mixed, w_v.unflatten(0, (num_heads, -1)))
     if b_v is not None:
         bias = b_v.view(heads.shape[1:])
@@ -308,8 +317,16 @@ def _fused_mix(
     return mixed.masked_fill(hidden, 0.0), (~hidden).to(mixed.dtype)
 
 
-def wants_fused(query: Tensor, mask: Tensor | None) -> bool:
+def wants_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether the fused operator serves, and gains over plain PyTorch."""
     if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
         return False
-    return backends.order(query.device.type)[0] in ("triton", "cuda")
+    first = backends.order(query.device.type)[0]
+    if first != "cpu":
+        return first in ("triton", "cuda")
+    large = query.element_size() == 2 or key.numel() >= _CPU_FUSED_ELEMENTS
+    if not large or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False  # there is no kernel for the gradient
+    return backends.why_not("cpu", "attend_shared", (query, key, value, mask, None)) is None
