@@ -47,7 +47,7 @@ def explain(
     if many:
         return "\n".join([*lines, "torch: runs it, because keys and values are projected anew"])
     heads = state.x.new_empty((query.shape[0], module.num_heads, module.embed_dim))
-    if not functional.wants_fused(heads, None):
+    if not functional.wants_fused(heads, state.x, state.x, None):
         return "\n".join([*lines, "torch: runs it, because it is faster here"])
     return "\n".join(
         [*lines, *backends.reasons("attend_shared", (heads, state.x, state.x, None, None))]

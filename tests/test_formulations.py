@@ -206,6 +206,21 @@ def test_input_formulated_stream_equals_the_window(construction, run, mode, back
     assert_equals_window(output, module, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("construction", ["defaults", "no_bias", "middle_query"])
+def test_fused_operator_over_inputs_equals_the_window(construction, dtype, monkeypatch, backend):
+    monkeypatch.setattr(functional, "_CPU_FUSED_ELEMENTS", 0)
+    calls = []
+    fused = functional._fused_mix
+    monkeypatch.setattr(functional, "_fused_mix", lambda *args: calls.append(None) or fused(*args))
+    module = build(**CONSTRUCTIONS[construction], formulation="input", dtype=dtype)
+    x = draw_tokens(module, 3, 3 * LENGTH)[0]
+    with torch.no_grad():
+        output = stack(step_through(module, x), module)
+    assert len(calls) == (0 if backend == "torch" else x.shape[1])
+    assert_equals_window(output, module, x)
+
+
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("construction", SELF_ATTENTION)
 def test_streams_and_their_gradients_agree(construction, run, backend):
