@@ -120,9 +120,9 @@ class SharedPlan(NamedTuple):
     stages: int
 
 
-# Slots of a tile by padded embed_dim, for 16-bit elements: 64 KiB of it are in flight while the
+# Slots of a tile by padded embed_dim, for 16-bit elements: 16 to 64 KiB are in flight while the
 # previous tile is used, and the accumulator of all features stays under 64 registers a thread.
-SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 64, 1024: 32, 2048: 16}
+SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 32, 1024: 32, 2048: 16}
 
 
 @lru_cache(maxsize=1024)
@@ -167,7 +167,7 @@ class StepsPlan(NamedTuple):
 
 
 # (tokens, keys, warps) by padded head_dim: 16-bit elements on the matrix unit, fp32 on the others.
-STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 8),
+STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                    256: (32, 32, 8)}  # fmt: skip
 STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
                    256: (16, 16, 8)}  # fmt: skip
