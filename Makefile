@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
+# make demo | test | soak | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
 # the versions pinned in requirements-dev.lock; once it stands, no target needs the network.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 # What runs Triton's kernels on the CPU: whether Triton interprets is settled when it is imported.
 INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_module_api.py -k 'triton'
 
-.PHONY: demo test lint bench gpu wheel sanitize abi-check clean
+.PHONY: demo test soak lint bench gpu wheel sanitize abi-check clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/activity_stream.py $(ARGS)
@@ -19,6 +19,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
+
+# A million steps of each kind, and as many ticks of a pool.
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 CONTINUAL_MHA_SOAK_STEPS=1000000 $(PY) -m pytest --timeout 7200 tests/test_soak.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

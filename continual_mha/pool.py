@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +136,9 @@ class StreamPool:
         alone = _foreign_modules(model)
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
-        self._slots: Any = _OneByOne(model, alone) if alone else _Batched(model, example, graph)
+        self._slots: Any = (
+            _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
+        )
         self.batched = not alone
         # one by one, a stream that is not ready has no output
         self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
@@ -238,7 +240,7 @@ class StreamPool:
         if tuple(token.shape) != self._token_shape:
             shapes = f"{self._token_shape}, but got {tuple(token.shape)}"
             raise ValueError(f"a token must have the shape {shapes}")
-        copy = token.detach().to(self._device, copy=True)
+        copy = token.detach().clone()  # moved to the device with all others of its tick
         with self._changed:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
             if not self._changed.wait_for(there_is_room, timeout):
@@ -366,7 +368,7 @@ class _Batched:
         """One step with these tokens by slot; the outputs by slot, none if the model gave none."""
         slots = torch.tensor(list(tokens), device=self._tokens.device)
         with torch.no_grad(), active_streams(self._active):
-            self._tokens.index_copy_(0, slots, torch.stack(list(tokens.values())))
+            self._tokens.index_copy_(0, slots, _stacked(tokens.values(), self._tokens.device))
             self._active.zero_().index_fill_(0, slots, True)
             out = self._run(self._tokens)
             if out is None:
@@ -374,12 +376,21 @@ class _Batched:
             return dict(zip(tokens, out.index_select(0, slots).unbind(), strict=True))
 
 
+def _stacked(tokens: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Tokens as one tensor on ``device``, in one transfer if they are all in one place."""
+    tokens = list(tokens)
+    if len({token.device for token in tokens}) > 1:
+        tokens = [token.to(device) for token in tokens]
+    return torch.stack(tokens).to(device)
+
+
 class _OneByOne:
     """Slots that each hold a whole state, for models with modules that know only one clock."""
 
-    def __init__(self, model: nn.Module, foreign: list[str]) -> None:
+    def __init__(self, model: nn.Module, foreign: list[str], device: torch.device) -> None:
         ours = [name for name, m in model.named_modules() if isinstance(m, StatefulStreams)]
         self._model: Any = model
+        self._device = device
         self._modules: dict[str, Any] = {n: model.get_submodule(n) for n in [*ours, *foreign]}
         self._states: dict[int, dict[str, Any]] = {}
 
@@ -409,7 +420,7 @@ class _OneByOne:
                 state = self._states[slot][name]
                 module.clean_state() if state is None else module.set_state(_copy(state))
             with torch.no_grad():
-                out = self._model.forward_step(token.unsqueeze(0))
+                out = self._model.forward_step(token.unsqueeze(0).to(self._device))
             self._states[slot] = {n: _copy(m.get_state()) for n, m in self._modules.items()}
             if isinstance(out, Tensor):
                 outputs[slot] = out[0]
