@@ -236,6 +236,24 @@ def test_own_kernels_give_the_same_bits_in_any_slot_and_batch(kind, backend):
             assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
 
 
+def test_wide_models_keep_their_bits_in_large_batches_on_the_cpu_kernels():
+    """From 256 features on, the kernels serve fp32 projections in a batch of any size."""
+    if "cpu" not in co.backends.available():
+        pytest.skip("the CPU library is not built")
+    sizes = {"embed_dim": 256, "num_heads": 4, "sequence_len": 3}
+    module = build(formulation="kv", **sizes).requires_grad_(False)
+    x = draw_tokens(module, 130, 5)[0]
+    with co.use_backend("cpu"):
+        module.start_streams(1)
+        expected = [module.forward_step(x[7:8, t])[0] for t in range(5)]
+        for streams, slot in ((33, 32), (130, 64)):
+            rows = torch.arange(streams)
+            rows[slot] = 7
+            module.start_streams(streams)
+            for t in range(5):
+                assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
+
+
 @pytest.mark.parametrize("left", [NAN, float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_former_owner_is_left_after_a_reset(kind, left, backend):
