@@ -7,7 +7,7 @@ from .explain import explain
 from .graphs import GraphedStep
 from .modes import active_streams, call_mode
 from .pool import PoolFull, QueueFull, StreamPool, UnknownStream
-from .ring import InputState, RingState
+from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState
 from .storage import (
     export_state,
     export_stream,
@@ -29,6 +29,8 @@ __all__ = [
     "GraphedStep",
     "InputState",
     "PoolFull",
+    "QuantizedInputState",
+    "QuantizedRingState",
     "QueueFull",
     "RingState",
     "SingleOutputMultiheadAttention",

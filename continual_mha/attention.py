@@ -13,7 +13,7 @@ from . import checks, formulations, functional, ring
 from .functional import Options, Tokens
 from .modes import checked_mode, surrounding_active, surrounding_mode
 from .reference import Weights
-from .ring import InputState, RingState, State
+from .ring import INPUT_STATES, RingState, State
 from .streams import StatefulStreams
 
 _OWN_WEIGHTS = (
@@ -58,6 +58,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         formulation: what steps remember. ``kv``: projected keys and values. ``input``: the tokens
             themselves, half the memory and traffic for more arithmetic; for self-attention, where
             key and value are the query. ``auto`` decides when the streams begin.
+        cache_dtype: ``torch.int8`` or ``torch.float8_e4m3fn`` to keep in 8 bits what steps
+            remember, rounded, with a scale for every token (and head): for inference only. None
+            to keep it as it is.
 
     Raises:
         ValueError: a size or an index is out of its range.
@@ -89,9 +92,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         single_output_forward: bool = True,
         *,
         formulation: str = "auto",
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
         checks.check_formulation(formulation, embed_dim, kdim or embed_dim, vdim or embed_dim)
+        checks.check_cache_dtype(cache_dtype)
         if embed_dim_second and not batch_first:
             raise ValueError(
                 "embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True"
@@ -117,9 +122,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.single_output_forward = single_output_forward
         self._call_mode = "forward"
         self._formulation = formulation
-        sizes = (num_heads, self.head_dim, sequence_len, self.delay)
+        self.cache_dtype = cache_dtype
+        sizes = (num_heads, self.head_dim, sequence_len, self.delay, cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
-        self._init_streams()
+        self._init_streams(*(layout.state_type for layout in self._layouts.values()))
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -213,11 +219,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         checks.check_formulation(formulation, self.embed_dim, self.kdim, self.vdim)
         state = self._state()
         if state is not None and formulation not in ("auto", self.formulation):
-            if not isinstance(state, InputState):
+            if not isinstance(state, INPUT_STATES):
                 raise ValueError(
                     "keys and values cannot be turned back into inputs; call clean_state() first"
                 )
-            converted = functional.to_kv(state, self._weights(), self._layout())
+            converted = functional.to_kv(state, self._weights(), self._layout_with("kv"))
             self.clean_state()
             self._store(converted)
         self._formulation = formulation
@@ -237,7 +243,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return self._layout_with(formulation)
 
     def _like(self) -> Tensor:
-        return self.out_proj.weight if self._clock is None else self._existing_state()[0]
+        like = None if self._clock is None else ring.like_tokens(self._existing_state())
+        return self.out_proj.weight if like is None else like
 
     # -- the three forwards ----------------------------------------------------------------------
 
@@ -340,6 +347,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Raises:
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
+            RuntimeError: a gradient is needed, but there is a ``cache_dtype``.
         """
         tokens = self._tokens(query, key, value)
         active = surrounding_active() if active is None else active
@@ -372,6 +380,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Raises:
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
+            RuntimeError: a gradient is needed, but there is a ``cache_dtype``.
         """
         tokens = self._many_tokens(query, key, value)
         if tokens[0].shape[1] == 0:
@@ -429,9 +438,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             layout = self._layout_of_new(query.shape[0], query, functional.is_shared(tokens))
             state = ring.new_state(layout, query.shape[0], query)
         else:
-            layout = self._layout_with("input" if isinstance(state, InputState) else "kv")
+            layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")
         checks.check_continues(state, tokens, layout)
         differentiable = self._needs_grad(tokens, state)
+        if differentiable and self.cache_dtype is not None:
+            raise RuntimeError(
+                f"steps with cache_dtype={self.cache_dtype} have no gradient; call them under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
         call = functional.StepCall(self._weights(), layout, self._options(), update, differentiable)
         return state, call
 

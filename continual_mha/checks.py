@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import ring
 from .precision import autocast_dtype
+from .quantized import STORED_AS
 
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
@@ -153,7 +155,7 @@ def check_continues(state: State, tokens: Sequence[Tensor], layout: Layout) -> N
         ValueError: another number of streams, another device, or tokens that the state cannot keep.
         TypeError: another dtype.
     """
-    query, kept = tokens[0], state[0]
+    query, kept = tokens[0], ring.like_tokens(state)
     anew = "call clean_state() to start anew"
     streams = state.position.shape[0]
     if query.shape[0] != streams:
@@ -161,10 +163,11 @@ def check_continues(state: State, tokens: Sequence[Tensor], layout: Layout) -> N
             f"the state is that of {streams} streams, but got tokens for {query.shape[0]}; "
             f"{anew} with another batch size"
         )
-    if query.dtype != kept.dtype:
+    if kept is not None and query.dtype != kept.dtype:
         raise TypeError(f"the state is {kept.dtype}, but got tokens of {query.dtype}; {anew}")
-    if query.device != kept.device:
-        raise ValueError(f"the state is on {kept.device}, but got tokens on {query.device}; {anew}")
+    device = state.position.device
+    if query.device != device:
+        raise ValueError(f"the state is on {device}, but got tokens on {query.device}; {anew}")
     if layout.formulation == "input" and not (tokens[1] is query and tokens[2] is query):
         raise ValueError(
             "formulation='input' keeps one token for query, key and value, but got a key or value "
@@ -185,6 +188,17 @@ def check_formulation(formulation: str, embed_dim: int, kdim: int, vdim: int) ->
             "formulation='input' keeps one token for query, key and value, and needs kdim and vdim "
             f"equal to embed_dim={embed_dim}, but got {kdim} and {vdim}"
         )
+
+
+def check_cache_dtype(cache_dtype: torch.dtype | None) -> None:
+    """Check the constructor's keyword ``cache_dtype``.
+
+    Raises:
+        ValueError: rings are not kept so.
+    """
+    if cache_dtype is not None and cache_dtype not in STORED_AS:
+        expected = ", ".join(map(str, STORED_AS))
+        raise ValueError(f"cache_dtype must be None, {expected}, but got {cache_dtype!r}")
 
 
 def check_active(active: Tensor, query: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import backends, functional
 from .attention import SingleOutputMultiheadAttention
 from .reference import Rings
-from .ring import RingState
+from .ring import QuantizedInputState, QuantizedRingState, RingState
 
 
 def explain(
@@ -40,6 +40,8 @@ def explain(
     ]
     if call.differentiable:
         return "\n".join([*lines, "torch: runs it, because a gradient is needed"])
+    if isinstance(state, (QuantizedRingState, QuantizedInputState)):
+        return "\n".join([*lines, "torch: runs it, because the rings are quantised"])
     if isinstance(state, RingState):
         name = "ring_steps_" if many else "ring_step_"
         args = functional.operands(tokens, Rings(*state[:-1]), 0 if many else None, call)

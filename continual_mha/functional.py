@@ -11,8 +11,16 @@ from torch import Tensor
 
 from . import backends, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .precision import autocast_dtype, wide
+from .quantized import QuantizedRing, Ring, as_kept, tensors
 from .reference import Rings, Weights
-from .ring import InputState, Layout, RingState, State
+from .ring import (
+    InputState,
+    Layout,
+    QuantizedInputState,
+    QuantizedRingState,
+    RingState,
+    State,
+)
 
 # On a CPU the fused operator gains from such a tile on, and in half precision at any size, where it
 # also rounds less: see docs/formulations.md.
@@ -57,8 +65,8 @@ def step(
     Returns:
         The output ``(N, E)``, and the parts of the state after the token, but for the clock.
     """
-    if isinstance(state, InputState):
-        return _input_step(tokens[0], state, active, call)
+    if not isinstance(state, RingState):
+        return _unusual_step(tokens, state, active, call)
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
@@ -69,8 +77,8 @@ def steps(
     tokens: Tokens, state: State, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
-    if isinstance(state, InputState):
-        return _input_steps(tokens[0], state, first, call)
+    if not isinstance(state, RingState):
+        return _unusual_steps(tokens, state, first, call)
     rings = Rings(*state[:-1])
     if call.differentiable:
         return reference.ring_steps(*tokens, call.weights, rings, first, *call.options)
@@ -93,73 +101,128 @@ def operands(
     return (*tokens, *call.weights, *rings, extra, *call.options, call.update)
 
 
+def _unusual_step(
+    tokens: Tokens,
+    state: InputState | QuantizedRingState | QuantizedInputState,
+    active: Tensor | None,
+    call: StepCall,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``step`` where no single operator does it all."""
+    if not isinstance(state, QuantizedRingState):
+        return _input_step(tokens[0], state, active, call)
+    return reference.ring_step_(*operands(tokens, _rings(state), active, call)), state[:-1]
+
+
+def _unusual_steps(
+    tokens: Tokens,
+    state: InputState | QuantizedRingState | QuantizedInputState,
+    first: int,
+    call: StepCall,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``steps`` where no single operator does it all."""
+    if not isinstance(state, QuantizedRingState):
+        return _input_steps(tokens[0], state, first, call)
+    return reference.ring_steps_(*operands(tokens, _rings(state), first, call)), state[:-1]
+
+
+def _rings(state: QuantizedRingState) -> Rings:
+    """The rings of a state whose keys and values are quantised."""
+    k, v = QuantizedRing(state.k, state.k_scale), QuantizedRing(state.v, state.v_scale)
+    return Rings(k, v, state.q, state.position)
+
+
+def _inputs(state: InputState | QuantizedInputState) -> Ring:
+    """The ring of tokens of a state."""
+    return state.x if isinstance(state, InputState) else QuantizedRing(state.x, state.x_scale)
+
+
 def _input_step(
-    token: Tensor, state: InputState, active: Tensor | None, call: StepCall
+    token: Tensor, state: InputState | QuantizedInputState, active: Tensor | None, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``step`` over a ring of inputs: write the token, then attend to the ring as to a clip."""
     layout, position = call.layout, state.position
-    put = reference.put if call.differentiable else reference.put_
-    slot = (position % layout.sequence_len)[:, None]
-    overwritten = None if call.update else reference.take(state.x, slot)
-    x_ring = put(state.x, slot, token.unsqueeze(1))
-    asked = reference.token_before(x_ring, position, layout.delay) if layout.delay else token
+    kept = _inputs(state)
+    put: reference.Put = reference.put if call.differentiable else reference.put_
+    saved = []
+    if not (call.update or call.differentiable):
+        saved = reference.slots_of_next_tokens(tensors([kept]), position, 1)
+    kept = put(kept, (position % layout.sequence_len)[:, None], token.unsqueeze(1))
+    x = kept.to(token.dtype)
+    asked = reference.token_before(x, position, layout.delay) if layout.delay else token
     filled = reference.filled(position, layout.sequence_len)
     mask = None if filled is None else _hide(~filled[:, 0], token.dtype)
     out, _ = attend_clip(
-        (asked, x_ring, x_ring), call.weights, layout.num_heads, call.options, mask, moved=True
+        (asked, x, x), call.weights, layout.num_heads, call.options, mask, moved=True
     )
-    if overwritten is not None and not call.differentiable:
-        put(x_ring, slot, overwritten)
+    for ring_, slot, old in saved:
+        put(ring_, slot, old)
     ahead = 1 if active is None else active.to(torch.int64)
     if call.update and not call.differentiable:
-        return out, (x_ring, position.add_(ahead))
-    return out, (x_ring, position + ahead)
+        return out, (*tensors([kept]), position.add_(ahead))
+    return out, (*tensors([kept]), position + ahead)
 
 
 def _input_steps(
-    tokens: Tensor, state: InputState, first: int, call: StepCall
+    tokens: Tensor, state: InputState | QuantizedInputState, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``steps`` over a ring of inputs: for many tokens, keys and values are worth projecting."""
-    rings = _projected(state, call.weights, call.layout)
+    kept, length = _inputs(state), call.layout.sequence_len
+    x, seen = kept.to(tokens.dtype), as_kept(kept, tokens)
+    rings = _projected(x, state.position, call.weights, call.layout)
+    asked = seen if call.layout.delay else tokens  # a query that waits is asked from the ring
     out, _ = reference.ring_steps(
-        tokens, tokens, tokens, call.weights, rings, first, *call.options, put=None
+        asked, seen, seen, call.weights, rings, first, *call.options, put=None
     )
     if not call.update:
         return out, state[:-1]
-    put = reference.put if call.differentiable else reference.put_
-    length = call.layout.sequence_len
+    put: reference.Put = reference.put if call.differentiable else reference.put_
     slot = reference.last_positions(state.position, tokens.shape[1], length) % length
-    x_ring = put(state.x, slot, tokens[:, -slot.shape[1] :])
+    kept = put(kept, slot, tokens[:, -slot.shape[1] :])
     if call.differentiable:
-        return out, (x_ring, state.position + tokens.shape[1])
-    return out, (x_ring, state.position.add_(tokens.shape[1]))
+        return out, (*tensors([kept]), state.position + tokens.shape[1])
+    return out, (*tensors([kept]), state.position.add_(tokens.shape[1]))
 
 
-def _projected(state: InputState, weights: Weights, layout: Layout) -> Rings:
-    """The rings of formulation ``kv`` that hold the same tokens as a ring of inputs."""
+def _projected(x: Tensor, position: Tensor, weights: Weights, layout: Layout) -> Rings:
+    """The rings of formulation ``kv`` that hold the same tokens as a ring of inputs ``x``."""
     q, k, v = (
-        F.linear(state.x, w, b) for w, b in zip(weights.split(), weights.split_bias(), strict=True)
+        F.linear(x, w, b) for w, b in zip(weights.split(), weights.split_bias(), strict=True)
     )
     k, v = (reference.split_heads(x, layout.num_heads).contiguous() for x in (k, v))
     waiting = layout.delay + 1 if layout.delay else 0
     q_ring = q.new_zeros(q.shape[0], waiting, q.shape[2])
     if waiting:
         back = torch.arange(-layout.delay, 0, device=q.device)
-        at = state.position[:, None] + back
+        at = position[:, None] + back
         known = reference.take(q, at % layout.sequence_len)
         bias = weights.split_bias()[0]  # the query of a token of zeros, as in a single step
         absent = q.new_zeros(q.shape[2]) if bias is None else bias
         known = torch.where((at < 0).unsqueeze(-1), absent, known)
         q_ring = reference.put(q_ring, at % waiting, known)
-    return Rings(k, v, q_ring, state.position)
+    return Rings(k, v, q_ring, position)
 
 
-def to_kv(state: InputState, weights: Weights, layout: Layout) -> RingState:
-    """The state of formulation ``kv`` that goes on as ``state`` would. Differentiable."""
-    snapshot: RingState = ring.snapshot(
-        RingState(*_projected(state, weights, layout), clock=state.clock)
-    )
+def to_kv(
+    state: InputState | QuantizedInputState, weights: Weights, layout: Layout
+) -> RingState | QuantizedRingState:
+    """The state laid out as ``layout`` (``kv``) that goes on as ``state`` would. Differentiable."""
+    x = _inputs(state).to(weights.out_proj_weight.dtype)
+    projected = _projected(x, state.position, weights, layout)
+    converted: Any = RingState(*projected, clock=state.clock)
+    if layout.cache_dtype is not None:
+        converted = _quantized(converted, layout)
+    snapshot: RingState | QuantizedRingState = ring.snapshot(converted)
     return snapshot
+
+
+def _quantized(state: RingState, layout: Layout) -> QuantizedRingState:
+    """The same streams with keys and values as ``layout.cache_dtype`` holds them."""
+    empty = ring.new_state(layout, 0, state.k)
+    assert isinstance(empty, QuantizedRingState)
+    template = _rings(empty).k
+    assert isinstance(template, QuantizedRing)
+    (k, k_scale), (v, v_scale) = template.holding(state.k), template.holding(state.v)
+    return QuantizedRingState(k, v, k_scale, v_scale, state.q, state.position, state.clock)
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ autograd, as long as the version without the underscore is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
+from .quantized import QuantizedRing, Ring, as_kept, tensors
 
 _QUERY_BLOCK = 128
-Put = Callable[[Tensor, Tensor, Tensor], Tensor]
+Put = Callable[[Any, Tensor, Tensor], Any]  # ring, slots and tokens to a ring
 
 
 class Weights(NamedTuple):
@@ -53,10 +54,10 @@ class Weights(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The parts of a ``RingState`` that an operator sees."""
+    """The parts of a state with keys and values that an operator sees."""
 
-    k: Tensor  # (N, H, L, D)
-    v: Tensor  # (N, H, L, D)
+    k: Any  # (N, H, L, D), a tensor or a QuantizedRing
+    v: Any  # as k
     q: Tensor  # (N, R, E)
     position: Tensor  # (N,)
 
@@ -64,8 +65,8 @@ class Rings(NamedTuple):
 class _Slots(NamedTuple):
     """Keys and values ``(N, H, S, D)`` with the slots that each query may see, or None for all."""
 
-    k: Tensor
-    v: Tensor
+    k: Ring
+    v: Ring
     visible: Tensor | None  # bool, broadcastable to (N, 1, T, S)
 
 
@@ -142,8 +143,12 @@ def put(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
     return ring.scatter(-2, _slot_index(ring, slot), new.to(ring.dtype))
 
 
-def put_(ring: Tensor, slot: Tensor, new: Tensor) -> Tensor:
-    """``put`` in place."""
+def put_(ring: Ring, slot: Tensor, new: Tensor) -> Ring:
+    """``put`` in place; into a ring of quantised tokens too."""
+    if isinstance(ring, QuantizedRing):
+        for part, codes in zip(ring, ring.holding(new), strict=True):
+            put_(part, slot, codes)
+        return ring
     return ring.scatter_(-2, _slot_index(ring, slot), new.to(ring.dtype))
 
 
@@ -217,10 +222,11 @@ def ring_steps(
     q, k, v = project(query, key, value, weights)
     due, q_ring = _delayed_queries(q, rings, put)
     clip_q, clip_k, clip_v = (split_heads(x, num_heads) for x in (due, k, v))
+    seen_k, seen_v = as_kept(rings.k, clip_k), as_kept(rings.v, clip_v)
     outs = [clip_q.new_zeros((query.shape[0], 0, rings.k.shape[1] * rings.k.shape[3]))]
     for start in range(first, query.shape[1], _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, query.shape[1])
-        slots = [_band(clip_k, clip_v, start, end, sequence_len)]
+        slots = [_band(seen_k, seen_v, start, end, sequence_len)]
         if start < sequence_len - 1:
             slots.append(
                 _Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len))
@@ -244,7 +250,7 @@ def ring_step_(
     """Operator ``ring_step_``: ``ring_step`` in place. ``update=False`` puts the old slots back."""
     weights, rings = Weights(*args[:8]), Rings(*args[8:12])
     active, add_zero_attn, dropout_p, update = args[12:]
-    saved = None if update else slots_of_next_tokens(rings[:3], rings.position, 1)
+    saved = None if update else slots_of_next_tokens(tensors(rings[:3]), rings.position, 1)
     out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, put_)
     if saved is None:
         rings.position.copy_(new.position)
@@ -293,7 +299,7 @@ def last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
 
 
 def slots_of_next_tokens(
-    rings: Sequence[Tensor], position: Tensor, steps: int
+    rings: Iterable[Tensor], position: Tensor, steps: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each ring the slots ``(N, T)`` that its next tokens overwrite, and what is in them."""
     saved = []

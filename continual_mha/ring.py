@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .quantized import STORED_AS
+
 
 class RingState(NamedTuple):
     """State of ``N`` streams in the formulation ``kv``: projected keys and values are kept.
@@ -51,7 +53,46 @@ class InputState(NamedTuple):
     clock: Tensor
 
 
-State = RingState | InputState
+class QuantizedRingState(NamedTuple):
+    """``RingState`` with keys and values of 8 bits, for ``cache_dtype``.
+
+    Attributes:
+        k: quantised keys, ``(N, H, L, D)``: int8, or uint8 for the bits of float8_e4m3fn.
+        v: quantised values, laid out as ``k``.
+        k_scale: what to multiply the keys by, ``(N, H, L, 1)``, fp32.
+        v_scale: the same for the values.
+        q: as in ``RingState``, not quantised.
+        position: as in ``RingState``.
+        clock: as in ``RingState``.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    q: Tensor
+    position: Tensor
+    clock: Tensor
+
+
+class QuantizedInputState(NamedTuple):
+    """``InputState`` with tokens of 8 bits, for ``cache_dtype``.
+
+    Attributes:
+        x: quantised tokens, ``(N, L, E)``: int8, or uint8 for the bits of float8_e4m3fn.
+        x_scale: what to multiply them by, ``(N, L, 1)``, fp32.
+        position: as in ``RingState``.
+        clock: as in ``RingState``.
+    """
+
+    x: Tensor
+    x_scale: Tensor
+    position: Tensor
+    clock: Tensor
+
+
+State = RingState | InputState | QuantizedRingState | QuantizedInputState
+INPUT_STATES = (InputState, QuantizedInputState)
 
 
 class Layout(NamedTuple):
@@ -62,20 +103,39 @@ class Layout(NamedTuple):
     head_dim: int
     sequence_len: int
     delay: int
+    cache_dtype: torch.dtype | None = None
 
     @property
     def state_type(self) -> Any:
         """The class of the states laid out so."""
+        if self.cache_dtype is not None:
+            return QuantizedInputState if self.formulation == "input" else QuantizedRingState
         return InputState if self.formulation == "input" else RingState
 
     def sizes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Shape of every part of a state of ``batch_size`` streams, the clock aside."""
         embed_dim = self.num_heads * self.head_dim
-        if self.formulation == "input":
-            return {"x": (batch_size, self.sequence_len, embed_dim), "position": (batch_size,)}
+        x = (batch_size, self.sequence_len, embed_dim)
         kv = (batch_size, self.num_heads, self.sequence_len, self.head_dim)
-        q = (batch_size, self.delay + 1 if self.delay else 0, embed_dim)
-        return {"k": kv, "v": kv, "q": q, "position": (batch_size,)}
+        shapes = {
+            "x": x,
+            "x_scale": (*x[:-1], 1),
+            "k": kv,
+            "v": kv,
+            "k_scale": (*kv[:-1], 1),
+            "v_scale": (*kv[:-1], 1),
+            "q": (batch_size, self.delay + 1 if self.delay else 0, embed_dim),
+            "position": (batch_size,),
+        }
+        return {name: shapes[name] for name in self.state_type._fields[:-1]}
+
+    def dtype(self, part: str, tokens: torch.dtype) -> torch.dtype:
+        """That of the part of a state called so, if the tokens are of dtype ``tokens``."""
+        if part == "position":
+            return torch.int64
+        if self.cache_dtype is None or part == "q":
+            return tokens
+        return torch.float32 if part.endswith("_scale") else STORED_AS[self.cache_dtype]
 
 
 def rings(state: State) -> tuple[Tensor, ...]:
@@ -90,11 +150,19 @@ def new_clock(steps: int) -> Tensor:
 
 def new_state(layout: Layout, batch_size: int, like: Tensor) -> State:
     """The state of streams that have seen nothing: zero rings, dtype and device as ``like``."""
-    sizes = layout.sizes(batch_size)
-    position = torch.zeros(sizes.pop("position"), dtype=torch.int64, device=like.device)
-    parts = [torch.zeros(size, dtype=like.dtype, device=like.device) for size in sizes.values()]
-    state: State = layout.state_type(*parts, position, new_clock(0))
+    parts = [
+        torch.zeros(size, dtype=layout.dtype(name, like.dtype), device=like.device)
+        for name, size in layout.sizes(batch_size).items()
+    ]
+    state: State = layout.state_type(*parts, new_clock(0))
     return state
+
+
+def like_tokens(state: State) -> Tensor | None:
+    """A part of a state that has the dtype of the tokens; None where there is none."""
+    if isinstance(state, QuantizedInputState):
+        return None
+    return state.q if isinstance(state, QuantizedRingState) else state[0]
 
 
 def rebuilt(state: State, parts: Iterable[Tensor], clock: Tensor | None = None) -> Any:
@@ -201,12 +269,13 @@ def _describe(state: object) -> str:
 def _check_parts(
     state: State, layout: Layout, dtypes: set[torch.dtype], device: torch.device
 ) -> None:
-    dtypes = {state[0].dtype} if state[0].dtype in dtypes else dtypes
+    like = like_tokens(state)
+    dtypes = {like.dtype} if like is not None and like.dtype in dtypes else dtypes
     for name, size in layout.sizes(state.position.shape[0]).items():
         part = getattr(state, name)
         if tuple(part.shape) != size:
             raise ValueError(f"state.{name} must have shape {size}, but got {tuple(part.shape)}")
-        allowed = {torch.int64} if name == "position" else dtypes
+        allowed = {layout.dtype(name, dtype) for dtype in dtypes}
         if part.dtype not in allowed:
             expected = " or ".join(sorted(map(str, allowed)))
             raise TypeError(f"state.{name} must be {expected}, but got {part.dtype}")

@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from . import ring
-from .ring import InputState, RingState, State
+from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 from .streams import StatefulStreams
 
 FORMAT = "continual_mha.streams"
 VERSION = 1
-_KINDS: dict[str, Any] = {"kv": RingState, "input": InputState}
+_KINDS: dict[str, Any] = {
+    "kv": RingState,
+    "input": InputState,
+    "kv quantized": QuantizedRingState,
+    "input quantized": QuantizedInputState,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 States = Mapping[str, State]
 
 
@@ -124,10 +130,10 @@ def states_to_bytes(states: States) -> bytes:
     """
     tensors, about = {}, []
     for number, (name, state) in enumerate(sorted(states.items())):
-        if not isinstance(state, (RingState, InputState)):
+        if type(state) not in _NAMES:
             kind = type(state).__name__
             raise ValueError(f"module {name!r} has a state that cannot be stored: {kind}")
-        formulation = "input" if isinstance(state, InputState) else "kv"
+        formulation = _NAMES[type(state)]
         entry = {"module": name, "formulation": formulation, "clock": state.clock.shape[0]}
         about.append(entry)
         for field, part in zip(state._fields[:-1], state[:-1], strict=True):

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, reference, ring
-from .ring import InputState, RingState, State
+from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
+_KINDS: tuple[Any, ...] = (RingState, InputState, QuantizedRingState, QuantizedInputState)
 _BUFFERS: dict[type, list[str]] = {
-    kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in (RingState, InputState)
+    kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in _KINDS
 }
+_SCALES = ("_ring_k_scale", "_ring_v_scale", "_ring_x_scale")
 
 
 class Mark(NamedTuple):
@@ -44,7 +46,9 @@ class StatefulStreams(nn.Module):
     _clock: Tensor | None
     _ring_position: Tensor  # None, as all parts, before the first step
 
-    def _init_streams(self) -> None:
+    def _init_streams(self, with_keys: type, with_inputs: type) -> None:
+        """Be ready for states of these classes, the one with keys and values, the other without."""
+        self._state_types = with_keys, with_inputs
         for name in {name for names in _BUFFERS.values() for name in names}:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
@@ -61,12 +65,12 @@ class StatefulStreams(nn.Module):
         """A tensor of the dtype and device that a state must have."""
         raise NotImplementedError
 
-    def get_state(self) -> RingState | InputState | None:
+    def get_state(self) -> State | None:
         """A copy of the state, or None before the first step. Later steps do not change it."""
         state = self._state()
         return None if state is None else ring.snapshot(state)
 
-    def set_state(self, state: RingState | InputState | None) -> None:
+    def set_state(self, state: State | None) -> None:
         """Go on from a copy of ``state``; None is ``clean_state``.
 
         Raises:
@@ -153,7 +157,7 @@ class StatefulStreams(nn.Module):
             self._store(ring.forget(state, streams, in_place))
         self._mix_ages()
 
-    def get_stream(self, index: int) -> RingState | InputState:
+    def get_stream(self, index: int) -> State:
         """A copy of one stream: a state of batch size 1, which ``set_stream`` takes anywhere.
 
         Raises:
@@ -163,7 +167,7 @@ class StatefulStreams(nn.Module):
         checks.check_stream_index(index, state)
         return ring.stream_of(state, index, self._layout().sequence_len)
 
-    def set_stream(self, index: int, stream: RingState | InputState) -> None:
+    def set_stream(self, index: int, stream: State) -> None:
         """Put ``stream``, as ``get_stream`` returned it, in the place of stream ``index``.
 
         Raises:
@@ -258,8 +262,8 @@ class StatefulStreams(nn.Module):
         if self._clock is None:
             return None
         buffers = self._buffers
-        kind = RingState if buffers["_ring_x"] is None else InputState
-        state: State = kind(*[buffers[name] for name in _BUFFERS[kind]], self._clock)  # type: ignore
+        kind = self._state_types[buffers["_ring_x"] is not None]
+        state: State = kind(*[buffers[name] for name in _BUFFERS[kind]], self._clock)
         return state
 
     def _store(self, state: State) -> None:
@@ -275,6 +279,17 @@ class StatefulStreams(nn.Module):
         if torch.compiler.is_compiling() or not state.position.is_inference():
             return self._rings_are_shared and not differentiable
         return not torch.is_inference_mode_enabled()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch, but a change of the module's dtype leaves the scales of rings in fp32."""
+        buffers: dict[str, Any] = self._buffers
+        scales = [name for name in _SCALES if buffers[name] is not None]
+        for name in scales:
+            buffers[name] = buffers[name].view(torch.int32)
+        applied = super()._apply(fn, recurse)
+        for name in scales:
+            buffers[name] = buffers[name].view(torch.float32)
+        return applied
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which cannot hold a part of a graph."""
