@@ -35,7 +35,9 @@ def copy_of_the_tree(target: Path) -> Path:
 
 def build(kind: str, source: Path, target: Path, tools: Path) -> Path:
     """A wheel or an sdist of ``source``, on a machine whose only programs are in ``tools``."""
-    environment = {**os.environ, "PATH": str(tools), "CC": "no-compiler", "CXX": "no-compiler"}
+    ours = "CONTINUAL_MHA_"
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    environment |= {"PATH": str(tools), "CC": "no-compiler", "CXX": "no-compiler"}
     subprocess.run(
         [sys.executable, "-c", BUILD.format(kind), target],
         cwd=source,
