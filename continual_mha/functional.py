@@ -267,6 +267,7 @@ def attend_clip(
         ``(N, E)``, and the weights ``(N, H, S + extra slots)`` or None.
     """
     query, key, value = tokens
+    weights = weights.unpacked()
     if moved is None:
         sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
         moved = input_formulation_is_cheaper(num_heads, *sizes)

@@ -45,6 +45,11 @@ class Weights(NamedTuple):
         q, k, v = self.in_proj_weight.chunk(3)
         return q, k, v
 
+    def unpacked(self) -> Weights:
+        """The same with three weights, for those who split often: each split has a gradient."""
+        q, k, v = self.split()
+        return self._replace(in_proj_weight=q, k_proj_weight=k, v_proj_weight=v)
+
     def split_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The biases ``(E,)`` of query, key and value, or three times None."""
         if self.in_proj_bias is None:
