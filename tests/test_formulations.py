@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import continual_mha
+from bench import formulations as bench
+from bench import grid
 from continual_mha import InputState, RingState, formulations, functional
 
 SELF_ATTENTION = [
@@ -561,3 +563,26 @@ def test_explanation_names_the_formulation_in_use():
         module.forward_step(token)
         module.formulation = "kv"
         assert "formulation kv" in continual_mha.explain(module, token)
+
+
+# -- the benchmark page --------------------------------------------------------------------------
+
+
+def test_inputs_overtake_only_where_bandwidth_and_not_arithmetic_decides():
+    assert 1 < bench.crossover(grid.EXAMPLE, "bfloat16", ridge=200.0) <= 64
+    assert bench.crossover(grid.EXAMPLE, "bfloat16", ridge=0.1) is None
+    case = bench.case_of(grid.LONG_1024, 4096, "bfloat16")
+    kv, inputs = (grid.work(case, formulation).bytes for formulation in ("kv", "input"))
+    assert 1.9 < kv / inputs < 2
+
+
+def test_page_has_a_row_for_every_point_and_a_time_where_it_was_measured(monkeypatch):
+    monkeypatch.setattr(bench, "FAMILIES", (grid.Family("tiny", 8, 2, 4),))
+    monkeypatch.setattr(bench, "STREAMS", (1, 2))
+    rows = bench.table("float32", 200.0, timed=True).splitlines()
+    assert len(rows) == 2 + 2
+    assert all(float(row.split("|")[-2]) > 0 for row in rows[2:])
+    monkeypatch.setattr(bench, "_LARGEST_TIMED", 0)
+    assert all(
+        row.endswith("|  |  |  |") for row in bench.table("float32", 200.0, True).splitlines()[2:]
+    )
