@@ -434,6 +434,7 @@ def test_forward_trains_and_knows_no_rounding():
 @all_dtypes
 @both
 def test_step_compiles_in_one_graph(formulation, cache_dtype):
+    torch._dynamo.reset()
     module = make(formulation, cache_dtype).requires_grad_(False)
     twin = copy.deepcopy(module)
     x = draw_tokens(module, 2, 2 * LENGTH)[0]
