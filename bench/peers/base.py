@@ -54,11 +54,6 @@ class Peer:
     formulation: str = "kv"
     copies: float = 1.0
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is this package's."""
-        return self.name.startswith("ours")
-
 
 def missing(package: str) -> str | None:
     """Why an optional package cannot be used; None if it is installed."""
