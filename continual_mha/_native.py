@@ -19,7 +19,8 @@ _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _K_RING = 11  # of the arguments of a step
-_DROPOUT = -2
+_DROPOUT = 17
+_SCALES = slice(19, 21)
 
 
 def library_path(kind: str) -> Path:
@@ -73,6 +74,8 @@ def _why_not_cuda_step(args: tuple[Any, ...]) -> str | None:
     weights, rings = args[3:_K_RING], args[_K_RING : _K_RING + 3]
     held = [x for x in (*weights, *rings) if x is not None]
     query, head_dim = args[0], rings[0].shape[3]
+    if any(scale is not None for scale in args[_SCALES]):
+        return "the rings are quantised"
     if query.dtype not in _CUDA_DTYPES:
         return f"no kernel for {query.dtype}"
     if any(x.dtype != query.dtype for x in (*args[1:3], *held)):
@@ -116,6 +119,8 @@ WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}
 
 
 def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
+    if any(scale is not None for scale in args[_SCALES]):
+        return "the rings are quantised"
     if args[_DROPOUT] > 0.0:
         return "dropout is not covered"
     if not query.dtype == args[_K_RING].dtype == args[3].dtype:

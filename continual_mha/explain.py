@@ -6,7 +6,6 @@ from torch import Tensor
 
 from . import backends, functional
 from .attention import SingleOutputMultiheadAttention
-from .reference import Rings
 from .ring import QuantizedInputState, QuantizedRingState, RingState
 
 
@@ -35,16 +34,17 @@ def explain(
     many = query.dim() == 3
     tokens = (module._many_tokens if many else module._tokens)(query, key, value)
     state, call = module._plan(tokens, module._state(), update=True)
-    lines = [
-        f"{'forward_steps' if many else 'forward_step'}: formulation {call.layout.formulation}"
-    ]
+    kept = call.layout.formulation
+    if module.cache_dtype is not None:
+        kept += f", quantised to {module.cache_dtype}"
+    lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
         return "\n".join([*lines, "torch: runs it, because a gradient is needed"])
-    if isinstance(state, (QuantizedRingState, QuantizedInputState)):
+    if isinstance(state, QuantizedInputState):
         return "\n".join([*lines, "torch: runs it, because the rings are quantised"])
-    if isinstance(state, RingState):
+    if isinstance(state, RingState | QuantizedRingState):
         name = "ring_steps_" if many else "ring_step_"
-        args = functional.operands(tokens, Rings(*state[:-1]), 0 if many else None, call)
+        args = functional.operands(tokens, state, 0 if many else None, call)
         return "\n".join([*lines, *backends.reasons(name, args)])
     if many:
         return "\n".join([*lines, "torch: runs it, because keys and values are projected anew"])

@@ -65,24 +65,22 @@ def step(
     Returns:
         The output ``(N, E)``, and the parts of the state after the token, but for the clock.
     """
-    if not isinstance(state, RingState):
-        return _unusual_step(tokens, state, active, call)
-    rings = Rings(*state[:-1])
+    if isinstance(state, InputState | QuantizedInputState):
+        return _input_step(tokens[0], state, active, call)
     if call.differentiable:
-        return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
-    return _run("ring_step_", operands(tokens, rings, active, call)), rings
+        return reference.ring_step(*tokens, call.weights, _rings(state), active, *call.options)
+    return _run("ring_step_", operands(tokens, state, active, call)), state[:-1]
 
 
 def steps(
     tokens: Tokens, state: State, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
-    if not isinstance(state, RingState):
-        return _unusual_steps(tokens, state, first, call)
-    rings = Rings(*state[:-1])
+    if isinstance(state, InputState | QuantizedInputState):
+        return _input_steps(tokens[0], state, first, call)
     if call.differentiable:
-        return reference.ring_steps(*tokens, call.weights, rings, first, *call.options)
-    return _run("ring_steps_", operands(tokens, rings, first, call)), rings
+        return reference.ring_steps(*tokens, call.weights, _rings(state), first, *call.options)
+    return _run("ring_steps_", operands(tokens, state, first, call)), state[:-1]
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Tensor:
@@ -95,38 +93,21 @@ def _run(name: str, args: tuple[Any, ...]) -> Tensor:
 
 
 def operands(
-    tokens: Tokens, rings: Rings, extra: Tensor | int | None, call: StepCall
+    tokens: Tokens,
+    state: RingState | QuantizedRingState,
+    extra: Tensor | int | None,
+    call: StepCall,
 ) -> tuple[Any, ...]:
     """Arguments of the operators for steps; ``extra`` is ``active`` or, for many, ``first``."""
-    return (*tokens, *call.weights, *rings, extra, *call.options, call.update)
+    rings = (state.k, state.v, state.q, state.position)
+    scales = (state.k_scale, state.v_scale) if isinstance(state, QuantizedRingState) else ()
+    return (*tokens, *call.weights, *rings, extra, *call.options, call.update, *scales)
 
 
-def _unusual_step(
-    tokens: Tokens,
-    state: InputState | QuantizedRingState | QuantizedInputState,
-    active: Tensor | None,
-    call: StepCall,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``step`` where no single operator does it all."""
-    if not isinstance(state, QuantizedRingState):
-        return _input_step(tokens[0], state, active, call)
-    return reference.ring_step_(*operands(tokens, _rings(state), active, call)), state[:-1]
-
-
-def _unusual_steps(
-    tokens: Tokens,
-    state: InputState | QuantizedRingState | QuantizedInputState,
-    first: int,
-    call: StepCall,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``steps`` where no single operator does it all."""
-    if not isinstance(state, QuantizedRingState):
-        return _input_steps(tokens[0], state, first, call)
-    return reference.ring_steps_(*operands(tokens, _rings(state), first, call)), state[:-1]
-
-
-def _rings(state: QuantizedRingState) -> Rings:
-    """The rings of a state whose keys and values are quantised."""
+def _rings(state: RingState | QuantizedRingState) -> Rings:
+    """The rings of a state as the reference takes them."""
+    if isinstance(state, RingState):
+        return Rings(*state[:-1])
     k, v = QuantizedRing(state.k, state.k_scale), QuantizedRing(state.v, state.v_scale)
     return Rings(k, v, state.q, state.position)
 

@@ -5,6 +5,9 @@ launch, and the former adds about 2 µs to a call where the latter adds 16. Oper
 underscore write to the arguments marked ``!`` and are for inference: a schema that mutates cannot
 have a formula for its gradient. Gradients of steps come from ``reference.ring_step``.
 
+With ``k_scale`` and ``v_scale``, ``(N, H, L, 1)`` in fp32, the rings of keys and values are those
+of ``quantized.py``: int8, or uint8 for the bits of e4m3. Callers without them leave them out.
+
 Each operator stands three times: under its own name, which asks ``backends`` who runs it, and with
 the prefixes ``cpu_`` and ``cuda_``, which the native libraries implement if they are loaded.
 """
@@ -29,7 +32,10 @@ _STEP_ARGS = (
     "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? bias_k, Tensor? bias_v, "
     "Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) q_ring, Tensor(d!) position, "
 )
-_STEP_OPTIONS = "bool add_zero_attn, float dropout_p, bool update"
+_STEP_OPTIONS = (
+    "bool add_zero_attn, float dropout_p, bool update, "
+    "Tensor(e!)? k_scale=None, Tensor(f!)? v_scale=None"
+)
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
 
 SCHEMAS = {

@@ -246,6 +246,15 @@ def ring_steps(
     return out, Rings(k_ring, v_ring, q_ring, rings.position + query.shape[1])
 
 
+def _rings(args: tuple[Any, ...]) -> Rings:
+    """The rings among the arguments of a step, which may end with the scales of keys and values."""
+    k, v, q, position = args[8:12]
+    k_scale, v_scale = args[16:] or (None, None)
+    if k_scale is not None and v_scale is not None:
+        k, v = QuantizedRing(k, k_scale), QuantizedRing(v, v_scale)
+    return Rings(k, v, q, position)
+
+
 def ring_step_(
     query: Tensor,
     key: Tensor,
@@ -253,8 +262,8 @@ def ring_step_(
     *args: Any,
 ) -> Tensor:
     """Operator ``ring_step_``: ``ring_step`` in place. ``update=False`` puts the old slots back."""
-    weights, rings = Weights(*args[:8]), Rings(*args[8:12])
-    active, add_zero_attn, dropout_p, update = args[12:]
+    weights, rings = Weights(*args[:8]), _rings(args)
+    active, add_zero_attn, dropout_p, update = args[12:16]
     saved = None if update else slots_of_next_tokens(tensors(rings[:3]), rings.position, 1)
     out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, put_)
     if saved is None:
@@ -272,8 +281,8 @@ def ring_steps_(
     *args: Any,
 ) -> Tensor:
     """Operator ``ring_steps_``: ``ring_steps`` in place."""
-    weights, rings = Weights(*args[:8]), Rings(*args[8:12])
-    first, add_zero_attn, dropout_p, update = args[12:]
+    weights, rings = Weights(*args[:8]), _rings(args)
+    first, add_zero_attn, dropout_p, update = args[12:16]
     put = put_ if update else None
     out, new = ring_steps(query, key, value, weights, rings, first, add_zero_attn, dropout_p, put)
     if update:

@@ -7,7 +7,6 @@ from torch.library import opcheck
 
 import continual_mha as co
 from continual_mha import functional, ops
-from continual_mha.reference import Rings
 
 LENGTH = 4
 
@@ -19,7 +18,7 @@ def step_operands(steps=None, **arguments):
     module.forward_steps(*(x[:, :6] for x in tokens))
     now = tuple(x[:, 6] if steps is None else x[:, 6:] for x in tokens)
     state, call = module._plan(now, module._state(), update=True)
-    return functional.operands(now, Rings(*state[:-1]), None if steps is None else 0, call)
+    return functional.operands(now, state, None if steps is None else 0, call)
 
 
 def shared_operands(mask, sink):
@@ -35,12 +34,13 @@ def shared_operands(mask, sink):
     )
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("query_index", [-1, -3])
 @pytest.mark.parametrize("steps", [None, 1, 3, 9])
-def test_steps_pass_torchs_own_checks(steps, query_index):
+def test_steps_pass_torchs_own_checks(steps, query_index, cache_dtype):
     name = "ring_step_" if steps is None else "ring_steps_"
     operator = getattr(torch.ops.continual_mha, name).default
-    opcheck(operator, step_operands(steps, query_index=query_index))
+    opcheck(operator, step_operands(steps, query_index=query_index, cache_dtype=cache_dtype))
 
 
 @pytest.mark.parametrize("mask", [False, True])

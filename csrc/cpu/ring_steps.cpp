@@ -95,11 +95,12 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
                   std::optional<Tensor> in_proj_bias, Tensor out_proj_weight,
                   std::optional<Tensor> out_proj_bias, std::optional<Tensor> bias_k,
                   std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
-                  Tensor position, int64_t first, bool add_zero_attn, double dropout_p,
-                  bool update) {
+                  Tensor position, int64_t first, bool add_zero_attn, double dropout_p, bool update,
+                  std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
   const Rings rings{k_ring, v_ring, q_ring, position};
+  STD_TORCH_CHECK(!k_scale && !v_scale, kOp, ": rings of 8 bits are not covered");
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
   STD_TORCH_CHECK(query.dim() == 3, kOp, ": tokens must be (N, T, E)");
   const RingSizes s = check_rings(rings, kOp);

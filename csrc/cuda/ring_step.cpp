@@ -286,7 +286,9 @@ Tensor ring_step_cuda(Tensor query, Tensor key, Tensor value, Tensor in_proj_wei
                       OptionalTensor in_proj_bias, Tensor out_proj_weight,
                       OptionalTensor out_proj_bias, OptionalTensor bias_k, OptionalTensor bias_v,
                       Tensor k_ring, Tensor v_ring, Tensor q_ring, Tensor position,
-                      OptionalTensor active, bool add_zero_attn, double dropout_p, bool update) {
+                      OptionalTensor active, bool add_zero_attn, double dropout_p, bool update,
+                      OptionalTensor k_scale, OptionalTensor v_scale) {
+  STD_TORCH_CHECK(!k_scale && !v_scale, kOp, " does not cover rings of 8 bits");
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, " does not cover dropout");
   const Rings rings{k_ring, v_ring, q_ring, position};
   const StepArgs a{query,
