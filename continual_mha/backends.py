@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -36,25 +37,31 @@ def _checked(name: str) -> str:
     return name
 
 
-_forced: str | None = _read_environment()
+_asked_for = _read_environment()
+_forced: ContextVar[str | None] = ContextVar("continual_mha_backend", default=_asked_for)
+_forced_last = _asked_for  # in whichever context came last, for torch.compile while it traces
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
-    A forced backend that cannot run a call raises a RuntimeError that says why.
+    A forced backend that cannot run a call raises a RuntimeError that says why. Other threads and
+    asynchronous tasks see nothing of it. Nor do they where compiled modules run; but while
+    ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    global _forced
-    before = _forced
-    _forced = None if name == "auto" else _checked(name)
+    global _forced_last
+    before = _forced.get()
+    _forced_last = None if name == "auto" else _checked(name)
+    _forced.set(_forced_last)
     try:
         yield
     finally:
-        _forced = before
+        _forced.set(before)
+        _forced_last = before
 
 
 class _Operators(NamedTuple):
@@ -113,7 +120,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 def order(device_type: str) -> tuple[str, ...]:
     """The backends to ask for tensors on such a device, the preferred first."""
-    return (_forced,) if _forced else _BY_DEVICE.get(device_type, ("torch",))
+    forced = _forced_last if torch.compiler.is_compiling() else _forced.get()
+    return (forced,) if forced else _BY_DEVICE.get(device_type, ("torch",))
 
 
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:

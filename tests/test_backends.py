@@ -1,8 +1,11 @@
 """Which backend runs, what it says of itself, and the graphed step."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,6 +41,36 @@ def test_forcing_ends_with_its_block_even_after_an_error():
 def test_auto_inside_a_forced_block_chooses_again():
     with co.use_backend("torch"), co.use_backend("auto"):
         assert backends.order("cpu") == ("cpu", "torch")
+
+
+def test_forcing_is_seen_by_no_other_thread():
+    """Each is inside its block while the other looks."""
+    both = threading.Barrier(2, timeout=30)
+
+    def order_inside(name):
+        with co.use_backend(name):
+            both.wait()
+            seen = backends.order("cpu")
+            both.wait()
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        seen = list(threads.map(order_inside, ("torch", "cuda")))
+    assert seen == [("torch",), ("cuda",)]
+    with co.use_backend("cuda"), ThreadPoolExecutor(1) as thread:
+        assert thread.submit(backends.order, "cpu").result() == ("cpu", "torch")
+
+
+def test_forcing_is_seen_by_no_other_task():
+    async def order_inside(name):
+        with co.use_backend(name):
+            await asyncio.sleep(0)
+            return backends.order("cpu")
+
+    async def both():
+        return await asyncio.gather(order_inside("torch"), order_inside("cuda"))
+
+    assert asyncio.run(both()) == [("torch",), ("cuda",)]
 
 
 def test_unknown_backend_is_refused():

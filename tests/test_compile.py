@@ -9,6 +9,8 @@ import torch
 from oracles import CONSTRUCTIONS, LENGTH, build, draw_tokens, step_through, to_layout
 from torch._dynamo.testing import CompileCounter
 
+from continual_mha import backends
+
 pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
 WAYS = ["forward", "forward_step", "forward_steps"]
@@ -200,3 +202,20 @@ def test_model_around_the_module_compiles():
         expected = [model(x[:, t]) for t in range(12)]
     for a, b in zip(outputs[LENGTH - 1 :], expected[LENGTH - 1 :], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_compiled_step_runs_on_the_backend_of_its_block(monkeypatch):
+    asked = []
+    why_not = backends.why_not
+    monkeypatch.setattr(
+        backends, "why_not", lambda backend, *args: asked.append(backend) or why_not(backend, *args)
+    )
+    module = build().requires_grad_(False)
+    module.start_streams(2)
+    step = compiled(module, "forward_step")
+    for name in ("torch", "cpu", "torch"):
+        if name in backends.available():
+            asked.clear()
+            with backends.use_backend(name):
+                step(torch.ones(2, module.embed_dim))
+            assert asked == [name]
