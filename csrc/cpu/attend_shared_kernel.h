@@ -61,10 +61,10 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
   S* out = static_cast<S*>(p.out) + row * p.value_dim;
   for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.q[i] = widen(query[i]);
-  dot_rows<kC, false>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
-                      [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
-                        scratch.scores[c * scratch.score_stride + s] = sum;
-                      });
+  dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
+               [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
+                 scratch.scores[c * scratch.score_stride + s] = sum;
+               });
   A scale[kC];
   for (int c = 0; c < kC; ++c) {
     scale[c] = finish_scores(p, n, head + c, scratch.scores + c * scratch.score_stride);

@@ -23,8 +23,7 @@ struct ExtraSlots {
   template <class A>
   CMHA_INLINE void score(const A* q, int64_t head_dim, A* scores) const {
     if (bias_k != nullptr) {
-      dot_rows<1, false>(bias_k, 0, 0, 1, q, 0, head_dim,
-                         [&](int64_t, int, A sum) { *scores = sum; });
+      dot_rows<1>(bias_k, 0, 0, 1, q, 0, head_dim, [&](int64_t, int, A sum) { *scores = sum; });
     }
     if (zero) scores[bias_k != nullptr] = 0;
   }

@@ -42,8 +42,8 @@ void project(const Tokens& x, const void* weight, const void* bias, DType dtype,
   const ProjectParams params{x.data,     weight,  bias, out,       x.stride,
                              out_stride, x.count, rows, x.features};
   const Kernels& table = kernels(dtype);
-  const int64_t blocks = (rows + table.row_block - 1) / table.row_block;
-  parallel(blocks, table.row_block * x.features * x.count,
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  parallel(blocks, kRowBlock * x.features * x.count,
            [&](int64_t begin, int64_t end) { table.project(params, begin, end); });
 }
 

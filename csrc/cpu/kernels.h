@@ -96,11 +96,11 @@ struct AttendSharedParams {
 };
 
 constexpr int64_t kHeadBlock = 4;  // heads of one task of attend_shared
+constexpr int64_t kRowBlock = 16;  // rows of one task of project
 
 // What one instruction set offers for one DType. Every function works on a range of independent
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
 struct Kernels {
-  int64_t row_block;  // rows of a projection that are computed together
   // Tokens (streams, in_features) of any strides to a contiguous array of acc.
   void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
                  void* dst, int64_t begin, int64_t end);

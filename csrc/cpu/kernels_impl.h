@@ -12,10 +12,13 @@ namespace {
 
 template <class S>
 constexpr Kernels table_of() {
-  return {kTileVectors,    gather<S>,
-          project<S>,      ring_step_scratch<S>,
-          ring_step<S>,    ring_steps_scratch<S>,
-          ring_steps<S>,   attend_shared_scratch<S>,
+  return {gather<S>,
+          project<S>,
+          ring_step_scratch<S>,
+          ring_step<S>,
+          ring_steps_scratch<S>,
+          ring_steps<S>,
+          attend_shared_scratch<S>,
           attend_shared<S>};
 }
 

@@ -18,40 +18,48 @@ void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int6
   }
 }
 
-// Rows [begin, end) of the weight against kC streams.
-template <class S, int kC>
-CMHA_INLINE void project_streams(const ProjectParams& p, int64_t stream, int64_t begin,
-                                 int64_t end) {
+// kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
+template <class S, int kCount, int kC>
+CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stretch,
+                              int64_t stream) {
   using A = typename AccOf<S>::type;
+  const S* weight = static_cast<const S*>(p.weight) + row * p.in_features;
   const A* x = static_cast<const A*>(p.x) + stream * p.x_stride;
   const S* bias = static_cast<const S*>(p.bias);
   S* out = static_cast<S*>(p.out) + stream * p.out_stride;
-  const auto emit = [&](int64_t row, int c, A sum) __attribute__((always_inline)) {
-    const A y = bias == nullptr ? sum : sum + widen(bias[row]);
-    narrow(y, out + c * p.out_stride + row);
-  };
-  dot_rows<kC, kC == 1>(static_cast<const S*>(p.weight), p.in_features, begin, end, x, p.x_stride,
-                        p.in_features, emit);
+  A sums[kRows * kC];
+  if constexpr (kCount == kRows) {
+    dot_rows_tile<kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
+  } else {
+    dot_tile<1, kC>(weight, 0, x, p.x_stride, p.in_features, sums);
+  }
+  for (int r = 0; r < kCount; ++r) {
+    const int64_t at = row + r * stretch;
+    for (int c = 0; c < kC; ++c) {
+      const A y = bias == nullptr ? sums[r * kC + c] : sums[r * kC + c] + widen(bias[at]);
+      narrow(y, out + c * p.out_stride + at);
+    }
+  }
 }
 
-// Tasks are blocks of kTileVectors rows: few enough to stay in the first-level cache while all
+// Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while all
 // streams pass by, so that weights are read from memory once per call.
 template <class S>
 void project(const ProjectParams& p, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t row = block * kTileVectors;
-    const int64_t row_end = min_of(row + kTileVectors, p.rows);
-    if (p.streams == 1) {
-      // One stretch for all blocks, so that the prefetch looks across their borders.
-      project_streams<S, 1>(p, 0, row, min_of(end * kTileVectors, p.rows));
-      return;
+  const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(tag)::value;
+    int64_t groups = (p.streams + kMaxColumns - 1) / kMaxColumns;
+    for (int64_t n = 0; n < p.streams; --groups) {
+      const int64_t count = (p.streams - n + groups - 1) / groups;  // as even as can be
+      if (count == 5) project_tile<S, kCount, kMaxColumns>(p, row, stretch, n);
+      if (count == 4) project_tile<S, kCount, 4>(p, row, stretch, n);
+      if (count == 3) project_tile<S, kCount, 3>(p, row, stretch, n);
+      if (count == 2) project_tile<S, kCount, 2>(p, row, stretch, n);
+      if (count == 1) project_tile<S, kCount, 1>(p, row, stretch, n);
+      n += count;
     }
-    int64_t n = 0;
-    for (; n + 4 <= p.streams; n += 4) project_streams<S, 4>(p, n, row, row_end);
-    if (p.streams - n == 3) project_streams<S, 3>(p, n, row, row_end);
-    if (p.streams - n == 2) project_streams<S, 2>(p, n, row, row_end);
-    if (p.streams - n == 1) project_streams<S, 1>(p, n, row, row_end);
-  }
+  };
+  tiles_of_rows(begin * kRowBlock, min_of(end * kRowBlock, p.rows), tile);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ namespace {
 template <class S, class A>
 CMHA_INLINE void attend(const A* q, const S* k, const S* v, int64_t slots, int64_t head_dim,
                         const ExtraSlots<S>& extra, A* scores, A* out) {
-  dot_rows<1, true>(k, head_dim, 0, slots, q, 0, head_dim,
-                    [&](int64_t l, int, A sum) __attribute__((always_inline)) { scores[l] = sum; });
+  dot_rows<1>(k, head_dim, 0, slots, q, 0, head_dim,
+              [&](int64_t l, int, A sum) __attribute__((always_inline)) { scores[l] = sum; });
   extra.score(q, head_dim, scores + slots);
   const A scale = 1 / softmax_numerators(scores, slots + extra.count(), kMinusInfinity<A>).sum;
   for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;

@@ -90,9 +90,9 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
   }
   const A* k = scratch.k + (first - base) * head_dim;
   const A* v = scratch.v + (first - base) * head_dim;
-  dot_rows<kQ, false>(k, head_dim, 0, token + kQ - first, scratch.q, head_dim, head_dim,
-                      [&](int64_t l, int q, A sum)
-                          __attribute__((always_inline)) { scratch.scores[q * stride + l] = sum; });
+  dot_rows<kQ>(k, head_dim, 0, token + kQ - first, scratch.q, head_dim, head_dim,
+               [&](int64_t l, int q, A sum)
+                   __attribute__((always_inline)) { scratch.scores[q * stride + l] = sum; });
   const int64_t shared_begin = head.window_begin(token + kQ - 1) - first;
   const int64_t shared_end = max_of(shared_begin, token + 1 - first);
   A scales[kQ];

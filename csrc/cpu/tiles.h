@@ -34,28 +34,21 @@ CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
 }
 
 // sums[r * kC + c] = row r . x c over `count` elements. Each sum has one accumulator and one order
-// of addition whatever kR and kC are, so its bits do not depend on them. kPrefetch asks for the
-// next tile's lines: the hardware does not follow kR rows at once. Behind the last row lies what is
-// read next, another head's ring or other weights; beyond the end a prefetch does nothing.
-template <int kR, int kC, bool kPrefetch, class S, class A>
+// of addition whatever kR and kC are, so its bits do not depend on them.
+template <int kR, int kC, class S, class A>
 CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
                         int64_t count, A* sums) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   Vec acc[kR * kC] = {};
   Vec xs[kC];
-  // Four rows to a pointer: 16 pointers would not fit the registers.
-  const auto row = [&](int r, int64_t i) __attribute__((always_inline)) {
-    return rows + r / 4 * 4 * row_stride + i + r % 4 * row_stride;
-  };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load(x + c * x_stride + i);
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
-      if constexpr (kPrefetch) __builtin_prefetch(row(r, i) + kR * row_stride);
-      const Vec w = load(row(r, i));
+      const Vec w = load(rows + r * row_stride + i);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
     }
@@ -63,9 +56,9 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
   if (i < count) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load_partial(x + c * x_stride + i, count - i);
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
-      const Vec w = load_partial(row(r, i), count - i);
+      const Vec w = load_partial(rows + r * row_stride + i, count - i);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
     }
@@ -73,25 +66,48 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
   store_sums<A, kR * kC>(acc, sums);
 }
 
+constexpr int kRows = 4;                                 // rows that are multiplied together
+constexpr int kMaxColumns = kTileVectors == 16 ? 5 : 4;  // vectors, at most
+
+// dot_tile<kRows, kC>, in as many parts as the registers ask for.
+template <int kC, class S, class A>
+CMHA_INLINE void dot_rows_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
+                               int64_t count, A* sums) {
+  constexpr int kR = kTileVectors == 16 || kC <= 2 ? kRows : kRows / 2;
+  for (int r = 0; r < kRows; r += kR) {
+    dot_tile<kR, kC>(rows + r * row_stride, row_stride, x, x_stride, count, sums + r * kC);
+  }
+}
+
+// Calls tile(row, stride, Int<rows>) for tiles that make up the rows [begin, end). A tile's rows
+// lie a stretch apart, `stride` rows, so that each is the next of a stream through memory that the
+// hardware's prefetcher follows: side by side they would be as many short streams, which it does
+// not, and half as fast.
+template <class Tile>
+CMHA_INLINE void tiles_of_rows(int64_t begin, int64_t end, const Tile& tile) {
+  const int64_t stretch = (end - begin) / kRows;
+  for (int64_t r = begin; r < begin + stretch; ++r) tile(r, stretch, Int<kRows>{});
+  for (int64_t r = begin + kRows * stretch; r < end; ++r) tile(r, 0, Int<1>{});
+}
+
 // emit(row, c, row . x c) for rows [begin, end) and kC vectors x.
-template <int kC, bool kPrefetch, class S, class A, class Emit>
+template <int kC, class S, class A, class Emit>
 CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const A* x,
                           int64_t x_stride, int64_t count, const Emit& emit) {
-  constexpr int kR = kTileVectors / (kC == 3 ? 4 : kC);
-  A sums[kTileVectors];
-  int64_t r = begin;
-  const auto tiles_of = [&](auto tag) __attribute__((always_inline)) {
-    constexpr int kRows = decltype(tag)::value;
-    for (; r + kRows <= end; r += kRows) {
-      dot_tile<kRows, kC, kPrefetch>(rows + r * row_stride, row_stride, x, x_stride, count, sums);
-      for (int i = 0; i < kRows; ++i) {
-        for (int c = 0; c < kC; ++c) emit(r + i, c, sums[i * kC + c]);
-      }
-    }
-  };
-  tiles_of(Int<kR>{});
-  if constexpr (kR > 4) tiles_of(Int<4>{});
-  tiles_of(Int<1>{});
+  tiles_of_rows(begin, end,
+                [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+                  constexpr int kCount = decltype(tag)::value;
+                  const S* first = rows + row * row_stride;
+                  A sums[kRows * kC];
+                  if constexpr (kCount == kRows) {
+                    dot_rows_tile<kC>(first, stretch * row_stride, x, x_stride, count, sums);
+                  } else {
+                    dot_tile<1, kC>(first, 0, x, x_stride, count, sums);
+                  }
+                  for (int r = 0; r < kCount; ++r) {
+                    for (int c = 0; c < kC; ++c) emit(row + r * stretch, c, sums[r * kC + c]);
+                  }
+                });
 }
 
 constexpr int64_t kAhead = 16;  // rows from the one in use to the one prefetched
