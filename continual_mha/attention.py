@@ -13,9 +13,11 @@ from . import checks, formulations, functional, ring
 from .functional import Options, Tokens
 from .modes import checked_mode, surrounding_active, surrounding_mode
 from .reference import Weights
+from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
 from .streams import StatefulStreams
 
+_DECIDING = ("training", "dropout", "add_zero_attn")  # attributes that a step depends on
 _OWN_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -349,10 +351,16 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             TypeError: a dtype does not fit.
             RuntimeError: a gradient is needed, but there is a ``cache_dtype``.
         """
-        tokens = self._tokens(query, key, value)
+        again = None
+        if update_state and key is None and value is None and not torch.compiler.is_compiling():
+            again = self._repeat
+        if again is None or not again.serves(query):
+            again, tokens = None, self._tokens(query, key, value)
         active = surrounding_active() if active is None else active
         if active is not None:
-            checks.check_active(active, tokens[0])
+            checks.check_active(active, query)
+        if again is not None:
+            return again.run(query, active)
         return self._go_on(tokens, update_state, active)
 
     def forward_steps(
@@ -427,7 +435,25 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             self._store(after)
         if update or call.differentiable:
             self._rings_are_shared = call.differentiable
+        if update and tokens[0].dim() == 2 and functional.is_shared(tokens):
+            self._remember(tokens[0], state, call)
         return out
+
+    def _remember(self, query: Tensor, state: State, call: functional.StepCall) -> None:
+        """Keep how this step went for the next ones, if they can go without asking again."""
+        settled = state.clock is self._clock and not torch.is_grad_enabled()
+        if not settled or torch.compiler.is_compiling():
+            return
+        run = functional.repeated_step(query, state, call)
+        plain = "in_proj_weight" in self._parameters and "weight" in self.out_proj._parameters
+        if run is None or not plain:
+            return
+        own, out = self._parameters, self.out_proj
+        found: list[Found] = [(self._modules, "out_proj", out)]
+        found += [(own, name, own.get(name)) for name in _OWN_WEIGHTS]
+        found += [(out._parameters, name, out._parameters[name]) for name in ("weight", "bias")]
+        found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
+        self._repeat = Repeat(run, [*found, *self._where_state_is()], query)
 
     def _plan(
         self, tokens: Tokens, state: State | None, update: bool

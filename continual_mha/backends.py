@@ -124,6 +124,12 @@ def order(device_type: str) -> tuple[str, ...]:
     return (forced,) if forced else _BY_DEVICE.get(device_type, ("torch",))
 
 
+def surroundings(device_type: str) -> tuple[Any, ...]:
+    """What, besides the arguments, decides how an operator runs on tensors on such a device."""
+    autocast = autocast_dtype(device_type)
+    return _forced.get(), autocast, torch.is_inference_mode_enabled()
+
+
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs the operator ``name`` on ``args``.
 

@@ -13,6 +13,7 @@ from . import backends, ops, reference, ring  # noqa: F401  (ops registers the o
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 from .reference import Rings, Weights
+from .repeat import Run
 from .ring import (
     InputState,
     Layout,
@@ -72,6 +73,18 @@ def step(
     return _run("ring_step_", operands(tokens, state, active, call)), state[:-1]
 
 
+def repeated_step(query: Tensor, state: State, call: StepCall) -> Run | None:
+    """``step`` for more tokens like ``query`` of self-attention, with all but those decided.
+
+    None if such a step is not one operator that writes to the rings.
+    """
+    if isinstance(state, InputState | QuantizedInputState) or call.differentiable:
+        return None
+    before, after = _operands_of(state, call)
+    function = backends.choose("ring_step_", (query, query, query, *before, None, *after))
+    return lambda token, active: function(token, token, token, *before, active, *after)
+
+
 def steps(
     tokens: Tokens, state: State, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -99,9 +112,17 @@ def operands(
     call: StepCall,
 ) -> tuple[Any, ...]:
     """Arguments of the operators for steps; ``extra`` is ``active`` or, for many, ``first``."""
+    before, after = _operands_of(state, call)
+    return (*tokens, *before, extra, *after)
+
+
+def _operands_of(
+    state: RingState | QuantizedRingState, call: StepCall
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments between the tokens and ``extra``, and those behind it."""
     rings = (state.k, state.v, state.q, state.position)
     scales = (state.k_scale, state.v_scale) if isinstance(state, QuantizedRingState) else ()
-    return (*tokens, *call.weights, *rings, extra, *call.options, call.update, *scales)
+    return (*call.weights, *rings), (*call.options, call.update, *scales)
 
 
 def _rings(state: RingState | QuantizedRingState) -> Rings:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, reference, ring
+from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
@@ -44,6 +45,7 @@ class StatefulStreams(nn.Module):
     """
 
     _clock: Tensor | None
+    _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
     _ring_position: Tensor  # None, as all parts, before the first step
 
     def _init_streams(self, with_keys: type, with_inputs: type) -> None:
@@ -52,6 +54,7 @@ class StatefulStreams(nn.Module):
         for name in {name for names in _BUFFERS.values() for name in names}:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
+        self._repeat = None
         self._rings_are_shared = False  # with a graph, or with whoever set the state
 
     def _layout(self) -> ring.Layout:
@@ -91,6 +94,7 @@ class StatefulStreams(nn.Module):
         for name in {name for names in _BUFFERS.values() for name in names}:
             setattr(self, name, None)
         self._clock = None
+        self._repeat = None
         self._rings_are_shared = False
 
     def detach_state(self) -> None:
@@ -273,6 +277,13 @@ class StatefulStreams(nn.Module):
         for name, part in zip(_BUFFERS[type(state)], state[:-1], strict=True):
             if part is not buffers[name]:
                 setattr(self, name, part)
+                self._repeat = None
+
+    def _where_state_is(self) -> list[Found]:
+        """All that says which state this is and who may write to it, and where that was found."""
+        names = ("_clock", "_rings_are_shared")
+        own: list[Found] = [(self.__dict__, name, self.__dict__[name]) for name in names]
+        return own + [(self._buffers, name, part) for name, part in self._buffers.items()]
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""
@@ -282,6 +293,7 @@ class StatefulStreams(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, but a change of the module's dtype leaves the scales of rings in fp32."""
+        self._repeat = None
         buffers: dict[str, Any] = self._buffers
         scales = [name for name in _SCALES if buffers[name] is not None]
         for name in scales:
@@ -294,6 +306,7 @@ class StatefulStreams(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which cannot hold a part of a graph."""
         copied: dict[str, Any] = super().__getstate__()
+        copied["_repeat"] = None
         copied["_buffers"] = {
             n: None if b is None else b.detach() for n, b in self._buffers.items()
         }

@@ -266,21 +266,21 @@ def test_signals_in_mid_call_leave_whole_ticks(kind, backend):
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for t in range(x.shape[1]):
-            token = x[:, t]
-            try:
+        with torch.no_grad():
+            for t in range(x.shape[1]):
+                token = x[:, t]
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, min(undisturbed) * (1 + t % 20) / 8)
-                    module.forward_step(token)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            except Failure:
-                interrupted += 1
-            position = module._ring_position
-            if position is not None and int(position[0]) > counted:
-                assert position.tolist() == [counted + 1] * N
-                counted += 1
-                with torch.no_grad():
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, min(undisturbed) * 2 ** (t % 10) / 8)
+                        module.forward_step(token)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except Failure:
+                    interrupted += 1
+                position = module._ring_position
+                if position is not None and int(position[0]) > counted:
+                    assert position.tolist() == [counted + 1] * N
+                    counted += 1
                     twin.forward_step(token)
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,202 @@
+"""A warm step goes as the one before it, until anything that it depends on is another."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from oracles import EMBED, LENGTH, assert_same_state, build
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+import continual_mha
+from continual_mha import functional
+
+N = 3
+
+
+def warm(**arguments):
+    module = build(**{"dropout": 0.5, **arguments}).eval()
+    with torch.no_grad():
+        for _ in range(LENGTH + 2):
+            module.forward_step(torch.randn(N, module.embed_dim))
+    return module
+
+
+def new_weight(module):
+    module.in_proj_weight = nn.Parameter(module.in_proj_weight.detach() * 2)
+
+
+def new_out_proj(module):
+    module.out_proj = nn.Linear(EMBED, EMBED)
+    nn.init.eye_(module.out_proj.weight)
+
+
+def new_out_weight(module):
+    module.out_proj.weight = nn.Parameter(module.out_proj.weight.detach() * 2)
+
+
+def other_data(module):
+    module.in_proj_weight.data = module.in_proj_weight.data * 2
+
+
+def state_of_other_ages(module):
+    other = warm(formulation=module.formulation)
+    with torch.no_grad():
+        other.reset([1])
+    module.set_state(other.get_state())
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrised(module):
+    parametrize.register_parametrization(module, "in_proj_weight", Twice())
+
+
+CHANGES = {
+    "nothing": lambda module: None,
+    "weight": new_weight,
+    "weights in place": lambda module: module.in_proj_weight.detach().mul_(2),
+    "data": other_data,
+    "output projection": new_out_proj,
+    "its weight": new_out_weight,
+    "loaded": lambda module: module.load_state_dict(build(seed=3).state_dict()),
+    "parametrised": parametrised,
+    "state": state_of_other_ages,
+    "no state": lambda module: module.clean_state(),
+    "begun": lambda module: module.start_streams(N),
+    "reset": lambda module: module.reset([1]),
+    "stream": lambda module: module.set_stream(
+        0, warm(formulation=module.formulation).get_stream(1)
+    ),
+    "zero slot": lambda module: setattr(module, "add_zero_attn", True),
+    "training": lambda module: module.train(),
+    "formulation": lambda module: setattr(module, "formulation", "kv"),
+    "undone": lambda module: module.return_to(module.mark()),
+    "clip": lambda module: module.forward_steps(torch.ones(N, 2, EMBED)),
+}
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_step_after_a_change_is_decided_anew(change, formulation, backend):
+    module = warm(formulation=formulation)
+    twin = copy.deepcopy(module)
+    tokens = [torch.randn(N, EMBED) for _ in range(LENGTH + 1)]
+    outputs = []
+    for each in (module, twin):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            each.forward_step(tokens[0])
+            CHANGES[change](each)
+            outputs.append([])
+            for token in tokens:
+                if each is twin:
+                    each._repeat = None
+                outputs[-1].append(each.forward_step(token))
+    for out, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+def test_warm_steps_are_not_decided_again(monkeypatch, backend):
+    module = warm()
+
+    def fail(*args):
+        raise AssertionError("decided again")
+
+    monkeypatch.setattr(functional, "step", fail)
+    with torch.no_grad():
+        module.forward_step(torch.randn(N, EMBED))
+        module.forward_step(torch.randn(N, EMBED), active=torch.tensor([True, False, True]))
+    assert module._ring_position.tolist() == [LENGTH + 4, LENGTH + 3, LENGTH + 4]
+
+
+def test_what_surrounds_a_step_is_seen(backend):
+    module = warm()
+    token = torch.randn(N, EMBED)
+    with torch.no_grad():
+        with continual_mha.active_streams(torch.tensor([False, True, True])):
+            module.forward_step(token)
+        before = module._ring_position.clone()
+        assert before.tolist() == [LENGTH + 2, LENGTH + 3, LENGTH + 3]
+        with torch.autocast(token.device.type, torch.bfloat16), pytest.raises(TypeError):
+            module.forward_step(token.bfloat16())  # the state is float32
+        module.forward_step(token, update_state=False)
+        assert torch.equal(module._ring_position, before)
+    assert module.forward_step(token).requires_grad
+    with torch.inference_mode():
+        assert module.forward_step(token).is_inference()
+    with torch.no_grad():
+        assert not module.forward_step(token).is_inference()
+
+
+def test_another_backend_may_be_forced_between_steps(monkeypatch):
+    module, ran = warm(), []
+    plain = continual_mha.reference.ring_step_
+    monkeypatch.setattr(
+        continual_mha.reference, "ring_step_", lambda *args: ran.append(1) or plain(*args)
+    )
+    with torch.no_grad():
+        with continual_mha.use_backend("torch"):
+            module.forward_step(torch.randn(N, EMBED))
+            module.forward_step(torch.randn(N, EMBED))
+        assert len(ran) == 2
+        with pytest.raises(RuntimeError), continual_mha.use_backend("cuda"):
+            module.forward_step(torch.randn(N, EMBED))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda x: x[:, :-1], ValueError),
+        (lambda x: x[:-1], ValueError),
+        (lambda x: x[0], ValueError),
+        (lambda x: x.double(), TypeError),
+        (lambda x: x.tolist(), TypeError),
+        (lambda x: x.to("meta"), ValueError),
+    ],
+)
+def test_bad_token_in_a_warm_stream_is_refused(bad, error, backend):
+    module = warm()
+    before = module.get_state()
+    with torch.no_grad(), pytest.raises(error):
+        module.forward_step(bad(torch.randn(N, EMBED)))
+    assert_same_state(module.get_state(), before)
+
+
+def test_weights_passed_in_are_used(backend):
+    module = warm()
+    token = torch.randn(N, EMBED)
+    weights = {name: torch.zeros_like(weight) for name, weight in module.named_parameters()}
+    module.call_mode = "forward_step"
+    with torch.no_grad():
+        assert not functional_call(module, weights, (token,)).any()
+        assert module(token).any()
+
+
+@pytest.mark.parametrize("via", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copy_does_not_write_to_the_original(via, backend):
+    module = warm()
+    before = module.get_state()
+    twin = via(module)
+    with torch.no_grad():
+        twin.forward_step(torch.randn(N, EMBED))
+    assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize("forget", ["clean_state", "double"])
+def test_rings_are_freed_when_they_are_not_the_state_any_more(forget, backend):
+    module = warm()
+    ring = weakref.ref(module._ring_k)
+    getattr(module, forget)()
+    gc.collect()
+    assert ring() is None
