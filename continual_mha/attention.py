@@ -317,7 +317,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
-        return out, None if attn is None else attn.mean(dim=1, keepdim=True).to(out.dtype)
+        return out, None if attn is None else attn.unsqueeze(1).to(out.dtype)
 
     def forward_step(
         self,

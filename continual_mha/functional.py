@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, ops, reference, ring  # noqa: F401  (ops registers the operators)
+from .dropout import dropout_seed
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 from .reference import Rings, Weights
@@ -266,7 +267,7 @@ def attend_clip(
             in exact arithmetic; None for whichever is cheaper.
 
     Returns:
-        ``(N, E)``, and the weights ``(N, H, S + extra slots)`` or None.
+        ``(N, E)``, and the weights averaged over the heads, ``(N, S + extra slots)``, or None.
     """
     query, key, value = tokens
     weights = weights.unpacked()
@@ -277,21 +278,29 @@ def attend_clip(
     w_q, b_q = weights.split()[0], weights.split_bias()[0]
     q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
     q = q / math.sqrt(q.shape[-1])
-    heads, attn = attend(q, key, value, weights, options, mask, need_weights)
-    if attn is not None and weights.bias_v is not None:
-        on_bias = attn[..., key.shape[1], None].to(heads.dtype)
-        heads = heads + on_bias * weights.bias_v.view(heads.shape[1:])
+    heads, on_extra, attn = attend(q, key, value, weights, options, mask, need_weights)
+    heads = _with_bias_slot(heads, on_extra, weights)
     out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
-    return out, attn if need_weights else None
+    return out, attn
+
+
+def _with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> Tensor:
+    """Heads' outputs ``(..., H, D)`` with the share of the slot that ``add_bias_kv`` adds."""
+    if on_extra is None or weights.bias_v is None:
+        return heads
+    return heads + on_extra[..., :1].to(heads.dtype) * weights.bias_v.view(heads.shape[-2:])
 
 
 def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
-    """Scores ``(N, H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None."""
+    """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
+
+    The queries ``(..., H, D)`` are scaled already.
+    """
     scores = []
     if weights.bias_k is not None:
-        scores.append((q * weights.bias_k.view(q.shape[1:])).sum(-1, keepdim=True))
+        scores.append((q * weights.bias_k.view(q.shape[-2:])).sum(-1, keepdim=True))
     if add_zero_attn:
-        scores.append(q.new_zeros((*q.shape[:2], 1)))
+        scores.append(q.new_zeros((*q.shape[:-1], 1)))
     return torch.cat(scores, dim=-1) if scores else None
 
 
@@ -311,6 +320,20 @@ def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float, blank: bo
     return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
 
 
+class _Attended(NamedTuple):
+    """What a query got from a clip.
+
+    Attributes:
+        heads: ``(N, H, D)``, the extra slots aside.
+        on_extra: weights of the extra slots, ``(N, H, X)``, or None.
+        attn: all weights averaged over the heads, ``(N, S + X)``, or None.
+    """
+
+    heads: Tensor
+    on_extra: Tensor | None
+    attn: Tensor | None
+
+
 def _attend_projected(
     q: Tensor,
     key: Tensor,
@@ -319,8 +342,8 @@ def _attend_projected(
     options: Options,
     mask: Tensor | None,
     need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Heads' outputs ``(N, H, D)``, the bias slot's share aside, from projected keys and values."""
+) -> _Attended:
+    """Attention over projected keys and values."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
     k = reference.split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
     v = reference.split_heads(F.linear(value, w_v, b_v), q.shape[1])
@@ -329,7 +352,24 @@ def _attend_projected(
     scores = scores if mask is None else scores + mask
     extra = _extra_scores(q, weights, options.add_zero_attn)
     attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
-    return torch.matmul(attn[..., None, : key.shape[1]].to(v.dtype), v).squeeze(-2), attn
+    on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
+    heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
+    return _Attended(
+        heads, None if extra is None else on_extra, attn.mean(1) if need_weights else None
+    )
+
+
+class _Mix(NamedTuple):
+    """Weighted sums of a clip's inputs ``(N, H, Ev)``; otherwise as ``_Attended``.
+
+    Attributes:
+        share: the sum of the clip's weights, ``(N, H, 1)``; None for 1.
+    """
+
+    inputs: Tensor
+    share: Tensor | None
+    on_extra: Tensor | None
+    attn: Tensor | None
 
 
 def _attend_inputs(
@@ -340,7 +380,7 @@ def _attend_inputs(
     options: Options,
     mask: Tensor | None,
     need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> _Attended:
     """As ``_attend_projected``, with the projections of key and value moved to the query's side.
 
     ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip,
@@ -352,42 +392,102 @@ def _attend_inputs(
     if extra is not None and b_k is not None:
         extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
     moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
-    blank = mask is not None and not need_weights
-    plain = extra is None and options.dropout_p == 0.0
-    if plain and not need_weights and wants_fused(moved, key, value, mask):
-        mixed, share = _fused_mix(moved, key, value, mask)
-        attn = None
-    else:
-        scores = reference.shared_scores(moved, key, mask)
-        attn = _normalise(scores, extra, options.dropout_p, blank)
-        on_clip = attn[..., : key.shape[1]]
-        mixed = torch.matmul(on_clip.to(value.dtype), value)
-        share = None if plain and not blank else on_clip.sum(-1, keepdim=True)
-        if plain and share is not None:  # exactly 1, as where there is no mask; or 0
-            share = share > 0
-    heads = torch.einsum("nhe,hde->nhd", mixed, w_v.unflatten(0, (num_heads, -1)))
+    full = need_weights or options.dropout_p > 0.0
+    mixing = _fused_mix if wants_fused(moved, key, value, mask, full) else _plain_mix
+    mix = mixing(moved, key, value, mask, extra, options.dropout_p, need_weights)
+    heads = torch.einsum("nhe,hde->nhd", mix.inputs, w_v.unflatten(0, (num_heads, -1)))
     if b_v is not None:
         bias = b_v.view(heads.shape[1:])
-        heads = heads + (bias if share is None else bias * share.to(heads.dtype))
-    return heads, attn
+        heads = heads + (bias if mix.share is None else bias * mix.share.to(heads.dtype))
+    return _Attended(heads, mix.on_extra, mix.attn)
+
+
+def _plain_mix(
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> _Mix:
+    """Attention over inputs step by step, every step one that autograd knows."""
+    blank = mask is not None and not need_weights
+    attn = _normalise(reference.shared_scores(moved, key, mask), extra, dropout_p, blank)
+    on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
+    plain = extra is None and dropout_p == 0.0
+    share = None if plain and not blank else on_clip.sum(-1, keepdim=True)
+    if plain and share is not None:  # exactly 1, as where there is no mask; or 0
+        share = share > 0
+    return _Mix(
+        torch.matmul(on_clip.to(value.dtype), value),
+        share,
+        None if extra is None else on_extra,
+        attn.mean(1) if need_weights else None,
+    )
 
 
 def _fused_mix(
-    moved: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weighted sums of inputs ``(N, H, Ev)``, and the clip's weight ``(N, H, 1)``; None for 1."""
-    mixed, lse = torch.ops.continual_mha.attend_shared(moved, key, value, mask, None)
-    if mask is None:
-        return mixed, None
-    hidden = torch.isneginf(lse).unsqueeze(-1)
-    return mixed.masked_fill(hidden, 0.0), (~hidden).to(mixed.dtype)
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> _Mix:
+    """The same by the fused operators: what they return tells the extra slots' weights too."""
+    args = (moved, key, value, mask, _sink(extra))
+    seed = dropout_seed(dropout_p, moved.device)
+    attn: Tensor | None = None
+    share: Tensor | None = None
+    if seed is None and not need_weights:
+        mixed, lse = torch.ops.continual_mha.attend_shared(*args)
+    else:
+        full = torch.ops.continual_mha.attend_shared_full
+        mixed, lse, kept, attn = full(*args, seed, dropout_p, need_weights)
+        share = None if seed is None else kept.unsqueeze(-1)
+    on_extra = _weights_of_extra(extra, lse, dropout_p)
+    if on_extra is not None and share is None:
+        share = 1.0 - on_extra.sum(-1, keepdim=True)
+    if not need_weights:
+        attn = None
+    elif on_extra is not None and attn is not None:
+        attn = torch.cat([attn, on_extra.mean(1)], dim=-1)
+    if mask is not None and extra is None and not need_weights:
+        hidden = torch.isneginf(lse).unsqueeze(-1)
+        mixed = mixed.masked_fill(hidden, 0.0)
+        share = (~hidden).to(mixed.dtype) if share is None else share.masked_fill(hidden, 0.0)
+    return _Mix(mixed, share, on_extra, attn)
 
 
-def wants_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused operator serves, and gains over plain PyTorch."""
+def _sink(extra: Tensor | None) -> Tensor | None:
+    """One score that weighs as much as all extra slots ``(..., H, X)`` together."""
+    return None if extra is None else torch.logsumexp(extra.to(wide(extra.dtype)), dim=-1)
+
+
+def _weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Tensor | None:
+    """Weights of the extra slots, given the logarithm of the softmax's whole denominator."""
+    if extra is None:
+        return None
+    on_extra = torch.exp(extra - lse.unsqueeze(-1))
+    return F.dropout(on_extra, dropout_p) if dropout_p > 0.0 else on_extra
+
+
+def wants_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, full: bool = False
+) -> bool:
+    """Whether the fused operator serves, and gains over plain PyTorch.
+
+    ``full`` asks for the operator that also knows dropout and returns weights.
+    """
     if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
         return False
     first = backends.order(query.device.type)[0]
+    if full:
+        return first == "triton" and _triton_covers(
+            "attend_shared_full", query, key, value, mask, None, None, 0.0, True
+        )
     if first != "cpu":
         return first in ("triton", "cuda")
     large = query.element_size() == 2 or key.numel() >= _CPU_FUSED_ELEMENTS
@@ -396,3 +496,8 @@ def wants_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False  # there is no kernel for the gradient
     return backends.why_not("cpu", "attend_shared", (query, key, value, mask, None)) is None
+
+
+def _triton_covers(name: str, *args: Any) -> bool:
+    """Whether Triton runs an operator; under the compiler, which cannot ask, let it be so."""
+    return torch.compiler.is_compiling() or backends.why_not("triton", name, args) is None

@@ -44,6 +44,11 @@ SCHEMAS = {
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
     "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_shared_full": f"({_SHARED_ARGS}, Tensor? seed, float dropout_p, bool need_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_shared_full_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, "
+    f"Tensor? grad_average, {_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, "
+    "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -93,11 +98,48 @@ def _fake_attend_shared_backward(
     return d_query, d_key, d_value, d_sink
 
 
+def _fake_attend_shared_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse = _fake_attend_shared(query, key, value, mask, sink)
+    kept = lse.new_empty(0) if seed is None else torch.empty_like(lse)
+    average = lse.new_empty((key.shape[0], key.shape[1]) if need_weights else 0)
+    return out, lse, kept, average
+
+
+def _fake_attend_shared_full_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
+    grad_average: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_attend_shared_backward(grad_out, lse, query, key, value, mask, sink, out, lse)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_ring_step_,
     "ring_steps_": _fake_ring_steps_,
     "attend_shared": _fake_attend_shared,
     "attend_shared_backward": _fake_attend_shared_backward,
+    "attend_shared_full": _fake_attend_shared_full,
+    "attend_shared_full_backward": _fake_attend_shared_full_backward,
 }
 
 
@@ -117,6 +159,41 @@ def _differentiate_attend_shared(
     return d_query, d_key, d_value, None, None if sink is None else d_sink.to(sink.dtype)
 
 
+def _save_for_attend_shared_full(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    *tensors, ctx.dropout_p, ctx.need_weights = inputs
+    out, lse, kept, _ = output
+    ctx.save_for_backward(*tensors, out, lse, kept)
+    ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom differentiated
+
+
+def _differentiate_attend_shared_full(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
+    grad_average: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    sink, seed, out = saved[4:7]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_kept = None if seed is None else grad_kept  # a result without elements has none
+    grad_average = grad_average if ctx.need_weights else None
+    backward = torch.ops.continual_mha.attend_shared_full_backward
+    d_query, d_key, d_value, d_sink = backward(
+        grad_out, grad_lse, grad_kept, grad_average, *saved, ctx.dropout_p
+    )
+    d_sink = None if sink is None else d_sink.to(sink.dtype)
+    return d_query, d_key, d_value, None, d_sink, None, None, None
+
+
+_DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attend_shared": (_differentiate_attend_shared, _save_for_attend_shared),
+    "attend_shared_full": (_differentiate_attend_shared_full, _save_for_attend_shared_full),
+}
+
+
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         for prefix in ("", "cpu_", "cuda_"):
@@ -125,12 +202,10 @@ def _register() -> None:
             torch.library.register_fake(fake, _FAKES[name], lib=_library)
         for key in ("CPU", "CUDA"):
             _library.impl(name, partial(_run, name), key)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::attend_shared",
-        _differentiate_attend_shared,
-        setup_context=_save_for_attend_shared,
-        lib=_library,
-    )
+    for name, (differentiate, save) in _DIFFERENTIABLE.items():
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=_library
+        )
 
 
 _register()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropout import keep_scale
 from .precision import wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 
@@ -357,12 +358,50 @@ def attend_shared(
     Returns:
         ``(N, H, Ev)``, and the logarithm of the softmax's denominator ``(N, H)`` in at least fp32.
     """
+    return attend_shared_full(query, key, value, mask, sink, None, 0.0, False)[:2]
+
+
+def attend_shared_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operator ``attend_shared_full``: ``attend_shared`` with dropout and weights on request.
+
+    Args:
+        seed: ``(1,)`` int64, decides which weights are dropped; None to drop none.
+        dropout_p: the share that is dropped.
+        need_weights: whether to return the weights.
+
+    Returns:
+        Besides the results of ``attend_shared``, in at least fp32: what is left of the sum of the
+        weights ``(N, H)`` if there is a seed, and the weights that were applied, averaged over the
+        heads, ``(N, S)`` if asked for; tensors without elements if not.
+    """
     scores = shared_scores(query, key, mask)
     lse = torch.logsumexp(scores, dim=-1)
     if sink is not None:
         lse = torch.logaddexp(lse, sink.to(lse.dtype))
     attn = torch.exp(scores - lse.unsqueeze(-1))
-    return torch.matmul(attn.to(value.dtype), value), lse
+    if seed is not None:
+        attn = attn * _shared_dropout(attn, seed, dropout_p)
+    kept = lse.new_empty(0) if seed is None else attn.sum(-1)
+    average = attn.mean(1) if need_weights else lse.new_empty(0)
+    return torch.matmul(attn.to(value.dtype), value), lse, kept, average
+
+
+def _shared_dropout(attn: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    streams, heads, slots = (torch.arange(size, device=attn.device) for size in attn.shape)
+    zero = torch.zeros((), dtype=torch.int64, device=attn.device)
+    scale = keep_scale(
+        seed, slots, streams[:, None, None], heads[:, None], zero, dropout_p
+    )  # (N, H, S)
+    return scale.to(attn.dtype)
 
 
 def shared_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -384,13 +423,56 @@ def attend_shared_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator ``attend_shared_backward``: gradients of query, key, value and sink."""
-    attn = torch.exp(shared_scores(query, key, mask) - lse.unsqueeze(-1))
+    kept = lse.new_empty(0)
+    return attend_shared_full_backward(
+        grad_out, grad_lse, None, None, query, key, value, mask, sink, None, out, lse, kept, 0.0
+    )
+
+
+def attend_shared_full_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
+    grad_average: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operator ``attend_shared_full_backward``: gradients of query, key, value and sink.
+
+    None stands for a gradient of zeros. A query to which the mask leaves nothing has none either.
+    """
+    hidden = torch.isneginf(lse)
+    attn = torch.exp(shared_scores(query, key, mask) - lse.masked_fill(hidden, 0.0).unsqueeze(-1))
     grad_attn = torch.matmul(grad_out, value.transpose(-1, -2)).to(attn.dtype)
     # what every score, the sink's included, loses to the normalisation
-    shared = grad_lse - (grad_out.to(attn.dtype) * out.to(attn.dtype)).sum(-1)
+    shared = -(grad_out.to(attn.dtype) * out.to(attn.dtype)).sum(-1)
+    if grad_lse is not None:
+        shared = shared + grad_lse
+    if grad_kept is not None:
+        grad_attn = grad_attn + grad_kept.unsqueeze(-1)
+        shared = shared - grad_kept * kept
+    applied = attn
+    if seed is not None:
+        scale = _shared_dropout(attn, seed, dropout_p)
+        applied = attn * scale
+    if grad_average is not None:
+        grad_weight = grad_average.unsqueeze(1) / query.shape[1]
+        grad_attn = grad_attn + grad_weight
+        shared = shared - (applied * grad_weight).sum(-1)
+    if seed is not None:
+        grad_attn = grad_attn * scale
+    shared = shared.masked_fill(hidden, 0.0)
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
     d_query = torch.matmul(grad_scores, key)
     d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
-    d_value = torch.matmul(attn.to(value.dtype).transpose(-1, -2), grad_out)
+    d_value = torch.matmul(applied.to(value.dtype).transpose(-1, -2), grad_out)
     d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared
     return d_query, d_key, d_value, d_sink

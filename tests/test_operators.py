@@ -57,6 +57,25 @@ def test_backward_of_shared_attention_passes_torchs_own_checks(sink):
     opcheck(torch.ops.continual_mha.attend_shared_backward.default, arguments)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_full_shared_attention_passes_torchs_own_checks(dropout, need_weights):
+    seed = torch.tensor([7]) if dropout else None
+    arguments = (*shared_operands(True, True), seed, 0.25 if dropout else 0.0, need_weights)
+    opcheck(torch.ops.continual_mha.attend_shared_full.default, arguments)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_backward_of_full_shared_attention_passes_torchs_own_checks(dropout):
+    operands = [x.detach() for x in shared_operands(True, True)]
+    seed, p = (torch.tensor([7]), 0.25) if dropout else (None, 0.0)
+    results = torch.ops.continual_mha.attend_shared_full(*operands, seed, p, True)
+    out, lse, kept, average = results
+    grads = (torch.ones_like(out), None, torch.ones_like(kept) if dropout else None, average)
+    arguments = (*grads, *operands, seed, out, lse, kept, p)
+    opcheck(torch.ops.continual_mha.attend_shared_full_backward.default, arguments)
+
+
 def test_every_operator_stands_for_every_backend():
     for name in ops.SCHEMAS:
         for prefix in ("", "cpu_", "cuda_"):

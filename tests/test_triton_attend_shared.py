@@ -17,7 +17,13 @@ from triton_cases import (
 )
 
 from continual_mha import reference
-from continual_mha.triton_kernels import attend_shared, attend_shared_backward, why_not
+from continual_mha.triton_kernels import (
+    attend_shared,
+    attend_shared_backward,
+    attend_shared_full,
+    attend_shared_full_backward,
+    why_not,
+)
 from continual_mha.triton_kernels.plan import shared_plan
 
 pytestmark = needs_kernels
@@ -79,6 +85,41 @@ def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dt
             assert_as_exact_as_torch(mine, theirs, best)
 
 
+def seed_of(number: int) -> Tensor:
+    return torch.tensor([number], device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], (2, 4, 33, 20, 20, True, False)], ids=str)
+def test_dropout_and_weights_equal_the_reference(shape: tuple, dtype: torch.dtype) -> None:
+    """The reference draws the same weights to drop, so that the numbers themselves compare."""
+    args = [*arguments(dtype, *shape), seed_of(11 << 40), 0.3, True]
+    exact_args = widened(args)
+    results = attend_shared_full(*args)
+    plain, exact = reference.attend_shared_full(*args), reference.attend_shared_full(*exact_args)
+    for mine, theirs, best in zip(results, plain, exact, strict=True):
+        assert_as_exact_as_torch(mine, theirs, best)
+    grads = [random(x.dtype, *x.shape) for x in results]
+    seeded = [*args[:6], *results[:3], 0.3]
+    backward = attend_shared_full_backward(*grads, *seeded)
+    plain = reference.attend_shared_full_backward(*grads, *args[:6], *plain[:3], 0.3)
+    exact = reference.attend_shared_full_backward(*widened(grads), *exact_args[:6], *exact[:3], 0.3)
+    for mine, theirs, best in zip(backward, plain, exact, strict=True):
+        if best.numel():
+            assert_as_exact_as_torch(mine, theirs, best)
+
+
+def test_a_split_window_drops_what_a_whole_one_drops() -> None:
+    """Dropout depends on slot, head and stream alone, and not on who computes them."""
+    args = arguments(torch.float32, 1, 2, 40, 16, 16, options=True)
+    assert shared_plan(1, 2, 40, 16, 16, 4, False).splits > 1
+    args += [seed_of(5), 0.5, True]
+    for mine, best in zip(
+        attend_shared_full(*args), reference.attend_shared_full(*widened(args)), strict=True
+    ):
+        torch.testing.assert_close(mine.cpu().double(), best, rtol=1e-4, atol=1e-5)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -97,6 +138,27 @@ def test_gradients_are_those_of_finite_differences() -> None:
     args = arguments(torch.float64, 1, 2, 3, 3, 2, options=True)
     args = [x.requires_grad_(i != 3) for i, x in enumerate(args)]
     assert torch.autograd.gradcheck(_Attend.apply, args)
+
+
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        given = (*args, seed_of(3), 0.4)
+        results = attend_shared_full(*given, True)
+        ctx.save_for_backward(*given[:6], *results[:3])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, sink = attend_shared_full_backward(*grads, *ctx.saved_tensors, 0.4)
+        return query, key, value, None, sink
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float64 runs in the interpreter alone")
+def test_gradients_through_weights_and_dropout_are_those_of_finite_differences() -> None:
+    args = arguments(torch.float64, 1, 2, 3, 2, 2, options=True)
+    args = [x.requires_grad_(i != 3) for i, x in enumerate(args)]
+    assert torch.autograd.gradcheck(_Full.apply, args, fast_mode=True)
 
 
 def test_a_window_split_over_programs_gives_the_same_bits_in_every_run() -> None:
@@ -132,6 +194,21 @@ def test_where_everything_is_masked_the_output_is_nan() -> None:
     out, lse = attend_shared(*args)
     assert out.isnan().all()
     assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+
+
+def test_a_stream_that_sees_nothing_has_no_gradient() -> None:
+    args = arguments(torch.float32, 2, 2, 4, 8, 8)
+    mask = torch.zeros(2, 1, 4, device=DEVICE)
+    mask[1] = float("-inf")
+    args = [*args[:3], mask, None]
+    results = attend_shared(*args)
+    grads = [torch.ones_like(results[0]), torch.zeros_like(results[1])]
+    grads[0][1] = 0  # what a caller gets who replaces the outputs of the hidden stream
+    mine = attend_shared_backward(*grads, *args, *results)
+    plain = reference.attend_shared_backward(*grads, *args, *reference.attend_shared(*args))
+    for grad, other in zip(mine[:3], plain[:3], strict=True):
+        assert (grad[1] == 0).all()
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 
 def test_an_uncovered_call_is_declined_with_the_reason() -> None:

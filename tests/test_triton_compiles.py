@@ -43,6 +43,9 @@ def other_configurations() -> Iterator[tuple[str, list[Launch]]]:
     yield "shared-two-tensors", aot.shared_launches(256, 8, 64, 1024, HALF, one_tensor=False)
     yield "shared-many-heads", aot.shared_launches(256, 64, 64, 1024, HALF, one_tensor=False)
     yield "shared-fp32", aot.shared_launches(256, 8, 64, 1024, FULL)
+    yield "shared-full", aot.shared_launches(256, 8, 64, 1024, HALF, full=True)
+    yield "shared-full-heads", aot.shared_launches(256, 64, 64, 1024, HALF, False, full=True)
+    yield "shared-full-fp32", aot.shared_launches(256, 8, 64, 1024, FULL, full=True)
 
 
 CONFIGURATIONS = dict([*step_configurations(), *other_configurations()])

@@ -8,19 +8,31 @@ from . import attend_shared as _attend_shared
 from . import ring_step as _ring_step
 from . import ring_steps as _ring_steps
 
-__all__ = ["attend_shared", "attend_shared_backward", "ring_step_", "ring_steps_", "why_not"]
+__all__ = [
+    "attend_shared",
+    "attend_shared_backward",
+    "attend_shared_full",
+    "attend_shared_full_backward",
+    "ring_step_",
+    "ring_steps_",
+    "why_not",
+]
 
 _MODULES = {
     "ring_step_": _ring_step,
     "ring_steps_": _ring_steps,
     "attend_shared": _attend_shared,
     "attend_shared_backward": _attend_shared,
+    "attend_shared_full": _attend_shared,
+    "attend_shared_full_backward": _attend_shared,
 }
 
 ring_step_ = _ring_step.ring_step_
 ring_steps_ = _ring_steps.ring_steps_
 attend_shared = _attend_shared.attend_shared
 attend_shared_backward = _attend_shared.attend_shared_backward
+attend_shared_full = _attend_shared.attend_shared_full
+attend_shared_full_backward = _attend_shared.attend_shared_full_backward
 
 
 def why_not(name: str, *args: Any) -> str | None:

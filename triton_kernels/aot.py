@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attend_shared import attend_shared, attend_shared_backward
+from .attend_shared import attend_shared_full, attend_shared_full_backward
 from .launch import Launch, record
 from .plan import step_plan
 from .ring_step import ring_step_
@@ -154,12 +154,21 @@ def steps_launches(N: int, T: int, E: int, H: int, L: int, dtype: torch.dtype) -
 
 
 def shared_launches(
-    N: int, H: int, S: int, E: int, dtype: torch.dtype, one_tensor: bool = True
+    N: int,
+    H: int,
+    S: int,
+    E: int,
+    dtype: torch.dtype,
+    one_tensor: bool = True,
+    full: bool = False,
 ) -> list[Launch]:
-    """Our launches of `attend_shared` and of its backward."""
+    """Our launches of `attend_shared`, or of `attend_shared_full`, and of the backward."""
     query, key = _meta(dtype, N, H, E), _meta(dtype, N, S, E)
     args: list[Any] = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
+    args.append(_meta(torch.int64, 1) if full else None)
     with record() as launches:
-        out, lse = attend_shared(*args)
-        attend_shared_backward(*[out, lse, *args, out, lse])
+        *results, average = attend_shared_full(*args, 0.1, full)
+        out, lse, kept = results
+        grads = [out, lse, kept if full else None, average if full else None]
+        attend_shared_full_backward(*grads, *args, *results, 0.1)
     return launches

@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETED, constants_of, counters, launch
-from .pieces import DTYPES, LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, is_last
+from .pieces import (
+    DTYPES,
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    dot_precision,
+    finite_or_zero,
+    is_last,
+    keep_scale,
+)
 from .plan import shared_backward_plan, shared_plan
 
 
@@ -59,11 +69,19 @@ def _masked(
 
 
 @triton.jit
+def _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC: tl.constexpr):
+    """What dropout multiplies the weights of a tile with  # [BLOCK_S, BLOCK_H]"""
+    slots = offs_s[:, None] + offs_h[None, :] * 0
+    heads = offs_h[None, :] + offs_s[:, None] * 0
+    return keep_scale(seed_ptr, stream, heads, slots, slots * 0, dropout_p).to(ACC)
+
+
+@triton.jit
 def _attend_shared_kernel(
-    query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, kept_ptr,
     partial_ptr, ml_ptr, counter_ptr,
     stride_qn, stride_qh, stride_qe, stride_kn, stride_ks, stride_ke, stride_vn, stride_vs,
-    stride_ve, stride_mn, stride_mh, stride_ms, S,
+    stride_ve, stride_mn, stride_mh, stride_ms, S, dropout_p,
     H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
     ONE_TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -91,6 +109,7 @@ def _attend_shared_kernel(
 
     m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_H,), ACC)
+    kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
     acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
     part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
     if ONE_TILE:
@@ -117,6 +136,9 @@ def _attend_shared_kernel(
         weight = tl.exp2(scores - shift[None, :])
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weight, axis=0)
+        if seed_ptr is not None:
+            weight *= _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
+            kept_i = kept_i * alpha + tl.sum(weight, axis=0)
         acc = dot(
             tl.trans(value),
             cast(weight, value_ptr.dtype.element_ty),
@@ -132,6 +154,7 @@ def _attend_shared_kernel(
             shift = finite_or_zero(m_new)
             alpha = tl.exp2(m_i - shift)
             l_i = l_i * alpha + tl.exp2(sink - shift)
+            kept_i *= alpha
             acc *= alpha[None, :]
             m_i = m_new
 
@@ -144,44 +167,93 @@ def _attend_shared_kernel(
         )
         if v_block == 0:
             tl.store(lse_ptr + stream * H + offs_h, m_i * ln2 + tl.log(l_i), mask=offs_h < H)
+            if seed_ptr is not None:
+                tl.store(kept_ptr + stream * H + offs_h, kept_i / l_i, mask=offs_h < H)
     else:
         partial_ptr += stream * SPLITS * (H * EV)
-        ml_ptr += (stream * V_BLOCKS + v_block) * (SPLITS * 2 * BLOCK_H)
+        ml_ptr += (stream * V_BLOCKS + v_block) * (SPLITS * 3 * BLOCK_H)
         tl.store(partial_ptr + split * (H * EV) + out_offsets, acc, mask_out)
-        tl.store(ml_ptr + split * 2 * BLOCK_H + offs_h, m_i)
-        tl.store(ml_ptr + (split * 2 + 1) * BLOCK_H + offs_h, l_i)
+        tl.store(ml_ptr + split * 3 * BLOCK_H + offs_h, m_i)
+        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + offs_h, l_i)
+        if seed_ptr is not None:
+            tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + offs_h, kept_i)
         if is_last(counter_ptr + stream * V_BLOCKS + v_block, SPLITS):
             top = tl.full((BLOCK_H,), float("-inf"), ACC)
             for s in range(SPLITS):
                 top = tl.maximum(
-                    top, tl.load(ml_ptr + s * 2 * BLOCK_H + offs_h, cache_modifier=".cg")
+                    top, tl.load(ml_ptr + s * 3 * BLOCK_H + offs_h, cache_modifier=".cg")
                 )
             shift = finite_or_zero(top)
             total = tl.zeros((BLOCK_H,), ACC)
+            kept = tl.zeros((BLOCK_H,), ACC)
             acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
             for s in range(SPLITS):
-                m = tl.load(ml_ptr + s * 2 * BLOCK_H + offs_h, cache_modifier=".cg")
-                l_sum = tl.load(ml_ptr + (s * 2 + 1) * BLOCK_H + offs_h, cache_modifier=".cg")
+                m = tl.load(ml_ptr + s * 3 * BLOCK_H + offs_h, cache_modifier=".cg")
+                l_sum = tl.load(ml_ptr + (s * 3 + 1) * BLOCK_H + offs_h, cache_modifier=".cg")
                 rows = tl.load(
                     partial_ptr + s * (H * EV) + out_offsets, mask=mask_out, other=0.0,
                     cache_modifier=".cg",
                 )  # fmt: skip
                 scale = tl.exp2(m - shift)
                 total += l_sum * scale
+                if seed_ptr is not None:
+                    kept_ptr_s = ml_ptr + (s * 3 + 2) * BLOCK_H
+                    kept += tl.load(kept_ptr_s + offs_h, cache_modifier=".cg") * scale
                 acc += rows * scale[None, :]
             out = cast(acc / total[None, :], out_ptr.dtype.element_ty)
             tl.store(out_ptr + out_offsets, out, mask_out)
             if v_block == 0:
                 tl.store(lse_ptr + stream * H + offs_h, top * ln2 + tl.log(total), mask=offs_h < H)
+                if seed_ptr is not None:
+                    tl.store(kept_ptr + stream * H + offs_h, kept / total, mask=offs_h < H)
+
+
+@triton.jit
+def _shared_weights_kernel(
+    query_ptr, key_ptr, mask_ptr, lse_ptr, seed_ptr, grad_ptr, out_ptr,
+    stride_qn, stride_qh, stride_qe, stride_kn, stride_ks, stride_ke, stride_mn, stride_mh,
+    stride_ms, S, TILES, dropout_p,
+    H: tl.constexpr, EK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: the weights of one tile of BLOCK_S slots of one stream, out of the saved lse.
+
+    Reads the tile's keys and writes the average over the heads; or, given that average's gradient,
+    for each head its product with the weights, summed over the tile. Blocks as in the backward.
+    """
+    program = tl.program_id(0)
+    tile = program % TILES
+    stream = (program // TILES).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_h = offs_h < H
+    if mask_ptr is not None:
+        mask_ptr += stream * stride_mn
+    scores = _scores(
+        query_ptr + stream * stride_qn, key_ptr + stream * stride_kn, mask_ptr, offs_h, offs_s,
+        stride_qh, stride_qe, stride_ks, stride_ke, stride_mh, stride_ms, S, H, EK, BLOCK_H,
+        BLOCK_S, BLOCK_E, PRECISION, ACC,
+    )  # fmt: skip
+    lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
+    weight = tl.exp2((scores - lse[None, :]) * tl.full((), LOG2E, ACC))
+    if seed_ptr is not None:
+        weight *= _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
+    if grad_ptr is None:
+        average = tl.sum(tl.where(mask_h[None, :], weight, 0.0), axis=1) / H
+        tl.store(out_ptr + stream * S + offs_s, average, mask=offs_s < S)
+    else:
+        grad = tl.load(grad_ptr + stream * S + offs_s, mask=offs_s < S, other=0.0).to(ACC) / H
+        product = tl.sum(weight * grad[:, None], axis=0)
+        tl.store(out_ptr + program.to(tl.int64) * H + offs_h, product, mask=mask_h)
 
 
 @triton.jit
 def _attend_shared_backward_kernel(
-    grad_out_ptr, grad_lse_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, out_ptr,
-    lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, grad_sink_ptr,
-    stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
+    grad_out_ptr, grad_lse_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, value_ptr,
+    mask_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
+    grad_sink_ptr, stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
     stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh, stride_ms, S, TILES,
-    H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
+    dropout_p, H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of BLOCK_S slots of one stream, all heads and features.
@@ -219,12 +291,26 @@ def _attend_shared_backward_kernel(
         dots += tl.sum(grad_out.to(ACC) * out.to(ACC), axis=1)
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     # What every score, the sink's included, loses to the normalisation.
-    shared = tl.load(grad_lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC) - dots
+    shared = -dots
+    if grad_lse_ptr is not None:
+        shared += tl.load(grad_lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC)
+    shared = tl.where(lse == float("-inf"), 0.0, shared)  # where a mask hides everything
     log2e = tl.full((), LOG2E, ACC)
-    weight = tl.exp2((scores - lse[None, :]) * log2e)
+    weight = tl.exp2((scores - finite_or_zero(lse)[None, :]) * log2e)
+    if grad_average_ptr is not None:
+        at = grad_average_ptr + stream * S + offs_s
+        grad_weight += tl.load(at, mask=offs_s < S, other=0.0).to(ACC)[:, None] / H
+    if grad_kept_ptr is not None:
+        grad_kept = tl.load(grad_kept_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
+        grad_weight += grad_kept.to(ACC)[None, :]
+    applied = weight
+    if seed_ptr is not None:
+        keep = _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
+        applied = weight * keep
+        grad_weight *= keep
     dtype = grad_key_ptr.dtype.element_ty
     grad_score = cast(weight * (grad_weight + shared[None, :]), dtype)  # [BLOCK_S, BLOCK_H]
-    weight = cast(weight, dtype)
+    applied = cast(applied, dtype)
 
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if tile == 0:
@@ -253,9 +339,7 @@ def _attend_shared_backward_kernel(
     for e in range(0, EV, BLOCK_E):
         columns = e + offs_e
         grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
-        grad_value = dot(
-            cast(weight, dtype), grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION
-        )
+        grad_value = dot(applied, grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
         tl.store(
             grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
             cast(grad_value, dtype),
@@ -279,10 +363,12 @@ def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 
 def why_not(name: str, *args: Any) -> str | None:
     """None if this module covers a call of the operator `name`, else the reason why not."""
-    if name == "attend_shared":
+    if name in ("attend_shared", "attend_shared_full"):
         return _uncovered(*args[:4])
     if name == "attend_shared_backward":
         return _uncovered(*args[2:6])
+    if name == "attend_shared_full_backward":
+        return _uncovered(*args[4:8])
     return f"no kernel for {name} here"
 
 
@@ -309,25 +395,46 @@ def attend_shared(
     without a value. Returns the output (N, H, Ev) and, in at least fp32, the logarithm of the
     softmax's denominator (N, H). All strides are free. Covered: what `why_not` answers None to.
     """
+    return attend_shared_full(query, key, value, mask, sink, None, 0.0, False)[:2]
+
+
+def attend_shared_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attend_shared`, with dropout by `seed` (1,) int64, and with the weights on request.
+
+    Returns two more tensors in at least fp32, without elements where not asked for: given a seed,
+    what dropout left of the weights' sum (N, H); and the applied weights' average over heads
+    (N, S), which a second launch computes from the logarithm of the denominator.
+    """
     (N, H, EK), (S, EV) = query.shape, value.shape[1:]
     wide, acc = _acc(query.dtype)
     one_tensor = key is value or (
         key.data_ptr() == value.data_ptr() and key.stride() == value.stride() and EK == EV
     )
-    plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor)
+    plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor, seed is not None)
     out = query.new_empty((N, H, EV))
     lse = torch.empty((N, H), dtype=wide, device=query.device)
+    kept = torch.empty((0,) if seed is None else (N, H), dtype=wide, device=query.device)
     v_blocks = triton.cdiv(EV, plan.block_v)
     partial = ml = counter = None
     if plan.splits > 1:
         groups = N * v_blocks
         partial = torch.empty((N, plan.splits, H, EV), dtype=wide, device=query.device)
-        ml = torch.empty((groups, plan.splits, 2, plan.block_h), dtype=wide, device=query.device)
+        ml = torch.empty((groups, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
         counter = counters(query, groups)
     sink = None if sink is None else sink.contiguous()
     args = (
-        query, key, value, mask, sink, out, lse, partial, ml, counter,
+        query, key, value, mask, sink, seed, out, lse, kept, partial, ml, counter,
         *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
+        dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
@@ -340,7 +447,34 @@ def attend_shared(
         constants,
         num_warps=plan.num_warps,
     )
-    return out, lse
+    average = torch.empty((N, S) if need_weights else (0,), dtype=wide, device=query.device)
+    if need_weights:
+        _weights(query, key, mask, lse, seed, dropout_p, None, average)
+    return out, lse, kept, average
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    grad: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write the average of the weights to `out` (N, S), or their products to (N, tiles, H)."""
+    (N, H, EK), S = query.shape, key.shape[1]
+    plan = shared_backward_plan(N, H, S, EK, EK, query.element_size())
+    tiles = triton.cdiv(S, plan.block_s)
+    args = (
+        query, key, mask, lse, seed, grad, out, *query.stride(), *key.stride(),
+        *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
+    )  # fmt: skip
+    constants = constants_of(
+        H, EK, plan.block_h, plan.block_s, plan.block_e, dot_precision(), _acc(query.dtype)[1]
+    )
+    launch(_shared_weights_kernel, (N * tiles, 1, 1), args, constants, num_warps=plan.num_warps)
 
 
 def attend_shared_backward(
@@ -359,21 +493,54 @@ def attend_shared_backward(
     Takes the gradients of both results, the arguments and the results; the weights are computed
     anew from `lse`. The last gradient has no elements where `sink` is None.
     """
+    return attend_shared_full_backward(
+        grad_out, grad_lse, None, None, query, key, value, mask, sink, None, out, lse, lse, 0.0
+    )
+
+
+def attend_shared_full_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
+    grad_average: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attend_shared_full`, as `attend_shared_backward` gives them.
+
+    Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
+    """
     (N, H, EK), (S, EV) = query.shape, value.shape[1:]
     wide, acc = _acc(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, EV, query.element_size())
     tiles = triton.cdiv(S, plan.block_s)
+    lse = lse.contiguous()
+    if grad_kept is not None:
+        grad_kept = grad_kept.contiguous()
+        grad_lse = -grad_kept * kept if grad_lse is None else grad_lse - grad_kept * kept
+    if grad_average is not None:
+        grad_average = grad_average.contiguous()
+        product = torch.empty((N, tiles, H), dtype=wide, device=query.device)
+        _weights(query, key, mask, lse, seed, dropout_p, grad_average, product)
+        grad_lse = -product.sum(1) if grad_lse is None else grad_lse - product.sum(1)
     grad_key, grad_value = query.new_empty((N, S, EK)), query.new_empty((N, S, EV))
     grad_query = torch.empty(
         (N, tiles, H, EK), dtype=query.dtype if tiles == 1 else wide, device=query.device
     )
     grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
-    sink = None if sink is None else sink.contiguous()
     args = (
-        grad_out, grad_lse.contiguous(), query, key, value, mask, sink, out.contiguous(),
-        lse.contiguous(), grad_query, grad_key, grad_value, grad_sink,
-        *grad_out.stride(), *query.stride(), *key.stride(), *value.stride(),
-        *_mask_strides(mask, N, H, S), S, tiles,
+        grad_out, None if grad_lse is None else grad_lse.contiguous(), grad_kept, grad_average, query, key, value, mask,
+        None if sink is None else sink.contiguous(), seed, out.contiguous(), lse, grad_query,
+        grad_key, grad_value, grad_sink, *grad_out.stride(), *query.stride(), *key.stride(),
+        *value.stride(), *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import INTERPRETED
 
@@ -21,13 +20,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 def dot_precision() -> str:
     """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A seed (1,) drawn on the device from torch's generator, which graphs can replay; or None."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
 
 
 @triton.jit
@@ -57,7 +49,8 @@ def keep_scale(seed_ptr, stream, head, slots, rows, dropout_p):
         tl.load(seed_ptr), slots, zero + stream.to(tl.int32), zero + head, rows
     )
     uniform = tl.uint_to_uniform_float(bits)
-    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+    p = uniform * 0 + dropout_p
+    return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
 
 
 @triton.jit

@@ -127,7 +127,7 @@ SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 32, 1024: 32, 2048: 16}
 
 @lru_cache(maxsize=1024)
 def shared_plan(
-    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool
+    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool, dropout: bool = False
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
     block_h = max(8, triton.next_power_of_2(H))
@@ -137,7 +137,8 @@ def shared_plan(
         block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
     else:
         block_v = min(width, 256 if itemsize == 2 else 64, 8192 // block_h)
-        block_s, warps = 64 if itemsize == 2 else 32, 4
+        # Philox keeps five numbers per weight, which more warps share.
+        block_s, warps = 64 if itemsize == 2 else 32, 8 if dropout else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
     splits = 1

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout import dropout_seed
 from .launch import INTERPRETED, counters, launch
 from .pieces import (
     DTYPES,
@@ -19,7 +20,6 @@ from .pieces import (
     cast,
     dot,
     dot_precision,
-    dropout_seed,
     finite_or_zero,
     is_last,
     keep_scale,

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout import dropout_seed
 from .launch import constants_of, launch
-from .pieces import LOG2E, cast, dot, dot_precision, dropout_seed, finite_or_zero, keep_scale
+from .pieces import LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
 from .plan import steps_plan
 from .ring_step import project_inputs, uncovered
 
