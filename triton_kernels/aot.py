@@ -167,8 +167,7 @@ def shared_launches(
     args: list[Any] = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
     args.append(_meta(torch.int64, 1) if full else None)
     with record() as launches:
-        *results, average = attend_shared_full(*args, 0.1, full)
-        out, lse, kept = results
+        out, lse, kept, average = attend_shared_full(*[*args, 0.1, full])
         grads = [out, lse, kept if full else None, average if full else None]
-        attend_shared_full_backward(*grads, *args, *results, 0.1)
+        attend_shared_full_backward(*[*grads, *args, out, lse, kept, 0.1])
     return launches

@@ -251,9 +251,9 @@ def _shared_weights_kernel(
 def _attend_shared_backward_kernel(
     grad_out_ptr, grad_lse_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, value_ptr,
     mask_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
-    grad_sink_ptr, stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
-    stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh, stride_ms, S, TILES,
-    dropout_p, H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
+    grad_sink_ptr, stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe,
+    stride_kn, stride_ks, stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh,
+    stride_ms, S, TILES, dropout_p, H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of BLOCK_S slots of one stream, all heads and features.
@@ -537,10 +537,10 @@ def attend_shared_full_backward(
     )
     grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
     args = (
-        grad_out, None if grad_lse is None else grad_lse.contiguous(), grad_kept, grad_average, query, key, value, mask,
-        None if sink is None else sink.contiguous(), seed, out.contiguous(), lse, grad_query,
-        grad_key, grad_value, grad_sink, *grad_out.stride(), *query.stride(), *key.stride(),
-        *value.stride(), *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
+        grad_out, None if grad_lse is None else grad_lse.contiguous(), grad_kept, grad_average,
+        query, key, value, mask, None if sink is None else sink.contiguous(), seed,
+        out.contiguous(), lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
+        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
