@@ -253,7 +253,8 @@ def _attend_shared_backward_kernel(
     mask_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
     grad_sink_ptr, stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe,
     stride_kn, stride_ks, stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh,
-    stride_ms, S, TILES, dropout_p, H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
+    stride_ms, S, TILES, dropout_p,
+    H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of BLOCK_S slots of one stream, all heads and features.
@@ -540,7 +541,8 @@ def attend_shared_full_backward(
         grad_out, None if grad_lse is None else grad_lse.contiguous(), grad_kept, grad_average,
         query, key, value, mask, None if sink is None else sink.contiguous(), seed,
         out.contiguous(), lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
-        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
+        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles,
+        dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
