@@ -32,6 +32,9 @@ struct Rings {
   Tensor v;         // (N, H, L, D)
   Tensor q;         // (N, R, E)
   Tensor position;  // (N,)
+  // (N, H, L, 1) fp32, where the rings of keys and values hold codes of 8 bits
+  std::optional<Tensor> k_scale = std::nullopt;
+  std::optional<Tensor> v_scale = std::nullopt;
 };
 
 struct RingSizes {
@@ -45,9 +48,9 @@ struct RingSizes {
 
 inline void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name,
-                  " has another dtype than the ring of keys");
+                  " has another dtype than the ring of queries");
   STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name,
-                  " is on another device than the ring of keys");
+                  " is on another device than the ring of queries");
 }
 
 inline void check_matrix(const std::optional<Tensor>& x, int64_t rows, int64_t columns,
@@ -66,14 +69,39 @@ inline void check_vector(const std::optional<Tensor>& x, int64_t size, const Ten
                   " contiguous elements");
 }
 
-// Sizes of the rings, which are contiguous, of one dtype, and agree with each other.
+// Rings of codes have scales, and other rings the dtype of the ring of queries.
+inline void check_scales(const Rings& rings, const RingSizes& s, const char* op) {
+  STD_TORCH_CHECK(rings.k_scale.has_value() == rings.v_scale.has_value(), op,
+                  ": k_scale and v_scale come together");
+  if (!rings.k_scale) {
+    check_like(rings.k, rings.q, op, "the ring of keys");
+    check_like(rings.v, rings.q, op, "the ring of values");
+    return;
+  }
+  const ScalarType codes = rings.k.scalar_type();
+  STD_TORCH_CHECK(
+      (codes == ScalarType::Char || codes == ScalarType::Byte) && rings.v.scalar_type() == codes,
+      op, ": rings with scales are both int8 or both uint8");
+  for (const Tensor* x : {&rings.k, &rings.v, &*rings.k_scale, &*rings.v_scale}) {
+    STD_TORCH_CHECK(x->device() == rings.q.device(), op,
+                    ": a ring or a scale is on another device than the ring of queries");
+  }
+  for (const Tensor* x : {&*rings.k_scale, &*rings.v_scale}) {
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->dim() == 4 &&
+                        x->size(0) == s.streams && x->size(1) == s.num_heads &&
+                        x->size(2) == s.length && x->size(3) == 1,
+                    op, ": scales must be (", s.streams, ", ", s.num_heads, ", ", s.length,
+                    ", 1) fp32, contiguous");
+  }
+}
+
+// Sizes of the rings, which are contiguous and agree with each other.
 inline RingSizes check_rings(const Rings& rings, const char* op) {
   STD_TORCH_CHECK(rings.k.dim() == 4 && rings.v.dim() == 4 && rings.q.dim() == 3, op,
                   ": rings must be (N, H, L, D), (N, H, L, D) and (N, R, E)");
   const RingSizes s{rings.k.size(0), rings.k.size(1), rings.k.size(2), rings.k.size(3),
                     rings.q.size(1)};
-  check_like(rings.v, rings.k, op, "the ring of values");
-  check_like(rings.q, rings.k, op, "the ring of queries");
+  check_scales(rings, s, op);
   STD_TORCH_CHECK(s.num_heads > 0 && s.length > 0 && s.head_dim > 0, op, ": a ring has no slot");
   for (int64_t i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(rings.v.size(i) == rings.k.size(i), op, ": rings of keys and values differ");
@@ -81,7 +109,7 @@ inline RingSizes check_rings(const Rings& rings, const char* op) {
   STD_TORCH_CHECK(rings.q.size(0) == s.streams && rings.q.size(2) == s.embed_dim(), op,
                   ": the ring of queries must be (", s.streams, ", R, ", s.embed_dim(), ")");
   STD_TORCH_CHECK(rings.position.scalar_type() == ScalarType::Long &&
-                      rings.position.device() == rings.k.device() && rings.position.dim() == 1 &&
+                      rings.position.device() == rings.q.device() && rings.position.dim() == 1 &&
                       rings.position.size(0) == s.streams,
                   op, ": position must be (", s.streams, ",) int64 beside the rings");
   STD_TORCH_CHECK(rings.k.is_contiguous() && rings.v.is_contiguous() && rings.q.is_contiguous() &&
@@ -95,7 +123,7 @@ inline void check_tokens(const Tensor& query, const Tensor& key, const Tensor& v
                          const Weights& w, const Rings& rings, const RingSizes& s, const char* op) {
   const int64_t last = query.dim() - 1;
   for (const Tensor* x : {&query, &key, &value}) {
-    check_like(*x, rings.k, op, "a token");
+    check_like(*x, rings.q, op, "a token");
     STD_TORCH_CHECK(x->dim() == last + 1 && x->size(0) == s.streams, op, ": tokens must be (",
                     s.streams, last == 2 ? ", T, E)" : ", E)");
     STD_TORCH_CHECK(last == 1 || x->size(1) == query.size(1), op,
@@ -110,14 +138,14 @@ inline void check_tokens(const Tensor& query, const Tensor& key, const Tensor& v
   STD_TORCH_CHECK(query.size(last) == e, op, ": query must have ", e, " features");
   STD_TORCH_CHECK(!packed || (key.size(last) == e && value.size(last) == e), op,
                   ": key and value must have ", e, " features");
-  check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, rings.k, op, "in_proj_weight");
-  check_matrix(w.k_proj_weight, e, key.size(last), rings.k, op, "k_proj_weight");
-  check_matrix(w.v_proj_weight, e, value.size(last), rings.k, op, "v_proj_weight");
-  check_matrix(w.out_proj_weight, e, e, rings.k, op, "out_proj_weight");
-  check_vector(w.in_proj_bias, 3 * e, rings.k, op, "in_proj_bias");
-  check_vector(w.out_proj_bias, e, rings.k, op, "out_proj_bias");
-  check_vector(w.bias_k, e, rings.k, op, "bias_k");
-  check_vector(w.bias_v, e, rings.k, op, "bias_v");
+  check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, rings.q, op, "in_proj_weight");
+  check_matrix(w.k_proj_weight, e, key.size(last), rings.q, op, "k_proj_weight");
+  check_matrix(w.v_proj_weight, e, value.size(last), rings.q, op, "v_proj_weight");
+  check_matrix(w.out_proj_weight, e, e, rings.q, op, "out_proj_weight");
+  check_vector(w.in_proj_bias, 3 * e, rings.q, op, "in_proj_bias");
+  check_vector(w.out_proj_bias, e, rings.q, op, "out_proj_bias");
+  check_vector(w.bias_k, e, rings.q, op, "bias_k");
+  check_vector(w.bias_v, e, rings.q, op, "bias_v");
 }
 
 }  // namespace continual_mha

@@ -14,6 +14,7 @@ from oracles import assert_as_exact_as_torch
 from torch import Tensor
 
 from continual_mha import _native, ops, reference
+from continual_mha.quantized import LARGEST, STORED_AS, QuantizedRing
 
 pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_native.load("cpu")))
 assert ops  # it declares the operators that the library implements
@@ -84,18 +85,34 @@ def draw(case: Case, seed: int = 0) -> dict[str, Any]:
     return {"tokens": tokens, "weights": weights, "rings": rings}
 
 
+def quantised(ring: Tensor, cache_dtype: torch.dtype) -> QuantizedRing:
+    """A ring as one of codes."""
+    empty = torch.zeros(1, 1, dtype=STORED_AS[cache_dtype]), torch.zeros(1, 1)
+    return QuantizedRing(*empty).holding(ring)
+
+
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if x is not None and x.is_floating_point() else x
 
 
-def step(function: Any, case: Case, drawn: dict[str, Any], dtype: torch.dtype, option: Any) -> Any:
-    """Output and rings after ``function`` ran on fresh rings; ``option`` is `active` or `first`."""
+def step(
+    function: Any,
+    case: Case,
+    drawn: dict[str, Any],
+    dtype: torch.dtype,
+    option: Any,
+    scales: list[Tensor] | None = None,
+) -> Any:
+    """Output and rings after ``function`` ran on fresh rings; ``option`` is `active` or `first`.
+
+    ``scales``, of rings of codes, are written to."""
     query, key, value = drawn["tokens"]
     shared = cast(query, dtype)
     tokens = [shared, *(shared if x is query else cast(x, dtype) for x in (key, value))]
     weights = [cast(w, dtype) for w in drawn["weights"]]
     rings = [r.clone() if (r := cast(ring, dtype)) is ring else r for ring in drawn["rings"]]
-    out = function(*tokens, *weights, *rings, option, case.zero, 0.0, case.update)
+    options = (option, case.zero, 0.0, case.update)
+    out = function(*tokens, *weights, *rings, *options, *(scales or ()))
     return out, rings
 
 
@@ -179,6 +196,123 @@ def test_several_tokens_are_as_exact_as_torch(
     case: Case, first: int, dtype: torch.dtype, isa: str
 ) -> None:
     assert_equals_reference(case._replace(dtype=dtype), first)
+
+
+def draw_codes(case: Case, cache_dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor]]:
+    """As ``draw``, with rings of codes, and their scales. Keys and values are the first features
+    of their tokens, so that every dtype and every order of summation stores the same codes."""
+    drawn = draw(case)
+    unit, weights = torch.eye(case.embed, dtype=case.dtype), drawn["weights"]
+    if case.separate:
+        weights[1:3] = (torch.nn.functional.pad(unit, (0, extra)) for extra in (3, 5))
+    else:
+        weights[0][case.embed :] = torch.cat([unit, unit])
+    if case.bias:
+        weights[3][case.embed :] = 0
+    (k, k_scale), (v, v_scale) = (quantised(x, cache_dtype) for x in drawn["rings"][:2])
+    drawn["rings"][:2] = k, v
+    return drawn, [k_scale, v_scale]
+
+
+def assert_codes_equal_reference(
+    case: Case, cache_dtype: torch.dtype, active: Tensor | None = None
+) -> None:
+    """Output as exact as plain PyTorch, every code and every scale bit for bit."""
+    native, plain = functions(case)
+    drawn, scales = draw_codes(case, cache_dtype)
+    option = active if case.tokens is None else 0
+    results = []
+    for function, dtype in ((native, case.dtype), (plain, torch.float64), (plain, case.dtype)):
+        own = [scale.clone() for scale in scales]
+        out, rings = step(function, case, drawn, dtype, option, own)
+        results.append((out, [*rings[:2], *own, rings[3]], rings[2]))
+    (out, parts, q), (exact, _, exact_q), (expected, expected_parts, expected_q) = results
+    assert_as_exact_as_torch(out, exact, expected)
+    assert_as_exact_as_torch(q, exact_q, expected_q)
+    for part, expected_part in zip(parts, expected_parts, strict=True):
+        torch.testing.assert_close(part, expected_part, rtol=0, atol=0, equal_nan=True)
+
+
+CODES = pytest.mark.parametrize("cache_dtype", list(STORED_AS), ids=str)
+TOKENS_OF_CODES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@CODES
+@pytest.mark.parametrize("dtype", TOKENS_OF_CODES)
+@pytest.mark.parametrize("case", SHAPES)
+def test_step_over_codes_is_as_exact_as_torch_in_every_shape(
+    case: Case, dtype: torch.dtype, cache_dtype: torch.dtype, isa: str
+) -> None:
+    assert_codes_equal_reference(case._replace(dtype=dtype), cache_dtype)
+
+
+@CODES
+@given(
+    query_slots=st.sampled_from([0, 3]),
+    separate=st.booleans(),
+    bias=st.booleans(),
+    extra=st.booleans(),
+    zero=st.booleans(),
+    update=st.booleans(),
+)
+def test_step_over_codes_is_as_exact_as_torch_with_every_option(
+    cache_dtype: torch.dtype, **options: Any
+) -> None:
+    active = torch.tensor([True, False, True])
+    assert_codes_equal_reference(Case(**options), cache_dtype, active)
+
+
+@CODES
+@pytest.mark.parametrize("dtype", TOKENS_OF_CODES)
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 37])
+def test_tokens_become_the_codes_of_the_reference_whatever_they_hold(
+    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, isa: str
+) -> None:
+    magnitudes = [0.0, 1e-45, 1e-41, 1e-38, 1e-30, 1e-3, 1.0, 1e4, 1e30]
+    tokens = torch.randn(len(magnitudes), head_dim) * torch.tensor(magnitudes)[:, None]
+    ties = torch.arange(head_dim) + 0.5  # between two codes
+    ties[-1] = LARGEST[cache_dtype]
+    tokens = torch.cat([tokens, ties[None], -ties[None], tokens[-3:]]).to(dtype)
+    tokens += 0.0  # no -0: a sum is none either
+    for row, bad in zip(tokens[-3:], (math.inf, -math.inf, math.nan), strict=True):
+        row[head_dim // 2] = bad
+    heads = tokens.shape[0]
+    case = Case(streams=2, embed=heads * head_dim, heads=heads, position=7, dtype=dtype)
+    drawn, scales = draw_codes(case, cache_dtype)
+    drawn["weights"][0].zero_()
+    drawn["weights"][3] = torch.cat([tokens.flatten()] * 3)  # what is projected is the bias
+    native, _ = functions(case)
+    _, (k, v, *_) = step(native, case, drawn, dtype, None, scales)
+    for codes, scale in ((k, scales[0]), (v, scales[1])):
+        stored = QuantizedRing(codes[:, :, 7 % case.length], scale[:, :, 7 % case.length])
+        expected = quantised(tokens, cache_dtype)
+        finite = expected.scale.isfinite().flatten()
+        for n in range(case.streams):
+            assert torch.equal(stored.codes[n, finite], expected.codes[finite])
+            torch.testing.assert_close(
+                stored.scale[n], expected.scale, rtol=0, atol=0, equal_nan=True
+            )
+            read = QuantizedRing(stored.codes[n], stored.scale[n]).to(torch.float32)
+            assert read[~finite].isnan().all()
+
+
+@CODES
+def test_token_that_is_not_finite_is_answered_with_nan_until_it_leaves(
+    cache_dtype: torch.dtype, isa: str
+) -> None:
+    case = Case(streams=3, embed=34, heads=2, length=4, position=4)
+    drawn, scales = draw_codes(case, cache_dtype)
+    native, _ = functions(case)
+    for t in range(9):
+        tokens = torch.randn(3, 34)
+        if t == 2:
+            tokens[1] = math.inf
+            tokens[2, 0] = math.nan
+        now = {**drawn, "tokens": (tokens,) * 3}
+        out, drawn["rings"] = step(native, case, now, case.dtype, None, scales)
+        held = 2 <= t < 2 + case.length
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().all() if held else out[1:].isfinite().all()
 
 
 def test_paused_streams_answer_but_do_not_advance(isa: str) -> None:

@@ -102,6 +102,12 @@ DType dtype_of(const Tensor& x, const char* op) {
   }
 }
 
+RingDType ring_dtype_of(const Rings& rings, DType dtype, const char* op) {
+  if (!rings.k_scale) return RingDType::kAsTokens;
+  STD_TORCH_CHECK(dtype != DType::kFloat64, op, ": no kernel reads codes of 8 bits for float64");
+  return rings.k.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
+}
+
 bool same_tokens(const Tensor& a, const Tensor& b) {
   if (a.get() == b.get()) return true;
   if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;

@@ -39,6 +39,9 @@ void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
 // The DType of a tensor that a kernel exists for; an error for others.
 DType dtype_of(const Tensor& x, const char* op);
 
+// What the rings of keys and values hold; an error where no kernel reads it.
+RingDType ring_dtype_of(const Rings& rings, DType dtype, const char* op);
+
 inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 inline int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;

@@ -9,6 +9,10 @@ namespace continual_mha::cpu {
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 constexpr int kNumDTypes = 4;
 
+// What a ring holds: elements of the tokens' DType, or codes of 8 bits with fp32 scales.
+enum class RingDType : int { kAsTokens, kInt8, kE4M3 };
+constexpr int kNumRingDTypes = 3;
+
 // Accumulation type: float for all but float64. Pointers marked "acc" point to it, others to DType.
 
 // Rows [row_begin, row_end) of `out = x weight^T + bias`.
@@ -32,6 +36,8 @@ struct RingStepParams {
   int64_t token_stride;  // elements from one stream to the next in q, k and v
   void* k_ring;          // (N, H, L, D)
   void* v_ring;
+  float* k_scale;  // (N, H, L), or null where the rings hold no codes
+  float* v_scale;
   void* q_ring;  // (N, R, E)
   const int64_t* position;
   const void* bias_k;  // (E,), or null
@@ -105,8 +111,10 @@ struct Kernels {
   void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
                  void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
-  int64_t (*ring_step_scratch)(const RingStepParams&);  // bytes
-  void (*ring_step)(const RingStepParams&, void* scratch, int64_t begin, int64_t end);
+  // By RingDType; null for codes where DType is kFloat64.
+  int64_t (*ring_step_scratch[kNumRingDTypes])(const RingStepParams&);  // bytes
+  void (*ring_step[kNumRingDTypes])(const RingStepParams&, void* scratch, int64_t begin,
+                                    int64_t end);
   int64_t (*ring_steps_scratch)(const RingStepsParams&);
   void (*ring_steps)(const RingStepsParams&, void* scratch, int64_t begin, int64_t end);
   int64_t (*attend_shared_scratch)(const AttendSharedParams&);

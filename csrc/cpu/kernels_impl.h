@@ -12,14 +12,22 @@ namespace {
 
 template <class S>
 constexpr Kernels table_of() {
-  return {gather<S>,
-          project<S>,
-          ring_step_scratch<S>,
-          ring_step<S>,
-          ring_steps_scratch<S>,
-          ring_steps<S>,
-          attend_shared_scratch<S>,
-          attend_shared<S>};
+  Kernels table{};
+  table.gather = gather<S>;
+  table.project = project<S>;
+  table.ring_step_scratch[0] = ring_step_scratch<S, S>;
+  table.ring_step[0] = ring_step<S, S>;
+  if constexpr (sizeof(S) < 8) {
+    table.ring_step_scratch[1] = ring_step_scratch<S, Int8>;
+    table.ring_step[1] = ring_step<S, Int8>;
+    table.ring_step_scratch[2] = ring_step_scratch<S, E4M3>;
+    table.ring_step[2] = ring_step<S, E4M3>;
+  }
+  table.ring_steps_scratch = ring_steps_scratch<S>;
+  table.ring_steps = ring_steps<S>;
+  table.attend_shared_scratch = attend_shared_scratch<S>;
+  table.attend_shared = attend_shared<S>;
+  return table;
 }
 
 constexpr Kernels kTable[kNumDTypes] = {table_of<float>(), table_of<BFloat16>(),

@@ -18,6 +18,10 @@ RingStepParams params_of(const Projected& tokens, const Weights& w, const Rings&
   p.token_stride = tokens.stride;
   p.k_ring = rings.k.mutable_data_ptr();
   p.v_ring = rings.v.mutable_data_ptr();
+  if (rings.k_scale) {
+    p.k_scale = static_cast<float*>(rings.k_scale->mutable_data_ptr());
+    p.v_scale = static_cast<float*>(rings.v_scale->mutable_data_ptr());
+  }
   p.q_ring = rings.q.mutable_data_ptr();
   p.position = static_cast<const int64_t*>(rings.position.const_data_ptr());
   p.bias_k = data_or_null(w.bias_k);
@@ -32,11 +36,11 @@ RingStepParams params_of(const Projected& tokens, const Weights& w, const Rings&
   return p;
 }
 
-void attend(const RingStepParams& p, DType dtype) {
+void attend(const RingStepParams& p, DType dtype, int ring_dtype) {
   const Kernels& table = kernels(dtype);
-  const int64_t bytes = table.ring_step_scratch(p);
+  const int64_t bytes = table.ring_step_scratch[ring_dtype](p);
   parallel(p.streams * p.num_heads, 2 * p.length * p.head_dim, [&](int64_t begin, int64_t end) {
-    table.ring_step(p, scratch<StepTag>(bytes), begin, end);
+    table.ring_step[ring_dtype](p, scratch<StepTag>(bytes), begin, end);
   });
 }
 
@@ -67,14 +71,14 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
                  std::optional<Tensor> v_scale) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
-  const Rings rings{k_ring, v_ring, q_ring, position};
-  STD_TORCH_CHECK(!k_scale && !v_scale, kOp, ": rings of 8 bits are not covered");
+  const Rings rings{k_ring, v_ring, q_ring, position, k_scale, v_scale};
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
   STD_TORCH_CHECK(query.dim() == 2, kOp, ": tokens must be (N, E)");
   const RingSizes s = check_rings(rings, kOp);
   check_tokens(query, key, value, w, rings, s, kOp);
   check_active(active, s);
-  const DType dtype = dtype_of(k_ring, kOp);
+  const DType dtype = dtype_of(q_ring, kOp);
+  const int ring_dtype = static_cast<int>(ring_dtype_of(rings, dtype, kOp));
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
 
@@ -84,7 +88,7 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   Tensor out = torch::stable::new_empty(query, {s.streams, e});
   p.out_is_storage = gemm;
   p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
-  attend(p, dtype);
+  attend(p, dtype, ring_dtype);
   if (update) advance_positions(position, active);
   if (gemm) return linear(out, out_proj_weight, out_proj_bias);
   project_out(p.out, w, dtype, out);

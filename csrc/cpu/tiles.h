@@ -126,7 +126,9 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
     const S* row = rows + l * row_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) {
-      if constexpr (kQ == 1 && !kTail) __builtin_prefetch(row + j * kLanes + kAhead * row_stride);
+      if (kQ == 1 && !kTail && j * kLanes * sizeof(S) % 64 == 0) {
+        __builtin_prefetch(row + j * kLanes + kAhead * row_stride);
+      }
       const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
