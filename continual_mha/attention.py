@@ -17,7 +17,8 @@ from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
 from .streams import StatefulStreams
 
-_DECIDING = ("training", "dropout", "add_zero_attn")  # attributes that a step depends on
+# Attributes that a step depends on.
+_DECIDING = ("training", "dropout", "add_zero_attn", "batch_invariant")
 _OWN_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -63,6 +64,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         cache_dtype: ``torch.int8`` or ``torch.float8_e4m3fn`` to keep in 8 bits what steps
             remember, rounded, with a scale for every token (and head): for inference only. None
             to keep it as it is.
+        batch_invariant: whether the outputs of a stream must be the same, bit for bit, in whatever
+            row and batch size its steps run. Steps then take kernels of this package only, of one
+            way of computing for all batch sizes, and raise a RuntimeError where there is none. An
+            attribute of the same name may be set at any time.
 
     Raises:
         ValueError: a size or an index is out of its range.
@@ -95,6 +100,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         *,
         formulation: str = "auto",
         cache_dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
         checks.check_formulation(formulation, embed_dim, kdim or embed_dim, vdim or embed_dim)
@@ -125,6 +131,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._call_mode = "forward"
         self._formulation = formulation
         self.cache_dtype = cache_dtype
+        self.batch_invariant = batch_invariant
         sizes = (num_heads, self.head_dim, sequence_len, self.delay, cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
         self._init_streams(*(layout.state_type for layout in self._layouts.values()))
@@ -239,7 +246,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     def _layout_of_new(self, batch_size: int, like: Tensor, one_token: bool = True) -> ring.Layout:
         formulation = self._formulation
         suits = one_token and self.embed_dim == self.kdim == self.vdim
-        if formulation == "auto" and suits:
+        if formulation == "auto" and suits and not self.batch_invariant:
             sizes = (batch_size, self.embed_dim, self.num_heads, self.sequence_len)
             formulation = formulations.choose(*sizes, like)
         return self._layout_with(formulation)
@@ -349,7 +356,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Raises:
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
-            RuntimeError: a gradient is needed, but there is a ``cache_dtype``.
+            RuntimeError: a gradient is needed, but there is a ``cache_dtype``; or no backend can do
+                what ``batch_invariant`` asks for.
         """
         again = None
         if update_state and key is None and value is None and not torch.compiler.is_compiling():
@@ -388,7 +396,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Raises:
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
-            RuntimeError: a gradient is needed, but there is a ``cache_dtype``.
+            RuntimeError: a gradient is needed, but there is a ``cache_dtype``; or no backend can do
+                what ``batch_invariant`` asks for.
         """
         tokens = self._many_tokens(query, key, value)
         if tokens[0].shape[1] == 0:
@@ -472,7 +481,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 f"steps with cache_dtype={self.cache_dtype} have no gradient; call them under "
                 "torch.no_grad() or torch.inference_mode()"
             )
-        call = functional.StepCall(self._weights(), layout, self._options(), update, differentiable)
+        if self.batch_invariant:
+            checks.check_batch_invariant(state, differentiable)
+        call = functional.StepCall(
+            self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
+        )
         return state, call
 
     def _advance(

@@ -45,6 +45,7 @@ class StepCall(NamedTuple):
         update: whether to remember the tokens.
         differentiable: whether to make new rings, which autograd can follow, rather than to write
             to those given.
+        batch_invariant: whether a stream's bits must not depend on the number of streams.
     """
 
     weights: Weights
@@ -52,6 +53,7 @@ class StepCall(NamedTuple):
     options: Options
     update: bool
     differentiable: bool
+    batch_invariant: bool = False
 
 
 def is_shared(tokens: Tokens) -> bool:
@@ -122,8 +124,12 @@ def _operands_of(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments between the tokens and ``extra``, and those behind it."""
     rings = (state.k, state.v, state.q, state.position)
-    scales = (state.k_scale, state.v_scale) if isinstance(state, QuantizedRingState) else ()
-    return (*call.weights, *rings), (*call.options, call.update, *scales)
+    rest: tuple[Any, ...] = ()
+    if isinstance(state, QuantizedRingState):
+        rest = (state.k_scale, state.v_scale, call.batch_invariant)
+    elif call.batch_invariant:
+        rest = (None, None, True)
+    return (*call.weights, *rings), (*call.options, call.update, *rest)
 
 
 def _rings(state: RingState | QuantizedRingState) -> Rings:

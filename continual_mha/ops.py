@@ -34,7 +34,7 @@ _STEP_ARGS = (
 )
 _STEP_OPTIONS = (
     "bool add_zero_attn, float dropout_p, bool update, "
-    "Tensor(e!)? k_scale=None, Tensor(f!)? v_scale=None"
+    "Tensor(e!)? k_scale=None, Tensor(f!)? v_scale=None, bool batch_invariant=False"
 )
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
 

@@ -250,7 +250,7 @@ def ring_steps(
 def _rings(args: tuple[Any, ...]) -> Rings:
     """The rings among the arguments of a step, which may end with the scales of keys and values."""
     k, v, q, position = args[8:12]
-    k_scale, v_scale = args[16:] or (None, None)
+    k_scale, v_scale = args[16:18] or (None, None)
     if k_scale is not None and v_scale is not None:
         k, v = QuantizedRing(k, k_scale), QuantizedRing(v, v_scale)
     return Rings(k, v, q, position)

@@ -254,6 +254,64 @@ def test_wide_models_keep_their_bits_in_large_batches_on_the_cpu_kernels():
                 assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
 
 
+BATCH_INVARIANT = {
+    "kv": {"formulation": "kv"},
+    "kv_delayed": {"formulation": "kv", "query_index": 1, "add_zero_attn": True},
+    "kv_wide": {"formulation": "kv", "embed_dim": 272, "num_heads": 2},
+    "kv_bfloat16": {"formulation": "kv", "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["steps", "many"])
+@pytest.mark.parametrize("kind", BATCH_INVARIANT)
+def test_batch_invariant_streams_keep_their_bits_in_any_batch_and_slot(kind, at_once, backend):
+    """Of the CPU kernels, small float32 and bfloat16 would else leave large batches to a GEMM."""
+    if backend in ("torch", "cuda"):
+        pytest.skip("declines the mode")
+    module = build(batch_invariant=True, **BATCH_INVARIANT[kind]).requires_grad_(False)
+    x = draw_tokens(module, 130, LENGTH + 1)[0]
+    places = [(1, 0), (2, 1), (3, 0), (16, 7), (17, 16), (64, 63), (130, 64)]
+    expected = None
+    for streams, slot in places:
+        rows = torch.arange(streams) + 3
+        rows[slot] = 2
+        module.start_streams(streams)
+        if at_once:
+            outputs = module.forward_steps(x[rows % 130])
+        else:
+            outputs = torch.stack(
+                [module.forward_step(token) for token in x[rows % 130].unbind(1)], 1
+            )
+        expected = outputs[slot] if expected is None else expected
+        assert torch.equal(outputs[slot], expected), (streams, slot)
+    assert_equals_window(expected[None, LENGTH - 1 :], module, x[2:3])
+
+
+@pytest.mark.parametrize("formulation", ["auto", "kv"])
+def test_batch_invariant_steps_are_refused_where_nothing_can_do_them(formulation):
+    module = build(batch_invariant=True, formulation=formulation)
+    x = draw_tokens(module, 2, 3)[0]
+    with pytest.raises(RuntimeError, match="batch_invariant=True have no gradient"):
+        module.forward_step(x[:, 0])
+    module.requires_grad_(False)
+    for call, tokens in ((module.forward_step, x[:, 0]), (module.forward_steps, x)):
+        with (
+            co.use_backend("torch"),
+            pytest.raises(
+                RuntimeError, match="torch: its rounding depends on the number of streams"
+            ),
+        ):
+            call(tokens)
+    assert module.get_state() is None
+    with torch.no_grad(), co.use_backend("torch"):
+        module.batch_invariant = False
+        for _ in range(LENGTH + 2):
+            module.forward_step(x[:, 0])
+        module.batch_invariant = True
+        with pytest.raises(RuntimeError, match="torch: its rounding depends"):
+            module.forward_step(x[:, 0])
+
+
 @pytest.mark.parametrize("left", [NAN, float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_former_owner_is_left_after_a_reset(kind, left, backend):

@@ -27,7 +27,8 @@ def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
         for N, E, H, L in FUSED[dtype]:
             shape = (N, E, H, L, dtype)
             yield f"fused-{N}-{E}-{H}-{L}-{dtype}", aot.step_launches(*shape, path="fused")
-        yield f"chain-{dtype}", aot.step_launches(8, 1024, 8, 4096, dtype, path="chain")
+        for path in ("chain", "invariant"):
+            yield f"{path}-{dtype}", aot.step_launches(8, 1024, 8, 4096, dtype, path=path)
 
 
 def other_configurations() -> Iterator[tuple[str, list[Launch]]]:

@@ -18,6 +18,7 @@ from triton_cases import (
 )
 
 from continual_mha import reference
+from continual_mha.triton_kernels import plan
 from continual_mha.triton_kernels.launch import counters
 from continual_mha.triton_kernels.plan import StepPlan, step_plan
 from continual_mha.triton_kernels.ring_step import ring_step_, why_not
@@ -183,3 +184,22 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "contiguous" in (why_not("ring_step_", *args) or "")
     args = [*case.token(), *case.weights, *(x.half() for x in case.state[:3]), case.state[3]]
     assert "dtype" in (why_not("ring_step_", *args, None, False, 0.0, True) or "")
+
+
+def test_batch_invariant_step_gives_a_stream_the_same_bits_alone_and_among_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The shape is one whose window the table cuts into more parts for one stream alone."""
+    monkeypatch.setattr(plan, "INVARIANT_TOKENS", 16)  # so that few streams are two blocks
+    case = RingCase(N=17, H=4, D=4, L=600, delay=1).warm()
+    table = [step_plan(N, 16, case.H, case.L, case.dtype.itemsize).splits for N in (1, case.N)]
+    assert table == [4, 2]
+    alone = [x[16:].clone() for x in case.state]
+    for _ in range(2):
+        token = case.random(17, 16)
+        together, single = (
+            ring_step_(*[x] * 3, *case.weights, *state, None, False, 0.0, True, None, None, True)
+            for x, state in ((token, case.state), (token[16:], alone))
+        )
+        assert torch.equal(together[16:], single)
+        assert all(torch.equal(a[16:], b) for a, b in zip(case.state, alone, strict=True))

@@ -142,3 +142,15 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     args[0] = torch.zeros(2, 2, 16, dtype=torch.complex64, device=DEVICE)
     assert "complex64" in (why_not("ring_steps_", *args) or "")
     assert "no kernel" in (why_not("no_such_operator", *args) or "")
+
+
+def test_batch_invariant_tokens_give_a_stream_the_same_bits_alone_and_among_others() -> None:
+    case = RingCase(N=7, H=1, D=16, L=5, delay=1).warm()
+    alone = [x[6:].clone() for x in case.state]
+    clip = case.random(7, 11, 16)  # 77 tokens in all: two blocks
+    together, single = (
+        ring_steps_(*[x] * 3, *case.weights, *state, 0, False, 0.0, True, None, None, True)
+        for x, state in ((clip, case.state), (clip[6:], alone))
+    )
+    assert torch.equal(together[6:], single)
+    assert all(torch.equal(a[6:], b) for a, b in zip(case.state, alone, strict=True))

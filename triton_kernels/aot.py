@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from .attend_shared import attend_shared_full, attend_shared_full_backward
 from .launch import Launch, record
-from .plan import step_plan
+from .plan import invariant_step_plan, step_plan
 from .ring_step import ring_step_
 from .ring_steps import ring_steps_
 
@@ -136,12 +136,16 @@ def _ring_arguments(N: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[
 def step_launches(
     N: int, E: int, H: int, L: int, dtype: torch.dtype, path: str | None = None
 ) -> list[Launch]:
-    """Our launches of one step; `path` as in `step_plan`."""
+    """Our launches of one step; `path` as in `step_plan`, or "invariant"."""
     token = _meta(dtype, N, E)
-    plan = step_plan(N, E, H, L, dtype.itemsize, path)
+    if path == "invariant":
+        plan = invariant_step_plan(E, H, L, dtype.itemsize)
+    else:
+        plan = step_plan(N, E, H, L, dtype.itemsize, path)
     args = _ring_arguments(N, E, H, L, dtype)
     with record() as launches:
-        ring_step_(*[token, token, token, *args, None, False, 0.0, True, plan])
+        options = [None, False, 0.0, True, None, None, False, plan]
+        ring_step_(*[token, token, token, *args, *options])
     return launches
 
 

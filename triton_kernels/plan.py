@@ -33,6 +33,7 @@ class StepPlan(NamedTuple):
     block_e: int
     num_warps: int
     stages: int
+    block_n: int
     block_o: int
     pdl: bool
 
@@ -102,9 +103,26 @@ def step_plan(
         block_e=max(16, min(128, wide * 8 // block_d)),
         num_warps=warps,
         stages=3,
+        block_n=16,
         block_o=16,
         pdl=rule.pdl,
     )
+
+
+# One program of the projections takes so many tokens and output features, whatever the batch.
+INVARIANT_TOKENS, INVARIANT_FEATURES = 64, 32
+
+
+def invariant_step_plan(E: int, H: int, L: int, itemsize: int) -> StepPlan:
+    """The plan of a step whose bits do not depend on the number of streams.
+
+    Parts of 256 slots cost many streams under 1 % of the bytes, and a single one still gets many.
+    """
+    splits = 1
+    while H * splits * 2 <= 2 * MULTIPROCESSORS and L // (splits * 2) >= 256:
+        splits *= 2
+    plan = step_plan(1, E, H, L, itemsize, "chain", splits)
+    return plan._replace(block_n=INVARIANT_TOKENS, block_o=INVARIANT_FEATURES)
 
 
 class SharedPlan(NamedTuple):

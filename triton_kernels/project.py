@@ -11,8 +11,6 @@ from .launch import constants_of, launch
 from .pieces import cast, dot, dot_precision, start_after_previous_launch
 from .plan import StepPlan
 
-BLOCK_N = 16
-
 
 @triton.jit
 def _project_kernel(
@@ -79,12 +77,19 @@ def project(
     args = (
         x, weight, bias, out, position, active, tokens, outputs, *x.stride(),
     )  # fmt: skip
+    block_k = 16 * 1024 // (plan.block_n * x.element_size())
     constants = constants_of(
-        features, BLOCK_N, plan.block_o,
-        min(1024 // x.element_size(), triton.next_power_of_2(features)),
+        features, plan.block_n, plan.block_o,
+        max(16, min(block_k, triton.next_power_of_2(features))),
         2, plan.pdl, dot_precision(),
         tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
-    grid = (triton.cdiv(tokens, BLOCK_N), triton.cdiv(outputs, plan.block_o), 1)
+    grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
     launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)
     return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: StepPlan) -> Tensor:
+    """`project` for `x` (..., K): a new (..., O) tensor."""
+    rows = x.reshape(-1, x.shape[-1])
+    return project(rows, weight, bias, plan).view(*x.shape[:-1], weight.shape[0])

@@ -25,7 +25,7 @@ from .pieces import (
     keep_scale,
     start_after_previous_launch,
 )
-from .plan import MAX_HEAD_DIM, StepPlan, step_plan
+from .plan import MAX_HEAD_DIM, StepPlan, invariant_step_plan, step_plan
 from .project import project
 
 
@@ -442,6 +442,9 @@ def ring_step_(
     add_zero_attn: bool,
     dropout_p: float,
     update: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
     plan: StepPlan | None = None,
 ) -> Tensor:
     """One step of N streams: the output (N, E); writes the rings and `position` if `update`.
@@ -449,10 +452,13 @@ def ring_step_(
     Shapes: `query` (N, E), `key` (N, Ek), `value` (N, Ev), any strides; `in_proj_weight` (3E, E),
     or (E, E) where `k_proj_weight` (E, Ek) and `v_proj_weight` (E, Ev) are given; `k_ring`,
     `v_ring` (N, H, L, D); `q_ring` (N, R, E); `position` (N,) int64; `active` (N,) bool.
-    Covered: what `why_not` answers None to. `plan` overrides the table.
+    Covered: what `why_not` answers None to. `batch_invariant` or `plan`
+    overrides the table.
     """
     N, H, L, D = k_ring.shape
     E = H * D
+    if batch_invariant:
+        plan = invariant_step_plan(E, H, L, query.element_size())
     options = (bool(add_zero_attn), bool(update), dot_precision())
     ready = _prepare(N, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
                      *options, plan)  # fmt: skip

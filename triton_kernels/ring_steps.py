@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from ..dropout import dropout_seed
 from .launch import constants_of, launch
 from .pieces import LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
-from .plan import steps_plan
+from .plan import invariant_step_plan, steps_plan
+from .project import linear as tiled_linear
 from .ring_step import project_inputs, uncovered
 
 
@@ -214,6 +216,9 @@ def ring_steps_(
     add_zero_attn: bool,
     dropout_p: float,
     update: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """T steps of N streams at once: the outputs (N, T - first, E) of the tokens from `first` on.
 
@@ -223,8 +228,11 @@ def ring_steps_(
     """
     (N, H, L, D), T, R = k_ring.shape, query.shape[1], q_ring.shape[1]
     E = H * D
+    linear = F.linear
+    if batch_invariant:
+        linear = partial(tiled_linear, plan=invariant_step_plan(E, H, L, query.element_size()))
     query, key, value = project_inputs(
-        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, F.linear
+        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
     )
     plan = steps_plan(T - first, D, query.element_size())
     out = query.new_empty((N, T - first, E))
@@ -246,7 +254,7 @@ def ring_steps_(
         grid = (N * blocks, triton.cdiv(E, WRITE_FEATURES), 1)
         launch(_write_rings_kernel, grid, args, constants, num_warps=4)
         position.add_(T)
-    return F.linear(out, out_proj_weight, out_proj_bias)
+    return linear(out, out_proj_weight, out_proj_bias)
 
 
 WRITE_TOKENS = 16

@@ -47,6 +47,12 @@ void project(const Tokens& x, const void* weight, const void* bias, DType dtype,
            [&](int64_t begin, int64_t end) { table.project(params, begin, end); });
 }
 
+void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
+  const Tensor weight = contiguous_rows(w.out_proj_weight);
+  project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
+          out.mutable_data_ptr(), attended.features, attended.features);
+}
+
 // The rows of query, key and value in the packed weight or bias.
 const void* third(const void* packed, int64_t i, int64_t elements, DType dtype) {
   if (packed == nullptr) return nullptr;
@@ -162,9 +168,11 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
 
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
   const int64_t e = w.out_proj_weight.size(0);
-  const Tensor weight = contiguous_rows(w.out_proj_weight);
-  project({attended, e, out.numel() / e, e}, weight.const_data_ptr(), data_or_null(w.out_proj_bias),
-          dtype, out.mutable_data_ptr(), e, e);
+  project_out({attended, e, out.numel() / e, e}, w, dtype, out);
+}
+
+void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out) {
+  project_out(tokens_of(attended, dtype), w, dtype, out);
 }
 
 }  // namespace continual_mha::cpu

@@ -69,6 +69,9 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
 // out = attended weight^T + bias for (tokens, E) acc.
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out);
 
+// The same for (tokens, E) of the weights' dtype.
+void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out);
+
 // torch.nn.functional.linear.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 

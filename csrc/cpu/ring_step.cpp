@@ -68,7 +68,7 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
                  std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
                  Tensor position, std::optional<Tensor> active, bool add_zero_attn,
                  double dropout_p, bool update, std::optional<Tensor> k_scale,
-                 std::optional<Tensor> v_scale) {
+                 std::optional<Tensor> v_scale, bool batch_invariant) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
   const Rings rings{k_ring, v_ring, q_ring, position, k_scale, v_scale};
@@ -82,7 +82,7 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
 
-  const bool gemm = prefers_gemm(dtype, s.streams, e);
+  const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams, e);
   const Projected tokens = project_in(query, key, value, w, dtype, gemm);
   RingStepParams p = params_of(tokens, w, rings, s, add_zero_attn, update);
   Tensor out = torch::stable::new_empty(query, {s.streams, e});

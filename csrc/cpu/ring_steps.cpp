@@ -96,7 +96,8 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
                   std::optional<Tensor> out_proj_bias, std::optional<Tensor> bias_k,
                   std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
                   Tensor position, int64_t first, bool add_zero_attn, double dropout_p, bool update,
-                  std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+                  std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+                  bool batch_invariant) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
   const Rings rings{k_ring, v_ring, q_ring, position};
@@ -116,13 +117,16 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);
-  const bool gemm = prefers_gemm(dtype, s.streams * count, e);
+  const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams * count, e);
   const Projected tokens = project_in(q, k, v, w, dtype, gemm);
   RingStepsParams p = params_of(tokens, w, rings, s, count, first, add_zero_attn);
   p.out = out.mutable_data_ptr();
   if (first < count) attend(p, dtype);
   if (update) write_rings(p, rings, dtype);
-  return linear(out, out_proj_weight, out_proj_bias);
+  if (!batch_invariant) return linear(out, out_proj_weight, out_proj_bias);
+  const Tensor projected = torch::stable::new_empty(query, {s.streams, count - first, e});
+  project_out(flat(out), w, dtype, projected);
+  return projected;
 }
 
 }  // namespace continual_mha::cpu

@@ -287,7 +287,8 @@ Tensor ring_step_cuda(Tensor query, Tensor key, Tensor value, Tensor in_proj_wei
                       OptionalTensor out_proj_bias, OptionalTensor bias_k, OptionalTensor bias_v,
                       Tensor k_ring, Tensor v_ring, Tensor q_ring, Tensor position,
                       OptionalTensor active, bool add_zero_attn, double dropout_p, bool update,
-                      OptionalTensor k_scale, OptionalTensor v_scale) {
+                      OptionalTensor k_scale, OptionalTensor v_scale, bool batch_invariant) {
+  STD_TORCH_CHECK(!batch_invariant, kOp, " divides its work by the number of streams");
   STD_TORCH_CHECK(!k_scale && !v_scale, kOp, " does not cover rings of 8 bits");
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, " does not cover dropout");
   const Rings rings{k_ring, v_ring, q_ring, position};
