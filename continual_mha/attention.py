@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
-from .functional import Options, Tokens
+from .functional import Tokens
 from .modes import checked_mode, surrounding_active, surrounding_mode
-from .reference import Weights
+from .reference import Options, Weights
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
 from .streams import StatefulStreams

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _native, reference
+from . import _native, inputs, reference
 from .precision import autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -79,7 +80,7 @@ class _Operators(NamedTuple):
 def _load(backend: str) -> _Operators | str:
     """The backend, or the reason why this machine cannot have it."""
     if backend == "torch":
-        return _Operators(vars(reference), lambda name, *args: None)
+        return _Operators(ChainMap(vars(reference), vars(inputs)), lambda name, *args: None)
     if backend == "triton":
         return _load_triton()
     missing = _native.load(backend)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, functional
+from . import backends, functional, ring
 from .attention import SingleOutputMultiheadAttention
-from .ring import QuantizedInputState, QuantizedRingState, RingState
+from .ring import INPUT_STATES
 
 
 def explain(
@@ -40,17 +40,9 @@ def explain(
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
         return "\n".join([*lines, "torch: runs it, because a gradient is needed"])
-    if isinstance(state, QuantizedInputState):
-        return "\n".join([*lines, "torch: runs it, because the rings are quantised"])
-    if isinstance(state, RingState | QuantizedRingState):
-        name = "ring_steps_" if many else "ring_step_"
-        args = functional.operands(tokens, state, 0 if many else None, call)
-        return "\n".join([*lines, *backends.reasons(name, args)])
-    if many:
-        return "\n".join([*lines, "torch: runs it, because keys and values are projected anew"])
-    heads = state.x.new_empty((query.shape[0], module.num_heads, module.embed_dim))
-    if not functional.wants_fused(heads, state.x, state.x, None):
-        return "\n".join([*lines, "torch: runs it, because it is faster here"])
-    return "\n".join(
-        [*lines, *backends.reasons("attend_shared", (heads, state.x, state.x, None, None))]
-    )
+    if many and isinstance(state, INPUT_STATES):  # attends to what it projects the ring to
+        layout = call.layout._replace(formulation="kv", cache_dtype=None)
+        state = ring.new_state(layout, query.shape[0], tokens[0])
+    kind = "input" if isinstance(state, INPUT_STATES) else "ring"
+    args = functional.operands(tokens, state, 0 if many else None, call)
+    return "\n".join([*lines, *backends.reasons(f"{kind}_step{'s' if many else ''}_", args)])

@@ -3,10 +3,11 @@
 ``Library.define`` and ``impl`` rather than ``custom_op``: a step is bound by the cost of its
 launch, and the former adds about 2 µs to a call where the latter adds 16. Operators that end in an
 underscore write to the arguments marked ``!`` and are for inference: a schema that mutates cannot
-have a formula for its gradient. Gradients of steps come from ``reference.ring_step``.
+have a formula for its gradient. Those of steps come from ``reference.py`` and ``inputs.py``.
 
 With ``k_scale`` and ``v_scale``, ``(N, H, L, 1)`` in fp32, the rings of keys and values are those
-of ``quantized.py``: int8, or uint8 for the bits of e4m3. Callers without them leave them out.
+of ``quantized.py``: int8, or uint8 for the bits of e4m3; so is that of inputs with ``x_scale``,
+``(N, L, 1)``. Callers without them leave them out.
 
 Each operator stands three times: under its own name, which asks ``backends`` who runs it, and with
 the prefixes ``cpu_`` and ``cuda_``, which the native libraries implement if they are loaded.
@@ -32,15 +33,21 @@ _STEP_ARGS = (
     "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? bias_k, Tensor? bias_v, "
     "Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) q_ring, Tensor(d!) position, "
 )
-_STEP_OPTIONS = (
-    "bool add_zero_attn, float dropout_p, bool update, "
-    "Tensor(e!)? k_scale=None, Tensor(f!)? v_scale=None, bool batch_invariant=False"
+_STEP_OPTIONS = "bool add_zero_attn, float dropout_p, bool update"
+_STEP_MORE = "Tensor(e!)? k_scale=None, Tensor(f!)? v_scale=None, bool batch_invariant=False"
+_INPUT_ARGS = (
+    "Tensor query, "
+    "Tensor in_proj_weight, Tensor? in_proj_bias, Tensor out_proj_weight, Tensor? out_proj_bias, "
+    "Tensor? bias_k, Tensor? bias_v, Tensor(a!) x_ring, Tensor(b!) position, "
+    "int num_heads, int delay, "
 )
+_INPUT_SCALE = "Tensor(c!)? x_scale=None"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
 
 SCHEMAS = {
-    "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}) -> Tensor",
-    "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}) -> Tensor",
+    "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
+    "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
+    "input_step_": f"({_INPUT_ARGS} Tensor? active, {_STEP_OPTIONS}, {_INPUT_SCALE}) -> Tensor",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
     "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -62,7 +69,7 @@ def _output_dtype(query: Tensor) -> torch.dtype:
     return autocast_dtype(query.device.type) or query.dtype
 
 
-def _fake_ring_step_(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+def _fake_step(query: Tensor, *args: Any) -> Tensor:
     return query.new_empty(query.shape, dtype=_output_dtype(query))
 
 
@@ -134,8 +141,9 @@ def _fake_attend_shared_full_backward(
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "ring_step_": _fake_ring_step_,
+    "ring_step_": _fake_step,
     "ring_steps_": _fake_ring_steps_,
+    "input_step_": _fake_step,
     "attend_shared": _fake_attend_shared,
     "attend_shared_backward": _fake_attend_shared_backward,
     "attend_shared_full": _fake_attend_shared_full,

@@ -59,6 +59,13 @@ class Weights(NamedTuple):
         return q, k, v
 
 
+class Options(NamedTuple):
+    """What an attention can be asked for, tensors and sizes aside."""
+
+    add_zero_attn: bool
+    dropout_p: float
+
+
 class Rings(NamedTuple):
     """The parts of a state with keys and values that an operator sees."""
 

@@ -208,18 +208,31 @@ def test_input_formulated_stream_equals_the_window(construction, run, mode, back
     assert_equals_window(output, module, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("construction", ["defaults", "no_bias", "middle_query"])
-def test_fused_operator_over_inputs_equals_the_window(construction, dtype, monkeypatch, backend):
+def test_fused_operator_over_a_clip_equals_the_window(construction, dtype, monkeypatch, backend):
     monkeypatch.setattr(functional, "_CPU_FUSED_ELEMENTS", 0)
     calls = []
     fused = functional._fused_mix
     monkeypatch.setattr(functional, "_fused_mix", lambda *args: calls.append(None) or fused(*args))
+    module = build(**CONSTRUCTIONS[construction], dtype=dtype)
+    x = draw_tokens(module, 3, LENGTH)[0]
+    with torch.no_grad():
+        output, _ = module(to_layout(module, x), need_weights=False)
+    assert len(calls) == (backend != "torch")
+    assert_equals_window(to_layout(module, output), module, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("construction", SELF_ATTENTION)
+def test_step_over_inputs_equals_the_window_in_every_dtype(construction, dtype, backend):
     module = build(**CONSTRUCTIONS[construction], formulation="input", dtype=dtype)
     x = draw_tokens(module, 3, 3 * LENGTH)[0]
     with torch.no_grad():
         output = stack(step_through(module, x), module)
-    assert len(calls) == (0 if backend == "torch" else x.shape[1])
     assert_equals_window(output, module, x)
 
 

@@ -15,8 +15,10 @@ def step_operands(steps=None, **arguments):
     """Arguments of ``ring_step_``, or of ``ring_steps_`` for that many tokens, in mid-stream."""
     module = build(sequence_len=LENGTH, **arguments).requires_grad_(False)
     tokens = draw_tokens(module, 2, 6 + (steps or 1))
-    module.forward_steps(*(x[:, :6] for x in tokens))
+    given = tokens[:1] if module.formulation == "input" else tokens
+    module.forward_steps(*(x[:, :6] for x in given))
     now = tuple(x[:, 6] if steps is None else x[:, 6:] for x in tokens)
+    now = now if module.formulation != "input" else (now[0],) * 3
     state, call = module._plan(now, module._state(), update=True)
     return functional.operands(now, state, None if steps is None else 0, call)
 
@@ -41,6 +43,13 @@ def test_steps_pass_torchs_own_checks(steps, query_index, cache_dtype):
     name = "ring_step_" if steps is None else "ring_steps_"
     operator = getattr(torch.ops.continual_mha, name).default
     opcheck(operator, step_operands(steps, query_index=query_index, cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("query_index", [-1, -3])
+def test_step_over_inputs_passes_torchs_own_checks(query_index, cache_dtype):
+    args = step_operands(formulation="input", query_index=query_index, cache_dtype=cache_dtype)
+    opcheck(torch.ops.continual_mha.input_step_.default, args)
 
 
 @pytest.mark.parametrize("mask", [False, True])

@@ -1,0 +1,328 @@
+"""One query over the inputs themselves: over a clip, and step by step over a ring of tokens.
+
+Plain PyTorch, as ``reference.py``, which has the same over keys and values. The mathematics is in
+docs/formulations.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import wide
+from .quantized import QuantizedRing, as_kept, tensors
+from .reference import (
+    Options,
+    Put,
+    Rings,
+    Weights,
+    filled,
+    last_positions,
+    put,
+    put_,
+    shared_scores,
+    slots_of_next_tokens,
+    split_heads,
+    take,
+    token_before,
+)
+
+
+class Inputs(NamedTuple):
+    """The parts of a state of inputs that an operator sees."""
+
+    x: Any  # (N, L, E), a tensor or a QuantizedRing
+    position: Tensor  # (N,)
+
+
+class Mix(NamedTuple):
+    """Weighted sums of a clip's inputs ``(N, H, Ev)``; the rest as for heads.
+
+    Attributes:
+        share: the sum of the clip's weights, ``(N, H, 1)``; None for 1.
+    """
+
+    inputs: Tensor
+    share: Tensor | None
+    on_extra: Tensor | None
+    attn: Tensor | None
+
+
+# Moved queries (N, H, Ek), keys (N, S, Ek), values (N, S, Ev), mask, scores of the extra slots,
+# dropout, and whether the weights are asked for.
+Mixing = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool], Mix]
+
+
+class _Attended(NamedTuple):
+    """What a query got from a clip.
+
+    Attributes:
+        heads: ``(N, H, D)``, the extra slots aside.
+        on_extra: weights of the extra slots, ``(N, H, X)``, or None.
+        attn: all weights averaged over the heads, ``(N, S + X)``, or None.
+    """
+
+    heads: Tensor
+    on_extra: Tensor | None
+    attn: Tensor | None
+
+
+def input_step(
+    token: Tensor,
+    weights: Weights,
+    inputs: Inputs,
+    num_heads: int,
+    delay: int,
+    active: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    put: Put = put,
+    mixing: Mixing | None = None,
+) -> tuple[Tensor, Inputs]:
+    """``reference.ring_step`` over a ring of inputs: write the token, attend to it as to a clip.
+
+    The query of an output is that of the token ``delay`` steps before, read from the ring.
+    """
+    position, length = inputs.position, inputs.x.shape[-2]
+    kept = put(inputs.x, (position % length)[:, None], token.unsqueeze(1))
+    x = kept.to(token.dtype)
+    asked = token_before(x, position, delay) if delay else token
+    visible = filled(position, length)
+    mask = None if visible is None else _hide(~visible[:, 0], token.dtype)
+    options = Options(add_zero_attn, dropout_p)
+    out, _ = attend_clip((asked, x, x), weights, num_heads, options, mask, mixing=mixing)
+    ahead = 1 if active is None else active.to(torch.int64)
+    return out, Inputs(kept, position + ahead)
+
+
+def input_steps(
+    tokens: Tensor,
+    weights: Weights,
+    inputs: Inputs,
+    num_heads: int,
+    delay: int,
+    attend: Callable[[Tensor, Tensor, Rings], Tensor],
+    put: Put | None = put,
+) -> tuple[Tensor, Inputs]:
+    """The same for many tokens ``(N, T, E)``: then keys and values are worth projecting.
+
+    Args:
+        attend: what ``reference.ring_steps`` answers to queries, keys and rings, which it leaves
+            as they are.
+        put: None leaves the ring as it is.
+    """
+    kept, position, length = inputs.x, inputs.position, inputs.x.shape[-2]
+    seen = as_kept(kept, tokens)
+    held = Inputs(kept.to(tokens.dtype), position)
+    asked = seen if delay else tokens  # a query that waits is asked from the ring
+    out = attend(asked, seen, projected_rings(held, weights, num_heads, delay))
+    if put is None:
+        return out, inputs
+    slot = last_positions(position, tokens.shape[1], length) % length
+    kept = put(kept, slot, tokens[:, -slot.shape[1] :])
+    return out, Inputs(kept, position + tokens.shape[1])
+
+
+def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int) -> Rings:
+    """The rings of keys and values that hold the same tokens as a ring of inputs."""
+    x, position = inputs
+    q, k, v = (
+        F.linear(x, w, b) for w, b in zip(weights.split(), weights.split_bias(), strict=True)
+    )
+    k, v = (split_heads(x, num_heads).contiguous() for x in (k, v))
+    waiting = delay + 1 if delay else 0
+    q_ring = q.new_zeros(q.shape[0], waiting, q.shape[2])
+    if waiting:
+        at = position[:, None] + torch.arange(-delay, 0, device=q.device)
+        known = take(q, at % x.shape[-2])
+        bias = weights.split_bias()[0]  # the query of a token of zeros, as in a single step
+        absent = q.new_zeros(q.shape[2]) if bias is None else bias
+        known = torch.where((at < 0).unsqueeze(-1), absent, known)
+        q_ring = put(q_ring, at % waiting, known)
+    return Rings(k, v, q_ring, position)
+
+
+def input_step_(query: Tensor, *args: Any) -> Tensor:
+    """Operator ``input_step_``: ``input_step`` in place."""
+    in_proj_weight, in_proj_bias, *others = args[:6]
+    weights = Weights(in_proj_weight, None, None, in_proj_bias, *others)
+    x_ring, position, num_heads, delay, active, add_zero_attn, dropout_p, update = args[6:14]
+    (x_scale,) = args[14:] or (None,)
+    inputs = Inputs(x_ring if x_scale is None else QuantizedRing(x_ring, x_scale), position)
+    saved = None if update else slots_of_next_tokens(tensors([inputs.x]), position, 1)
+    out, new = input_step(
+        query, weights, inputs, num_heads, delay, active, add_zero_attn, dropout_p, put_
+    )
+    if saved is None:
+        position.copy_(new.position)
+        return out
+    for ring, slot, old in saved:
+        put_(ring, slot, old)
+    return out
+
+
+def attend_clip(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    weights: Weights,
+    num_heads: int,
+    options: Options,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+    moved: bool = True,
+    mixing: Mixing | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one query per stream over a clip.
+
+    Args:
+        tokens: the query ``(N, E)``, keys ``(N, S, Ek)`` and values ``(N, S, Ev)``.
+        mask: float, added to the scores, broadcastable to ``(N, H, S)``.
+        need_weights: also return the attention weights, after dropout.
+        moved: whether to move the key and value projections to the query's side, which is the same
+            in exact arithmetic.
+        mixing: does the attention over inputs; None for ``plain_mix``.
+
+    Returns:
+        ``(N, E)``, and the weights averaged over the heads, ``(N, S + extra slots)``, or None.
+    """
+    query, key, value = tokens
+    weights = weights.unpacked()
+    w_q, b_q = weights.split()[0], weights.split_bias()[0]
+    q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
+    q = q / math.sqrt(q.shape[-1])
+    if moved:
+        found = _attend_inputs(
+            q, key, value, weights, options, mask, need_weights, mixing or plain_mix
+        )
+    else:
+        found = _attend_projected(q, key, value, weights, options, mask, need_weights)
+    heads, on_extra, attn = found
+    heads = _with_bias_slot(heads, on_extra, weights)
+    out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
+    return out, attn
+
+
+def _with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> Tensor:
+    """Heads' outputs ``(..., H, D)`` with the share of the slot that ``add_bias_kv`` adds."""
+    if on_extra is None or weights.bias_v is None:
+        return heads
+    return heads + on_extra[..., :1].to(heads.dtype) * weights.bias_v.view(heads.shape[-2:])
+
+
+def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
+    """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
+
+    The queries ``(..., H, D)`` are scaled already.
+    """
+    scores = []
+    if weights.bias_k is not None:
+        scores.append((q * weights.bias_k.view(q.shape[-2:])).sum(-1, keepdim=True))
+    if add_zero_attn:
+        scores.append(q.new_zeros((*q.shape[:-1], 1)))
+    return torch.cat(scores, dim=-1) if scores else None
+
+
+def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float, blank: bool) -> Tensor:
+    """Weights ``(N, H, S + X)`` from the scores of the clip and of the extra slots.
+
+    A query to which the masks leave nothing gets zeros if ``blank``, else NaN: which of the two
+    ``torch.nn.MultiheadAttention`` gives depends on whether it has to return the weights.
+    """
+    if extra is not None:
+        scores = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
+    hidden = torch.isneginf(scores).all(dim=-1, keepdim=True) if blank else None
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, 0.0)  # no NaN in the gradient either
+    attn = torch.softmax(scores, dim=-1)
+    attn = attn if hidden is None else attn.masked_fill(hidden, 0.0)
+    return F.dropout(attn, dropout_p) if dropout_p > 0.0 else attn
+
+
+def _attend_projected(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    options: Options,
+    mask: Tensor | None,
+    need_weights: bool,
+) -> _Attended:
+    """Attention over projected keys and values."""
+    (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
+    k = split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
+    v = split_heads(F.linear(value, w_v, b_v), q.shape[1])
+    scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
+    scores = scores.to(wide(scores.dtype))
+    scores = scores if mask is None else scores + mask
+    extra = _extra_scores(q, weights, options.add_zero_attn)
+    attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
+    on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
+    heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
+    return _Attended(
+        heads, None if extra is None else on_extra, attn.mean(1) if need_weights else None
+    )
+
+
+def _attend_inputs(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    options: Options,
+    mask: Tensor | None,
+    need_weights: bool,
+    mixing: Mixing,
+) -> _Attended:
+    """As ``_attend_projected``, with the projections of key and value moved to the query's side.
+
+    ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip,
+    so it is taken off the extra slots' scores instead, and drops out where there are none.
+    """
+    num_heads = q.shape[1]
+    (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
+    extra = _extra_scores(q, weights, options.add_zero_attn)
+    if extra is not None and b_k is not None:
+        extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
+    moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
+    mix = mixing(moved, key, value, mask, extra, options.dropout_p, need_weights)
+    heads = torch.einsum("nhe,hde->nhd", mix.inputs, w_v.unflatten(0, (num_heads, -1)))
+    if b_v is not None:
+        bias = b_v.view(heads.shape[1:])
+        heads = heads + (bias if mix.share is None else bias * mix.share.to(heads.dtype))
+    return _Attended(heads, mix.on_extra, mix.attn)
+
+
+def plain_mix(
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+) -> Mix:
+    """Attention over inputs step by step, every step one that autograd knows."""
+    blank = mask is not None and not need_weights
+    attn = _normalise(shared_scores(moved, key, mask), extra, dropout_p, blank)
+    on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
+    plain = extra is None and dropout_p == 0.0
+    share = None if plain and not blank else on_clip.sum(-1, keepdim=True)
+    if plain and share is not None:  # exactly 1, as where there is no mask; or 0
+        share = share > 0
+    return Mix(
+        torch.matmul(on_clip.to(value.dtype), value),
+        share,
+        None if extra is None else on_extra,
+        attn.mean(1) if need_weights else None,
+    )
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: minus infinity where ``hidden``."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
+        hidden, -math.inf
+    )
