@@ -14,6 +14,7 @@ from .timing import Run, capture, summarise, time_with_events
 
 CPU_SIZES = (1 << 18, 1 << 21, 1 << 24, 1 << 28)  # bytes; the last is far over any cache here
 GPU_SIZES = (1 << 22, 1 << 25, 1 << 28, 1 << 31)
+MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 
 
 class Ceiling(NamedTuple):
@@ -68,7 +69,7 @@ def _bandwidths(device: torch.device) -> list[Ceiling]:
 
 
 def _matrix_rate(device: torch.device, dtype: str) -> Ceiling:
-    side = 8192 if device.type == "cuda" else 1024
+    side = MATRIX_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     seconds = _best_seconds(lambda: a @ b, device, 0.4)
     return Ceiling("matrix rate", dtype, 2 * side**3 / seconds / 1e9, "GFLOP/s")
@@ -88,7 +89,8 @@ def _dispatch(device: torch.device) -> Ceiling:
     """Calling an operator that does nothing, registered as this package registers its own."""
     library = torch.library.Library("continual_mha_bench", "FRAGMENT")
     library.define("nothing(Tensor x) -> ()")
-    library.impl("nothing", lambda x: None, "CPU" if device.type == "cpu" else "CUDA")
+    for key in ("CPU", "CUDA"):
+        library.impl("nothing", lambda x: None, key)
     op, x = torch.ops.continual_mha_bench.nothing, torch.zeros(1, device=device)
     with torch.inference_mode():
         seconds = _seconds_per_call(lambda: op(x))

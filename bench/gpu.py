@@ -1,51 +1,49 @@
 """``python3 -m bench.gpu``: everything that only a machine with a GPU can tell, in one go.
 
 Builds the native libraries in the tree, runs the tests on CUDA tensors, runs the sanitizer on
-small shapes, measures, and prints a short table last. It installs nothing, takes whatever Python,
-torch and nvcc are there, and gives every stage a time limit, so that a stage which fails or hangs
-leaves the others' results.
+small shapes, measures, and prints a short table last. It installs nothing and takes whatever
+Python, torch and nvcc are there. Every stage has a share of the time limit and leaves its log, and
+the benchmark each finished case, whatever becomes of the others. Where the time of a machine comes
+in pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .ratios import OURS, Results
+from .records import ROWS, read
+
 ROOT = Path(__file__).parent.parent
 LEFT = "{seconds left}"  # stands for a number that is known when the stage begins
-SANITIZED = """
-import torch, continual_mha
-from continual_mha import SingleOutputMultiheadAttention
-for backend in ("triton", "cuda"):
-    if backend not in continual_mha.backends.available():
-        continue
-    for n, e, h, length in ((1, 64, 4, 5), (3, 48, 4, 9)):
-        module = SingleOutputMultiheadAttention(e, h, sequence_len=length, device="cuda").eval()
-        with torch.inference_mode(), continual_mha.use_backend(backend):
-            for _ in range(2 * length + 1):
-                out = module.forward_step(torch.randn(n, e, device="cuda"))
-        assert out.isfinite().all()
-        print(backend, n, e, h, length)
-torch.cuda.synchronize()
-"""
+TOOLS = ("memcheck", "racecheck", "initcheck")  # of compute-sanitizer
+# Tests to which a GPU makes no difference.
+ELSEWHERE = (
+    "bench", "cuda_compile", "cuda_emulation", "cuda_host", "demo", "gpu_rehearsal", "load",
+    "native_build", "native_cpu", "packaging", "ray_pools", "soak", "triton_compiles",
+)  # fmt: skip
+_CUDA = "/usr/local/cuda/bin"
 
 
 class Stage(NamedTuple):
-    """A command, its time limit in seconds, and its additions to the environment."""
+    """A command, its share of the time, and its additions to the environment."""
 
     name: str
     command: list[str]
-    limit: float
+    share: float
     environment: Mapping[str, str] = {}
 
 
@@ -57,54 +55,80 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def stages(folder: Path, limit: float, size: str) -> list[Stage]:
-    """All stages; ``limit`` seconds are shared out among them."""
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=_CUDA)
+
+
+def _build_environment() -> dict[str, str]:
+    """With a compiler there, building for the GPU that is there is no option but a duty."""
+    if _tool("nvcc") is None:
+        return {}
+    chosen = {"CONTINUAL_MHA_BUILD_CUDA": "1"}
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        found = []
+    return chosen | ({"CONTINUAL_MHA_CUDA_ARCHS": found[0].replace(".", "")} if found else {})
+
+
+def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list[Stage]:
+    """All stages, in their order."""
     python = sys.executable
     build = [python, "setup.py", "build_ext", "--inplace"]
     tests = [python, "-m", "pytest", "tests", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    tests += ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    tests += [f"--ignore=tests/test_{name}.py" for name in ELSEWHERE]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     bench = [python, "-m", "bench", "--device", "cuda", "--size", size, "--out", str(folder)]
+    bench += ["--resume", "--limit", LEFT, *bench_arguments]
     found = [
-        Stage("build", build, 0.3 * limit),
-        Stage("tests", tests, 0.35 * limit),
+        Stage("build", build, 0.25, _build_environment()),
+        Stage("tests", tests, 0.3, {"OMP_NUM_THREADS": "2"}),
     ]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if sanitizer is not None:
-        check = [sanitizer, "--error-exitcode", "1", python, "-c", SANITIZED]
+    sanitizer = _tool("compute-sanitizer") or "compute-sanitizer"
+    for tool in TOOLS:
+        check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
         # The caching allocator would hide reads past the end of a tensor.
         quiet = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        found.append(Stage("sanitizer", check, 0.1 * limit, quiet))
-    # What the stages before have not used is the benchmark's; it stops by itself before that.
-    found.append(Stage("bench", [*bench, "--limit", LEFT], limit))
-    return found
+        found.append(Stage(tool, [*check, python, "-m", "bench.exercise"], 0.05, quiet))
+    return [*found, Stage("bench", bench, 0.3)]
 
 
-def run(stage: Stage, log: Path, left: float) -> Outcome:
+def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
+    """Seconds for a stage out of those left for it and the later ones."""
+    return left * stage.share / (stage.share + sum(other.share for other in later))
+
+
+def run(stage: Stage, log: Path, limit: float) -> Outcome:
     """Run a stage, with all that it says into ``log``; it and its children end at its limit."""
-    limit = min(stage.limit, left)
     started = time.monotonic()
     # The benchmark needs some seconds to finish the case that it is in when its time is up.
-    left_text = str(max(1, round(limit - 45)))
+    left_text = str(max(1, round(limit - min(45, limit / 4))))
     command = [left_text if part == LEFT else part for part in stage.command]
     environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=os.setpgrp,
+            )
+        except OSError as error:
+            file.write(f"{error}\n")
+            return Outcome(stage.name, "could not be started", 0.0)
         try:
             code = process.wait(limit)
             result = "passed" if code == 0 else f"failed with code {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             result = f"stopped after {limit:.0f} s"
+        finally:  # children of a stage that ended, too, or was interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Outcome(stage.name, result, time.monotonic() - started)
 
 
@@ -114,9 +138,6 @@ def _tail(log: Path, count: int) -> str:
 
 def short_table(folder: Path) -> str:
     """Our median times beside the reference package's and the fastest other's, as text."""
-    from .ratios import OURS, Results
-    from .records import read
-
     results = Results(read(folder))
     lines = [f"{'':62s}{'graph':>9s}{'cold':>9s}{'host':>9s}{'roof':>6s}  over the fastest other"]
     for case in results.cases:
@@ -129,34 +150,59 @@ def short_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run all stages; exit with 1 if one of them did not pass."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    names = [stage.name for stage in stages(Path(), "quick")]
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="results folder")
     parser.add_argument("--limit", type=float, default=570, help="seconds for everything")
     parser.add_argument("--size", default="standard", help="of the grid")
-    parser.add_argument("--stages", default="build,tests,sanitizer,bench", help="which to run")
+    parser.add_argument("--stages", default=",".join(names), help="which to run")
+    parser.add_argument("--go-on-from", type=Path, help="folder whose measured cases to keep")
+    parser.add_argument("--bench", type=shlex.split, default=[], help="arguments of the benchmark")
     options = parser.parse_args(arguments)
+    options.stages = options.stages.split(",")
+    if set(options.stages) - set(names):
+        parser.error(f"--stages takes {', '.join(names)}")
+    return options
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the chosen stages; exit with 1 if one of them did not pass."""
+    options = parse(arguments)
     folder = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if options.go_on_from is not None and not (folder / ROWS).exists():
+        shutil.copy(options.go_on_from / ROWS, folder / ROWS)
     end = time.monotonic() + options.limit
-    outcomes = []
-    for stage in stages(folder, options.limit, options.size):
-        if stage.name not in options.stages.split(","):
-            continue
-        log = folder / f"{stage.name}.log"
-        outcome = run(stage, log, max(5, end - time.monotonic()))
-        outcomes.append(outcome)
-        print(f"== {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
-        if outcome.result != "passed":
-            print(_tail(log, 40), flush=True)
-    (folder / "stages.json").write_text(json.dumps([o._asdict() for o in outcomes], indent=1))
-    print(short_table(folder))
-    print(f"results in {folder}")
-    for outcome in outcomes:
-        print(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s")
+    chosen = [s for s in stages(folder, options.size, options.bench) if s.name in options.stages]
+    outcomes: list[Outcome] = []
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for i, stage in enumerate(chosen):
+            log = folder / f"{stage.name}.log"
+            left = max(5.0, end - time.monotonic())
+            outcomes.append(run(stage, log, limit_of(stage, chosen[i + 1 :], left)))
+            _say(outcomes[-1], log)
+            done = [outcome._asdict() for outcome in outcomes]
+            (folder / "stages.json").write_text(json.dumps(done, indent=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        print(short_table(folder))
+        print(f"results in {folder}")
+        for outcome in outcomes:
+            print(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
     if any(outcome.result != "passed" for outcome in outcomes):
         raise SystemExit(1)
+
+
+def _say(outcome: Outcome, log: Path) -> None:
+    print(f"== {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
+    print(_tail(log, 3 if outcome.result == "passed" else 40), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Run = Callable[[], object]
 Context = Callable[[], AbstractContextManager[object]]
 _SLOW = 0.02
 _TOO_SLOW_TO_REPEAT = 0.5
+_LEAST_FLUSHED = 256 << 20  # bytes
 
 
 class Summary(NamedTuple):
@@ -141,7 +142,7 @@ class Flush:
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.zeros(max(4 * cache, 256 << 20) // 4, device=device)
+        self._buffer = torch.zeros(max(4 * cache, _LEAST_FLUSHED) // 4, device=device)
         self._sink = torch.zeros((), device=device)
 
     def __call__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import continual
 import pytest
 import torch
 from oracles import (
@@ -23,6 +22,7 @@ from oracles import (
     to_layout,
 )
 from torch import nn
+from upstream import continual
 
 import continual_mha as co
 

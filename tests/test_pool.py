@@ -7,11 +7,11 @@ import random
 import threading
 import time
 
-import continual
 import pytest
 import torch
 from oracles import EMBED, LENGTH, assert_same_state, build
 from torch import nn
+from upstream import continual
 
 import continual_mha as co
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 
-import continual
 import pytest
 import torch
 from oracles import (
@@ -24,6 +23,7 @@ from oracles import (
     window_attention,
 )
 from torch import nn
+from upstream import continual
 
 import continual_mha as co
 

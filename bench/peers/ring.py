@@ -112,6 +112,8 @@ def _setup_pipeline(problem: Problem) -> Ready:
             times[name] = time_with_events(graph.replay, 5, 10).median
         except RuntimeError:  # this backend does not take the shape
             continue
+    if not times:
+        raise RuntimeError("no backend of scaled_dot_product_attention could be captured")
     best = min(times, key=lambda name: times[name])
     return _setup_sdpa(SDPA_BACKENDS["cuda"][best], False, problem)
 

@@ -1,0 +1,437 @@
+"""The code that only a GPU would run, on a device that is pretended: its logic, not its speed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import build, draw_tokens
+from pretended_cuda import DEVICE, PretendedCuda
+
+import continual_mha as co
+from bench import __main__ as command
+from bench import ceilings, exercise, gpu, grid, machine, measure, peers, records, timing
+from bench.grid import Case
+from continual_mha.triton_kernels import launch as launcher
+from continual_mha.triton_kernels import project, ring_step, ring_steps
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+LENGTH = 5
+
+
+@pytest.fixture
+def cuda():
+    with PretendedCuda().in_place() as pretended:
+        yield pretended
+
+
+@pytest.fixture(params=[name for name in ("torch", "cpu") if name in co.backends.available()])
+def kernels(request, cuda):
+    """Kernels that run here, and that the pretended graph can replay."""
+    with co.use_backend(request.param):
+        yield request.param
+
+
+def modules(formulation, **arguments):
+    """Two of the same."""
+    arguments |= {"sequence_len": LENGTH, "formulation": formulation}
+    return [build(**arguments).requires_grad_(False) for _ in range(2)]
+
+
+# -- the pretence ----------------------------------------------------------------------------------
+
+
+def test_pretended_graph_computes_at_the_replay_only_and_from_what_is_there_then(cuda):
+    x, total = torch.zeros(3), torch.zeros(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x.view(3) * 2
+        total.add_(y)
+    total.zero_()
+    assert y.isnan().all()
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        graph.replay()
+        assert torch.equal(y, torch.full((3,), 2 * value))
+    assert torch.equal(total, torch.full((3,), 12.0))
+
+
+def test_pretended_graph_refuses_what_a_capture_cannot_hold(cuda):
+    x = torch.ones(3)
+    for forbidden in (x.sum().item, torch.cuda.synchronize, x.nonzero):
+        with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(cuda_graph()):
+            forbidden()
+
+
+def cuda_graph():
+    return torch.cuda.CUDAGraph()
+
+
+# -- the graphed step and the pool -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"query_index": 1}], ids=["newest", "delayed"])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, arguments, kernels):
+    if kernels == "cpu" and formulation == "input":
+        pytest.skip("is not one operator there")
+    module, other = modules(formulation, **arguments)
+    x = draw_tokens(module, 3, 3 * LENGTH + 2)[0]
+    graphed = co.GraphedStep(module, x[:, 0])
+    other.start_streams(3)
+    for t, token in enumerate(x.unbind(1)):
+        if t == LENGTH + 3:
+            module.reset(torch.tensor([True, False, False]))
+            other.reset(torch.tensor([True, False, False]))
+        if t == LENGTH + 5:
+            graphed.active[1] = False
+        expected = other.forward_step(token, active=graphed.active.clone())
+        assert torch.equal(graphed(token), expected)
+    assert torch.equal(module._ring_position, other._ring_position)
+    module.clean_state()
+    with pytest.raises(RuntimeError, match="replaced"):
+        graphed(x[:, 0])
+
+
+def test_graphed_pool_answers_as_the_eager_one(kernels):
+    graphed, eager = (
+        co.StreamPool(module, 3, (module.embed_dim,), graph=graph)
+        for module, graph in zip(modules("kv"), (True, False), strict=True)
+    )
+    x = draw_tokens(build(), 1, 40)[0][0]
+    streams = [[pool.open(), pool.open()] for pool in (graphed, eager)]
+    for t in range(20):
+        if t == 12:
+            for pool, own in zip((graphed, eager), streams, strict=True):
+                pool.close(own.pop(0))
+                own.append(pool.open())
+        answers = []
+        for pool, own in zip((graphed, eager), streams, strict=True):
+            pool.push(own[0], x[t])
+            if t % 3:
+                pool.push(own[1], x[t + 20])
+            out = pool.tick()
+            answers.append([out.get(stream) for stream in own])
+        for a, b in zip(*answers, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+# -- Triton's launches -----------------------------------------------------------------------------
+
+
+class Kernel:
+    """A Triton kernel that runs nothing: it counts who calls it, and with how many arguments."""
+
+    def __init__(self, kernel):
+        self.params = kernel.params
+        self.bound = self.direct = 0
+
+    def __getitem__(self, size):
+        assert len(size) == 3
+
+        def bind(*args, num_warps, **options):
+            assert len(args) == len(self.params)
+            self.bound += 1
+            return Compiled(self)
+
+        return bind
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, size):
+        def call(*args):
+            assert len(args) == len(self.kernel.params)
+            self.kernel.direct += 1
+
+        return call
+
+
+@pytest.mark.skipif(launcher.INTERPRETED, reason="the interpreter launches nothing")
+@pytest.mark.parametrize("streams", [1, 8, 4096])
+def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, cuda, monkeypatch):
+    """Of the paths: one launch, three of our own, and one between products of torch's."""
+    for cache in ("_compiled", "_arenas", "_captured"):
+        monkeypatch.setattr(launcher, cache, {})
+    launched = []
+    for module, name in (
+        (ring_step, "_ring_step_kernel"),
+        (project, "_project_kernel"),
+        (ring_steps, "_ring_steps_kernel"),
+        (ring_steps, "_write_rings_kernel"),
+    ):
+        launched.append(Kernel(getattr(module, name)))
+        monkeypatch.setattr(module, name, launched[-1])
+    arguments = {"embed_dim": 1024, "num_heads": 8} if streams == 8 else {}
+    module = build(sequence_len=LENGTH, formulation="kv", **arguments).requires_grad_(False)
+    token = torch.ones(streams, module.embed_dim)
+    with co.use_backend("triton"):
+        module.start_streams(streams)
+        module.forward_step(token)
+        bound = [kernel.bound for kernel in launched]
+        assert bound[:2] == {1: [1, 0], 8: [1, 2], 4096: [1, 0]}[streams]
+        for _ in range(3):
+            module.forward_step(token)
+        assert [kernel.bound for kernel in launched] == bound
+        assert launched[0].direct == 3
+        module.forward_steps(token[:, None].expand(-1, 4, -1))
+        assert [kernel.bound for kernel in launched[2:]] == [1, 1]
+
+
+# -- timers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_flush(monkeypatch):
+    monkeypatch.setattr(timing, "_LEAST_FLUSHED", 0)
+
+
+def test_cold_samples_each_follow_a_flush_of_the_whole_cache(cuda, small_flush, monkeypatch):
+    timer = timing.GpuTimer(DEVICE, budget=1e-3)
+    assert timer.flush._buffer.nbytes >= 4 * torch.cuda.get_device_properties().L2_cache_size
+    flush = timer.flush
+    monkeypatch.setattr(timer, "flush", lambda: (cuda.log.append("flush"), flush()))
+    replay = type(cuda_graph()).replay
+    monkeypatch.setattr(
+        type(cuda_graph()), "replay", lambda graph: (cuda.log.append("replay"), replay(graph))
+    )
+    x = torch.zeros(4)
+    summary = timer.cold(lambda: x.add_(1))
+    sample = ["flush", "record", "replay", "record"]
+    timed = cuda.log[cuda.log.index("flush") :]
+    assert timed == sample * summary.samples + ["synchronize"]
+    assert len(cuda.graphs[-1].operations) == 1
+
+
+def test_events_are_divided_by_the_calls_between_them(cuda, small_flush, monkeypatch):
+    ticks = itertools.count()
+    cuda.clock = lambda: float(next(ticks))  # a second from each event to the next
+    x = torch.zeros(4)
+    timer = timing.GpuTimer(DEVICE, budget=1e-2)
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-4)
+    summary = timer.graph(lambda: x.add_(1))
+    calls = len(cuda.graphs[-1].operations)
+    assert calls > 1
+    assert summary.median == pytest.approx(1e6 / calls)
+    before = float(x[0])
+    timer.cold(lambda: x.add_(1))
+    assert len(cuda.graphs[-1].operations) == 1
+    assert float(x[0]) > before
+
+
+@pytest.mark.parametrize(("timer", "waits"), [("eager", True), ("host", False)])
+def test_eager_timers_wait_where_they_should(timer, waits, cuda, small_flush, monkeypatch):
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-3)
+    cuda.log.clear()
+    summary = getattr(timing.GpuTimer(DEVICE, 1e-2), timer)(lambda: cuda.log.append("run"))
+    runs = [len(list(group)) for kind, group in itertools.groupby(cuda.log) if kind == "run"]
+    assert len(runs) == summary.samples
+    assert cuda.log[-1] == "synchronize"
+    assert cuda.log.count("synchronize") == (2 if waits else 1) * summary.samples + 1
+
+
+def test_ceilings_of_a_gpu_are_all_measured(cuda, monkeypatch):
+    from bench import read_kernel
+
+    class Read:
+        def __getitem__(self, size):
+            def run(x, sums, per_program, BLOCK):
+                sums.copy_(x.view(size[0], per_program * BLOCK).sum(1))
+
+            return run
+
+    monkeypatch.setattr(read_kernel, "_read", Read())
+    monkeypatch.setattr(ceilings, "GPU_SIZES", (1 << 16, 1 << 18))
+    monkeypatch.setattr(ceilings, "MATRIX_SIDES", {"cuda": 64})
+    found = ceilings.measure(DEVICE, ("float32",))
+    assert {ceiling.name for ceiling in found} == {
+        "read bandwidth",
+        "copy bandwidth",
+        "matrix rate",
+        "op dispatch",
+        "empty launch",
+        "empty graph node",
+        "empty graph between events",
+    }
+    assert all(ceiling.value > 0 for ceiling in found)
+
+
+# -- the benchmark ---------------------------------------------------------------------------------
+
+CASES = [
+    Case("tiny", 3, 24, 2, 7, 1, "float32", "step"),
+    Case("tiny", 3, 24, 2, 7, 1, "float32", "forward_backward"),
+]
+CEILINGS = [
+    ceilings.Ceiling("read bandwidth", "1000", 100.0, "GB/s"),
+    ceilings.Ceiling("matrix rate", "float32", 50.0, "GFLOP/s"),
+]
+
+
+@pytest.fixture
+def tiny_bench(cuda, small_flush, monkeypatch, tmp_path):
+    """`python -m bench --device cuda` over two cases; a function of more arguments."""
+    monkeypatch.setattr(grid, "cases", lambda *args: iter(CASES))
+    monkeypatch.setattr(ceilings, "measure", lambda *args: CEILINGS)
+    machine.describe.cache_clear()
+    only = "ours:torch,ours:triton,ring + SDPA math,ring + SDPA flash,graphed,continual"
+
+    def run(*arguments):
+        given = ["--device", "cuda", "--out", str(tmp_path), "--only", only, "--budget", "0.001"]
+        command.main([*given, *arguments])
+        return records.read(tmp_path)
+
+    yield run
+    machine.describe.cache_clear()
+
+
+def test_gpu_rows_have_every_timer_and_say_what_cannot_be_captured(tiny_bench, monkeypatch):
+    monkeypatch.setattr(ring_step, "why_not", lambda *args: "not on a pretended device")
+    rows = [row for row in tiny_bench("--resume") if row["kind"] == "time"]
+    status = {(r["case"]["mode"], r["implementation"], r["timer"]): r["status"] for r in rows}
+    for timer in timing.GPU_TIMERS:
+        for name in ("ours:torch", "ring + SDPA math", "graphed pipeline"):
+            assert status["step", name, timer] == "ok"
+        assert status["forward_backward", "ours:torch", timer] == "ok"
+    assert status["step", "continual-inference", "eager"] == "ok"
+    assert status["step", "continual-inference", "graph"] == "absent"
+    declined = [row for row in rows if row["implementation"] == "ours:triton"]
+    assert "not on a pretended device" in declined[0]["reason"]
+    about = rows[0]["machine"]
+    assert (about["device"], about["capability"]) == ("Pretended GPU", "9.0")
+
+
+def test_gpu_run_stops_at_its_limit_and_goes_on_later(tiny_bench, monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(command.time, "monotonic", lambda: float(next(now)))
+    first = tiny_bench("--resume", "--limit", "1.5")
+    assert [row["case"]["mode"] for row in first if row["kind"] == "case"] == ["step"]
+    rows = tiny_bench("--resume")
+    done = [row["case"]["mode"] for row in rows if row["kind"] == "case"]
+    assert done == ["step", "forward_backward"]
+    assert rows[: len(first)] == first
+
+
+def test_failure_of_one_implementation_on_the_gpu_leaves_the_others_rows(cuda, small_flush):
+    def bad(problem):
+        def run():
+            torch.cuda.synchronize()
+            return problem.expected[0][:, 0].float()
+
+        return peers.Ready(run)
+
+    found = [peers.Peer("waits", ("step",), bad)]
+    found += [peer for peer in peers.all_peers(DEVICE) if peer.name == "ours:torch"]
+    bench = measure.Bench(DEVICE, found, ceilings.Roofline(CEILINGS), {}, budget=1e-3)
+    rows = {(r["implementation"], r["timer"]): r for r in bench.rows(CASES[0]) if "timer" in r}
+    assert rows["waits", "graph"]["status"] == "failed"
+    assert "not permitted" in rows["waits", "graph"]["reason"]
+    assert rows["waits", "eager"]["status"] == "ok"
+    assert rows["ours:torch", "cold"]["status"] == "ok"
+
+
+def test_what_the_sanitizer_watches_runs(capsys, monkeypatch):
+    monkeypatch.setattr(exercise, "SHAPES", exercise.SHAPES[:2])
+    exercise.main(["--device", "cpu", "--backend", "torch"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.endswith(" made, 0 declined") for line in lines)
+
+
+# -- the driver ------------------------------------------------------------------------------------
+
+
+def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_tool", lambda name: f"/tools/{name}")
+    found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
+    assert list(found) == ["build", "tests", *gpu.TOOLS, "bench"]
+    for tool in gpu.TOOLS:
+        watched = found[tool].command
+        assert watched[:5] == [
+            "/tools/compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
+        ]  # fmt: skip
+        assert watched[5:] == [sys.executable, "-m", "bench.exercise"]
+    options = command.parse([*found["bench"].command[3:-4], "--mode", "step"])
+    assert (options.out, options.mode, options.resume) == (tmp_path, ("step",), True)
+    assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
+    ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
+    assert all((gpu.ROOT / path).exists() for path in ignored)
+
+
+def test_time_is_shared_among_the_chosen_stages_and_what_is_left_goes_to_the_later_ones():
+    first, second = gpu.Stage("a", [], 0.25), gpu.Stage("b", [], 0.5)
+    assert gpu.limit_of(first, [second], 90) == 30
+    assert gpu.limit_of(second, [], 85) == 85
+
+
+def test_unknown_stages_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--stages", "build,bensh"])
+    assert "build,tests" in capsys.readouterr().err.replace(", ", ",")
+
+
+def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys):
+    row = {"kind": "case", "case": CASES[0]._asdict(), "machine": {"sources": "x"}}
+    records.append(tmp_path / "earlier", [row])
+    monkeypatch.setattr(gpu, "stages", lambda *args: [gpu.Stage("bench", ["true"], 1.0)])
+    folder = tmp_path / "later"
+    gpu.main(["--out", str(folder), "--go-on-from", str(tmp_path / "earlier")])
+    assert records.read(folder) == [row]
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("bench: passed")
+
+
+def test_tool_that_is_missing_fails_its_stage_only(tmp_path, monkeypatch, capsys):
+    planned = [gpu.Stage("memcheck", ["/no/such/tool"], 1), gpu.Stage("bench", ["true"], 1)]
+    monkeypatch.setattr(gpu, "stages", lambda *args: planned)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "memcheck: could not be started" in said
+    assert "bench: passed" in said
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from bench import gpu, records
+folder = Path(sys.argv[1])
+row = {"kind": "case", "case": {}, "machine": {}}
+work = "import sys, time; print(1, flush=True); time.sleep(60)"
+gpu.stages = lambda *args: [
+    gpu.Stage("build", ["true"], 1), gpu.Stage("bench", [sys.executable, "-c", work], 99)
+]
+gpu.main(["--out", str(folder)])
+"""
+
+
+def test_driver_that_is_killed_has_written_what_was_done_and_leaves_nothing_running(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(tmp_path)], cwd=gpu.ROOT, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    log, until = tmp_path / "bench.log", time.monotonic() + 30
+    while not (log.exists() and log.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [stage["name"] for stage in json.loads((tmp_path / "stages.json").read_text())] == [
+        "build"
+    ]
+    assert said.rstrip().splitlines()[-1].startswith("build: passed")
+    assert children
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child), 0)
