@@ -445,15 +445,17 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         if update or call.differentiable:
             self._rings_are_shared = call.differentiable
         if update and tokens[0].dim() == 2 and functional.is_shared(tokens):
-            self._remember(tokens[0], state, call)
+            self._remember(tokens[0], state, active, call)
         return out
 
-    def _remember(self, query: Tensor, state: State, call: functional.StepCall) -> None:
+    def _remember(
+        self, query: Tensor, state: State, active: Tensor | None, call: functional.StepCall
+    ) -> None:
         """Keep how this step went for the next ones, if they can go without asking again."""
         settled = state.clock is self._clock and not torch.is_grad_enabled()
         if not settled or torch.compiler.is_compiling():
             return
-        run = functional.repeated_step(query, state, call)
+        run = functional.repeated_step(query, state, active, call)
         plain = "in_proj_weight" in self._parameters and "weight" in self.out_proj._parameters
         if run is None or not plain:
             return

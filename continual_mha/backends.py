@@ -143,11 +143,31 @@ def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     Raises:
         RuntimeError: a backend was forced that cannot run it.
     """
+    return _chosen(name, args)[name]
+
+
+def choose_again(
+    name: str, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """``choose`` for calls after one with ``args``, and how the backend binds what stays the same.
+
+    The binder, None where a backend has none, takes ``args``; what it returns, unless None, takes
+    a token and a mask, as ``repeat.Run`` does.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
+    functions = _chosen(name, args)
+    return functions[name], functions.get("bind_" + name)
+
+
+def _chosen(name: str, args: tuple[Any, ...]) -> Mapping[str, Callable[..., Any]]:
+    """The functions of the backend that runs the operator."""
     for backend in order(args[0].device.type):
         if why_not(backend, name, args) is None:
             loaded = _load(backend)
             assert isinstance(loaded, _Operators)
-            return loaded.functions[name]
+            return loaded.functions
     raise RuntimeError(f"no backend can run {name}; " + "; ".join(reasons(name, args)))
 
 

@@ -74,15 +74,19 @@ def step(
     )
 
 
-def repeated_step(query: Tensor, state: State, call: StepCall) -> Run | None:
-    """``step`` for more tokens like ``query`` of self-attention, with all but those decided.
+def repeated_step(query: Tensor, state: State, active: Tensor | None, call: StepCall) -> Run | None:
+    """``step`` for self-attention after one with these arguments, all but token and mask decided.
 
     None if such a step is not one operator that writes to the rings.
     """
     if call.differentiable:
         return None
     before, after = _operands_of((query,) * 3, state, call)
-    function = backends.choose(_name(state), (*before, None, *after))
+    args = (*before, active, *after)
+    function, bind = backends.choose_again(_name(state), args)
+    bound: Run | None = None if bind is None else bind(*args)
+    if bound is not None:
+        return bound
     kept = before[1:] if isinstance(state, INPUT_STATES) else before[3:]
     if isinstance(state, INPUT_STATES):
         return lambda token, active: function(token, *kept, active, *after)

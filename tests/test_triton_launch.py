@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import continual_mha
 from continual_mha.triton_kernels import launch as module
+from continual_mha.triton_kernels import ring_step
 from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
 
 
@@ -16,6 +18,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.last: tuple[Any, ...] = ()
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*args: Any, **options: Any) -> StandIn:
@@ -33,6 +36,7 @@ class Compiled(StandIn):
     def __getitem__(self, grid: Any) -> Any:
         def run(*args: Any) -> None:
             self.kernel.calls.append("compiled")
+            self.kernel.last = args
             assert len(args) == len(self.kernel.args)
 
         return run
@@ -79,6 +83,68 @@ def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> Non
         launch(kernel, (2, 1, 1), (1,), constants_of(7), num_warps=4, pdl=True)
     assert kernel.calls == []
     assert [(x.args, x.options["launch_pdl"]) for x in launches] == [((1, 7), True)]
+
+
+@pytest.fixture
+def step(kernel: StandIn, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A warm module of one stream on the fused kernel, which a stand-in takes the place of."""
+    monkeypatch.setattr(ring_step, "_ring_step_kernel", kernel)
+    monkeypatch.setattr(ring_step, "INTERPRETED", True)  # or it declines tensors on the CPU
+    monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
+    made = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=4, device="cpu").eval()
+    with torch.no_grad():
+        for _ in range(5):
+            made.forward_step(torch.zeros(1, 32))
+    kernel.calls.clear()
+    return made
+
+
+def test_a_warm_step_is_launched_again_without_asking(step: Any, kernel: StandIn) -> None:
+    token = torch.ones(1, 32)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_step, "ring_step_", None)
+        out = step.forward_step(token)
+    assert kernel.calls == ["compiled"]
+    args = kernel.last
+    assert args[:3] == (token,) * 3
+    assert args[3] is step.in_proj_weight
+    assert args[11] is step._ring_k
+    assert args[14] is step._ring_position
+    assert args[15] is None
+    assert args[17] is out
+    assert all(isinstance(x, torch.Tensor) for x in args[18:20])
+
+
+def test_every_warm_step_has_memory_of_its_own(step: Any, kernel: StandIn) -> None:
+    with torch.no_grad():
+        outs = [(step.forward_step(torch.ones(1, 32)), *kernel.last[18:20]) for _ in range(2)]
+    assert len({x.data_ptr() for out in outs for x in out}) == 6
+
+
+@pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision", "dtype", "device"])
+def test_a_warm_step_that_differs_is_asked_about(
+    change: str, step: Any, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, mask = torch.zeros(1, 32), None
+    if change == "strides":
+        token = torch.zeros(32, 1).T
+        assert token.stride() != (32, 1)
+    elif change == "mask":
+        mask = torch.tensor([True])
+    elif change == "alignment":
+        token = torch.zeros(33)[1:].view(1, 32)
+    elif change == "precision":
+        monkeypatch.setattr(ring_step, "dot_precision", lambda: "tf32")
+    elif change == "dtype":
+        step.out_proj.weight.data = step.out_proj.weight.data.half()
+    else:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    asked = []
+    monkeypatch.setattr(ring_step, "launch", lambda *args, **options: asked.append(args))
+    with torch.no_grad():
+        step.forward_step(token, active=mask)
+    assert len(asked) == 1
+    assert kernel.calls == []
 
 
 class OnDevice:

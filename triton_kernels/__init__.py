@@ -13,6 +13,7 @@ __all__ = [
     "attend_shared_backward",
     "attend_shared_full",
     "attend_shared_full_backward",
+    "bind_ring_step_",
     "ring_step_",
     "ring_steps_",
     "why_not",
@@ -27,6 +28,7 @@ _MODULES = {
     "attend_shared_full_backward": _attend_shared,
 }
 
+bind_ring_step_ = _ring_step.bind_ring_step_
 ring_step_ = _ring_step.ring_step_
 ring_steps_ = _ring_steps.ring_steps_
 attend_shared = _attend_shared.attend_shared

@@ -71,6 +71,19 @@ def launch(
         else:
             kernel[grid](*args, *constants, **options)
         return
+    key, aligned = _signature(kernel, args, constants, num_warps)
+    known = _compiled.get(key)
+    if known is not None and aligned:
+        known[0][grid](*args, *constants)
+        return
+    options = {"num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})
+    compiled = kernel[grid](*args, *constants, **options)
+    if aligned:
+        _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
+
+
+def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tuple[tuple, bool]:
+    """What decides the machine code, and whether every pointer is a multiple of 16."""
     pointers = 0
     traits: list[Any] = [kernel, id(constants), torch.cuda.current_device(), num_warps]
     for arg in args:
@@ -79,15 +92,66 @@ def launch(
             traits.append(arg.dtype)
         else:
             traits.append(arg)
-    key = tuple(traits)
+    return tuple(traits), pointers % 16 == 0
+
+
+class Relaunch:
+    """A launch that has been made, to be made again with other tensors in some places.
+
+    It asks only what may have changed since: the device, and the alignment and dtypes of tensors.
+    """
+
+    __slots__ = ("_args", "_constants", "_device", "_fixed", "_run", "_vary")
+
+    def __init__(
+        self, run: Any, args: tuple, constants: tuple, vary: tuple[int, ...], device: int
+    ) -> None:
+        self._run, self._args, self._constants = run, list(args), constants
+        self._vary, self._device = vary, device
+        tensors = [(i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        self._fixed = tuple((x, x.dtype) for i, x in tensors if i not in vary)
+        for place in vary:
+            self._args[place] = None  # keep nothing of the call alive
+
+    def __call__(self, *tensors: torch.Tensor) -> bool:
+        """Launch with these in place of those that vary, of the same dtypes; False if it cannot."""
+        if _recorder is not None:
+            return False
+        pointers = 0
+        for tensor, dtype in self._fixed:
+            if tensor.dtype is not dtype:
+                return False
+            pointers |= tensor.data_ptr()
+        args = self._args.copy()
+        for place, tensor in zip(self._vary, tensors, strict=True):
+            pointers |= tensor.data_ptr()
+            args[place] = tensor
+        if pointers % 16 or torch.cuda.current_device() != self._device:
+            return False
+        self._run(*args, *self._constants)
+        return True
+
+
+def relaunch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple,
+    constants: tuple,
+    *,
+    num_warps: int,
+    vary: tuple[int, ...],
+) -> Relaunch | None:
+    """`launch` for calls that differ in the tensors at the places `vary` of `args` alone.
+
+    None where such a launch has not been made yet, or none is made directly.
+    """
+    if _recorder is not None or INTERPRETED or 0 in grid:
+        return None
+    key, aligned = _signature(kernel, args, constants, num_warps)
     known = _compiled.get(key)
-    if known is not None and pointers % 16 == 0:
-        known[0][grid](*args, *constants)
-        return
-    options = {"num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})
-    compiled = kernel[grid](*args, *constants, **options)
-    if pointers % 16 == 0:
-        _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
+    if known is None or not aligned:
+        return None
+    return Relaunch(known[0][grid], args, constants, vary, torch.cuda.current_device())
 
 
 def counters(like: torch.Tensor, count: int) -> torch.Tensor:

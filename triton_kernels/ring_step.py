@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
-from .launch import INTERPRETED, counters, launch
+from .launch import INTERPRETED, counters, launch, record, relaunch
 from .pieces import (
     DTYPES,
     LOG2E,
@@ -455,13 +455,9 @@ def ring_step_(
     Covered: what `why_not` answers None to. `batch_invariant` or `plan`
     overrides the table.
     """
-    N, H, L, D = k_ring.shape
-    E = H * D
-    if batch_invariant:
-        plan = invariant_step_plan(E, H, L, query.element_size())
-    options = (bool(add_zero_attn), bool(update), dot_precision())
-    ready = _prepare(N, E, key.shape[1], value.shape[1], H, L, q_ring.shape[1], query.dtype,
-                     *options, plan)  # fmt: skip
+    widths = (key.shape[1], value.shape[1])
+    options = (bool(add_zero_attn), bool(update), batch_invariant)
+    ready = _ready(k_ring, q_ring, query.dtype, *widths, *options, plan)
     plan = ready.plan
     fused = plan.path == "fused"
 
@@ -474,14 +470,10 @@ def ring_step_(
         )
     weights: tuple = (in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
                       out_proj_bias) if fused else (None,) * 6  # fmt: skip
-    out = query.new_empty((N, E))
-    partial = counter = None
-    if ready.groups:
-        partial = torch.empty(ready.scratch, dtype=ready.acc, device=query.device)
-        counter = counters(query, ready.groups)
+    out, *scratch = _outputs(query, ready)
     args = (
         query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, q_ring, position,
-        active if update else None, dropout_seed(dropout_p, query.device), out, partial, counter,
+        active if update else None, dropout_seed(dropout_p, query.device), out, *scratch,
         *query.stride(), *key.stride(), *value.stride(), dropout_p,
     )  # fmt: skip
     launch(
@@ -498,10 +490,81 @@ def ring_step_(
     return F.linear(out, out_proj_weight, out_proj_bias)
 
 
+# Of the arguments of `_ring_step_kernel`, those that differ from step to step of self-attention.
+_TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (15,), (17,), (18, 19)
+
+
+def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """`ring_step_` for steps of self-attention after one that took `args`, with other tokens.
+
+    None unless a step is one launch, which that step has compiled. In a small step the host's time
+    decides, and most of it went into finding out what is as it was in the step before.
+    """
+    query, active, dropout_p, update = args[0], args[15], args[17], args[18]
+    batch_invariant = len(args) > 21 and args[21]
+    widths, options = 2 * (query.shape[1],), (args[16], update, batch_invariant)
+    ready = _ready(args[11], args[13], query.dtype, *widths, *options)
+    if ready.plan.path != "fused" or dropout_p > 0.0 or not update:
+        return None
+    with record() as launches:
+        ring_step_(*args)
+    made = launches[0].args[: -len(ready.constants)]
+    masked = active is not None
+    vary = _TOKENS + masked * _ACTIVE + _OUT + bool(ready.groups) * _SCRATCH
+    again = relaunch(
+        _ring_step_kernel, ready.grid, made, ready.constants,
+        num_warps=ready.plan.num_warps, vary=vary,
+    )  # fmt: skip
+    if again is None:
+        return None
+    strides, before, after = query.stride(), args[3:15], args[16:]
+    step: Callable[..., Tensor] = ring_step_
+
+    def run(token: Tensor, active: Tensor | None) -> Tensor:
+        same = token.stride() == strides and (active is not None) == masked
+        if same and ready.precision == dot_precision():
+            out, *scratch = _outputs(token, ready)
+            mask = () if active is None else (active,)
+            if again(token, token, token, *mask, out, *(x for x in scratch if x is not None)):
+                return out
+        return step(token, token, token, *before, active, *after)
+
+    return run
+
+
+def _ready(
+    k_ring: Tensor,
+    q_ring: Tensor,
+    dtype: torch.dtype,
+    kdim: int,
+    vdim: int,
+    add_zero_attn: bool,
+    update: bool,
+    batch_invariant: bool,
+    plan: StepPlan | None = None,
+) -> _Prepared:
+    """How a step with these rings, token widths and options runs."""
+    N, H, L, D = k_ring.shape
+    if batch_invariant:
+        plan = invariant_step_plan(H * D, H, L, dtype.itemsize)
+    options = (add_zero_attn, update, dot_precision(), plan)
+    return _prepare(N, H * D, kdim, vdim, H, L, q_ring.shape[1], dtype, *options)
+
+
+def _outputs(query: Tensor, ready: _Prepared) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for the output and for results that programs merge, and the counter that they use."""
+    out = query.new_empty(query.shape)
+    if not ready.groups:
+        return out, None, None
+    partial = torch.empty(ready.scratch, dtype=ready.acc, device=query.device)
+    return out, partial, counters(query, ready.groups)
+
+
 class _Prepared(NamedTuple):
     """All of a launch of `_ring_step_kernel` that does not change from step to step."""
 
     plan: StepPlan
+    precision: str
     grid: tuple[int, int, int]
     constants: tuple
     groups: int  # of programs that merge their results
@@ -531,6 +594,7 @@ def _prepare(
     merges = fused or plan.splits > 1
     return _Prepared(
         plan=plan,
+        precision=precision,
         grid=(programs, 1, 1),
         constants=constants,
         groups=(N if fused else N * H) if merges else 0,
