@@ -29,7 +29,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="by default a GPU")
     parser.add_argument("--out", type=Path, default=None, help="results folder")
     parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
-    parser.add_argument("--compile", action="store_true", help="also those under torch.compile")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also those under torch.compile; by default on a CPU, but for the quick size",
+    )
     parser.add_argument("--only", type=_names, default=(), help="implementations that start so")
     parser.add_argument("--budget", type=float, default=0.4, help="seconds for each and case")
     parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
@@ -61,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
     stamp = {"machine": about}
     records.append(folder, [{**row, **stamp} for row in ceilings.as_rows(found)])
-    peers = all_peers(device, options.compile)
+    compiled = device.type == "cpu" and options.size != "quick"
+    peers = all_peers(device, compiled if options.compile is None else options.compile)
     peers = [p for p in peers if not options.only or p.name.startswith(options.only)]
     bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget)
     for case in bar(cases, "case"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -53,6 +55,14 @@ class Peer:
     why_absent: Callable[[Case], str | None] = lambda case: None
     formulation: str = "kv"
     copies: float = 1.0
+
+
+def not_compiled(compiled: bool) -> str | None:
+    """Why nothing runs under ``torch.compile``; None if it does."""
+    if not compiled:
+        return "compiling is slow: asked for by --compile only"
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    return None if found else "torch.compile finds no C++ compiler"
 
 
 def missing(package: str) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..grid import Case
 from ..problem import Problem, split_heads
-from .base import Peer, Ready
+from .base import Peer, Ready, not_compiled
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -69,9 +69,7 @@ def _setup_flex(problem: Problem) -> Ready:
 
 
 def _flex_absent(device: torch.device, compiled: bool, case: Case) -> str | None:
-    if device.type != "cuda" and not compiled:
-        return "compiling is slow: asked for by --compile only"
-    return None
+    return not_compiled(compiled or device.type == "cuda")
 
 
 def peers(device: torch.device, compiled: bool) -> list[Peer]:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..grid import Case
 from ..problem import Problem
 from ..timing import capture, time_with_events
-from .base import Peer, Ready, missing
+from .base import Peer, Ready, missing, not_compiled
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 SDPA_BACKENDS = {
@@ -206,14 +206,14 @@ def peers(device: torch.device, compiled: bool) -> list[Peer]:
         Peer(f"ring + SDPA {name}", step, partial(_setup_sdpa, backend, False))
         for name, backend in backends.items()
     ]
-    no_compile = None if compiled else "compiling is slow: asked for by --compile only"
+    reason = not_compiled(compiled)
     return [
         *found,
         Peer(
             "ring + SDPA, torch.compile",
             step,
             partial(_setup_sdpa, None, True),
-            lambda c: no_compile,
+            lambda case: reason,
         ),
         Peer("graphed pipeline", step, _setup_pipeline, partial(_pipeline_absent, device)),
         Peer(
