@@ -20,9 +20,9 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
 
-# A million steps of each kind, and as many ticks of a pool.
+# A million steps of each kind, and as many ticks of a pool; says how fast, and how much memory grew.
 soak: $(VENV)/.dev
-	OMP_NUM_THREADS=1 CONTINUAL_MHA_SOAK_STEPS=1000000 $(PY) -m pytest --timeout 7200 tests/test_soak.py $(ARGS)
+	OMP_NUM_THREADS=1 CONTINUAL_MHA_SOAK_STEPS=1000000 $(PY) -m pytest --timeout 7200 -rP tests/test_soak.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -38,7 +38,7 @@ def soak(tick, least=5000):
 
 
 def resident():
-    """The most memory that the process has held, in MiB."""
+    """The most memory that the process has held so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -56,12 +56,16 @@ def assert_no_growth(tick):
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
+    print(f"{grown} bytes more after a thousand more")
     assert grown < 20_000, f"{grown} bytes more"
 
 
 def assert_as_fast_as_at_first(times):
     tenth = len(times) // 10
     first, last = (statistics.median(part) for part in (times[:tenth], times[-tenth:]))
+    print(
+        f"{len(times)} hundred in {sum(times):.0f} s: {1e4 * first:.1f} us each, then {1e4 * last:.1f}"
+    )
     assert last < 3 * first, f"{first:.4f} s, then {last:.4f} s for a hundred steps"
 
 
@@ -84,6 +88,7 @@ def test_steps_neither_drift_nor_grow_nor_slow_down(kind):
         tick()
     held = resident()
     times = soak(tick)
+    print(f"{resident() - held:.1f} MiB more held")
     assert resident() - held < 64
     assert_no_growth(tick)
     assert_as_fast_as_at_first(times)
@@ -113,6 +118,7 @@ def test_pool_neither_grows_nor_slows_down_as_streams_come_and_go():
         tick()
     held = resident()
     times = soak(tick, least=2000)
+    print(f"{resident() - held:.1f} MiB more held")
     assert resident() - held < 64
     assert_no_growth(tick)
     assert_as_fast_as_at_first(times)
