@@ -8,7 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <string>
 
 namespace continual_mha {
 
@@ -48,9 +51,55 @@ struct RingSizes {
 
 inline void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name,
-                  " has another dtype than the ring of queries");
+                  " has another dtype than the others");
   STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name,
-                  " is on another device than the ring of queries");
+                  " is on another device than the others");
+}
+
+// As Python writes it.
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream stream;
+  stream << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) stream << (i > 0 ? ", " : "") << tensor.size(i);
+  stream << ")";
+  return stream.str();
+}
+
+inline void check_shape(const Tensor& x, std::initializer_list<int64_t> sizes, const char* op,
+                        const char* name) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (const int64_t size : sizes) same = same && x.size(i++) == size;
+  if (same) return;
+  std::ostringstream expected;
+  for (const int64_t size : sizes) expected << size << ", ";
+  STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape_of(x), ", expected (", expected.str(),
+                  ")");
+}
+
+// The arguments of an attention over a shared tile: query (N, H, Ek), key (N, S, Ek), value
+// (N, S, Ev), a mask that broadcasts to (N, H, S), a sink (N, H).
+inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& value,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& sink,
+                         const char* op) {
+  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3, op,
+                  ": query must be (N, H, Ek), key (N, S, Ek) and value (N, S, Ev)");
+  const int64_t n = query.size(0);
+  const int64_t heads = query.size(1);
+  const int64_t slots = key.size(1);
+  check_like(key, query, op, "key");
+  check_like(value, query, op, "value");
+  check_shape(key, {n, slots, query.size(2)}, op, "key");
+  check_shape(value, {n, slots, value.size(2)}, op, "value");
+  for (const std::optional<Tensor>* x : {&mask, &sink}) {
+    STD_TORCH_CHECK(!*x || (*x)->device() == query.device(), op,
+                    ": mask or sink is on another device than the others");
+  }
+  STD_TORCH_CHECK(!mask || (mask->dim() == 3 && mask->size(2) == slots &&
+                            (mask->size(0) == 1 || mask->size(0) == n) &&
+                            (mask->size(1) == 1 || mask->size(1) == heads)),
+                  op, ": mask must be broadcastable to (N, H, S)");
+  if (sink) check_shape(*sink, {n, heads}, op, "sink");
 }
 
 inline void check_matrix(const std::optional<Tensor>& x, int64_t rows, int64_t columns,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -197,3 +198,22 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
     actual = OPS.cuda_attend_shared_backward(*grads, query, key, value, mask, sink, *actual)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "shape", "reason"),
+    [
+        (1, (2, 7, 5), "key has shape (2, 7, 5), expected (2, 7, 8, )"),
+        (2, (2, 6, 8), "value has shape (2, 6, 8)"),
+        (3, (2, 3, 6), "mask must be broadcastable"),
+        (4, (2, 4), "sink has shape (2, 4)"),
+    ],
+)
+def test_shared_attention_refuses_what_does_not_fit_together(
+    argument: int, shape: tuple[int, ...], reason: str
+) -> None:
+    use_device("sm_90")
+    args: list[Any] = [torch.zeros(2, 3, 8), torch.zeros(2, 7, 8), torch.zeros(2, 7, 8), None, None]
+    args[argument] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=re.escape(f"cuda_attend_shared: {reason}")):
+        OPS.cuda_attend_shared(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -449,3 +450,19 @@ def test_cases_that_are_not_covered_are_declined_with_a_reason() -> None:
     assert "dropout" in str(_native.why_not_cpu("ring_step_", *args[:-2], 0.5, True))
     assert "dtype" in str(_native.why_not_cpu("ring_step_", args[0].double(), *args[1:]))
     assert "attend_shared_backward" in str(_native.why_not_cpu("attend_shared_backward", *args))
+
+
+@pytest.mark.parametrize(
+    ("argument", "shape", "reason"),
+    [
+        (1, (2, 7, 5), "key has shape (2, 7, 5), expected (2, 7, 8, )"),
+        (2, (2, 6, 8), "value has shape (2, 6, 8)"),
+        (3, (2, 3, 6), "mask must be broadcastable"),
+        (4, (2, 4), "sink has shape (2, 4)"),
+    ],
+)
+def test_shared_attention_refuses_what_does_not_fit_together(argument, shape, reason):
+    args = [torch.zeros(2, 3, 8), torch.zeros(2, 7, 8), torch.zeros(2, 7, 8), None, None]
+    args[argument] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=re.escape(f"cpu_attend_shared: {reason}")):
+        torch.ops.continual_mha.cpu_attend_shared(*args)

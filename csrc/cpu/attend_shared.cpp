@@ -10,26 +10,6 @@ constexpr const char* kOp = "cpu_attend_shared";
 
 struct SharedTag {};
 
-void check_shared(const Tensor& query, const Tensor& key, const Tensor& value,
-                  const std::optional<Tensor>& mask, const std::optional<Tensor>& sink) {
-  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3, kOp,
-                  ": query must be (N, H, Ek), key (N, S, Ek) and value (N, S, Ev)");
-  STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
-                      key.size(2) == query.size(2) && key.size(1) == value.size(1),
-                  kOp, ": query, key and value do not fit together");
-  for (const Tensor* x : {&key, &value}) {
-    STD_TORCH_CHECK(x->scalar_type() == query.scalar_type() && x->is_cpu(), kOp,
-                    ": query, key and value must have one dtype and device");
-  }
-  STD_TORCH_CHECK(!mask || (mask->dim() == 3 && mask->size(2) == key.size(1) &&
-                            (mask->size(0) == 1 || mask->size(0) == query.size(0)) &&
-                            (mask->size(1) == 1 || mask->size(1) == query.size(1))),
-                  kOp, ": mask must be broadcastable to (N, H, S)");
-  STD_TORCH_CHECK(!sink || (sink->dim() == 2 && sink->size(0) == query.size(0) &&
-                            sink->size(1) == query.size(1)),
-                  kOp, ": sink must be (N, H)");
-}
-
 // A tile whose features are next to each other; slots and streams may lie anywhere.
 Tensor as_rows(const Tensor& x) { return x.stride(2) == 1 ? x : torch::stable::contiguous(x); }
 
@@ -54,7 +34,7 @@ AttendSharedParams params_of(const Tensor& query, const Tensor& key, const Tenso
 
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, Tensor value,
                                          std::optional<Tensor> mask, std::optional<Tensor> sink) {
-  check_shared(query, key, value, mask, sink);
+  check_shared(query, key, value, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   const Tensor queries = torch::stable::contiguous(query);

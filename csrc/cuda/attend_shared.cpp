@@ -32,35 +32,16 @@ AttendArgs contiguous_args(const char* op, const Tensor& query, const Tensor& ke
   return a;
 }
 
-void check_float_like(const Tensor& tensor, const char* name, const AttendArgs& a) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == a.query.get_device_index() &&
-                      (tensor.scalar_type() == ScalarType::Float ||
-                       tensor.scalar_type() == a.query.scalar_type()),
-                  name, " must be float32 or of the query's dtype, on its device");
-}
-
 void check_args(const AttendArgs& a) {
-  STD_TORCH_CHECK(a.query.dim() == 3 && a.key.dim() == 3 && a.value.dim() == 3, a.describe(),
-                  ": expected (N, H, Ek), (N, S, Ek) and (N, S, Ev)");
-  const int64_t N = a.query.size(0);
-  const int64_t H = a.query.size(1);
-  const int64_t S = a.key.size(1);
-  check_operand(a.query, "query", a.query, {N, H, a.query.size(2)});
-  check_operand(a.key, "key", a.query, {N, S, a.query.size(2)});
-  check_operand(a.value, "value", a.query, {N, S, a.value.size(2)});
-  STD_TORCH_CHECK(H > 0 && S > 0 && a.query.size(2) > 0 && a.value.size(2) > 0, a.describe(),
-                  ": no empty dimension but N");
-  if (a.mask) {
-    check_float_like(*a.mask, "mask", a);
-    STD_TORCH_CHECK(a.mask->dim() == 3 && (a.mask->size(0) == N || a.mask->size(0) == 1) &&
-                        (a.mask->size(1) == H || a.mask->size(1) == 1) && a.mask->size(2) == S,
-                    "mask has shape ", shape_of(*a.mask), ", expected (", N, " or 1, ", H,
-                    " or 1, ", S, ")");
+  check_shared(a.query, a.key, a.value, a.mask, a.sink, a.op);
+  for (const OptionalTensor* x : {&a.mask, &a.sink}) {
+    STD_TORCH_CHECK(!*x || (*x)->scalar_type() == ScalarType::Float ||
+                        (*x)->scalar_type() == a.query.scalar_type(),
+                    a.op, ": mask and sink must be float32 or of the query's dtype");
   }
-  if (a.sink) {
-    check_float_like(*a.sink, "sink", a);
-    check_shape(*a.sink, "sink", {N, H});
-  }
+  STD_TORCH_CHECK(
+      a.query.size(1) > 0 && a.key.size(1) > 0 && a.query.size(2) > 0 && a.value.size(2) > 0,
+      a.describe(), ": no empty dimension but N");
 }
 
 FloatLike float_like(const OptionalTensor& tensor) {
@@ -168,14 +149,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   grad_lse = as_contiguous(grad_lse);
   const int64_t N = query.size(0);
   const int64_t H = query.size(1);
-  check_operand(grad_out, "grad_out", query, {N, H, value.size(2)});
-  check_operand(out, "out", query, {N, H, value.size(2)});
-  for (const auto& [tensor, name] : {std::pair{grad_lse, "grad_lse"}, std::pair{lse, "lse"}}) {
-    check_shape(tensor, name, {N, H});
-    STD_TORCH_CHECK(
-        tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float,
-        name, " must be a contiguous float32 CUDA tensor");
+  for (const auto& [tensor, name] : {std::pair{grad_out, "grad_out"}, std::pair{out, "out"}}) {
+    check_like(tensor, query, a.op, name);
+    check_shape(tensor, {N, H, value.size(2)}, a.op, name);
   }
+  for (const auto& [tensor, name] : {std::pair{grad_lse, "grad_lse"}, std::pair{lse, "lse"}}) {
+    check_shape(tensor, {N, H}, a.op, name);
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.device() == query.device(),
+                    a.op, ": ", name, " must be float32 on the query's device");
+  }
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), a.op,
+                  ": out and lse must be contiguous");
   const auto gradient_of = [&query](const Tensor& tensor) {
     return torch::stable::new_empty(query, tensor.sizes());
   };

@@ -3,7 +3,6 @@
 #define CONTINUAL_MHA_CUDA_HOST_H_
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -23,43 +22,12 @@ std::string concat(const Args&... args) {
   return stream.str();
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream stream;
-  stream << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) stream << (i > 0 ? ", " : "") << tensor.size(i);
-  stream << ")";
-  return stream.str();
-}
-
 // `where` names the operator and the shapes of the call; it is built for a failure only.
 template <typename Where>
 void check_cuda(cudaError_t error, const char* call, Where where) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // a launch failure would otherwise be reported by the next call as well
   STD_TORCH_CHECK(false, where(), ": ", call, " failed: ", cudaGetErrorString(error));
-}
-
-inline void check_shape(const Tensor& tensor, const char* name,
-                        std::initializer_list<int64_t> sizes) {
-  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
-  for (const int64_t size : sizes) same = same && tensor.size(i++) == size;
-  if (same) return;
-  std::ostringstream expected;
-  for (const int64_t size : sizes) expected << size << ", ";
-  STD_TORCH_CHECK(false, name, " has shape ", shape_of(tensor), ", expected (", expected.str(),
-                  ")");
-}
-
-// Same device and dtype as `like`, contiguous, of the given shape.
-inline void check_operand(const Tensor& tensor, const char* name, const Tensor& like,
-                          std::initializer_list<int64_t> sizes) {
-  check_shape(tensor, name, sizes);
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-                  " is not on the query's device");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name,
-                  " has another dtype than the query");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
 }
 
 inline const void* data_or_null(const OptionalTensor& tensor) {

@@ -57,7 +57,7 @@ void check_covered(const StepArgs& a) {
   }
   STD_TORCH_CHECK(s.query_slots != 1, kOp, ": the ring of queries has delay + 1 slots, or none");
   if (a.active) {
-    check_shape(*a.active, "active", {s.streams});
+    check_shape(*a.active, {s.streams}, kOp, "active");
     STD_TORCH_CHECK(a.active->scalar_type() == ScalarType::Bool && a.active->is_contiguous() &&
                         a.active->device() == a.rings.k.device(),
                     kOp, ": active must be contiguous bool beside the rings");
