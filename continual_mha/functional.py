@@ -97,6 +97,8 @@ def steps(
     tokens: Tokens, state: State, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
+    if call.batch_invariant and not isinstance(state, RingState):
+        return _one_by_one(tokens, state, first, call)
     if isinstance(state, InputState | QuantizedInputState):
         return _input_steps(tokens[0], state, first, call)
     if call.differentiable:
@@ -126,6 +128,17 @@ def _input_steps(
         return out, after
     state.position.copy_(after.position)
     return out, state[:-1]
+
+
+def _one_by_one(
+    tokens: Tokens, state: State, first: int, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``steps`` as single steps, where no kernel serves many tokens without a library's product."""
+    goes_on: Any = state if call.update else ring.snapshot(state)
+    single = call._replace(update=True)
+    singles = zip(*(x.unbind(1) for x in tokens), strict=True)
+    outs = [step(one, goes_on, None, single)[0] for one in singles]
+    return torch.stack(outs, 1)[:, first:], state[:-1]
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Tensor:
