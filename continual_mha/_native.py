@@ -51,6 +51,8 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
         return f"no kernel for {query.dtype}"
     if name in _CPU_STEPS:
         return _why_not_step(name, query, args)
+    if name == "input_step_":
+        return _why_not_input_step(query, *args[1:])
     if name == "attend_shared":
         return _why_not_attend_shared(query, *args[1:])
     return f"no kernel for {name}"
@@ -128,6 +130,18 @@ def _why_not_step(name: str, query: Tensor, args: tuple[Any, ...]) -> str | None
     ring = args[_Q_RING] if quantised else args[_K_RING]
     if not query.dtype == ring.dtype == args[3].dtype:
         return "tokens, weights and rings differ in dtype"
+    return None
+
+
+def _why_not_input_step(query: Tensor, weight: Tensor, *args: Any) -> str | None:
+    x_ring, dropout_p, x_scale = args[5], args[11], args[13:] or (None,)
+    if dropout_p > 0.0:
+        return "dropout is not covered"
+    quantised = x_scale[0] is not None
+    if quantised and query.dtype == torch.float64:
+        return f"the ring is quantised, and the tokens {query.dtype}"
+    if not query.dtype == weight.dtype == (query if quantised else x_ring).dtype:
+        return "tokens, weights and ring differ in dtype"
     return None
 
 

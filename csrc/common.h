@@ -118,8 +118,30 @@ inline void check_vector(const std::optional<Tensor>& x, int64_t size, const Ten
                   " contiguous elements");
 }
 
+inline void check_codes(const Tensor& ring, const char* op) {
+  const ScalarType codes = ring.scalar_type();
+  STD_TORCH_CHECK(codes == ScalarType::Char || codes == ScalarType::Byte, op,
+                  ": a ring with scales must be int8 or uint8");
+}
+
+// A scale is (..., L, 1) beside a ring (..., L, D).
+inline void check_scale(const Tensor& scale, const Tensor& ring, const char* op) {
+  bool fits = scale.scalar_type() == ScalarType::Float && scale.device() == ring.device() &&
+              scale.is_contiguous() && scale.dim() == ring.dim() && scale.size(ring.dim() - 1) == 1;
+  for (int64_t i = 0; fits && i < ring.dim() - 1; ++i) fits = scale.size(i) == ring.size(i);
+  STD_TORCH_CHECK(fits, op, ": a scale must be as its ring, but fp32 and with one feature");
+}
+
+inline void check_position(const Tensor& position, int64_t streams, const Tensor& like,
+                           const char* op) {
+  STD_TORCH_CHECK(position.scalar_type() == ScalarType::Long &&
+                      position.device() == like.device() && position.dim() == 1 &&
+                      position.size(0) == streams && position.is_contiguous(),
+                  op, ": position must be (", streams, ",) int64 beside the rings, contiguous");
+}
+
 // Rings of codes have scales, and other rings the dtype of the ring of queries.
-inline void check_scales(const Rings& rings, const RingSizes& s, const char* op) {
+inline void check_scales(const Rings& rings, const char* op) {
   STD_TORCH_CHECK(rings.k_scale.has_value() == rings.v_scale.has_value(), op,
                   ": k_scale and v_scale come together");
   if (!rings.k_scale) {
@@ -127,21 +149,12 @@ inline void check_scales(const Rings& rings, const RingSizes& s, const char* op)
     check_like(rings.v, rings.q, op, "the ring of values");
     return;
   }
-  const ScalarType codes = rings.k.scalar_type();
-  STD_TORCH_CHECK(
-      (codes == ScalarType::Char || codes == ScalarType::Byte) && rings.v.scalar_type() == codes,
-      op, ": rings with scales are both int8 or both uint8");
-  for (const Tensor* x : {&rings.k, &rings.v, &*rings.k_scale, &*rings.v_scale}) {
-    STD_TORCH_CHECK(x->device() == rings.q.device(), op,
-                    ": a ring or a scale is on another device than the ring of queries");
-  }
-  for (const Tensor* x : {&*rings.k_scale, &*rings.v_scale}) {
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->dim() == 4 &&
-                        x->size(0) == s.streams && x->size(1) == s.num_heads &&
-                        x->size(2) == s.length && x->size(3) == 1,
-                    op, ": scales must be (", s.streams, ", ", s.num_heads, ", ", s.length,
-                    ", 1) fp32, contiguous");
-  }
+  check_codes(rings.k, op);
+  STD_TORCH_CHECK(rings.v.scalar_type() == rings.k.scalar_type() &&
+                      rings.k.device() == rings.q.device() && rings.v.device() == rings.q.device(),
+                  op, ": the rings differ in dtype or device");
+  check_scale(*rings.k_scale, rings.k, op);
+  check_scale(*rings.v_scale, rings.v, op);
 }
 
 // Sizes of the rings, which are contiguous and agree with each other.
@@ -150,21 +163,35 @@ inline RingSizes check_rings(const Rings& rings, const char* op) {
                   ": rings must be (N, H, L, D), (N, H, L, D) and (N, R, E)");
   const RingSizes s{rings.k.size(0), rings.k.size(1), rings.k.size(2), rings.k.size(3),
                     rings.q.size(1)};
-  check_scales(rings, s, op);
+  check_scales(rings, op);
   STD_TORCH_CHECK(s.num_heads > 0 && s.length > 0 && s.head_dim > 0, op, ": a ring has no slot");
   for (int64_t i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(rings.v.size(i) == rings.k.size(i), op, ": rings of keys and values differ");
   }
   STD_TORCH_CHECK(rings.q.size(0) == s.streams && rings.q.size(2) == s.embed_dim(), op,
                   ": the ring of queries must be (", s.streams, ", R, ", s.embed_dim(), ")");
-  STD_TORCH_CHECK(rings.position.scalar_type() == ScalarType::Long &&
-                      rings.position.device() == rings.q.device() && rings.position.dim() == 1 &&
-                      rings.position.size(0) == s.streams,
-                  op, ": position must be (", s.streams, ",) int64 beside the rings");
-  STD_TORCH_CHECK(rings.k.is_contiguous() && rings.v.is_contiguous() && rings.q.is_contiguous() &&
-                      rings.position.is_contiguous(),
-                  op, ": rings and position must be contiguous");
+  check_position(rings.position, s.streams, rings.q, op);
+  STD_TORCH_CHECK(rings.k.is_contiguous() && rings.v.is_contiguous() && rings.q.is_contiguous(), op,
+                  ": rings must be contiguous");
   return s;
+}
+
+// Weights agree with the sizes E, Ek and Ev and with each other.
+inline void check_weights(const Weights& w, int64_t e, int64_t ek, int64_t ev, const Tensor& like,
+                          const char* op) {
+  const bool packed = !w.k_proj_weight.has_value();
+  STD_TORCH_CHECK(packed == !w.v_proj_weight.has_value(), op,
+                  ": k_proj_weight and v_proj_weight come together");
+  STD_TORCH_CHECK(w.bias_k.has_value() == w.bias_v.has_value(), op,
+                  ": bias_k and bias_v come together");
+  check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, like, op, "in_proj_weight");
+  check_matrix(w.k_proj_weight, e, ek, like, op, "k_proj_weight");
+  check_matrix(w.v_proj_weight, e, ev, like, op, "v_proj_weight");
+  check_matrix(w.out_proj_weight, e, e, like, op, "out_proj_weight");
+  check_vector(w.in_proj_bias, 3 * e, like, op, "in_proj_bias");
+  check_vector(w.out_proj_bias, e, like, op, "out_proj_bias");
+  check_vector(w.bias_k, e, like, op, "bias_k");
+  check_vector(w.bias_v, e, like, op, "bias_v");
 }
 
 // Tokens (N, E*) or (N, T, E*) and weights agree with the rings and with each other.
@@ -180,21 +207,10 @@ inline void check_tokens(const Tensor& query, const Tensor& key, const Tensor& v
   }
   const bool packed = !w.k_proj_weight.has_value();
   const int64_t e = s.embed_dim();
-  STD_TORCH_CHECK(packed == !w.v_proj_weight.has_value(), op,
-                  ": k_proj_weight and v_proj_weight come together");
-  STD_TORCH_CHECK(w.bias_k.has_value() == w.bias_v.has_value(), op,
-                  ": bias_k and bias_v come together");
   STD_TORCH_CHECK(query.size(last) == e, op, ": query must have ", e, " features");
   STD_TORCH_CHECK(!packed || (key.size(last) == e && value.size(last) == e), op,
                   ": key and value must have ", e, " features");
-  check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, rings.q, op, "in_proj_weight");
-  check_matrix(w.k_proj_weight, e, key.size(last), rings.q, op, "k_proj_weight");
-  check_matrix(w.v_proj_weight, e, value.size(last), rings.q, op, "v_proj_weight");
-  check_matrix(w.out_proj_weight, e, e, rings.q, op, "out_proj_weight");
-  check_vector(w.in_proj_bias, 3 * e, rings.q, op, "in_proj_bias");
-  check_vector(w.out_proj_bias, e, rings.q, op, "out_proj_bias");
-  check_vector(w.bias_k, e, rings.q, op, "bias_k");
-  check_vector(w.bias_v, e, rings.q, op, "bias_v");
+  check_weights(w, e, key.size(last), value.size(last), rings.q, op);
 }
 
 }  // namespace continual_mha

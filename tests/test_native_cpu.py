@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles import assert_as_exact_as_torch
 from torch import Tensor
 
-from continual_mha import _native, ops, reference
+from continual_mha import _native, inputs, ops, reference
 from continual_mha.quantized import LARGEST, STORED_AS, QuantizedRing
 
 pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_native.load("cpu")))
@@ -316,6 +316,144 @@ def test_token_that_is_not_finite_is_answered_with_nan_until_it_leaves(
         assert out[1:].isnan().all() if held else out[1:].isfinite().all()
 
 
+def input_step(
+    function: Any,
+    case: Case,
+    ring: Tensor,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    active: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Output, and the parts of the state after one token with a delay of ``query_slots``."""
+    drawn = draw(case)
+    query, weights = drawn["tokens"][0], [cast(w, dtype) for w in drawn["weights"]]
+    parts = [ring.to(dtype)] if cache_dtype is None else quantised(ring, cache_dtype)
+    x, *scale = (part.clone() for part in parts)
+    state = [x, drawn["rings"][3].clone()]
+    options = (active, case.zero, 0.0, case.update, *scale)
+    sizes = (case.heads, case.query_slots)
+    out = function(query.to(dtype), weights[0], *weights[3:], *state, *sizes, *options)
+    return out, [*state, *scale]
+
+
+def assert_input_step_equals_reference(
+    case: Case, cache_dtype: torch.dtype | None = None, active: Tensor | None = None
+) -> None:
+    """Output as exact as plain PyTorch, the state bit for bit; no slot is read before its time."""
+    native, plain = torch.ops.continual_mha.cpu_input_step_, inputs.input_step_
+    ring = torch.randn(case.streams, case.length, case.embed).to(case.dtype)
+    blank = torch.arange(case.length) >= draw(case)["rings"][3][:, None]
+    ring[blank] = 0
+    rest = (cache_dtype, active)
+    out, state = input_step(native, case, ring, case.dtype, *rest)
+    exact, _ = input_step(plain, case, ring, torch.float64, *rest)
+    expected, expected_state = input_step(plain, case, ring, case.dtype, *rest)
+    assert_as_exact_as_torch(out, exact, expected)
+    for part, expected_part in zip(state, expected_state, strict=True):
+        assert torch.equal(part, expected_part)
+    ring[blank] = math.nan
+    assert torch.equal(input_step(native, case, ring, case.dtype, *rest)[0], out)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *STORED_AS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SHAPES,
+        Case(streams=2, embed=16, length=64),
+        Case(streams=2, embed=20, heads=4, length=200),
+    ],
+)
+def test_input_step_is_as_exact_as_torch_in_every_shape(
+    case: Case, dtype: torch.dtype, cache_dtype: torch.dtype | None, isa: str
+) -> None:
+    if dtype == torch.float64 and cache_dtype is not None:
+        return  # plain PyTorch serves it
+    assert_input_step_equals_reference(case._replace(dtype=dtype), cache_dtype)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *STORED_AS], ids=str)
+@given(
+    query_slots=st.integers(0, 4),
+    bias=st.booleans(),
+    extra=st.booleans(),
+    zero=st.booleans(),
+    update=st.booleans(),
+    position=st.sampled_from([None, 0, 2, 4, 2**31 - 1]),
+)
+def test_input_step_is_as_exact_as_torch_with_every_option(
+    cache_dtype: torch.dtype | None, **options: Any
+) -> None:
+    active = torch.tensor([True, False, True])
+    assert_input_step_equals_reference(Case(**options), cache_dtype, active)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_an_input_step_depend_on_the_stream_alone(isa: str, dtype: torch.dtype) -> None:
+    case = Case(streams=11, embed=84, heads=7, length=70, position=80, extra=True, dtype=dtype)
+    drawn, ring = draw(case), torch.randn(11, 70, 84).to(dtype)
+    weights = [drawn["weights"][0], *drawn["weights"][3:]]
+    native = torch.ops.continual_mha.cpu_input_step_
+
+    def run(n: slice, tokens: Tensor) -> Tensor:
+        position = drawn["rings"][3][n].clone()
+        out: Tensor = native(
+            tokens[n], *weights, ring[n].clone(), position, 7, 0, None, True, 0.0, True
+        )
+        return out
+
+    tokens = drawn["tokens"][0]
+    together = run(slice(0, 11), tokens)
+    for begin, end in ((0, 1), (0, 2), (4, 7), (5, 11)):
+        assert torch.equal(run(slice(begin, end), tokens), together[begin:end])
+    strided = tokens.t().contiguous().t()
+    assert torch.equal(run(slice(0, 11), strided), together)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *STORED_AS], ids=str)
+def test_an_input_that_is_not_finite_reaches_its_stream_until_it_leaves(
+    cache_dtype: torch.dtype | None, isa: str
+) -> None:
+    case = Case(streams=3, embed=34, heads=2, length=4, position=4)
+    weights = [draw(case)["weights"][0], *draw(case)["weights"][3:]]
+    ring, position = torch.randn(3, 4, 34), torch.full((3,), 4)
+    x, *scale = (ring,) if cache_dtype is None else quantised(ring, cache_dtype)
+    native = torch.ops.continual_mha.cpu_input_step_
+    for t in range(9):
+        token = torch.randn(3, 34)
+        if t == 2:
+            token[1] = math.inf
+            token[2, 0] = math.nan
+        out = native(token, *weights, x, position, 2, 0, None, False, 0.0, True, *scale)
+        held = 2 <= t < 2 + case.length
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().all() if held else out[1:].isfinite().all()
+
+
+def test_wrong_arguments_of_an_input_step_are_refused() -> None:
+    case = Case()
+    good, ring = draw(case)["tokens"][0], torch.randn(3, 5, 12)
+    weights = [draw(case)["weights"][0], *draw(case)["weights"][3:]]
+    native = torch.ops.continual_mha.cpu_input_step_
+
+    def run(token: Tensor, x: Tensor, heads: int, delay: int, *scale: Tensor) -> None:
+        position = torch.zeros(3, dtype=torch.int64)
+        native(token, *weights, x, position, heads, delay, None, False, 0.0, True, *scale)
+
+    run(good, ring, 2, 0)
+    for wrong, message in (
+        ((good[:, :-1], ring, 2, 0), "tokens must be"),
+        ((good, ring, 5, 0), "do not make 5 heads"),
+        ((good, ring, 2, 5), "delay must be"),
+        ((good, ring.double(), 2, 0), "another dtype"),
+        ((good, ring, 2, 0, torch.ones(3, 5, 1)), "int8 or uint8"),
+        ((good, ring.to(torch.int8), 2, 0, torch.ones(3, 5)), "a scale must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(*wrong)
+
+
 def test_paused_streams_answer_but_do_not_advance(isa: str) -> None:
     active = torch.tensor([True, False, True, False, False])
     assert_equals_reference(Case(streams=5, query_slots=2), active)
@@ -449,6 +587,13 @@ def test_cases_that_are_not_covered_are_declined_with_a_reason() -> None:
     assert _native.why_not_cpu("ring_step_", *args) is None
     assert "dropout" in str(_native.why_not_cpu("ring_step_", *args[:-2], 0.5, True))
     assert "dtype" in str(_native.why_not_cpu("ring_step_", args[0].double(), *args[1:]))
+    query, position = draw(case)["tokens"][0], torch.zeros(3, dtype=torch.int64)
+    weights = [drawn["weights"][0], *drawn["weights"][3:]]
+    given_ = [query, *weights, torch.zeros(3, 5, 12), position, 2, 0, None, False]
+    assert _native.why_not_cpu("input_step_", *given_, 0.0, True) is None
+    assert "dropout" in str(_native.why_not_cpu("input_step_", *given_, 0.5, True))
+    given_[0] = query.double()
+    assert "dtype" in str(_native.why_not_cpu("input_step_", *given_, 0.0, True))
     assert "attend_shared_backward" in str(_native.why_not_cpu("attend_shared_backward", *args))
 
 

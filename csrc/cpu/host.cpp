@@ -8,55 +8,28 @@ namespace {
 struct InputTag {};
 struct ProjectedTag {};
 
-// Tokens as a projection reads them.
-struct Tokens {
-  const void* data;  // (count, features) acc
-  int64_t stride;
-  int64_t count;
-  int64_t features;
-};
-
-Tokens tokens_of(const Tensor& x, DType dtype) {
-  const int64_t count = x.size(0);
-  const int64_t features = x.size(1);
-  const bool as_acc = dtype == DType::kFloat32 || dtype == DType::kFloat64;
-  if (as_acc && x.stride(1) == 1) return {x.const_data_ptr(), x.stride(0), count, features};
-  void* buffer = scratch<InputTag>(count * features * acc_size(dtype));
-  const void* src = x.const_data_ptr();
-  const int64_t stream_stride = x.stride(0);
-  const int64_t feature_stride = x.stride(1);
-  parallel(count, features, [&](int64_t begin, int64_t end) {
-    kernels(dtype).gather(src, stream_stride, feature_stride, features, buffer, begin, end);
-  });
-  return {buffer, features, count, features};
-}
-
-// The operator of that name costs a microsecond even where there is nothing to do.
-Tensor contiguous_rows(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
 // `weight` and `bias` are the rows' own; `out` has `out_stride` elements from token to token.
+ProjectParams project_params(const Tokens& x, const void* weight, const void* bias, void* out,
+                             int64_t out_stride, int64_t rows) {
+  return {x.data, weight, bias, out, x.stride, out_stride, x.count, rows, x.features};
+}
+
+template <class Project>
+void in_blocks(const ProjectParams& p, const Project& project) {
+  const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  parallel(blocks, kRowBlock * p.in_features * p.streams,
+           [&](int64_t begin, int64_t end) { project(p, begin, end); });
+}
+
 void project(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
              int64_t out_stride, int64_t rows) {
-  const ProjectParams params{x.data,     weight,  bias, out,       x.stride,
-                             out_stride, x.count, rows, x.features};
-  const Kernels& table = kernels(dtype);
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  parallel(blocks, kRowBlock * x.features * x.count,
-           [&](int64_t begin, int64_t end) { table.project(params, begin, end); });
+  in_blocks(project_params(x, weight, bias, out, out_stride, rows), kernels(dtype).project);
 }
 
 void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
   const Tensor weight = contiguous_rows(w.out_proj_weight);
   project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
           out.mutable_data_ptr(), attended.features, attended.features);
-}
-
-// The rows of query, key and value in the packed weight or bias.
-const void* third(const void* packed, int64_t i, int64_t elements, DType dtype) {
-  if (packed == nullptr) return nullptr;
-  return static_cast<const char*>(packed) + i * elements * element_size(dtype);
 }
 
 std::optional<Tensor> third(const std::optional<Tensor>& packed, int64_t i, int64_t rows) {
@@ -108,10 +81,46 @@ DType dtype_of(const Tensor& x, const char* op) {
   }
 }
 
-RingDType ring_dtype_of(const Rings& rings, DType dtype, const char* op) {
-  if (!rings.k_scale) return RingDType::kAsTokens;
+RingDType ring_dtype_of(const Tensor& ring, const std::optional<Tensor>& scale, DType dtype,
+                        const char* op) {
+  if (!scale) return RingDType::kAsTokens;
   STD_TORCH_CHECK(dtype != DType::kFloat64, op, ": no kernel reads codes of 8 bits for float64");
-  return rings.k.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
+  return ring.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
+}
+
+void check_active(const std::optional<Tensor>& active, int64_t streams, const char* op) {
+  if (!active.has_value()) return;
+  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->dim() == 1 &&
+                      active->size(0) == streams && active->is_cpu(),
+                  op, ": active must be (", streams, ",) bool beside the rings");
+}
+
+void advance_positions(const Tensor& position, const std::optional<Tensor>& active) {
+  int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
+  const bool* runs =
+      active.has_value() ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
+  const int64_t stride = active.has_value() ? active->stride(0) : 0;
+  for (int64_t n = 0; n < position.size(0); ++n) to[n] += runs == nullptr || runs[n * stride];
+}
+
+Tokens tokens_of(const Tensor& x, DType dtype) {
+  const int64_t count = x.size(0);
+  const int64_t features = x.size(1);
+  const bool as_acc = dtype == DType::kFloat32 || dtype == DType::kFloat64;
+  if (as_acc && x.stride(1) == 1) return {x.const_data_ptr(), x.stride(0), count, features};
+  void* buffer = scratch<InputTag>(count * features * acc_size(dtype));
+  const void* src = x.const_data_ptr();
+  const int64_t stream_stride = x.stride(0);
+  const int64_t feature_stride = x.stride(1);
+  parallel(count, features, [&](int64_t begin, int64_t end) {
+    kernels(dtype).gather(src, stream_stride, feature_stride, features, buffer, begin, end);
+  });
+  return {buffer, features, count, features};
+}
+
+void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
+                    int64_t rows) {
+  in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
 }
 
 bool same_tokens(const Tensor& a, const Tensor& b) {

@@ -39,8 +39,15 @@ void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
 // The DType of a tensor that a kernel exists for; an error for others.
 DType dtype_of(const Tensor& x, const char* op);
 
-// What the rings of keys and values hold; an error where no kernel reads it.
-RingDType ring_dtype_of(const Rings& rings, DType dtype, const char* op);
+// What a ring holds beside tokens of `dtype`; an error where no kernel reads it.
+RingDType ring_dtype_of(const Tensor& ring, const std::optional<Tensor>& scale, DType dtype,
+                        const char* op);
+
+// `active` is (streams,) bool, or nothing.
+void check_active(const std::optional<Tensor>& active, int64_t streams, const char* op);
+
+// One token more for the streams that are active.
+void advance_positions(const Tensor& position, const std::optional<Tensor>& active);
 
 inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 inline int64_t element_size(DType dtype) {
@@ -55,6 +62,32 @@ struct Projected {
   int64_t stride;                   // from one token to the next
   std::optional<Tensor> owners[3];  // the memory, where a matrix multiplication made it
 };
+
+// Tokens as a projection reads them.
+struct Tokens {
+  const void* data;  // (count, features) acc
+  int64_t stride;
+  int64_t count;
+  int64_t features;
+};
+
+// (count, features) of any strides. Valid until the thread's next call.
+Tokens tokens_of(const Tensor& x, DType dtype);
+
+// The operator of that name costs a microsecond even where there is nothing to do.
+inline Tensor contiguous_rows(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// The rows of query, key and value in the packed weight or bias; null for null.
+inline const void* third(const void* packed, int64_t i, int64_t elements, DType dtype) {
+  if (packed == nullptr) return nullptr;
+  return static_cast<const char*>(packed) + i * elements * element_size(dtype);
+}
+
+// out = x weight^T + bias as acc, (count, rows).
+void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
+                    int64_t rows);
 
 // Whether both name the same memory in the same way: one projection then serves both.
 bool same_tokens(const Tensor& a, const Tensor& b);

@@ -20,7 +20,7 @@ struct ProjectParams {
   const void* x;       // (streams, in_features) acc
   const void* weight;  // (rows, in_features), contiguous
   const void* bias;    // (rows,), or null
-  void* out;           // (streams, rows)
+  void* out;           // (streams, rows), DType or acc
   int64_t x_stride;    // elements from one stream to the next
   int64_t out_stride;
   int64_t streams;
@@ -78,6 +78,34 @@ struct RingStepsParams {
   bool add_zero_attn;
 };
 
+// One token of every stream against its ring of inputs.
+struct InputStepParams {
+  const void* token;  // (N, E), any strides
+  void* x_ring;       // (N, L, E)
+  float* x_scale;     // (N, L), or null where the ring holds no codes
+  const int64_t* position;
+  const void* k_weight;  // (E, E), contiguous
+  const void* v_weight;
+  const void* k_bias;  // (E,), or null
+  const void* v_bias;
+  const void* bias_k;  // the same, of add_bias_kv
+  const void* bias_v;
+  void* q;      // (N, E) acc, projected
+  void* moved;  // (N, H, E) acc: the queries times W_k, then the weighted sums of inputs
+  void* extra;  // (N, H, 2) acc, or null where no slot is added: the scores of the bias's slot and
+                // of that of zeros, then the weights of the bias's slot and of the ring
+  void* out;    // (N, E) acc
+  int64_t token_stride;
+  int64_t feature_stride;
+  int64_t streams;
+  int64_t num_heads;
+  int64_t embed_dim;
+  int64_t length;
+  int64_t delay;
+  int64_t group_heads;  // heads of one task
+  bool add_zero_attn;
+};
+
 // A query per head against one key and value tile per stream.
 struct AttendSharedParams {
   const void* query;  // (N, H, Ek)
@@ -111,10 +139,20 @@ struct Kernels {
   void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
                  void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
+  void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
   // By RingDType; null for codes where DType is kFloat64.
   int64_t (*ring_step_scratch[kNumRingDTypes])(const RingStepParams&);  // bytes
   void (*ring_step[kNumRingDTypes])(const RingStepParams&, void* scratch, int64_t begin,
                                     int64_t end);
+  void (*put_input[kNumRingDTypes])(const InputStepParams&, void* scratch, int64_t begin,
+                                    int64_t end);
+  void (*asked_input[kNumRingDTypes])(const InputStepParams&, void* asked, int64_t begin,
+                                      int64_t end);
+  void (*move_queries)(const InputStepParams&, int64_t begin, int64_t end);
+  int64_t (*input_step_scratch)(const InputStepParams&);
+  void (*mix_inputs[kNumRingDTypes])(const InputStepParams&, void* scratch, int64_t begin,
+                                     int64_t end);
+  void (*project_mixed)(const InputStepParams&, int64_t begin, int64_t end);
   int64_t (*ring_steps_scratch)(const RingStepsParams&);
   void (*ring_steps)(const RingStepsParams&, void* scratch, int64_t begin, int64_t end);
   int64_t (*attend_shared_scratch)(const AttendSharedParams&);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend_shared_kernel.h"
+#include "input_step_kernel.h"
 #include "kernels.h"
 #include "project_kernel.h"
 #include "ring_step_kernel.h"
@@ -14,7 +15,8 @@ template <class S>
 constexpr Kernels table_of() {
   Kernels table{};
   table.gather = gather<S>;
-  table.project = project<S>;
+  table.project = project<S, S>;
+  table.project_to_acc = project<S, typename AccOf<S>::type>;
   table.ring_step_scratch[0] = ring_step_scratch<S, S>;
   table.ring_step[0] = ring_step<S, S>;
   if constexpr (sizeof(S) < 8) {
@@ -22,7 +24,19 @@ constexpr Kernels table_of() {
     table.ring_step[1] = ring_step<S, Int8>;
     table.ring_step_scratch[2] = ring_step_scratch<S, E4M3>;
     table.ring_step[2] = ring_step<S, E4M3>;
+    table.put_input[1] = put_input<S, Int8>;
+    table.put_input[2] = put_input<S, E4M3>;
+    table.asked_input[1] = asked_input<S, Int8>;
+    table.asked_input[2] = asked_input<S, E4M3>;
+    table.mix_inputs[1] = mix_inputs<S, Int8>;
+    table.mix_inputs[2] = mix_inputs<S, E4M3>;
   }
+  table.put_input[0] = put_input<S, S>;
+  table.asked_input[0] = asked_input<S, S>;
+  table.move_queries = move_queries<S>;
+  table.input_step_scratch = input_step_scratch<S>;
+  table.mix_inputs[0] = mix_inputs<S, S>;
+  table.project_mixed = project_mixed<S>;
   table.ring_steps_scratch = ring_steps_scratch<S>;
   table.ring_steps = ring_steps<S>;
   table.attend_shared_scratch = attend_shared_scratch<S>;

@@ -19,14 +19,14 @@ void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int6
 }
 
 // kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
-template <class S, int kCount, int kC>
+template <class S, class O, int kCount, int kC>
 CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stretch,
                               int64_t stream) {
   using A = typename AccOf<S>::type;
   const S* weight = static_cast<const S*>(p.weight) + row * p.in_features;
   const A* x = static_cast<const A*>(p.x) + stream * p.x_stride;
   const S* bias = static_cast<const S*>(p.bias);
-  S* out = static_cast<S*>(p.out) + stream * p.out_stride;
+  O* out = static_cast<O*>(p.out) + stream * p.out_stride;
   A sums[kRows * kC];
   if constexpr (kCount == kRows) {
     dot_rows_tile<kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
@@ -44,18 +44,18 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
 
 // Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while all
 // streams pass by, so that weights are read from memory once per call.
-template <class S>
+template <class S, class O>
 void project(const ProjectParams& p, int64_t begin, int64_t end) {
   const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
     constexpr int kCount = decltype(tag)::value;
     int64_t groups = (p.streams + kMaxColumns - 1) / kMaxColumns;
     for (int64_t n = 0; n < p.streams; --groups) {
       const int64_t count = (p.streams - n + groups - 1) / groups;  // as even as can be
-      if (count == 5) project_tile<S, kCount, kMaxColumns>(p, row, stretch, n);
-      if (count == 4) project_tile<S, kCount, 4>(p, row, stretch, n);
-      if (count == 3) project_tile<S, kCount, 3>(p, row, stretch, n);
-      if (count == 2) project_tile<S, kCount, 2>(p, row, stretch, n);
-      if (count == 1) project_tile<S, kCount, 1>(p, row, stretch, n);
+      if (count == 5) project_tile<S, O, kCount, kMaxColumns>(p, row, stretch, n);
+      if (count == 4) project_tile<S, O, kCount, 4>(p, row, stretch, n);
+      if (count == 3) project_tile<S, O, kCount, 3>(p, row, stretch, n);
+      if (count == 2) project_tile<S, O, kCount, 2>(p, row, stretch, n);
+      if (count == 1) project_tile<S, O, kCount, 1>(p, row, stretch, n);
       n += count;
     }
   };

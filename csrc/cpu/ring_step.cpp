@@ -44,21 +44,6 @@ void attend(const RingStepParams& p, DType dtype, int ring_dtype) {
   });
 }
 
-void advance_positions(const Tensor& position, const std::optional<Tensor>& active) {
-  int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
-  const bool* runs =
-      active.has_value() ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
-  const int64_t stride = active.has_value() ? active->stride(0) : 0;
-  for (int64_t n = 0; n < position.size(0); ++n) to[n] += runs == nullptr || runs[n * stride];
-}
-
-void check_active(const std::optional<Tensor>& active, const RingSizes& s) {
-  if (!active.has_value()) return;
-  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->dim() == 1 &&
-                      active->size(0) == s.streams && active->is_cpu(),
-                  kOp, ": active must be (", s.streams, ",) bool beside the rings");
-}
-
 }  // namespace
 
 Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
@@ -76,9 +61,9 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   STD_TORCH_CHECK(query.dim() == 2, kOp, ": tokens must be (N, E)");
   const RingSizes s = check_rings(rings, kOp);
   check_tokens(query, key, value, w, rings, s, kOp);
-  check_active(active, s);
+  check_active(active, s.streams, kOp);
   const DType dtype = dtype_of(q_ring, kOp);
-  const int ring_dtype = static_cast<int>(ring_dtype_of(rings, dtype, kOp));
+  const int ring_dtype = static_cast<int>(ring_dtype_of(k_ring, k_scale, dtype, kOp));
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
 

@@ -1,0 +1,320 @@
+// One token of every stream against its ring of inputs; docs/formulations.md has the mathematics.
+#pragma once
+
+#include <type_traits>
+
+#include "codes.h"
+#include "kernels.h"
+#include "project_kernel.h"
+#include "scratch.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+// out[q][0..kVecs) += sum over rows l of p[q][l] * row l; with kTail, `tail` columns of one vector.
+// Every sum is made in the order of the rows, whatever kQ and kVecs are. `ahead`, if not 0, is the
+// distance to what is read after these rows.
+template <int kQ, int kVecs, bool kTail, class S, class A>
+CMHA_TILE void mix_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
+                        int64_t count, int64_t tail, int64_t ahead, A* out, int64_t out_stride) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  Vec acc[kQ][kVecs] = {};
+  for (int64_t l = 0; l < count; ++l) {
+    const S* row = rows + l * row_stride;
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j) {
+      if (!kTail && ahead != 0 && j * kLanes * sizeof(S) % 64 == 0) {
+        __builtin_prefetch(row + j * kLanes + ahead, 0, 2);
+      }
+      const Vec v = kTail ? load_partial(row, tail) : load(row + j * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQ; ++q) acc[q][j] += p[q * p_stride + l] * v;
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < kQ; ++q) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j) {
+      A* to = out + q * out_stride + j * kLanes;
+      if constexpr (kTail) {
+        store_partial<A>(to, load_partial(to, tail) + acc[q][j], tail);
+      } else {
+        store<A>(to, load(to) + acc[q][j]);
+      }
+    }
+  }
+}
+
+// The same for any number of columns.
+template <int kQ, class S, class A>
+CMHA_INLINE void mix_rows(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
+                          int64_t count, int64_t columns, int64_t ahead, A* out,
+                          int64_t out_stride) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  constexpr int kVecs = kTileVectors / (kQ == 3 ? 4 : kQ);
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= columns; d += kVecs * kLanes) {
+    mix_tile<kQ, kVecs, false>(p, p_stride, rows + d, row_stride, count, 0, ahead, out + d,
+                               out_stride);
+  }
+  for (; d + kLanes <= columns; d += kLanes) {
+    mix_tile<kQ, 1, false>(p, p_stride, rows + d, row_stride, count, 0, ahead, out + d, out_stride);
+  }
+  if (d < columns) {
+    mix_tile<kQ, 1, true>(p, p_stride, rows + d, row_stride, count, columns - d, 0, out + d,
+                          out_stride);
+  }
+}
+
+// f(i, Int<c>) for groups of c <= 4 that make up [begin, end).
+template <class F>
+CMHA_INLINE void by_fours(int64_t begin, int64_t end, const F& f) {
+  for (; begin + 4 <= end; begin += 4) f(begin, Int<4>{});
+  if (end - begin == 3) f(begin, Int<3>{});
+  if (end - begin == 2) f(begin, Int<2>{});
+  if (end - begin == 1) f(begin, Int<1>{});
+}
+
+// A row of a ring as acc.
+template <class R, class A>
+CMHA_INLINE void read_row(const R* row, const float* scale, int64_t count, A* to) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  const A factor = [&] {
+    if constexpr (kIsCode<R>) return unit_scale<R>(*scale);
+    return A(1);
+  }();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store<A>(to + i, kIsCode<R> ? load(row + i) * factor : load(row + i));
+  }
+  if (i < count) store_partial<A>(to + i, load_partial(row + i, count - i) * factor, count - i);
+}
+
+template <class R>
+CMHA_INLINE R* input_row(const InputStepParams& p, int64_t n, int64_t slot) {
+  return static_cast<R*>(p.x_ring) + (n * p.length + slot) * p.embed_dim;
+}
+
+CMHA_INLINE float* input_scale(const InputStepParams& p, int64_t n, int64_t slot) {
+  return p.x_scale == nullptr ? nullptr : p.x_scale + n * p.length + slot;
+}
+
+// Tasks are streams: writes the token into its slot, and with a delay reads the one that asks.
+template <class S, class R>
+void put_input(const InputStepParams& p, void* memory, int64_t begin, int64_t end) {
+  S* packed = static_cast<S*>(memory);  // (E,)
+  for (int64_t n = begin; n < end; ++n) {
+    const S* token = static_cast<const S*>(p.token) + n * p.token_stride;
+    if (p.feature_stride != 1) {
+      for (int64_t i = 0; i < p.embed_dim; ++i) packed[i] = token[i * p.feature_stride];
+      token = packed;
+    }
+    const int64_t slot = p.position[n] % p.length;
+    R* row = input_row<R>(p, n, slot);
+    if constexpr (kIsCode<R>) {
+      *input_scale(p, n, slot) = quantize(token, p.embed_dim, row);
+    } else {
+      memcpy(row, token, static_cast<size_t>(p.embed_dim) * sizeof(S));
+    }
+  }
+}
+
+// Tasks are streams: the token `delay` before the newest, as acc, or zeros where there is none.
+template <class S, class R>
+void asked_input(const InputStepParams& p, void* asked, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  for (int64_t n = begin; n < end; ++n) {
+    A* to = static_cast<A*>(asked) + n * p.embed_dim;
+    const int64_t at = p.position[n] - p.delay;
+    if (at < 0) {
+      for (int64_t i = 0; i < p.embed_dim; ++i) to[i] = 0;
+    } else {
+      const int64_t slot = at % p.length;
+      read_row(input_row<R>(p, n, slot), input_scale(p, n, slot), p.embed_dim, to);
+    }
+  }
+}
+
+// Tasks are heads: scales the queries, scores the extra slots with them, and moves W_k to them.
+template <class S>
+void move_queries(const InputStepParams& p, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  const int64_t e = p.embed_dim;
+  const int64_t head_dim = e / p.num_heads;
+  const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(head_dim)));
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t column = head * head_dim;
+    const S* weight = static_cast<const S*>(p.k_weight) + column * e;
+    A* q = static_cast<A*>(p.q) + column;
+    A* moved = static_cast<A*>(p.moved) + head * e;
+    for (int64_t n = 0; n < p.streams; ++n) {
+      for (int64_t d = 0; d < head_dim; ++d) q[n * e + d] *= scale;
+      for (int64_t i = 0; i < e; ++i) moved[n * p.num_heads * e + i] = 0;
+      if (p.extra == nullptr) continue;
+      // A slot of the ring lacks q . b_k, which these have not.
+      A on_key_bias = 0;
+      A on_bias_slot = 0;
+      for (int64_t d = 0; d < head_dim; ++d) {
+        const A x = q[n * e + d];
+        if (p.k_bias != nullptr)
+          on_key_bias += x * widen(static_cast<const S*>(p.k_bias)[column + d]);
+        if (p.bias_k != nullptr)
+          on_bias_slot += x * widen(static_cast<const S*>(p.bias_k)[column + d]);
+      }
+      A* extra = static_cast<A*>(p.extra) + (n * p.num_heads + head) * 2;
+      extra[0] = p.bias_k == nullptr ? kMinusInfinity<A> : on_bias_slot - on_key_bias;
+      extra[1] = p.add_zero_attn ? -on_key_bias : kMinusInfinity<A>;
+    }
+    by_fours(0, p.streams, [&](int64_t n, auto tag) __attribute__((always_inline)) {
+      mix_rows<decltype(tag)::value>(q + n * e, e, weight, e, head_dim, e, 0,
+                                     moved + n * p.num_heads * e, p.num_heads * e);
+    });
+  }
+}
+
+constexpr int64_t kTileSlots = 64;  // rows of a ring that stay in the second-level cache together
+
+template <class S>
+struct InputStepScratch {
+  using A = typename AccOf<S>::type;
+  A* tile;    // (kTileSlots, E) of a ring that does not hold acc
+  A* mixed;   // (H, E)
+  A* scores;  // (kHeadBlock, kTileSlots)
+  A* most;    // (H,) the largest score so far
+  A* sum;     // (H,) the softmax's denominator so far
+
+  InputStepScratch(const InputStepParams& p, Arena& arena) {
+    tile = arena.take<A>(kTileSlots * p.embed_dim);
+    mixed = arena.take<A>(p.num_heads * p.embed_dim);
+    scores = arena.take<A>(kHeadBlock * kTileSlots);
+    most = arena.take<A>(p.num_heads);
+    sum = arena.take<A>(p.num_heads);
+  }
+};
+
+template <class S>
+int64_t input_step_scratch(const InputStepParams& p) {
+  Arena arena(nullptr);
+  InputStepScratch<S>(p, arena);
+  return arena.used();
+}
+
+template <class A>
+CMHA_INLINE A exp_of(A x) {
+  return static_cast<A>(__builtin_exp(static_cast<double>(x)));
+}
+
+// kC heads from `head` on take in `count` rows, x (count, E).
+template <int kC, class S, class A>
+CMHA_INLINE void mix_heads(const InputStepParams& p, const InputStepScratch<S>& scratch,
+                           const A* moved, const A* x, int64_t count, int64_t ahead, int64_t head) {
+  const int64_t e = p.embed_dim;
+  dot_rows<kC>(x, e, 0, count, moved + head * e, e, e,
+               [&](int64_t l, int c, A sum)
+                   __attribute__((always_inline)) { scratch.scores[c * kTileSlots + l] = sum; });
+  for (int c = 0; c < kC; ++c) {
+    A& most = scratch.most[head + c];
+    const auto now = softmax_numerators(scratch.scores + c * kTileSlots, count, most);
+    const A shrunk = exp_of(most - now.max);
+    scratch.sum[head + c] = scratch.sum[head + c] * shrunk + now.sum;
+    if (!(now.max == most)) {
+      A* mixed = scratch.mixed + (head + c) * e;
+      for (int64_t i = 0; i < e; ++i) mixed[i] *= shrunk;
+    }
+    most = now.max;
+  }
+  mix_rows<kC>(scratch.scores, kTileSlots, x, e, count, e, ahead, scratch.mixed + head * e, e);
+}
+
+// Tasks are (stream, group of heads). A tile of the ring is read once for all of them: scored,
+// and while it is still in a cache near by mixed, with a softmax that goes on from tile to tile.
+// The result takes the place of the moved queries.
+template <class S, class R>
+void mix_inputs(const InputStepParams& p, void* memory, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  Arena arena(memory);
+  const InputStepScratch<S> scratch(p, arena);
+  const int64_t e = p.embed_dim;
+  const int64_t groups = (p.num_heads + p.group_heads - 1) / p.group_heads;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / groups;
+    const int64_t first = task % groups * p.group_heads;
+    const int64_t last = min_of(first + p.group_heads, p.num_heads);
+    A* moved = static_cast<A*>(p.moved) + n * p.num_heads * e;
+    A* extra = p.extra == nullptr ? nullptr : static_cast<A*>(p.extra) + n * p.num_heads * 2;
+    for (int64_t i = first * e; i < last * e; ++i) scratch.mixed[i] = 0;
+    for (int64_t head = first; head < last; ++head) {
+      scratch.most[head] =
+          extra == nullptr ? kMinusInfinity<A> : max_of(extra[2 * head], extra[2 * head + 1]);
+      scratch.sum[head] = 0;
+    }
+    const int64_t slots = min_of(p.position[n] + 1, p.length);
+    for (int64_t slot = 0; slot < slots; slot += kTileSlots) {
+      const int64_t count = min_of(kTileSlots, slots - slot);
+      const R* rows = input_row<R>(p, n, slot);
+      const A* x = scratch.tile;
+      if constexpr (std::is_same_v<R, A>) {
+        x = rows;
+      } else {
+        for (int64_t l = 0; l < count; ++l) {
+          read_row(rows + l * e, input_scale(p, n, slot + l), e, scratch.tile + l * e);
+        }
+      }
+      const int64_t ahead = std::is_same_v<R, A> ? count * e : 0;
+      by_fours(first, last, [&](int64_t head, auto tag) __attribute__((always_inline)) {
+        mix_heads<decltype(tag)::value>(p, scratch, moved, x, count, head == first ? ahead : 0,
+                                        head);
+      });
+    }
+    for (int64_t head = first; head < last; ++head) {
+      A sum = scratch.sum[head];
+      if (extra != nullptr) {
+        A* slot =
+            extra + 2 * head;  // from scores to the weights of the bias's slot and of the ring
+        const A bias = exp_of(slot[0] - scratch.most[head]);
+        const A all = sum + bias + exp_of(slot[1] - scratch.most[head]);
+        slot[0] = bias / all;
+        slot[1] = sum / all;
+        sum = all;
+      }
+      const A factor = 1 / sum;
+      for (int64_t i = head * e; i < (head + 1) * e; ++i) moved[i] = scratch.mixed[i] * factor;
+    }
+  }
+}
+
+// Tasks are heads: W_v on what was mixed, and the biases.
+template <class S>
+void project_mixed(const InputStepParams& p, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  const int64_t e = p.embed_dim;
+  const int64_t head_dim = e / p.num_heads;
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t column = head * head_dim;
+    const S* bias = p.v_bias == nullptr ? nullptr : static_cast<const S*>(p.v_bias) + column;
+    const ProjectParams params{static_cast<A*>(p.moved) + head * e,
+                               static_cast<const S*>(p.v_weight) + column * e,
+                               p.extra == nullptr ? bias : nullptr,
+                               static_cast<A*>(p.out) + column,
+                               p.num_heads * e,
+                               e,
+                               p.streams,
+                               head_dim,
+                               e};
+    project<S, A>(params, 0, (head_dim + kRowBlock - 1) / kRowBlock);
+    if (p.extra == nullptr) continue;
+    for (int64_t n = 0; n < p.streams; ++n) {
+      const A* share = static_cast<const A*>(p.extra) + (n * p.num_heads + head) * 2;
+      A* out = static_cast<A*>(p.out) + n * e + column;
+      for (int64_t d = 0; d < head_dim; ++d) {
+        if (bias != nullptr) out[d] += share[1] * widen(bias[d]);
+        if (p.bias_v != nullptr)
+          out[d] += share[0] * widen(static_cast<const S*>(p.bias_v)[column + d]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu
