@@ -483,8 +483,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 f"steps with cache_dtype={self.cache_dtype} have no gradient; call them under "
                 "torch.no_grad() or torch.inference_mode()"
             )
-        if self.batch_invariant:
-            checks.check_batch_invariant(state, differentiable)
+        if differentiable and self.batch_invariant:
+            raise RuntimeError(
+                "steps with batch_invariant=True have no gradient; call them under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
         call = functional.StepCall(
             self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
         )

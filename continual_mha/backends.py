@@ -22,10 +22,18 @@ from .precision import autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
-# Matrix products by a library, or a division of the work by the number of streams.
-_ROUNDS_BY_BATCH = ("cuda", "torch")
-_NOWHERE = slice(0, 0)
-_BATCH_INVARIANT = dict.fromkeys(("ring_step_", "ring_steps_"), slice(21, 22))  # of the arguments
+# Where among an operator's arguments `batch_invariant` is, and who has none but products of a
+# library, or divides the work by the number of streams.
+_BATCH_INVARIANT = {
+    "ring_step_": slice(21, 22),
+    "ring_steps_": slice(21, 22),
+    "input_step_": slice(16, 17),
+}
+_ROUNDS_BY_BATCH = {
+    "triton": ("input_step_",),
+    "cuda": tuple(_BATCH_INVARIANT),
+    "torch": tuple(_BATCH_INVARIANT),
+}
 
 
 def _read_environment() -> str | None:
@@ -120,7 +128,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
-    if backend in _ROUNDS_BY_BATCH and any(args[_BATCH_INVARIANT.get(name, _NOWHERE)]):
+    rounds_by_batch = name in _ROUNDS_BY_BATCH.get(backend, ())
+    if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
 

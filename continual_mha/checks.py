@@ -63,21 +63,6 @@ def check_arguments(
         raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
 
 
-def check_batch_invariant(state: State, differentiable: bool) -> None:
-    """Check that there are kernels for steps whose bits do not depend on the number of streams.
-
-    Raises:
-        RuntimeError: there are none.
-    """
-    if differentiable:
-        raise RuntimeError(
-            "steps with batch_invariant=True have no gradient; call them under "
-            "torch.no_grad() or torch.inference_mode()"
-        )
-    if isinstance(state, ring.INPUT_STATES):
-        raise RuntimeError("batch_invariant=True needs formulation='kv'")
-
-
 def check_tokens(
     module: SingleOutputMultiheadAttention, tokens: Sequence[Tensor], layout: str, feature_axis: int
 ) -> None:

@@ -177,7 +177,10 @@ def _operands_of(
         return (*tokens, *call.weights, *rings), rest
     packed, _, _, bias, *others = call.weights
     kept = (state.x, state.position, call.layout.num_heads, call.layout.delay)
-    rest += (state.x_scale,) if isinstance(state, QuantizedInputState) else ()
+    if isinstance(state, QuantizedInputState):
+        rest += (state.x_scale, call.batch_invariant)
+    elif call.batch_invariant:
+        rest += (None, True)
     return (tokens[0], packed, bias, *others, *kept), rest
 
 

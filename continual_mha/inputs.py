@@ -152,7 +152,7 @@ def input_step_(query: Tensor, *args: Any) -> Tensor:
     in_proj_weight, in_proj_bias, *others = args[:6]
     weights = Weights(in_proj_weight, None, None, in_proj_bias, *others)
     x_ring, position, num_heads, delay, active, add_zero_attn, dropout_p, update = args[6:14]
-    (x_scale,) = args[14:] or (None,)
+    (x_scale,) = args[14:15] or (None,)
     inputs = Inputs(x_ring if x_scale is None else QuantizedRing(x_ring, x_scale), position)
     saved = None if update else slots_of_next_tokens(tensors([inputs.x]), position, 1)
     out, new = input_step(

@@ -41,13 +41,13 @@ _INPUT_ARGS = (
     "Tensor? bias_k, Tensor? bias_v, Tensor(a!) x_ring, Tensor(b!) position, "
     "int num_heads, int delay, "
 )
-_INPUT_SCALE = "Tensor(c!)? x_scale=None"
+_INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
 
 SCHEMAS = {
     "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
     "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
-    "input_step_": f"({_INPUT_ARGS} Tensor? active, {_STEP_OPTIONS}, {_INPUT_SCALE}) -> Tensor",
+    "input_step_": f"({_INPUT_ARGS} Tensor? active, {_STEP_OPTIONS}, {_INPUT_MORE}) -> Tensor",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
     "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -260,6 +260,11 @@ BATCH_INVARIANT = {
     "kv_wide": {"formulation": "kv", "embed_dim": 272, "num_heads": 2},
     "kv_bfloat16": {"formulation": "kv", "dtype": torch.bfloat16},
     "kv_int8": {"formulation": "kv", "cache_dtype": torch.int8},
+    "input": {"formulation": "input", "add_bias_kv": True},
+    "input_delayed": {"formulation": "input", "query_index": 1},
+    "input_wide": {"formulation": "input", "embed_dim": 272, "num_heads": 16},
+    "input_bfloat16": {"formulation": "input", "dtype": torch.bfloat16},
+    "input_int8": {"formulation": "input", "cache_dtype": torch.int8},
 }
 
 
@@ -291,7 +296,7 @@ def test_batch_invariant_streams_keep_their_bits_in_any_batch_and_slot(kind, at_
         assert_equals_window(expected[None, LENGTH - 1 :], module, x[2:3])
 
 
-@pytest.mark.parametrize("formulation", ["auto", "kv"])
+@pytest.mark.parametrize("formulation", ["auto", "kv", "input"])
 def test_batch_invariant_steps_are_refused_where_nothing_can_do_them(formulation):
     module = build(batch_invariant=True, formulation=formulation)
     x = draw_tokens(module, 2, 3)[0]

@@ -149,8 +149,8 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, std::optional<Tensor> in_
                   Tensor out_proj_weight, std::optional<Tensor> out_proj_bias,
                   std::optional<Tensor> bias_k, std::optional<Tensor> bias_v, Tensor x_ring,
                   Tensor position, int64_t num_heads, int64_t delay, std::optional<Tensor> active,
-                  bool add_zero_attn, double dropout_p, bool update,
-                  std::optional<Tensor> x_scale) {
+                  bool add_zero_attn, double dropout_p, bool update, std::optional<Tensor> x_scale,
+                  bool /* batch_invariant: it always is */) {
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
   const Arguments a{query,
                     {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
