@@ -81,8 +81,6 @@ def cuda_graph():
 @pytest.mark.parametrize("arguments", [{}, {"query_index": 1}], ids=["newest", "delayed"])
 @pytest.mark.parametrize("formulation", ["kv", "input"])
 def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, arguments, kernels):
-    if kernels == "cpu" and formulation == "input":
-        pytest.skip("is not one operator there")
     module, other = modules(formulation, **arguments)
     x = draw_tokens(module, 3, 3 * LENGTH + 2)[0]
     graphed = co.GraphedStep(module, x[:, 0])
