@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def step(
         before, after = _operands_of(tokens, state, call)
         return _run(_name(state), (*before, active, *after)), state[:-1]
     if isinstance(state, RingState | QuantizedRingState):
-        return reference.ring_step(*tokens, call.weights, _rings(state), active, *call.options)
+        return _differentiable_step(tokens, _rings(state), active, call)
     sizes = (call.layout.num_heads, call.layout.delay)
     return inputs.input_step(
         tokens[0], call.weights, _inputs(state), *sizes, active, *call.options, mixing=_mix
@@ -102,7 +103,9 @@ def steps(
     if isinstance(state, InputState | QuantizedInputState):
         return _input_steps(tokens[0], state, first, call)
     if call.differentiable:
-        return reference.ring_steps(*tokens, call.weights, _rings(state), first, *call.options)
+        return reference.ring_steps(
+            *tokens, call.weights, _rings(state), first, *call.options, attending=_attend_window
+        )
     before, after = _operands_of(tokens, state, call)
     return _run("ring_steps_", (*before, first, *after)), state[:-1]
 
@@ -115,8 +118,8 @@ def _input_steps(
 
     def attend(asked: Tensor, seen: Tensor, rings: Rings) -> Tensor:
         if call.differentiable:
-            found = reference.ring_steps(asked, seen, seen, call.weights, rings, *options, put=None)
-            return found[0]
+            given = (asked, seen, seen, call.weights, rings, *options)
+            return reference.ring_steps(*given, put=None, attending=_attend_window)[0]
         return _run("ring_steps_", (asked, seen, seen, *call.weights, *rings, *options, False))
 
     put = reference.put if call.differentiable else reference.put_
@@ -139,6 +142,46 @@ def _one_by_one(
     singles = zip(*(x.unbind(1) for x in tokens), strict=True)
     outs = [step(one, goes_on, None, single)[0] for one in singles]
     return torch.stack(outs, 1)[:, first:], state[:-1]
+
+
+def _differentiable_step(
+    tokens: Tokens, rings: Rings, active: Tensor | None, call: StepCall
+) -> tuple[Tensor, Rings]:
+    """``step`` to rings of its own: a clip of one token where Triton attends to clips."""
+    if backends.order(tokens[0].device.type)[0] != "triton":
+        return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
+    query, key, value = (x.unsqueeze(1) for x in tokens)
+    if is_shared(tokens):  # keep it one tensor for those who ask
+        key = value = query
+    out, after = reference.ring_steps(
+        query, key, value, call.weights, rings, 0, *call.options, attending=_attend_window
+    )
+    if active is not None:
+        after = after._replace(position=rings.position + active.to(torch.int64))
+    return out.squeeze(1), after
+
+
+def _attend_window(
+    clip: Tokens,
+    rings: Rings,
+    weights: Weights,
+    first: int,
+    add_zero_attn: bool,
+    dropout_p: float,
+) -> Tensor:
+    """``reference.attend_in_blocks`` by the fused operator where it serves."""
+    heads = rings.k.shape[1:4:2]
+    q, k, v = (x.unflatten(-1, heads) for x in clip)
+    given = (q, k, v, *rings[:2], rings.position)
+    fused = backends.order(q.device.type)[0] == "triton" and not autocast_dtype(q.device.type)
+    if not fused or not _triton_covers("attend_window", *given):
+        return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
+    extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
+    seed = dropout_seed(dropout_p, q.device)
+    attend = torch.ops.continual_mha.attend_window
+    out, lse = attend(*given, _sink(extra), seed, first, dropout_p)
+    on_extra = _weights_of_extra(extra, lse, dropout_p)
+    return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Tensor:

@@ -201,19 +201,19 @@ def attend_clip(
     else:
         found = _attend_projected(q, key, value, weights, options, mask, need_weights)
     heads, on_extra, attn = found
-    heads = _with_bias_slot(heads, on_extra, weights)
+    heads = with_bias_slot(heads, on_extra, weights)
     out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
     return out, attn
 
 
-def _with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> Tensor:
+def with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> Tensor:
     """Heads' outputs ``(..., H, D)`` with the share of the slot that ``add_bias_kv`` adds."""
     if on_extra is None or weights.bias_v is None:
         return heads
     return heads + on_extra[..., :1].to(heads.dtype) * weights.bias_v.view(heads.shape[-2:])
 
 
-def _extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
+def extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
     """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
 
     The queries ``(..., H, D)`` are scaled already.
@@ -258,7 +258,7 @@ def _attend_projected(
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask
-    extra = _extra_scores(q, weights, options.add_zero_attn)
+    extra = extra_scores(q, weights, options.add_zero_attn)
     attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
     heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
@@ -284,7 +284,7 @@ def _attend_inputs(
     """
     num_heads = q.shape[1]
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
-    extra = _extra_scores(q, weights, options.add_zero_attn)
+    extra = extra_scores(q, weights, options.add_zero_attn)
     if extra is not None and b_k is not None:
         extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
     moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))

@@ -3,7 +3,8 @@
 ``Library.define`` and ``impl`` rather than ``custom_op``: a step is bound by the cost of its
 launch, and the former adds about 2 µs to a call where the latter adds 16. Operators that end in an
 underscore write to the arguments marked ``!`` and are for inference: a schema that mutates cannot
-have a formula for its gradient. Those of steps come from ``reference.py`` and ``inputs.py``.
+have a formula for its gradient. Those of steps come from ``attend_window``, which writes nothing,
+or from ``reference.py`` and ``inputs.py``.
 
 With ``k_scale`` and ``v_scale``, ``(N, H, L, 1)`` in fp32, the rings of keys and values are those
 of ``quantized.py``: int8, or uint8 for the bits of e4m3; so is that of inputs with ``x_scale``,
@@ -43,6 +44,10 @@ _INPUT_ARGS = (
 )
 _INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
+_WINDOW_ARGS = (
+    "Tensor query, Tensor key, Tensor value, Tensor k_ring, Tensor v_ring, Tensor position, "
+    "Tensor? sink, Tensor? seed"
+)
 
 SCHEMAS = {
     "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
@@ -56,6 +61,10 @@ SCHEMAS = {
     "attend_shared_full_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, "
     f"Tensor? grad_average, {_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, "
     "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_window": f"({_WINDOW_ARGS}, SymInt first, float dropout_p) -> (Tensor, Tensor)",
+    "attend_window_backward": f"(Tensor grad_out, Tensor? grad_lse, {_WINDOW_ARGS}, Tensor out, "
+    "Tensor lse, SymInt first, float dropout_p, bool rings) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -140,6 +149,46 @@ def _fake_attend_shared_full_backward(
     return _fake_attend_shared_backward(grad_out, lse, query, key, value, mask, sink, out, lse)
 
 
+def _fake_attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    N, T, H, D = query.shape
+    out = query.new_empty((N, T - first, H, D))
+    return out, query.new_empty((N, T - first, H), dtype=wide(query.dtype))
+
+
+def _fake_attend_window_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    first: int,
+    dropout_p: float,
+    rings: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = (query.new_empty(query.shape) for _ in range(3))
+    d_k_ring, d_v_ring = (query.new_empty(k_ring.shape if rings else 0) for _ in range(2))
+    d_sink = lse.new_empty(0 if sink is None else lse.shape)
+    return d_query, d_key, d_value, d_k_ring, d_v_ring, d_sink
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_step,
     "ring_steps_": _fake_ring_steps_,
@@ -148,6 +197,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attend_shared_backward": _fake_attend_shared_backward,
     "attend_shared_full": _fake_attend_shared_full,
     "attend_shared_full_backward": _fake_attend_shared_full_backward,
+    "attend_window": _fake_attend_window,
+    "attend_window_backward": _fake_attend_window_backward,
 }
 
 
@@ -196,9 +247,33 @@ def _differentiate_attend_shared_full(
     return d_query, d_key, d_value, None, d_sink, None, None, None
 
 
+def _save_for_attend_window(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, ctx.first, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # only extra slots ask for the second result
+
+
+def _differentiate_attend_window(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    sink, out = saved[6], saved[8]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    rings = any(ctx.needs_input_grad[3:5])
+    *grads, d_k_ring, d_v_ring, d_sink = torch.ops.continual_mha.attend_window_backward(
+        grad_out, grad_lse, *saved, ctx.first, ctx.dropout_p, rings
+    )
+    of_rings = (d_k_ring, d_v_ring) if rings else (None, None)
+    d_sink = None if sink is None else d_sink.to(sink.dtype)
+    return *grads, *of_rings, None, d_sink, None, None, None
+
+
 _DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "attend_shared": (_differentiate_attend_shared, _save_for_attend_shared),
     "attend_shared_full": (_differentiate_attend_shared_full, _save_for_attend_shared_full),
+    "attend_window": (_differentiate_attend_window, _save_for_attend_window),
 }
 
 

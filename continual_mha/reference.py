@@ -20,6 +20,7 @@ from .precision import wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 
 _QUERY_BLOCK = 128
+Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
 Put = Callable[[Any, Tensor, Tensor], Any]  # ring, slots and tokens to a ring
 
 
@@ -107,11 +108,7 @@ def attend(
     add_zero_attn: bool,
     dropout_p: float,
 ) -> Tensor:
-    """Scaled dot-product attention over several groups of slots, and the output projection.
-
-    Returns:
-        ``(N, T, E)``.
-    """
+    """Scaled dot-product attention over groups of slots: the heads' outputs ``(N, T, E)``."""
     q = q / math.sqrt(q.shape[-1])
     scores = [_scores(q, group) for group in slots]
     if weights.bias_k is not None:
@@ -124,8 +121,7 @@ def attend(
     out = sum(_weighted_values(p, group) for p, group in zip(parts, slots, strict=False))
     if weights.bias_v is not None:
         out = out + parts[len(slots)] * split_heads(weights.bias_v, q.shape[1]).to(q.dtype)
-    merged = out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
-    return F.linear(merged, weights.out_proj_weight, weights.out_proj_bias)
+    return out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
 
 
 def _scores(q: Tensor, group: _Slots) -> Tensor:
@@ -211,6 +207,7 @@ def ring_step(
     due, q_ring = _delayed_queries(q, rings, put)
     slots = _Slots(k_ring, v_ring, filled(rings.position, sequence_len))
     out = attend(split_heads(due, num_heads), [slots], weights, add_zero_attn, dropout_p)
+    out = F.linear(out, weights.out_proj_weight, weights.out_proj_bias)
     step = 1 if active is None else active.to(torch.int64)
     return out.squeeze(1), Rings(k_ring, v_ring, q_ring, rings.position + step)
 
@@ -225,33 +222,55 @@ def ring_steps(
     add_zero_attn: bool = False,
     dropout_p: float = 0.0,
     put: Put | None = put,
+    attending: Attending | None = None,
 ) -> tuple[Tensor, Rings]:
     """Outputs ``(N, T - first, E)`` for tokens ``first ..`` of ``(N, T, E*)``, and the rings.
 
-    Each block of queries attends to the ring as it lies, as far as its tokens are still in the
-    window, and to a band of the clip. ``put=None`` leaves the rings as they are.
+    ``put=None`` leaves the rings as they are; ``attending`` stands in for ``attend_in_blocks``.
     """
     num_heads, sequence_len = rings.k.shape[1:3]
     q, k, v = project(query, key, value, weights)
     due, q_ring = _delayed_queries(q, rings, put)
-    clip_q, clip_k, clip_v = (split_heads(x, num_heads) for x in (due, k, v))
-    seen_k, seen_v = as_kept(rings.k, clip_k), as_kept(rings.v, clip_v)
-    outs = [clip_q.new_zeros((query.shape[0], 0, rings.k.shape[1] * rings.k.shape[3]))]
-    for start in range(first, query.shape[1], _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, query.shape[1])
+    out = (attending or attend_in_blocks)(
+        (due, k, v), rings, weights, first, add_zero_attn, dropout_p
+    )
+    out = F.linear(out, weights.out_proj_weight, weights.out_proj_bias)
+    if put is None:
+        return out, rings
+    slot = last_positions(rings.position, query.shape[1], sequence_len) % sequence_len
+    k_ring, v_ring = (
+        put(ring, slot, split_heads(x[:, -slot.shape[1] :], num_heads))
+        for ring, x in ((rings.k, k), (rings.v, v))
+    )
+    return out, Rings(k_ring, v_ring, q_ring, rings.position + query.shape[1])
+
+
+def attend_in_blocks(
+    clip: tuple[Tensor, Tensor, Tensor],
+    rings: Rings,
+    weights: Weights,
+    first: int,
+    add_zero_attn: bool,
+    dropout_p: float,
+) -> Tensor:
+    """Heads' outputs ``(N, T - first, E)`` for a clip of projected tokens ``(N, T, E)``.
+
+    Each block of queries attends to the ring as it lies, as far as its tokens are still in the
+    window, and to a band of the clip.
+    """
+    num_heads, sequence_len = rings.k.shape[1:3]
+    q, k, v = (split_heads(x, num_heads) for x in clip)
+    seen_k, seen_v = as_kept(rings.k, k), as_kept(rings.v, v)
+    outs = [clip[0].new_zeros((*clip[0].shape[:1], 0, clip[0].shape[2]))]
+    for start in range(first, q.shape[2], _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, q.shape[2])
         slots = [_band(seen_k, seen_v, start, end, sequence_len)]
         if start < sequence_len - 1:
             slots.append(
                 _Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len))
             )
-        outs.append(attend(clip_q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
-    out = outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
-    if put is None:
-        return out, rings
-    slot = last_positions(rings.position, query.shape[1], sequence_len) % sequence_len
-    k_ring = put(rings.k, slot, clip_k[:, :, -slot.shape[1] :])
-    v_ring = put(rings.v, slot, clip_v[:, :, -slot.shape[1] :])
-    return out, Rings(k_ring, v_ring, q_ring, rings.position + query.shape[1])
+        outs.append(attend(q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
+    return outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
 
 
 def _rings(args: tuple[Any, ...]) -> Rings:
@@ -348,6 +367,144 @@ def _in_window(position: Tensor, start: int, end: int, sequence_len: int) -> Ten
     held = (last - (last - slots) % sequence_len)[:, None]  # position of the token in each slot
     queries = position[:, None, None] + torch.arange(start, end, device=position.device)[:, None]
     return ((held >= 0) & (held > queries - sequence_len))[:, None]
+
+
+class _Window(NamedTuple):
+    """All tokens of ring and clip, ``S = L + T`` of them, and who of the queries sees which.
+
+    A token that nobody sees may hold anything, NaN included, and is made zero.
+    """
+
+    q: Tensor  # (N, H, T - first, D), scaled
+    k: Tensor  # (N, H, S, D)
+    v: Tensor  # (N, H, S, D)
+    visible: Tensor  # (N, 1, T - first, S), bool
+    number: Tensor  # (N, 1, 1, S), by which dropout knows a token: L is the first of the clip
+
+    def weights(self, lse: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention weights ``(N, H, T - first, S)`` and the logarithm of their denominator."""
+        scores = torch.matmul(self.q, self.k.transpose(-1, -2))
+        scores = scores.to(wide(scores.dtype)).masked_fill(~self.visible, -math.inf)
+        if lse is None:
+            lse = torch.logsumexp(scores, dim=-1)
+            lse = lse if sink is None else torch.logaddexp(lse, sink.to(lse.dtype))
+        return torch.exp(scores - lse.unsqueeze(-1)), lse
+
+    def dropout(self, attn: Tensor, seed: Tensor, first: int, dropout_p: float) -> Tensor:
+        """What dropout multiplies the weights with."""
+        streams, heads, rows = (torch.arange(n, device=attn.device) for n in attn.shape[:3])
+        counters = (self.number, streams[:, None, None, None], heads[:, None, None])
+        return keep_scale(seed, *counters, rows[:, None] + first, dropout_p).to(attn.dtype)
+
+
+def _window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    first: int,
+) -> _Window:
+    steps, length = key.shape[1], k_ring.shape[2]
+    slots, clip = torch.arange(length, device=key.device), torch.arange(steps, device=key.device)
+    in_ring = -1 - (position[:, None] - 1 - slots) % length
+    token = torch.cat([in_ring, clip.expand(len(position), -1)], dim=1)[:, None]  # (N, 1, S)
+    asking = clip[first:, None]
+    seen = (token <= asking) & (token > asking - length) & (token >= -position[:, None, None])
+    unseen = ~seen.any(1)[:, None, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (query[:, first:], key, value))
+    k, v = (torch.cat([r.to(x.dtype), x], dim=2) for r, x in ((k_ring, k), (v_ring, v)))
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    number = (token + length)[:, None]
+    return _Window(q / math.sqrt(q.shape[-1]), k, v, seen[:, None], number)
+
+
+def attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Operator ``attend_window``: each query sees the last ``L`` tokens of ring and clip.
+
+    Args:
+        query: ``(N, T, H, D)``; those before ``first`` are not asked.
+        key: ``(N, T, H, D)``, of the clip.
+        value: ``(N, T, H, D)``.
+        k_ring: ``(N, H, L, D)``, the keys before the clip.
+        v_ring: ``(N, H, L, D)``.
+        position: ``(N,)``, tokens that were seen before the clip.
+        sink: ``(N, T - first, H)``, a score that has no value, or None.
+        seed: ``(1,)`` int64, decides which weights are dropped; None to drop none.
+        first: the first query that is answered.
+        dropout_p: the share that is dropped.
+
+    Returns:
+        ``(N, T - first, H, D)``, and the logarithm of the softmax's denominator
+        ``(N, T - first, H)`` in at least fp32.
+    """
+    window = _window(query, key, value, k_ring, v_ring, position, first)
+    attn, lse = window.weights(None, None if sink is None else sink.transpose(1, 2))
+    if seed is not None:
+        attn = attn * window.dropout(attn, seed, first, dropout_p)
+    out = torch.matmul(attn.to(query.dtype), window.v)
+    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def attend_window_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    first: int,
+    dropout_p: float,
+    rings: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Operator ``attend_window_backward``: gradients of query, key, value, both rings and sink.
+
+    None stands for a gradient of zeros; without ``rings`` theirs are not computed.
+    """
+    window = _window(query, key, value, k_ring, v_ring, position, first)
+    attn, _ = window.weights(lse.transpose(1, 2), None)
+    grad_out = grad_out.transpose(1, 2)
+    grad_attn = torch.matmul(grad_out, window.v.transpose(-1, -2)).to(attn.dtype)
+    # what every score, the sink's included, loses to the normalisation
+    shared = -(grad_out.to(attn.dtype) * out.transpose(1, 2).to(attn.dtype)).sum(-1)
+    shared = shared if grad_lse is None else shared + grad_lse.transpose(1, 2)
+    applied = attn
+    if seed is not None:
+        scale = window.dropout(attn, seed, first, dropout_p)
+        applied, grad_attn = attn * scale, grad_attn * scale
+    grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
+    d_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    asked = torch.matmul(grad_scores, window.k) / math.sqrt(query.shape[-1])
+    d_query[:, first:] = asked.transpose(1, 2)
+    d_k = torch.matmul(grad_scores.transpose(-1, -2), window.q)
+    d_v = torch.matmul(applied.to(query.dtype).transpose(-1, -2), grad_out)
+    length = k_ring.shape[2]
+    d_key, d_value = (x[:, :, length:].transpose(1, 2).contiguous() for x in (d_k, d_v))
+    d_k_ring, d_v_ring = (
+        x[:, :, :length].contiguous() if rings else x.new_empty(0) for x in (d_k, d_v)
+    )
+    d_sink = lse.new_empty(0)
+    if sink is not None:
+        d_sink = torch.exp(sink.to(lse.dtype) - lse) * shared.transpose(1, 2)
+    return d_query, d_key, d_value, d_k_ring, d_v_ring, d_sink
 
 
 def attend_shared(

@@ -85,6 +85,28 @@ def test_backward_of_full_shared_attention_passes_torchs_own_checks(dropout):
     opcheck(torch.ops.continual_mha.attend_shared_full_backward.default, arguments)
 
 
+def window_operands(extra):
+    """Arguments of ``attend_window`` for a cold stream and one in mid-stream."""
+    clip = [torch.randn(2, 3, 2, 4, requires_grad=True) for _ in range(3)]
+    rings = [torch.randn(2, 2, 5, 4, requires_grad=True) for _ in range(2)]
+    options = [torch.randn(2, 2, 2, requires_grad=True), torch.tensor([7])] if extra else [None] * 2
+    return (*clip, *rings, torch.tensor([0, 9]), *options, 1, 0.25 if extra else 0.0)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_attention_over_a_window_passes_torchs_own_checks(extra):
+    opcheck(torch.ops.continual_mha.attend_window.default, window_operands(extra))
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_backward_of_attention_over_a_window_passes_torchs_own_checks(extra):
+    operands = [x.detach() if isinstance(x, torch.Tensor) else x for x in window_operands(extra)]
+    out, lse = torch.ops.continual_mha.attend_window(*operands)
+    grads = (torch.ones_like(out), torch.ones_like(lse) if extra else None)
+    arguments = (*grads, *operands[:8], out, lse, *operands[8:], extra)
+    opcheck(torch.ops.continual_mha.attend_window_backward.default, arguments)
+
+
 def test_every_operator_stands_for_every_backend():
     for name in ops.SCHEMAS:
         for prefix in ("", "cpu_", "cuda_"):

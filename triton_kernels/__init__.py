@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import attend_shared as _attend_shared
+from . import attend_window as _attend_window
 from . import ring_step as _ring_step
 from . import ring_steps as _ring_steps
 
@@ -13,6 +14,8 @@ __all__ = [
     "attend_shared_backward",
     "attend_shared_full",
     "attend_shared_full_backward",
+    "attend_window",
+    "attend_window_backward",
     "bind_ring_step_",
     "ring_step_",
     "ring_steps_",
@@ -26,6 +29,8 @@ _MODULES = {
     "attend_shared_backward": _attend_shared,
     "attend_shared_full": _attend_shared,
     "attend_shared_full_backward": _attend_shared,
+    "attend_window": _attend_window,
+    "attend_window_backward": _attend_window,
 }
 
 bind_ring_step_ = _ring_step.bind_ring_step_
@@ -35,6 +40,8 @@ attend_shared = _attend_shared.attend_shared
 attend_shared_backward = _attend_shared.attend_shared_backward
 attend_shared_full = _attend_shared.attend_shared_full
 attend_shared_full_backward = _attend_shared.attend_shared_full_backward
+attend_window = _attend_window.attend_window
+attend_window_backward = _attend_window.attend_window_backward
 
 
 def why_not(name: str, *args: Any) -> str | None:

@@ -13,10 +13,49 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .launch import constants_of, launch
-from .pieces import LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
+from .pieces import LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
 from .plan import invariant_step_plan, steps_plan
 from .project import linear as tiled_linear
 from .ring_step import project_inputs, uncovered
+
+
+@triton.jit
+def token_in_slot(slots, newest, L: tl.constexpr):
+    """The tokens that slots hold, counted from the clip's first one: -1 for the newest."""
+    age = newest - slots
+    return -1 - tl.where(age < 0, age + L, age)
+
+
+@triton.jit
+def ring_tile(
+    k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen,
+    L: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a ring's slots, who sees them [BLOCK_T, BLOCK_S], and their tokens."""
+    keys = token_in_slot(slots, newest, L)
+    there = (slots < L) & (keys >= -seen) & (keys > begin - L)
+    visible = there[None, :] & (keys[None, :] > offs_t[:, None] - L)
+    offsets = slots[:, None] * D + offs_d[None, :]
+    mask = there[:, None] & mask_d[None, :]
+    k = tl.load(k_ring_ptr + offsets, mask=mask, other=0.0)
+    v = tl.load(v_ring_ptr + offsets, mask=mask, other=0.0)
+    return k, v, visible, keys
+
+
+@triton.jit
+def clip_tile(
+    key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a clip's tokens, and who sees them [BLOCK_T, BLOCK_S]."""
+    there = keys < clip_end
+    past = keys[None, :] <= offs_t[:, None]
+    visible = there[None, :] & past & (keys[None, :] > offs_t[:, None] - L)
+    rows = keys.to(tl.int64)[:, None]
+    mask = there[:, None] & mask_d[None, :]
+    k = tl.load(key_ptr + rows * stride_kt + offs_d[None, :], mask=mask, other=0.0)
+    v = tl.load(value_ptr + rows * stride_vt + offs_d[None, :], mask=mask, other=0.0)
+    return k, v, visible
 
 
 @triton.jit
@@ -41,10 +80,10 @@ def _attend_tile(
 
 
 @triton.jit
-def _ring_steps_kernel(
+def ring_steps_kernel(
     query_ptr, key_ptr, value_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
-    position_ptr, seed_ptr, out_ptr, stride_qn, stride_qt, stride_kn, stride_kt, stride_vn,
-    stride_vt, T, first, dropout_p,
+    position_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, stride_qn, stride_qt, stride_kn, stride_kt,
+    stride_vn, stride_vt, T, first, dropout_p,
     H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
@@ -53,7 +92,8 @@ def _ring_steps_kernel(
 
     Reads those slots of the ring and tokens of the clip that its tokens see: about
     2 * D * (L + BLOCK_T) elements. BLOCK_T rows share every key, which makes the products matter
-    more than the bytes, so the blocks are those of the matrix unit.
+    more than the bytes, so the blocks are those of the matrix unit. Slots without a value come as
+    the score of `sink_ptr`, and what a backward needs goes to `lse_ptr`, where they are given.
     """
     E: tl.constexpr = H * D
     blocks = tl.cdiv(T - first, BLOCK_T)
@@ -98,15 +138,10 @@ def _ring_steps_kernel(
     newest = ((position + L - 1) % L).to(tl.int32)
     seen = tl.minimum(position, L).to(tl.int32)
     for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
-        slots = start + offs_s
-        age = newest - slots
-        keys = -1 - tl.where(age < 0, age + L, age)  # counted from the clip's first token
-        there = (slots < L) & (keys >= -seen) & (keys > begin - L)
-        visible = there[None, :] & (keys[None, :] > offs_t[:, None] - L)
-        offsets = slots[:, None] * D + offs_d[None, :]
-        mask = there[:, None] & mask_d[None, :]
-        k = tl.load(k_ring_ptr + offsets, mask=mask, other=0.0)
-        v = tl.load(v_ring_ptr + offsets, mask=mask, other=0.0)
+        k, v, visible, keys = ring_tile(
+            k_ring_ptr, v_ring_ptr, start + offs_s, offs_t, offs_d, mask_d, begin, newest, seen, L,
+            D,
+        )  # fmt: skip
         m_i, l_i, acc = _attend_tile(
             q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
             dropout_p, PRECISION, ACC,
@@ -114,13 +149,9 @@ def _ring_steps_kernel(
     clip_end = tl.minimum(begin + BLOCK_T, T)
     for start in tl.range(tl.maximum(begin - L + 1, 0), clip_end, BLOCK_S, num_stages=STAGES):
         keys = start + offs_s
-        there = keys < clip_end
-        past = keys[None, :] <= offs_t[:, None]
-        visible = there[None, :] & past & (keys[None, :] > offs_t[:, None] - L)
-        rows = keys.to(tl.int64)[:, None]
-        mask = there[:, None] & mask_d[None, :]
-        k = tl.load(key_ptr + rows * stride_kt + offs_d[None, :], mask=mask, other=0.0)
-        v = tl.load(value_ptr + rows * stride_vt + offs_d[None, :], mask=mask, other=0.0)
+        k, v, visible = clip_tile(
+            key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end, L
+        )
         m_i, l_i, acc = _attend_tile(
             q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
             dropout_p, PRECISION, ACC,
@@ -143,10 +174,22 @@ def _ring_steps_kernel(
     if ADD_ZERO_ATTN:
         m_new = tl.maximum(m_i, 0.0)
         alpha = tl.exp2(m_i - m_new)
+        m_i = m_new
         l_i = l_i * alpha + tl.exp2(-m_new)
         acc = acc * alpha[:, None]
 
     rows = stream * (T - first) + offs_t - first
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + rows * H + head, mask=offs_t < T, other=0.0).to(ACC)
+        sink *= tl.full((), LOG2E, ACC)
+        m_new = tl.maximum(m_i, sink)
+        alpha = tl.exp2(m_i - m_new)
+        m_i = m_new
+        l_i = l_i * alpha + tl.exp2(sink - m_new)
+        acc = acc * alpha[:, None]
+    if lse_ptr is not None:
+        lse = m_i * tl.full((), LN2, ACC) + tl.log(l_i)
+        tl.store(lse_ptr + rows * H + head, lse, mask=offs_t < T)
     tl.store(
         out_ptr + rows[:, None] * E + (head * D + offs_d)[None, :],
         cast(acc / l_i[:, None], out_ptr.dtype.element_ty),
@@ -238,15 +281,15 @@ def ring_steps_(
     out = query.new_empty((N, T - first, E))
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     args = (
-        query, key, value, bias_k, bias_v, k_ring, v_ring, q_ring, position,
-        dropout_seed(dropout_p, query.device), out, *strides, T, first, dropout_p,
+        query, key, value, bias_k, bias_v, k_ring, v_ring, q_ring, position, None,
+        dropout_seed(dropout_p, query.device), out, None, *strides, T, first, dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, D, L, R, plan.block_t, plan.block_s, plan.block_d, bool(add_zero_attn), plan.stages,
         dot_precision(), D**-0.5, tl.float64 if query.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, plan.block_t)
-    launch(_ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
+    launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     if update and T:
         blocks = triton.cdiv(min(T, max(L, R)), WRITE_TOKENS)
         args = (query, key, value, k_ring, v_ring, q_ring, position, *strides, T)
