@@ -312,8 +312,9 @@ CMHA_INLINE FVec exp_nonpositive(FVec x) {
   p = p * r + 0x1.55549p-3f;
   p = p * r + 0x1.fffffcp-2f;
   p = p * r * r + r + 1.0f;
-  const FInt exponent = bit_cast<FInt>(shifted) << 23;
-  const FVec scaled = bit_cast<FVec>(bit_cast<FInt>(p) + exponent);
+  // Unsigned, as it overflows far below -87, where the sum is not used.
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const FVec scaled = bit_cast<FVec>(bit_cast<Bits>(p) + (bit_cast<Bits>(shifted) << 23));
   const FVec result = x < -87.0f ? FVec{} : scaled;
   return x != x ? x : result;
 }
