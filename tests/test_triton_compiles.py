@@ -31,6 +31,20 @@ def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
             yield f"{path}-{dtype}", aot.step_launches(8, 1024, 8, 4096, dtype, path=path)
 
 
+def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
+    for dtype, rows in ((HALF, plan.INPUT_ROWS_16), (FULL, plan.INPUT_ROWS_32)):
+        for E in rows:
+            yield f"inputs-E{E}-{dtype}", aot.input_step_launches(4096, E, 8, 4096, dtype)
+    for codes in (torch.int8, torch.uint8):
+        for E in (512, 1024):
+            launches = aot.input_step_launches(4096, E, 8, 4096, HALF, codes=codes)
+            yield f"inputs-E{E}-{codes}", launches
+    yield "inputs-split", aot.input_step_launches(1, 512, 8, 4096, HALF)
+    yield "inputs-many-heads", aot.input_step_launches(512, 512, 16, 250, HALF)
+    yield "inputs-fused", aot.input_step_launches(8192, 512, 8, 32, HALF, path="fused")
+    yield "inputs-fused-int8", aot.input_step_launches(8192, 512, 8, 32, HALF, "fused", torch.int8)
+
+
 def other_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for dtype, blocks in ((HALF, plan.STEPS_BLOCKS_16), (FULL, plan.STEPS_BLOCKS_32)):
         for head_dim in blocks:
@@ -49,7 +63,7 @@ def other_configurations() -> Iterator[tuple[str, list[Launch]]]:
     yield "shared-full-fp32", aot.shared_launches(256, 8, 64, 1024, FULL, full=True)
 
 
-CONFIGURATIONS = dict([*step_configurations(), *other_configurations()])
+CONFIGURATIONS = dict([*step_configurations(), *input_configurations(), *other_configurations()])
 
 
 @pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
@@ -62,6 +76,8 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         reads_ring = report.kernel == "_ring_step_kernel"
         if reads_ring and not name.startswith("fused"):
             assert set(report.loads_in_loops()) == {"128"}
+        if report.kernel == "_input_step_kernel":  # narrower ones are queries, scales and parts
+            assert report.loads_in_loops().count("128") >= 4
         copies = report.kernel == "_write_rings_kernel" or (reads_ring and "fused" not in name)
         if not copies and launch.args[0].dtype == HALF:
             assert report.has_matrix_instructions(), report.kernel

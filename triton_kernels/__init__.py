@@ -6,6 +6,7 @@ from typing import Any
 
 from . import attend_shared as _attend_shared
 from . import attend_window as _attend_window
+from . import input_step as _input_step
 from . import ring_step as _ring_step
 from . import ring_steps as _ring_steps
 
@@ -17,12 +18,14 @@ __all__ = [
     "attend_window",
     "attend_window_backward",
     "bind_ring_step_",
+    "input_step_",
     "ring_step_",
     "ring_steps_",
     "why_not",
 ]
 
 _MODULES = {
+    "input_step_": _input_step,
     "ring_step_": _ring_step,
     "ring_steps_": _ring_steps,
     "attend_shared": _attend_shared,
@@ -34,6 +37,7 @@ _MODULES = {
 }
 
 bind_ring_step_ = _ring_step.bind_ring_step_
+input_step_ = _input_step.input_step_
 ring_step_ = _ring_step.ring_step_
 ring_steps_ = _ring_steps.ring_steps_
 attend_shared = _attend_shared.attend_shared

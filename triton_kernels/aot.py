@@ -14,8 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .attend_shared import attend_shared_full, attend_shared_full_backward
+from .input_step import input_step_
 from .launch import Launch, record
-from .plan import invariant_step_plan, step_plan
+from .plan import input_plan, invariant_step_plan, step_plan
 from .ring_step import ring_step_
 from .ring_steps import ring_steps_
 
@@ -27,12 +28,14 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)")
-_LOAD = re.compile(r"\bLDG\.(\S*)")
+_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S*)")  # into registers or shared memory
 
 
 class Report(NamedTuple):
@@ -47,7 +50,7 @@ class Report(NamedTuple):
     sass: str
 
     def loads_in_loops(self) -> list[str]:
-        """Widths of the global loads into registers inside loops: "128", "64", or "32" and less."""
+        """Widths of the global loads inside loops: "128", "64", or "32" and less."""
         lines = self.sass.splitlines()
         labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
         looped: set[int] = set()
@@ -146,6 +149,35 @@ def step_launches(
     with record() as launches:
         options = [None, False, 0.0, True, None, None, False, plan]
         ring_step_(*[token, token, token, *args, *options])
+    return launches
+
+
+def input_step_launches(
+    N: int,
+    E: int,
+    H: int,
+    L: int,
+    dtype: torch.dtype,
+    path: str | None = None,
+    codes: torch.dtype | None = None,
+) -> list[Launch]:
+    """Our launches of one step over inputs; `codes` is the dtype of a ring of 8 bits."""
+    weights, bias = _meta(dtype, 3 * E, E), _meta(dtype, 3 * E)
+    ring = _meta(codes or dtype, N, L, E)
+    scale = None if codes is None else _meta(torch.float32, N, L, 1)
+    args: list[Any] = [
+        _meta(dtype, N, E),
+        weights,
+        bias,
+        _meta(dtype, E, E),
+        _meta(dtype, E),
+        None,
+        None,
+    ]
+    args += [ring, _meta(torch.int64, N)]
+    plan = input_plan(N, E, H, L, dtype.itemsize, path)
+    with record() as launches:
+        input_step_(*[*args, H, 0, None, False, 0.0, True, scale, False, plan])
     return launches
 
 

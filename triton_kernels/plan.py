@@ -175,6 +175,97 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, 4, 2)
 
 
+class InputPlan(NamedTuple):
+    """How a step over a ring of inputs runs.
+
+    path: "gemm", matrix products per head around the kernel; "fused", in it, by groups of streams.
+    """
+
+    path: str
+    splits: int
+    block_n: int
+    block_d: int
+    block_c: int
+    block_h: int
+    block_s: int
+    block_e: int
+    num_warps: int
+    stages: int
+
+
+class InputRule(NamedTuple):
+    """The first rule whose limits hold for a shape decides its path."""
+
+    path: str
+    min_streams: int
+    max_slots_per_head: int
+    max_embed_dim: int
+
+
+# Moved queries and mixed inputs are 4 H E elements a stream beside the ring's L E. Up to about 4 MB
+# they stay in the second-level cache; beyond, for L of a few H, they double what comes from memory.
+# In the kernel the two matrices cost E^2 / 8 elements a stream from that cache, and 16 streams are
+# one program: predicted to pay from two programs a multiprocessor on. Nothing here is measured.
+INPUT_RULES = (
+    InputRule("fused", 2 * 16 * MULTIPROCESSORS, 8, 512),
+    InputRule("gemm", 0, _NO_LIMIT, _NO_LIMIT),
+)
+# Slots of a tile by padded embed_dim. Wider ones spill beside the accumulators.
+INPUT_ROWS_16 = {width: rows for width, rows in SHARED_ROWS.items() if width <= 1024}
+INPUT_ROWS_32 = {64: 64, 128: 32, 256: 16, 512: 16}
+MAX_INPUT_ACCUMULATORS = 8192  # padded heads * padded embed_dim
+
+
+def _input_blocks(E: int, H: int) -> tuple[int, int]:
+    return max(8, triton.next_power_of_2(H)), max(64, triton.next_power_of_2(E))
+
+
+def input_step_covers(E: int, H: int, itemsize: int) -> str | None:
+    """None if there is a plan for a step over inputs, else the reason why not."""
+    block_h, block_e = _input_blocks(E, H)
+    widest = max(INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)
+    if block_e > widest:
+        return f"embed_dim {E} is over {widest}"
+    if block_h * block_e > MAX_INPUT_ACCUMULATORS:
+        return f"{H} heads of {E} features do not fit into registers"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def input_plan(
+    N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None, splits: int = 0
+) -> InputPlan:
+    """The plan of a step of `N` streams over inputs; `path` and `splits` override the table."""
+    block_h, block_e = _input_blocks(E, H)
+    for rule in INPUT_RULES:
+        fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
+        fits = fits and rule.max_embed_dim >= E
+        if rule.path == path or (path is None and fits):
+            break
+    rows = (INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)[block_e]
+    block_s = max(16, min(rows, triton.next_power_of_2(L)))
+    if rule.path == "fused":
+        splits = 1
+    if not splits:
+        splits = 1
+        while N * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
+            splits *= 2
+    block_d = max(16, triton.next_power_of_2(E // H))
+    warps = 8 if block_e >= 512 else 4
+    return InputPlan(
+        path=rule.path,
+        splits=splits,
+        block_n=16,
+        block_d=block_d,
+        block_c=max(16, min(128, 8192 // block_d, block_e)),
+        block_h=block_h,
+        block_s=block_s,
+        block_e=block_e,
+        num_warps=warps,
+        stages=2,
+    )
+
+
 class StepsPlan(NamedTuple):
     """Blocks of tokens, of keys and of features in the many-token kernel."""
 

@@ -1,0 +1,318 @@
+"""The Triton step over a ring of inputs against the reference, on a GPU or interpreted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    RingCase,
+    assert_as_exact_as_torch,
+    needs_kernels,
+    relative_error,
+    widened,
+)
+
+from continual_mha import inputs, reference
+from continual_mha.quantized import QuantizedRing
+from continual_mha.triton_kernels.input_step import input_step_, why_not
+from continual_mha.triton_kernels.launch import counters
+from continual_mha.triton_kernels.plan import InputPlan, input_plan
+from continual_mha.triton_kernels.ring_step import ring_step_
+
+pytestmark = needs_kernels
+
+PATHS = [("gemm", 1), ("gemm", 3), ("fused", 1)]
+CODES = [torch.int8, torch.uint8]
+
+
+class InputCase(RingCase):
+    """As `RingCase`, but its state is a ring of inputs, positions, and scales of 8-bit tokens."""
+
+    def poisoned_state(self) -> list[Tensor]:
+        """Fresh streams: NaN in the slots that were never written."""
+        x = torch.full((self.N, self.L, self.H * self.D), float("nan"), dtype=self.dtype)
+        return [x.to(DEVICE), torch.zeros(self.N, dtype=torch.int64, device=DEVICE)]
+
+    def warm(self) -> InputCase:
+        """Fill the ring; every stream gets a position of its own past the first wrap-around."""
+        self.state[0].copy_(self.random(*self.state[0].shape))
+        self.state[1].copy_(torch.arange(self.N) + self.L + 1)
+        return self
+
+    def quantised(self, codes: torch.dtype) -> InputCase:
+        """The same with a ring of 8 bits, NaN by their scales where nothing was written."""
+        empty = QuantizedRing(torch.zeros(1, 1, dtype=codes, device=DEVICE), self.state[0])
+        self.state = [empty.holding(self.state[0]).codes, self.state[1],
+                      empty.holding(self.state[0]).scale]  # fmt: skip
+        return self
+
+    def arguments(self, state: list[Tensor], token: Tensor, **kw: Any) -> list[Any]:
+        weights = [self.weights[0], *self.weights[3:]]
+        options = [kw.get("active"), kw.get("add_zero_attn", False), kw.get("dropout_p", 0.0)]
+        sizes = [self.H, self.delay]
+        return [token, *weights, *state[:2], *sizes, *options, kw.get("update", True), *state[2:]]
+
+
+def plan_of(case: InputCase, path: str, splits: int) -> InputPlan:
+    E = case.H * case.D
+    return input_plan(case.N, E, case.H, case.L, case.dtype.itemsize, path, splits)
+
+
+def step(
+    case: InputCase, state: list[Tensor], token: Tensor, path: str, splits: int, **kw: Any
+) -> Tensor:
+    args = case.arguments(state, token, **kw)
+    return input_step_(*args, plan=plan_of(case, path, splits))
+
+
+def in_float64(args: list) -> list:
+    """`widened`, but for scales, which are fp32 in every precision."""
+    wide = widened(args)
+    return [*wide[:15], *(x.cpu().clone() for x in args[15:])]
+
+
+def check_steps(
+    case: InputCase, path: str, splits: int, steps: int, active: bool = False, zero: bool = False
+) -> None:
+    """Kernel, PyTorch and float64 side by side; each keeps a state of its own.
+
+    Plain PyTorch reads all slots, and so begins with zeros in those that were never written.
+    """
+    state, torch_state = case.state, case.copied_state()
+    unwritten = torch.arange(case.L, device=DEVICE) >= state[1][:, None]
+    for i in range(0, len(state), 2):
+        torch_state[i][unwritten] = 0
+    exact_state = in_float64(case.arguments(torch_state, case.token()[0]))
+    exact_state = [exact_state[i] for i in (7, 8, 15)[: len(state)]]
+    for _ in range(steps):
+        token = case.token()[0]
+        mask = torch.rand(case.N, device=DEVICE) < 0.7 if active else None
+        kw = {"active": mask, "add_zero_attn": zero}
+        out = step(case, state, token, path, splits, **kw)
+        plain = inputs.input_step_(*case.arguments(torch_state, token, **kw))
+        args = in_float64(case.arguments(torch_state, token, **kw))
+        args[7:9], args[15:] = exact_state[:2], exact_state[2:]
+        assert_as_exact_as_torch(out, plain, inputs.input_step_(*args))
+        written = torch.arange(case.L, device=DEVICE) < state[1][:, None]
+        assert torch.equal(state[1], torch_state[1])
+        for i in range(0, len(state), 2):
+            assert torch.equal(state[i][written], torch_state[i][written])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_output_equals_sliding_window_attention_after_wraparound(
+    path: str, splits: int, dtype: torch.dtype
+) -> None:
+    check_steps(InputCase(dtype=dtype), path, splits, steps=12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # the numbers of the ring are fp32
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_ring_of_8_bits_holds_what_the_reference_writes_and_is_read_as_that(
+    path: str, splits: int, codes: torch.dtype, dtype: torch.dtype
+) -> None:
+    check_steps(InputCase(dtype=dtype, D=12).quantised(codes), path, splits, steps=9)
+
+
+@pytest.mark.parametrize("codes", [None, *CODES], ids=str)
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_every_option_at_once(path: str, splits: int, codes: torch.dtype | None) -> None:
+    case = InputCase(N=3, D=12, L=4, delay=3, extra_slot=True)
+    case = case if codes is None else case.quantised(codes)
+    check_steps(case, path, splits, steps=8, active=True, zero=True)
+
+
+@pytest.mark.parametrize(("L", "splits"), [(1, 1), (2, 1), (63, 2), (64, 1), (120, 4)])
+def test_window_lengths_around_the_block_size(L: int, splits: int) -> None:
+    case = InputCase(N=2, L=L, bias=False).warm()
+    check_steps(case, "gemm", splits, steps=3)
+
+
+@pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 8), (1, 3, 20), (1, 9, 50), (17, 1, 8)])
+@pytest.mark.parametrize("path", ["gemm", "fused"])
+def test_numbers_of_streams_heads_and_features(path: str, N: int, H: int, D: int) -> None:
+    check_steps(InputCase(N=N, H=H, D=D, L=3), path, 1, steps=2)
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_without_update_the_output_is_the_same_and_the_state_too(
+    path: str, splits: int, codes: torch.dtype | None
+) -> None:
+    case = InputCase(delay=2).warm()
+    case = case if codes is None else case.quantised(codes)
+    token, before = case.token()[0], case.copied_state()
+    preview = step(case, case.state, token, path, splits, update=False)
+    assert all(torch.equal(x, y) for x, y in zip(case.state, before, strict=True))
+    assert torch.equal(preview, step(case, case.state, token, path, splits))
+
+
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_two_runs_agree_bit_for_bit_and_leave_the_counters_at_zero(path: str, splits: int) -> None:
+    case = InputCase(L=40).warm()
+    token, state = case.token()[0], case.copied_state()
+    first = step(case, case.state, token, path, splits)
+    assert torch.equal(first, step(case, state, token, path, splits))
+    assert not counters(first, case.N).any()
+
+
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_a_stream_does_not_see_its_neighbours(path: str, splits: int) -> None:
+    case = InputCase(N=3).warm()
+    token, state = case.token()[0], case.copied_state()
+    out = step(case, case.state, token, path, splits)
+    poisoned = token.clone()
+    poisoned[[0, 2]] = float("nan")
+    state[0][[0, 2]], state[1][0] = float("inf"), 0
+    other = step(case, state, poisoned, path, splits)
+    assert torch.equal(out[1], other[1])
+    assert torch.equal(case.state[0][1], state[0][1])
+
+
+@pytest.mark.parametrize("position", [2**31 - 1, 2**62 + 3])
+def test_positions_of_a_long_life(position: int) -> None:
+    case = InputCase(delay=2).warm()
+    case.state[1].fill_(position)
+    check_steps(case, "gemm", 1, steps=2)
+
+
+def test_inputs_of_any_stride() -> None:
+    case = InputCase().warm()
+    token, state = case.token()[0], case.copied_state()
+    strided = torch.empty(case.H * case.D, 7, case.N, device=DEVICE)[:, 3].T.copy_(token)
+    out = step(case, case.state, token, "gemm", 1)
+    assert torch.equal(out, step(case, state, strided, "gemm", 1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("path", "splits"), PATHS)
+def test_dropout_zeroes_weights_at_its_rate_and_rescales_the_others(
+    path: str, splits: int, bias: bool
+) -> None:
+    """Equal scores and one-hot tokens make the output the attention weights themselves."""
+    N, H, L, p = 2, 2, 64, 0.25
+    case = InputCase(N=N, H=H, D=L, L=L, bias=bias)
+    E = H * L
+    weight, out_weight = case.weights[0], case.weights[4]
+    assert weight is not None
+    assert out_weight is not None
+    weight.zero_()
+    weight[2 * E :, :L] = torch.eye(L).repeat(H, 1)
+    out_weight.copy_(torch.eye(E))
+    for given, value in zip((case.weights[3], case.weights[5]), (0.0, 0.0), strict=True):
+        if given is not None:
+            given.fill_(value)
+    if case.weights[3] is not None:
+        case.weights[3][2 * E :] = 1.0  # the value's bias, which the kept weights share
+    case.state[0].zero_()
+    case.state[0][:, :, :L] = torch.eye(L)
+    case.state[1].fill_(2 * L)
+    token = torch.zeros(N, E, device=DEVICE)
+    outs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outs.append(step(case, case.copied_state(), token, path, splits, dropout_p=p))
+    attn = outs[0].view(N, H, L)
+    shared = attn[:, :, :1].clone() if bias else 0.0  # slot 0 holds the new token: zeros
+    attn = (attn - shared)[:, :, 1:].flatten()
+    kept = attn.abs() > 1e-4
+    torch.testing.assert_close(attn[kept], torch.full_like(attn[kept], 1 / (L * (1 - p))))
+    deviation = math.sqrt(attn.numel() * p * (1 - p))
+    assert abs(kept.sum().item() - attn.numel() * (1 - p)) < 4 * deviation
+    if bias:
+        counted = kept.view(N, H, L - 1).sum(-1) / (L * (1 - p))
+        assert ((shared[..., 0] - counted) < 1.01 / (L * (1 - p))).all()
+        assert ((shared[..., 0] - counted) > -1e-5).all()
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert not torch.equal(outs[0][0], outs[0][1])
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1e4, 1e30])
+def test_stored_codes_and_scales_are_those_of_the_reference(
+    magnitude: float, codes: torch.dtype
+) -> None:
+    case = InputCase(N=4, L=2, D=64).quantised(codes)
+    expected = case.copied_state()
+    x = magnitude * torch.randn(4, 128, device=DEVICE)
+    x[1] *= torch.logspace(-9, 0, 128, device=DEVICE)
+    x[2] = 0
+    x[3, 1:] = torch.arange(127) / 254 * x[3, 0]  # ties
+    step(case, case.state, x, "gemm", 1)
+    inputs.input_step_(*case.arguments(expected, x))
+    for i in (0, 2):
+        assert torch.equal(case.state[i][:, 0], expected[i][:, 0])
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_that_is_not_finite_leaves_with_its_slot(bad: float, codes: torch.dtype) -> None:
+    case = InputCase(N=2, L=3).quantised(codes)
+    token = case.token()[0]
+    token[0, 1] = bad
+    outs = [step(case, case.state, token, "gemm", 1)]
+    outs += [step(case, case.state, case.token()[0], "gemm", 1) for _ in range(3)]
+    for t, out in enumerate(outs):
+        assert bool(out[0].isnan().all()) == (t < 3)
+        assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_inputs_err_no_more_than_a_fifth_above_keys_and_values(dtype: torch.dtype) -> None:
+    """Both Triton kernels on one stream; the interpreter adds up in another order than a GPU."""
+    N, H, D, L = 4, 8, 32, 48
+    E = H * D
+    torch.manual_seed(1)
+    case, kv = InputCase(N=N, H=H, D=D, L=L, dtype=dtype), RingCase(N=N, H=H, D=D, L=L, dtype=dtype)
+    for i, weight in enumerate(case.weights):
+        if weight is not None:
+            weight.copy_(torch.randn(weight.shape) * (E**-0.5 if weight.dim() == 2 else 0.2))
+            kv.weights[i] = weight
+    x = torch.randn(N, L + 3, E, device=DEVICE).to(dtype)
+    weights = reference.Weights(*case.weights)
+    held = inputs.Inputs(x[:, :L].roll(0, 1).contiguous(), torch.full((N,), L, device=DEVICE))
+    rings = inputs.projected_rings(held, weights, H, 0)
+    for part, value in zip(kv.state, (rings.k, rings.v, rings.q, held.position), strict=True):
+        part.copy_(value)
+    case.state[0].copy_(held.x)
+    case.state[1].copy_(held.position)
+    exact_state = widened(case.state)
+    errors = torch.zeros(2, dtype=torch.float64)
+    for t in range(L, L + 3):
+        token = x[:, t]
+        exact = inputs.input_step_(*widened(case.arguments(exact_state, token)))
+        exact_state[0][:, t % L] = token.double()
+        exact_state[1] += 1
+        by_inputs = step(case, case.state, token, "gemm", 1)
+        args = [token] * 3 + [*kv.weights, *kv.state, None, False, 0.0, True]
+        by_keys = ring_step_(*args)
+        errors += torch.tensor([relative_error(out, exact) for out in (by_inputs, by_keys)])
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+def test_an_uncovered_call_is_declined_with_the_reason() -> None:
+    case = InputCase()
+    args = case.arguments(case.state, case.token()[0])
+    assert why_not("input_step_", *args) is None
+    args[7] = case.state[0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert "contiguous" in (why_not("input_step_", *args) or "")
+    args[7] = case.state[0].half()
+    assert "dtype" in (why_not("input_step_", *args) or "")
+    wide = InputCase(H=8, D=512)
+    assert "embed_dim" in (
+        why_not("input_step_", *wide.arguments(wide.state, wide.token()[0])) or ""
+    )
+    if INTERPRETED:
+        many = InputCase(H=256, D=2, dtype=torch.float16)
+        args = many.arguments(many.state, many.token()[0])
+        assert "registers" in (why_not("input_step_", *args) or "")

@@ -1,0 +1,552 @@
+"""One step over a ring of inputs: the query rows of all heads against the stream's own tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import dropout_seed
+from .eight_bits import CODES, decode, quantise, unit_of
+from .launch import INTERPRETED, constants_of, counters, launch
+from .pieces import (
+    DTYPES,
+    LOG2E,
+    cast,
+    dot,
+    dot_precision,
+    finite_or_zero,
+    is_last,
+    keep_scale,
+)
+from .plan import InputPlan, input_plan, input_step_covers
+
+
+@triton.jit
+def _one_more(m, l_sum, kept, acc, score, keep):
+    """Online softmax over one more slot, whose value is still to be added: its weight too."""
+    m_new = tl.maximum(m, score)
+    shift = finite_or_zero(m_new)
+    alpha = tl.exp2(m - shift)
+    weight = tl.exp2(score - shift)
+    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[None, :], weight * keep
+
+
+@triton.jit
+def _keep(seed_ptr, stream, offs_h, slot, dropout_p, ACC: tl.constexpr):
+    """What dropout multiplies the weights of one slot with  # [BLOCK_H]"""
+    slots = offs_h * 0 + slot
+    return keep_scale(seed_ptr, stream, offs_h, slots, slots * 0, dropout_p).to(ACC)
+
+
+@triton.jit
+def _load_query(query_ptr, stride_qh, offs_h, offs_e, H: tl.constexpr, E: tl.constexpr):
+    """Moved queries, zero where there are none  # [BLOCK_H, BLOCK_E]"""
+    return tl.load(
+        query_ptr + offs_h[:, None] * stride_qh + offs_e[None, :],
+        mask=(offs_h < H)[:, None] & (offs_e < E)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_tile(x_ring_ptr, slots, valid, offs_e, E: tl.constexpr):
+    """Tokens of a ring; other slots are not read.  # [BLOCK_S, BLOCK_E]"""
+    return tl.load(
+        x_ring_ptr + slots[:, None] * E + offs_e[None, :],
+        mask=valid[:, None] & (offs_e < E)[None, :],
+        other=0,
+    )
+
+
+@triton.jit
+def _attend_part(
+    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, begin, end, new_slot,
+    dropout_p, dtype: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
+
+    Each tile is loaded once for both products, and is their left operand: its rows and features
+    fill the matrix unit, which the few heads could not. A tile of 8 bits would not fit into
+    registers as the first product wants it, so that one takes it by blocks of features, and the
+    second finds it in the first-level cache. The scales go into the weights over the largest one
+    seen, so that no weight underflows; the sum has that factor taken out.
+    """
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_e = tl.arange(0, BLOCK_E)
+    scale = tl.full((), SCALE * LOG2E, ACC)
+    if x_scale_ptr is None:
+        query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
+    m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_H,), ACC)
+    kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
+    acc = tl.zeros((BLOCK_E, BLOCK_H), ACC)
+    factor = tl.full((), 0.0, tl.float32)
+    for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
+        slots = start + tl.arange(0, BLOCK_S)
+        valid = (slots < end) & (slots != new_slot)
+        scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+        if x_scale_ptr is None:
+            tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
+            scores = dot(tile, tl.trans(query), scores, PRECISION) * scale
+        else:
+            for c in range(0, E, BLOCK_C):
+                offs_c = c + tl.arange(0, BLOCK_C)
+                part = decode(_load_tile(x_ring_ptr, slots, valid, offs_c, E), dtype)
+                query = _load_query(query_ptr, stride_qh, offs_h, offs_c, H, E)
+                scores = dot(part, tl.trans(query), scores, PRECISION)
+            tile = decode(_load_tile(x_ring_ptr, slots, valid, offs_e, E), dtype)
+            by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
+            by_slot *= unit_of(x_ring_ptr.dtype.element_ty)
+            scores *= by_slot.to(ACC)[:, None] * scale
+        scores = tl.where(valid[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, axis=0))
+        shift = finite_or_zero(m_new)
+        alpha = tl.exp2(m_i - shift)
+        weight = tl.exp2(scores - shift[None, :])
+        m_i = m_new
+        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        if seed_ptr is not None:
+            at = slots[:, None] + offs_h[None, :] * 0
+            heads = offs_h[None, :] + slots[:, None] * 0
+            weight *= keep_scale(seed_ptr, stream, heads, at, at * 0, dropout_p).to(ACC)
+            kept_i = kept_i * alpha + tl.sum(weight, axis=0)
+        if x_scale_ptr is not None:
+            larger = tl.maximum(factor, tl.max(by_slot, axis=0))
+            divisor = tl.where(larger > 0.0, larger, 1.0)
+            weight *= (by_slot / divisor).to(ACC)[:, None]
+            alpha *= (factor / divisor).to(ACC)
+            factor = larger
+        acc = dot(tl.trans(tile), cast(weight, dtype), acc * alpha[None, :], PRECISION)
+    if x_scale_ptr is not None:
+        acc *= factor.to(ACC)
+    if seed_ptr is None:
+        kept_i = l_i
+    return m_i, l_i, kept_i, acc
+
+
+@triton.jit
+def _add_token(
+    query_ptr, stride_qh, token_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream, new_slot, dropout_p,
+    m, l_sum, kept, acc, H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr, UPDATE: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The new token: from registers, and as the ring will hold it; written there if UPDATE."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    token = tl.load(token_ptr + offs_e, mask=mask_e, other=0.0)
+    if x_scale_ptr is not None:
+        token, size = quantise(token, x_ring_ptr.dtype.element_ty)
+        if UPDATE:
+            tl.store(x_scale_ptr + new_slot, size)
+    if UPDATE:
+        tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e)
+    if x_scale_ptr is not None:
+        size *= unit_of(x_ring_ptr.dtype.element_ty)
+        token = decode(token, tl.float32) * size
+    token = token.to(ACC)
+    query = tl.load(
+        query_ptr + offs_h[None, :] * stride_qh + offs_e[:, None],
+        mask=(offs_h < H)[None, :] & mask_e[:, None],
+        other=0.0,
+    )  # [BLOCK_E, BLOCK_H]
+    score = tl.sum(query.to(ACC) * token[:, None], axis=0) * tl.full((), SCALE * LOG2E, ACC)
+    keep = tl.full((BLOCK_H,), 1.0, ACC)
+    if seed_ptr is not None:
+        keep = _keep(seed_ptr, stream, offs_h, new_slot, dropout_p, ACC)
+    m, l_sum, kept, acc, weight = _one_more(m, l_sum, kept, acc, score, keep)
+    return m, l_sum, kept + weight, acc + token[:, None] * weight[None, :]
+
+
+@triton.jit
+def _finish(
+    m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_oh, share_ptr, on_bias_ptr, stream,
+    dropout_p, H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Add the extra slots' scores, normalise, and store what one stream's heads found."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_h = offs_h < H
+    log2e = tl.full((), LOG2E, ACC)
+    EXTRA: tl.constexpr = HAS_BIAS_SLOT + ADD_ZERO_ATTN
+    one = tl.full((BLOCK_H,), 1.0, ACC)
+    if EXTRA > 0:
+        extra_ptr += (stream * H + offs_h) * EXTRA
+    if HAS_BIAS_SLOT:
+        bias_score = tl.load(extra_ptr, mask=mask_h, other=0.0) * log2e
+        m, l_sum, kept, acc, _ = _one_more(m, l_sum, kept, acc, bias_score, one)
+    if ADD_ZERO_ATTN:
+        score = tl.load(extra_ptr + HAS_BIAS_SLOT, mask=mask_h, other=0.0) * log2e
+        m, l_sum, kept, acc, _ = _one_more(m, l_sum, kept, acc, score, one)
+    tl.store(
+        out_ptr + offs_h[None, :] * stride_oh + offs_e[:, None],
+        cast(acc / l_sum[None, :], out_ptr.dtype.element_ty),
+        mask=mask_h[None, :] & (offs_e < E)[:, None],
+    )
+    if share_ptr is not None:
+        tl.store(share_ptr + stream * H + offs_h, kept / l_sum, mask=mask_h)
+    if HAS_BIAS_SLOT:
+        weight = tl.exp2(bias_score - finite_or_zero(m))
+        if seed_ptr is not None:
+            weight *= _keep(seed_ptr, stream, offs_h, L, dropout_p, ACC)
+        tl.store(on_bias_ptr + stream * H + offs_h, weight / l_sum, mask=mask_h)
+
+
+@triton.jit
+def _advance(position_ptr, active_ptr, stream, position, UPDATE: tl.constexpr):
+    if UPDATE:
+        step = tl.full((), 1, tl.int64)
+        if active_ptr is not None:
+            step = tl.load(active_ptr + stream).to(tl.int64)
+        tl.store(position_ptr + stream, position + step)
+
+
+@triton.jit
+def _input_step_kernel(
+    query_ptr, token_ptr, x_ring_ptr, x_scale_ptr, position_ptr, active_ptr, seed_ptr, extra_ptr,
+    out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
+    H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
+    STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: all heads of one stream over one part of its window.
+
+    Reads its part of the ring once, L * E elements per stream, and the moved queries (H, N, E);
+    writes as many mixed inputs. A tile spans all features, so that one load serves both products.
+    """
+    program = tl.program_id(0)
+    split = program % SPLITS
+    stream = (program // SPLITS).to(tl.int64)
+    dtype = out_ptr.dtype.element_ty
+    position = tl.load(position_ptr + stream)
+    new_slot = (position % L).to(tl.int32)
+    end = tl.minimum(position + 1, L).to(tl.int32)
+    query_ptr += stream * E
+    x_ring_ptr += stream * (L * E)
+    if x_scale_ptr is not None:
+        x_scale_ptr += stream * L
+    stride_h = tl.cast(N, tl.int64) * E
+    PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_S - 1) // BLOCK_S * BLOCK_S
+    m, l_sum, kept, acc = _attend_part(
+        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, split * PART,
+        tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E, BLOCK_H, BLOCK_S,
+        BLOCK_E, BLOCK_C, STAGES, SCALE, PRECISION, ACC,
+    )  # fmt: skip
+    if split == 0:
+        m, l_sum, kept, acc = _add_token(
+            query_ptr, stride_h, token_ptr + stream * stride_tn, x_ring_ptr, x_scale_ptr, seed_ptr,
+            stream, new_slot, dropout_p, m, l_sum, kept, acc, H, E, BLOCK_H, BLOCK_E, UPDATE,
+            SCALE, ACC,
+        )  # fmt: skip
+    out_ptr += stream * E
+    if SPLITS == 1:
+        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
+                on_bias_ptr, stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
+                ADD_ZERO_ATTN, ACC)  # fmt: skip
+        _advance(position_ptr, active_ptr, stream, position, UPDATE)
+    else:
+        offs_h = tl.arange(0, BLOCK_H)
+        offs_e = tl.arange(0, BLOCK_E)
+        offsets = offs_h[None, :] * E + offs_e[:, None]
+        mask = (offs_h < H)[None, :] & (offs_e < E)[:, None]
+        partial_ptr += stream * (SPLITS * H * E)
+        ml_ptr += stream * (SPLITS * 3 * BLOCK_H)
+        tl.store(partial_ptr + split * (H * E) + offsets, acc, mask=mask)
+        tl.store(ml_ptr + split * 3 * BLOCK_H + offs_h, m)
+        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + offs_h, l_sum)
+        tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + offs_h, kept)
+        if is_last(counter_ptr + stream, SPLITS):
+            # In the order of the parts, whoever finished last: the same bits in every run.
+            top = tl.full((BLOCK_H,), float("-inf"), ACC)
+            for s in range(SPLITS):
+                part_ptr = ml_ptr + s * 3 * BLOCK_H + offs_h
+                top = tl.maximum(top, tl.load(part_ptr, cache_modifier=".cg"))
+            l_sum = tl.zeros((BLOCK_H,), ACC)
+            kept = tl.zeros((BLOCK_H,), ACC)
+            acc = tl.zeros((BLOCK_E, BLOCK_H), ACC)
+            for s in range(SPLITS):
+                part_ptr = ml_ptr + s * 3 * BLOCK_H + offs_h
+                weight = tl.exp2(tl.load(part_ptr, cache_modifier=".cg") - finite_or_zero(top))
+                l_sum += tl.load(part_ptr + BLOCK_H, cache_modifier=".cg") * weight
+                kept += tl.load(part_ptr + 2 * BLOCK_H, cache_modifier=".cg") * weight
+                rows = tl.load(
+                    partial_ptr + s * (H * E) + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+                )
+                acc += rows * weight[None, :]
+            _finish(top, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
+                    on_bias_ptr, stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
+                    ADD_ZERO_ATTN, ACC)  # fmt: skip
+            _advance(position_ptr, active_ptr, stream, position, UPDATE)
+
+
+@triton.jit
+def _input_group_kernel(
+    query_ptr, k_weight_ptr, v_weight_ptr, v_bias_ptr, bias_v_ptr, token_ptr, x_ring_ptr,
+    x_scale_ptr, position_ptr, active_ptr, seed_ptr, extra_ptr, scratch_ptr, share_ptr, on_bias_ptr,
+    out_ptr, N, stride_tn, dropout_p,
+    H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
+    UPDATE: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N streams from their queries (N, E) to their heads' outputs (N, E).
+
+    Per stream it reads L * E elements of the ring; the weights, 2 * E * E elements from the
+    second-level cache, are shared by the group. Moved queries and mixed inputs pass through a
+    scratch of BLOCK_N * H * E elements that only this program uses, while it is hot.
+    """
+    D: tl.constexpr = E // H
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_n = first + offs_n < N
+    mask_d = offs_d < D
+    dtype = out_ptr.dtype.element_ty
+    scratch_ptr += first * (H * E)
+    rows = (first + offs_n)[:, None] * E
+    for h in range(H):
+        query = tl.load(
+            query_ptr + rows + (h * D + offs_d)[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        for c in range(0, E, BLOCK_C):
+            mask_c = c + offs_c < E
+            weight = tl.load(
+                k_weight_ptr + (h * D + offs_d)[:, None] * E + (c + offs_c)[None, :],
+                mask=mask_d[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_D, BLOCK_C]
+            moved = dot(query, weight, tl.zeros((BLOCK_N, BLOCK_C), ACC), PRECISION)
+            tl.store(
+                scratch_ptr + (offs_n[:, None] * H + h) * E + (c + offs_c)[None, :],
+                cast(moved, dtype),
+                mask=mask_n[:, None] & mask_c[None, :],
+            )
+    for n in range(tl.minimum(N - first, BLOCK_N).to(tl.int32)):
+        tl.debug_barrier()  # of the program's threads: one reads what others stored
+        stream = first + n
+        position = tl.load(position_ptr + stream)
+        new_slot = (position % L).to(tl.int32)
+        ring_ptr = x_ring_ptr + stream * (L * E)
+        scale_ptr = x_scale_ptr
+        if x_scale_ptr is not None:
+            scale_ptr = x_scale_ptr + stream * L
+        rows_ptr = scratch_ptr + n * (H * E)
+        m, l_sum, kept, acc = _attend_part(
+            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, 0,
+            tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
+            BLOCK_S, BLOCK_E, BLOCK_C, STAGES, SCALE, PRECISION, ACC,
+        )  # fmt: skip
+        m, l_sum, kept, acc = _add_token(
+            rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
+            new_slot, dropout_p, m, l_sum, kept, acc, H, E, BLOCK_H, BLOCK_E, UPDATE, SCALE, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()  # all have read the queries that the results overwrite
+        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, rows_ptr, E, share_ptr, on_bias_ptr,
+                stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT, ADD_ZERO_ATTN,
+                ACC)  # fmt: skip
+        _advance(position_ptr, active_ptr, stream, position, UPDATE)
+    tl.debug_barrier()
+    for h in range(H):
+        found = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        for c in range(0, E, BLOCK_C):
+            mask_c = c + offs_c < E
+            mixed = tl.load(
+                scratch_ptr + (offs_n[:, None] * H + h) * E + (c + offs_c)[None, :],
+                mask=mask_n[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_N, BLOCK_C]
+            weight = tl.load(
+                v_weight_ptr + (h * D + offs_d)[:, None] * E + (c + offs_c)[None, :],
+                mask=mask_d[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_D, BLOCK_C]
+            found = dot(mixed, tl.trans(weight), found, PRECISION)
+        if v_bias_ptr is not None:
+            bias = tl.load(v_bias_ptr + h * D + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
+            if share_ptr is not None:
+                share = tl.load(share_ptr + (first + offs_n) * H + h, mask=mask_n, other=0.0)
+                bias = bias * share[:, None]
+            found += bias
+        if HAS_BIAS_SLOT:
+            on_bias = tl.load(on_bias_ptr + (first + offs_n) * H + h, mask=mask_n, other=0.0)
+            value = tl.load(bias_v_ptr + h * D + offs_d, mask=mask_d, other=0.0).to(ACC)
+            found += on_bias[:, None] * value[None, :]
+        tl.store(
+            out_ptr + rows + (h * D + offs_d)[None, :],
+            cast(found, dtype),
+            mask=mask_n[:, None] & mask_d[None, :],
+        )
+
+
+@triton.jit
+def _asked_kernel(
+    x_ring_ptr, x_scale_ptr, position_ptr, out_ptr,
+    E: tl.constexpr, L: tl.constexpr, DELAY: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program: the token that came DELAY steps before the new one; zeros if none did."""
+    stream = tl.program_id(0).to(tl.int64)
+    at = tl.load(position_ptr + stream) - DELAY
+    row = stream * L + (at + L) % L
+    offs_e = tl.arange(0, BLOCK_E)
+    there = (offs_e < E) & (at >= 0)
+    token = tl.load(x_ring_ptr + row * E + offs_e, mask=there, other=0)
+    if x_scale_ptr is not None:
+        scale = tl.load(x_scale_ptr + row, mask=at >= 0, other=0.0)
+        scale *= unit_of(x_ring_ptr.dtype.element_ty)
+        token = decode(token, tl.float32) * scale
+    tl.store(out_ptr + stream * E + offs_e, cast(token, out_ptr.dtype.element_ty), offs_e < E)
+
+
+def why_not(
+    name: str,
+    query: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    x_ring: Tensor,
+    position: Tensor,
+    num_heads: int,
+    delay: int,
+    *rest: Any,
+) -> str | None:
+    """None if this module covers a call of the operator `name`, else the reason why not."""
+    if name != "input_step_":
+        return f"no kernel for {name} here"
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {query.device.type}, and Triton needs cuda"
+    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
+        return f"no kernel for {query.dtype}"
+    weights = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, bias_k, bias_v)
+    given = [tensor for tensor in weights if tensor is not None]
+    scale = rest[4] if len(rest) > 4 else None
+    kept = query.dtype if scale is None else x_ring.dtype
+    if any(x.dtype != query.dtype for x in given) or x_ring.dtype != kept:
+        return "query, weights and ring differ in dtype"
+    if scale is not None and x_ring.dtype not in CODES:
+        return f"no kernel for a ring of {x_ring.dtype}"
+    if not all(x.is_contiguous() for x in (*given, x_ring)):
+        return "a weight or the ring is not contiguous"
+    return input_step_covers(x_ring.shape[2], num_heads, query.element_size())
+
+
+def input_step_(
+    query: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    x_ring: Tensor,
+    position: Tensor,
+    num_heads: int,
+    delay: int,
+    active: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    update: bool,
+    x_scale: Tensor | None = None,
+    batch_invariant: bool = False,
+    plan: InputPlan | None = None,
+) -> Tensor:
+    """One step of N streams: the output (N, E); writes the ring and `position` if `update`.
+
+    Shapes: `query` (N, E), any strides; `in_proj_weight` (3E, E); `x_ring` (N, L, E); `x_scale`
+    (N, L, 1) fp32 if the ring is of 8 bits; `position` (N,) int64; `active` (N,) bool.
+    Covered: what `why_not` answers None to, and not `batch_invariant`. `plan` overrides the table.
+    """
+    N, L, E = x_ring.shape
+    plan = plan or input_plan(N, E, num_heads, L, query.element_size())
+    query = query if query.stride(1) == 1 else query.contiguous()
+    q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
+    q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    asked = query
+    if delay:
+        asked = query.new_empty((N, E))
+        constants = constants_of(E, L, delay, plan.block_e)
+        args: tuple = (x_ring, x_scale, position, asked)
+        launch(_asked_kernel, (N, 1, 1), args, constants, num_warps=4)
+    q = F.linear(asked, q_weight, q_bias)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    extra = _extra_scores(q.view(N, num_heads, -1), k_bias, bias_k, add_zero_attn, wide)
+    share = on_bias = None
+    if extra is not None or dropout_p > 0.0:
+        share = torch.empty((N, num_heads), dtype=wide, device=query.device)
+    if bias_k is not None:
+        on_bias = torch.empty((N, num_heads), dtype=wide, device=query.device)
+    state = (x_ring, x_scale, position, active if update else None,
+             dropout_seed(dropout_p, query.device), extra)  # fmt: skip
+    options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
+               (E // num_heads) ** -0.5, dot_precision(),
+               tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip
+    sizes = (plan.block_h, plan.block_s, plan.block_e)
+    if plan.path == "fused":
+        scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
+        args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,
+                N, query.stride(0), dropout_p)  # fmt: skip
+        constants = constants_of(
+            num_heads, E, L, plan.block_n, plan.block_d, plan.block_c, *sizes, *options
+        )
+        grid = (triton.cdiv(N, plan.block_n), 1, 1)
+        launch(_input_group_kernel, grid, args, constants, num_warps=plan.num_warps)
+        return F.linear(out, out_proj_weight, out_proj_bias)
+    moved = torch.bmm(q.view(N, num_heads, -1).transpose(0, 1), k_weight.view(num_heads, -1, E))
+    mixed = torch.empty_like(moved)  # (H, N, E)
+    partial = ml = counter = None
+    if plan.splits > 1:
+        partial = torch.empty((N, plan.splits, num_heads, E), dtype=wide, device=query.device)
+        ml = torch.empty((N, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
+        counter = counters(query, N)
+    args = (moved, query, *state, mixed, share, on_bias, partial, ml, counter, N, query.stride(0),
+            dropout_p)  # fmt: skip
+    constants = constants_of(num_heads, E, L, plan.splits, plan.block_c, *sizes, *options)
+    launch(_input_step_kernel, (N * plan.splits, 1, 1), args, constants, num_warps=plan.num_warps)
+    out = query.new_empty((N, num_heads, E // num_heads))
+    by_head, v_weight = out.transpose(0, 1), v_weight.view(num_heads, -1, E).transpose(1, 2)
+    if v_bias is not None and share is None:  # one rounding less than adding it to the product
+        torch.baddbmm(v_bias.view(num_heads, 1, -1), mixed, v_weight, out=by_head)
+    else:
+        torch.bmm(mixed, v_weight, out=by_head)
+    if v_bias is not None and share is not None:
+        out += v_bias.view(num_heads, -1) * share.unsqueeze(-1)
+    if on_bias is not None and bias_v is not None:
+        out += bias_v.view(num_heads, -1) * on_bias.unsqueeze(-1)
+    return F.linear(out.view(N, E), out_proj_weight, out_proj_bias)
+
+
+def _extra_scores(
+    q: Tensor, k_bias: Tensor | None, bias_k: Tensor | None, add_zero_attn: bool, wide: torch.dtype
+) -> Tensor | None:
+    """Scores (N, H, X) of the slots that `add_bias_kv` and `add_zero_attn` add, or None.
+
+    They lack what the key's bias would give to all others, which the moved queries leave out.
+    """
+    if bias_k is None and not add_zero_attn:
+        return None
+    q = q.to(wide) * q.shape[2] ** -0.5
+    scores = []
+    if bias_k is not None:
+        scores.append((q * bias_k.view(q.shape[1:])).sum(-1))
+    if add_zero_attn:
+        scores.append(q.new_zeros(q.shape[:2]))
+    extra = torch.stack(scores, -1)
+    return extra if k_bias is None else extra - (q * k_bias.view(q.shape[1:])).sum(-1, keepdim=True)
