@@ -33,7 +33,7 @@ class Repeat:
 
     def __init__(self, run: Run, found: Iterable[Found], query: Tensor) -> None:
         self.run = run
-        self._found = tuple(found)
+        self._found = tuple((where.get, name, thing) for where, name, thing in found)
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
         self._surroundings = backends.surroundings(query.device.type)
 
@@ -41,8 +41,8 @@ class Repeat:
         """Whether a step with this token would be decided the same way."""
         if type(query) is not Tensor or query.shape != self._shape:
             return False
-        for where, name, thing in self._found:
-            if where.get(name) is not thing:
+        for get, name, thing in self._found:
+            if get(name) is not thing:
                 return False
         return (
             query.dtype is self._dtype

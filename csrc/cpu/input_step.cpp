@@ -165,7 +165,7 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, std::optional<Tensor> in_
   check(a);
   const DType dtype = dtype_of(query, kOp);
   const int ring = static_cast<int>(ring_dtype_of(x_ring, x_scale, dtype, kOp));
-  Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1)});
+  Tensor out = new_like(query, {query.size(0), query.size(1)});
   if (query.size(0) == 0) return out;
   InputStepParams p = params_of(a, dtype);
   if (update) {

@@ -65,12 +65,12 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const DType dtype = dtype_of(q_ring, kOp);
   const int ring_dtype = static_cast<int>(ring_dtype_of(k_ring, k_scale, dtype, kOp));
   const int64_t e = s.embed_dim();
-  if (s.streams == 0) return torch::stable::new_empty(query, {0, e});
+  if (s.streams == 0) return new_like(query, {0, e});
 
   const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams, e);
   const Projected tokens = project_in(query, key, value, w, dtype, gemm);
   RingStepParams p = params_of(tokens, w, rings, s, add_zero_attn, update);
-  Tensor out = torch::stable::new_empty(query, {s.streams, e});
+  Tensor out = new_like(query, {s.streams, e});
   p.out_is_storage = gemm;
   p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
   attend(p, dtype, ring_dtype);

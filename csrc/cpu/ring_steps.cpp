@@ -110,7 +110,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   STD_TORCH_CHECK(0 <= first && first <= count, kOp, ": first must be in [0, ", count, "]");
   const DType dtype = dtype_of(k_ring, kOp);
   const int64_t e = s.embed_dim();
-  Tensor out = torch::stable::new_empty(query, {s.streams, count - first, e});
+  Tensor out = new_like(query, {s.streams, count - first, e});
   if (s.streams == 0 || count == 0) return out;
 
   const bool self = same_tokens(query, key) && same_tokens(query, value);
@@ -124,7 +124,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   if (first < count) attend(p, dtype);
   if (update) write_rings(p, rings, dtype);
   if (!batch_invariant) return linear(out, out_proj_weight, out_proj_bias);
-  const Tensor projected = torch::stable::new_empty(query, {s.streams, count - first, e});
+  const Tensor projected = new_like(query, {s.streams, count - first, e});
   project_out(flat(out), w, dtype, projected);
   return projected;
 }

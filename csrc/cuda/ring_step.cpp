@@ -305,7 +305,7 @@ Tensor ring_step_cuda(Tensor query, Tensor key, Tensor value, Tensor in_proj_wei
   check_tokens(query, key, value, a.weights, rings, a.sizes, kOp);
   check_covered(a);
   const int64_t N = a.sizes.streams;
-  Tensor output = torch::stable::new_empty(query, {N, a.sizes.embed_dim()});
+  Tensor output = new_like(query, {N, a.sizes.embed_dim()});
   if (N == 0) return output;
   RingStepParams p = make_params(a);
   p.output = output.data_ptr();
