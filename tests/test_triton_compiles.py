@@ -17,6 +17,7 @@ FUSED = {
     HALF: [(1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)],
     FULL: [(1, 512, 8, 32), (1, 512, 8, 4096)],
 }
+WINDOWS = [(32, HALF, True), (64, HALF, True), (64, HALF, False), (256, HALF, True), (64, FULL, True)]
 
 
 def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
@@ -52,6 +53,10 @@ def other_configurations() -> Iterator[tuple[str, list[Launch]]]:
                 f"steps-D{head_dim}-{dtype}",
                 aot.steps_launches(8, 256, 2 * head_dim, 2, 64, dtype),
             )
+    # The rows that need most registers; steps with dropout are the same kernel as the forward here.
+    for head_dim, dtype, full in WINDOWS:
+        launches = aot.window_launches(8, 256, 2, head_dim, 64, dtype, full)
+        yield f"window-D{head_dim}-{dtype}-{full}", launches
     for E in plan.SHARED_ROWS:
         yield f"shared-E{E}", aot.shared_launches(256, 8, 64, E, HALF)
     yield "shared-split", aot.shared_launches(1, 16, 4096, 1024, HALF)

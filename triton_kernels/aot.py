@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .attend_shared import attend_shared_full, attend_shared_full_backward
+from .attend_window import attend_window, attend_window_backward
 from .input_step import input_step_
 from .launch import Launch, record
 from .plan import input_plan, invariant_step_plan, step_plan
@@ -186,6 +187,21 @@ def steps_launches(N: int, T: int, E: int, H: int, L: int, dtype: torch.dtype) -
     clip = _meta(dtype, N, T, E)
     with record() as launches:
         ring_steps_(*[clip, clip, clip, *_ring_arguments(N, E, H, L, dtype), 0, False, 0.0, True])
+    return launches
+
+
+def window_launches(
+    N: int, T: int, H: int, D: int, L: int, dtype: torch.dtype, full: bool = False
+) -> list[Launch]:
+    """Our launches of `attend_window` and its backward; `full`: sink, dropout, rings' gradients."""
+    clip, ring = _meta(dtype, N, T, H, D), _meta(dtype, N, H, L, D)
+    wide = torch.promote_types(dtype, torch.float32)
+    options = [_meta(wide, N, T, H), _meta(torch.int64, 1)] if full else [None, None]
+    args: list[Any] = [clip, clip, clip, ring, ring, _meta(torch.int64, N), *options]
+    with record() as launches:
+        out, lse = attend_window(*args, 0, 0.1)
+        grads = [out, lse if full else None]
+        attend_window_backward(*grads, *args, out, lse, 0, 0.1, full)
     return launches
 
 

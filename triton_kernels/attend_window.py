@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import constants_of, launch
 from .pieces import LOG2E, cast, dot, dot_precision, keep_scale
-from .plan import StepsPlan, steps_plan, window_backward_plan
+from .plan import StepsPlan, steps_plan
 from .ring_step import uncovered
 from .ring_steps import clip_tile, ring_steps_kernel, ring_tile, token_in_slot
 
@@ -257,7 +257,7 @@ def attend_window(
     """
     (N, T, H, D), L = query.shape, k_ring.shape[2]
     query, key, value = _packed(query), _packed(key), _packed(value)
-    plan = steps_plan(T - first, D, query.element_size())
+    plan = steps_plan(T - first, D, query.element_size(), seed is not None)
     out = query.new_empty((N, T - first, H, D))
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = torch.empty((N, T - first, H), dtype=wide, device=query.device)
@@ -298,7 +298,7 @@ def attend_window_backward(
     """
     (N, T, H, D), L = query.shape, k_ring.shape[2]
     query, key, value = _packed(query), _packed(key), _packed(value)
-    plan = window_backward_plan(T - first, D, query.element_size())
+    plan = steps_plan(T - first, D, query.element_size(), seed is not None, backward=True)
     block_t, block_s, block_d, stages, precision, acc = _constants(plan, query.dtype)
     shape = (N, T, H, D)
     grad_query = query.new_zeros(shape) if first else query.new_empty(shape)

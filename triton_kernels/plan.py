@@ -283,15 +283,6 @@ STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 
                    256: (16, 16, 8)}  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
-def steps_plan(tokens: int, head_dim: int, itemsize: int) -> StepsPlan:
-    """The plan of `ring_steps_` for `tokens` outputs per stream."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_t, block_s, warps = (STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32)[block_d]
-    block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
-    return StepsPlan(block_t, block_s, block_d, warps, 2)
-
-
 # The backward holds two tiles of accumulators where the forward holds one.
 WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                              256: (32, 32, 8)}  # fmt: skip
@@ -300,10 +291,17 @@ WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 
 
 
 @lru_cache(maxsize=1024)
-def window_backward_plan(tokens: int, head_dim: int, itemsize: int) -> StepsPlan:
-    """The plan of `attend_window_backward` for `tokens` outputs per stream."""
+def steps_plan(
+    tokens: int, head_dim: int, itemsize: int, dropout: bool, backward: bool = False
+) -> StepsPlan:
+    """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream."""
+    if backward:
+        table = WINDOW_BACKWARD_BLOCKS_16 if itemsize == 2 else WINDOW_BACKWARD_BLOCKS_32
+    else:
+        table = STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32
     block_d = max(16, triton.next_power_of_2(head_dim))
-    table = WINDOW_BACKWARD_BLOCKS_16 if itemsize == 2 else WINDOW_BACKWARD_BLOCKS_32
     block_t, block_s, warps = table[block_d]
+    if dropout and not (backward and itemsize > 2):  # Philox keeps five numbers per weight
+        block_t = max(16, block_t // 2)
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
     return StepsPlan(block_t, block_s, block_d, warps, 2)

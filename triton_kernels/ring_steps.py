@@ -277,7 +277,7 @@ def ring_steps_(
     query, key, value = project_inputs(
         query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
     )
-    plan = steps_plan(T - first, D, query.element_size())
+    plan = steps_plan(T - first, D, query.element_size(), dropout_p > 0.0)
     out = query.new_empty((N, T - first, E))
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     args = (
