@@ -17,7 +17,13 @@ FUSED = {
     HALF: [(1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)],
     FULL: [(1, 512, 8, 32), (1, 512, 8, 4096)],
 }
-WINDOWS = [(32, HALF, True), (64, HALF, True), (64, HALF, False), (256, HALF, True), (64, FULL, True)]
+WINDOWS = [
+    (32, HALF, True),
+    (64, HALF, True),
+    (64, HALF, False),
+    (256, HALF, True),
+    (64, FULL, True),
+]
 
 
 def step_configurations() -> Iterator[tuple[str, list[Launch]]]:

@@ -199,9 +199,9 @@ def window_launches(
     options = [_meta(wide, N, T, H), _meta(torch.int64, 1)] if full else [None, None]
     args: list[Any] = [clip, clip, clip, ring, ring, _meta(torch.int64, N), *options]
     with record() as launches:
-        out, lse = attend_window(*args, 0, 0.1)
-        grads = [out, lse if full else None]
-        attend_window_backward(*grads, *args, out, lse, 0, 0.1, full)
+        out, lse = attend_window(*[*args, 0, 0.1])
+        grads: list[Any] = [out, lse if full else None]
+        attend_window_backward(*[*grads, *args, out, lse, 0, 0.1, full])
     return launches
 
 
