@@ -39,10 +39,19 @@ def explain(
         kept += f", quantised to {module.cache_dtype}"
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
-        return "\n".join([*lines, "torch: runs it, because a gradient is needed"])
+        return "\n".join([*lines, _with_gradient(tokens[0])])
     if many and isinstance(state, INPUT_STATES):  # attends to what it projects the ring to
         layout = call.layout._replace(formulation="kv", cache_dtype=None)
         state = ring.new_state(layout, query.shape[0], tokens[0])
     kind = "input" if isinstance(state, INPUT_STATES) else "ring"
     args = functional.operands(tokens, state, 0 if many else None, call)
     return "\n".join([*lines, *backends.reasons(f"{kind}_step{'s' if many else ''}_", args)])
+
+
+def _with_gradient(query: Tensor) -> str:
+    if backends.order(query.device.type)[0] == "triton":
+        return (
+            "torch: projects, because a gradient is needed; "
+            "triton: attends, where it covers sizes and dtype, or else torch"
+        )
+    return "torch: runs it, because a gradient is needed"

@@ -96,6 +96,9 @@ def test_explanation_names_formulation_and_backend():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]
     assert co.explain(module, query[:, 0]).splitlines()[1].startswith("torch: runs it, because")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(co.backends, "order", lambda device_type: ("triton", "cuda", "torch"))
+        assert "triton: attends" in co.explain(module, query[:, 0])
     with torch.no_grad():
         with co.use_backend("torch"):
             step = co.explain(module, query[:, 0])
