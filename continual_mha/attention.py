@@ -453,13 +453,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> None:
         """Keep how this step went for the next ones, if they can go without asking again."""
         settled = state.clock is self._clock and not torch.is_grad_enabled()
-        if not settled or torch.compiler.is_compiling():
-            return
-        run = functional.repeated_step(query, state, active, call)
-        plain = "in_proj_weight" in self._parameters and "weight" in self.out_proj._parameters
-        if run is None or not plain:
+        if not settled or torch.compiler.is_compiling() or type(query) is not Tensor:
             return
         own, out = self._parameters, self.out_proj
+        if "in_proj_weight" not in own or "weight" not in out._parameters:
+            return  # parametrised: such weights are others in every step
+        run = functional.repeated_step(query, state, active, call)
+        if run is None:
+            return
         found: list[Found] = [(self._modules, "out_proj", out)]
         found += [(own, name, own.get(name)) for name in _OWN_WEIGHTS]
         found += [(out._parameters, name, out._parameters[name]) for name in ("weight", "bias")]
@@ -478,15 +479,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")
         checks.check_continues(state, tokens, layout)
         differentiable = self._needs_grad(tokens, state)
-        if differentiable and self.cache_dtype is not None:
+        if differentiable and (self.cache_dtype is not None or self.batch_invariant):
+            kept = f"cache_dtype={self.cache_dtype}"
+            option = "batch_invariant=True" if self.cache_dtype is None else kept
             raise RuntimeError(
-                f"steps with cache_dtype={self.cache_dtype} have no gradient; call them under "
-                "torch.no_grad() or torch.inference_mode()"
-            )
-        if differentiable and self.batch_invariant:
-            raise RuntimeError(
-                "steps with batch_invariant=True have no gradient; call them under "
-                "torch.no_grad() or torch.inference_mode()"
+                f"steps with {option} have no gradient; call them under torch.no_grad() or "
+                "torch.inference_mode()"
             )
         call = functional.StepCall(
             self._weights(), layout, self._options(), update, differentiable, self.batch_invariant

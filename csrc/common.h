@@ -50,7 +50,7 @@ struct RingSizes {
 };
 
 // A contiguous tensor of the dtype and device of `like`. torch::stable::new_empty does the same,
-// but asks the dispatcher for an operator by name, which takes a seventh of a small step.
+// but asks the dispatcher for an operator by name: 0.8 of the 7 us of a call with nothing to do.
 inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
   constexpr int64_t kMaxDim = 4;
   const auto dim = static_cast<int64_t>(sizes.size());
