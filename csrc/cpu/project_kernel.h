@@ -27,12 +27,8 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   const A* x = static_cast<const A*>(p.x) + stream * p.x_stride;
   const S* bias = static_cast<const S*>(p.bias);
   O* out = static_cast<O*>(p.out) + stream * p.out_stride;
-  A sums[kRows * kC];
-  if constexpr (kCount == kRows) {
-    dot_rows_tile<kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
-  } else {
-    dot_tile<1, kC>(weight, 0, x, p.x_stride, p.in_features, sums);
-  }
+  A sums[kCount * kC];
+  dot_rows_tile<kCount, kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
   for (int r = 0; r < kCount; ++r) {
     const int64_t at = row + r * stretch;
     for (int c = 0; c < kC; ++c) {

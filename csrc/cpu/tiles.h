@@ -69,12 +69,12 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
 constexpr int kRows = 4;                                 // rows that are multiplied together
 constexpr int kMaxColumns = kTileVectors == 16 ? 5 : 4;  // vectors, at most
 
-// dot_tile<kRows, kC>, in as many parts as the registers ask for.
-template <int kC, class S, class A>
+// dot_tile<kCount, kC>, in as many parts as the registers ask for.
+template <int kCount, int kC, class S, class A>
 CMHA_INLINE void dot_rows_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
                                int64_t count, A* sums) {
-  constexpr int kR = kTileVectors == 16 || kC <= 2 ? kRows : kRows / 2;
-  for (int r = 0; r < kRows; r += kR) {
+  constexpr int kR = kCount < kRows || kTileVectors == 16 || kC <= 2 ? kCount : kCount / 2;
+  for (int r = 0; r < kCount; r += kR) {
     dot_tile<kR, kC>(rows + r * row_stride, row_stride, x, x_stride, count, sums + r * kC);
   }
 }
@@ -98,12 +98,8 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
                 [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
                   constexpr int kCount = decltype(tag)::value;
                   const S* first = rows + row * row_stride;
-                  A sums[kRows * kC];
-                  if constexpr (kCount == kRows) {
-                    dot_rows_tile<kC>(first, stretch * row_stride, x, x_stride, count, sums);
-                  } else {
-                    dot_tile<1, kC>(first, 0, x, x_stride, count, sums);
-                  }
+                  A sums[kCount * kC];
+                  dot_rows_tile<kCount, kC>(first, stretch * row_stride, x, x_stride, count, sums);
                   for (int r = 0; r < kCount; ++r) {
                     for (int c = 0; c < kC; ++c) emit(row + r * stretch, c, sums[r * kC + c]);
                   }
