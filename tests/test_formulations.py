@@ -363,6 +363,14 @@ def chosen(batch_size, embed_dim, num_heads, length, dtype, device):
         return formulations.choose(batch_size, embed_dim, num_heads, length, like)
 
 
+def test_auto_takes_inputs_only_and_wherever_the_triton_kernel_serves():
+    covers = pytest.importorskip("continual_mha.triton_kernels.plan").input_step_covers
+    for embed_dim in (48, 192, 512, 1000, 1024, 1536, 2048):
+        for heads in (1, 2, 4, 8, 12, 16, 24, 32):
+            kept = chosen(4096, embed_dim, heads, 4096, torch.bfloat16, "cuda")
+            assert (kept == "input") == (covers(embed_dim, heads, 2) is None), (embed_dim, heads)
+
+
 def test_auto_takes_inputs_where_a_gpu_reads_large_rings():
     sizes = (512, 512, 8, 64)  # keys and values of 64 MiB in half precision
     assert chosen(*sizes, torch.bfloat16, "cuda") == "input"
