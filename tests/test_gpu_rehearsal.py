@@ -166,7 +166,7 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
     for module, name in (
         (ring_step, "_ring_step_kernel"),
         (project, "_project_kernel"),
-        (ring_steps, "_ring_steps_kernel"),
+        (ring_steps, "ring_steps_kernel"),
         (ring_steps, "_write_rings_kernel"),
     ):
         launched.append(Kernel(getattr(module, name)))
