@@ -53,8 +53,10 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
         return _why_not_step(name, query, args)
     if name == "input_step_":
         return _why_not_input_step(query, *args[1:])
+    if name == "single_query":
+        return _why_not_tile(*args[:4])
     if name == "attend_shared":
-        return _why_not_attend_shared(query, *args[1:])
+        return _why_not_tile(*args[:3])
     return f"no kernel for {name}"
 
 
@@ -145,11 +147,9 @@ def _why_not_input_step(query: Tensor, weight: Tensor, *args: Any) -> str | None
     return None
 
 
-def _why_not_attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
-) -> str | None:
-    if not query.dtype == key.dtype == value.dtype:
-        return "query, key and value differ in dtype"
+def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor) -> str | None:
+    if any(x.dtype != query.dtype for x in (key, *others)):
+        return "query, key, value and weights differ in dtype"
     if key.shape[1] == 0:
         return "there is nothing to attend to"
     return None

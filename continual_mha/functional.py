@@ -26,9 +26,8 @@ from .ring import (
     State,
 )
 
-# On a CPU the fused operator gains from such a tile on, and in half precision at any size, where it
-# also rounds less: see docs/formulations.md.
-_CPU_FUSED_ELEMENTS = 1 << 19
+# From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
+_CPU_MANY_STREAMS = 32
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
@@ -290,7 +289,25 @@ def attend_clip(
     query, key, value = tokens
     sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
     moved = input_formulation_is_cheaper(num_heads, *sizes)
+    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, need_weights)
+    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
+        out, attn = backends.choose("single_query", args)(*args)
+        return out, attn if need_weights else None
     return inputs.attend_clip(tokens, weights, num_heads, options, mask, need_weights, moved, _mix)
+
+
+def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
+    """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
+    query, key, num_heads = args[0], args[1], args[12]
+    if torch.compiler.is_compiling() or backends.order(query.device.type)[0] != "cpu":
+        return False
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return False
+    if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
+        projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
+        if projections_dominate:
+            return False
+    return backends.why_not("cpu", "single_query", args) is None
 
 
 def _mix(
@@ -371,8 +388,7 @@ def wants_fused(
         )
     if first != "cpu":
         return first in ("triton", "cuda")
-    large = query.element_size() == 2 or key.numel() >= _CPU_FUSED_ELEMENTS
-    if not large or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False  # there is no kernel for the gradient

@@ -166,6 +166,19 @@ def input_step_(query: Tensor, *args: Any) -> Tensor:
     return out
 
 
+def single_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    """Operator ``single_query``: ``attend_clip`` without dropout, in one call."""
+    weights, (mask, num_heads, add_zero_attn, need_weights) = Weights(*args[:8]), args[8:]
+    options = Options(add_zero_attn, 0.0)
+    out, attn = attend_clip((query, key, value), weights, num_heads, options, mask, need_weights)
+    return out, out.new_empty(0, dtype=wide(out.dtype)) if attn is None else attn
+
+
 def attend_clip(
     tokens: tuple[Tensor, Tensor, Tensor],
     weights: Weights,

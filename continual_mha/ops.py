@@ -28,10 +28,12 @@ from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
 
-_STEP_ARGS = (
+_TOKENS_AND_WEIGHTS = (
     "Tensor query, Tensor key, Tensor value, "
     "Tensor in_proj_weight, Tensor? k_proj_weight, Tensor? v_proj_weight, Tensor? in_proj_bias, "
     "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? bias_k, Tensor? bias_v, "
+)
+_STEP_ARGS = _TOKENS_AND_WEIGHTS + (
     "Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) q_ring, Tensor(d!) position, "
 )
 _STEP_OPTIONS = "bool add_zero_attn, float dropout_p, bool update"
@@ -53,6 +55,8 @@ SCHEMAS = {
     "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
     "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
     "input_step_": f"({_INPUT_ARGS} Tensor? active, {_STEP_OPTIONS}, {_INPUT_MORE}) -> Tensor",
+    "single_query": f"({_TOKENS_AND_WEIGHTS} Tensor? mask, int num_heads, bool add_zero_attn, "
+    "bool need_weights) -> (Tensor, Tensor)",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
     "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -86,6 +90,15 @@ def _fake_ring_steps_(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> 
     first = args[12]
     shape = (query.shape[0], query.shape[1] - first, query.shape[2])
     return query.new_empty(shape, dtype=_output_dtype(query))
+
+
+def _fake_single_query(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    bias_k, (add_zero_attn, need_weights) = args[6], args[10:]
+    slots = key.shape[1] + (bias_k is not None) + add_zero_attn
+    shape = (query.shape[0], slots) if need_weights else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=wide(query.dtype))
 
 
 def _fake_attend_shared(
@@ -193,6 +206,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_step,
     "ring_steps_": _fake_ring_steps_,
     "input_step_": _fake_step,
+    "single_query": _fake_single_query,
     "attend_shared": _fake_attend_shared,
     "attend_shared_backward": _fake_attend_shared_backward,
     "attend_shared_full": _fake_attend_shared_full,

@@ -99,6 +99,17 @@ inline void check_shape(const Tensor& x, std::initializer_list<int64_t> sizes, c
                   ")");
 }
 
+// A mask that broadcasts to (N, H, S).
+inline void check_mask(const std::optional<Tensor>& mask, const Tensor& query, int64_t heads,
+                       int64_t slots, const char* op) {
+  STD_TORCH_CHECK(!mask || mask->device() == query.device(), op,
+                  ": mask is on another device than the others");
+  STD_TORCH_CHECK(!mask || (mask->dim() == 3 && mask->size(2) == slots &&
+                            (mask->size(0) == 1 || mask->size(0) == query.size(0)) &&
+                            (mask->size(1) == 1 || mask->size(1) == heads)),
+                  op, ": mask must be broadcastable to (N, H, S)");
+}
+
 // The arguments of an attention over a shared tile: query (N, H, Ek), key (N, S, Ek), value
 // (N, S, Ev), a mask that broadcasts to (N, H, S), a sink (N, H).
 inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -113,14 +124,9 @@ inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& v
   check_like(value, query, op, "value");
   check_shape(key, {n, slots, query.size(2)}, op, "key");
   check_shape(value, {n, slots, value.size(2)}, op, "value");
-  for (const std::optional<Tensor>* x : {&mask, &sink}) {
-    STD_TORCH_CHECK(!*x || (*x)->device() == query.device(), op,
-                    ": mask or sink is on another device than the others");
-  }
-  STD_TORCH_CHECK(!mask || (mask->dim() == 3 && mask->size(2) == slots &&
-                            (mask->size(0) == 1 || mask->size(0) == n) &&
-                            (mask->size(1) == 1 || mask->size(1) == heads)),
-                  op, ": mask must be broadcastable to (N, H, S)");
+  STD_TORCH_CHECK(!sink || sink->device() == query.device(), op,
+                  ": sink is on another device than the others");
+  check_mask(mask, query, heads, slots, op);
   if (sink) check_shape(*sink, {n, heads}, op, "sink");
 }
 

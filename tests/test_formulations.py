@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import continual_mha
 from bench import formulations as bench
 from bench import grid
-from continual_mha import InputState, RingState, formulations, functional
+from continual_mha import InputState, RingState, backends, formulations, functional
 
 SELF_ATTENTION = [
     name for name, arguments in CONSTRUCTIONS.items() if not {"kdim", "vdim"} & set(arguments)
@@ -139,6 +139,7 @@ EDGES = {
 
 
 @pytest.mark.parametrize("sizes", EDGES)
+@continual_mha.use_backend("torch")  # whose operators the counter knows
 def test_cost_rule_chooses_as_counted_multiplications_do(sizes, monkeypatch):
     heads, embed_dim, kdim, vdim = sizes
     rule = functional.input_formulation_is_cheaper
@@ -155,6 +156,7 @@ def test_cost_rule_chooses_as_counted_multiplications_do(sizes, monkeypatch):
         assert rule(heads, clip, embed_dim, kdim, vdim) == (clip > longest)
 
 
+@continual_mha.use_backend("torch")  # whose operators the counter knows
 def test_forward_takes_the_cheaper_formulation(monkeypatch):
     module = build(embed_dim=12, num_heads=12, sequence_len=12)
     for clip, moved in ((12, False), (13, True)):
@@ -214,16 +216,43 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("construction", ["defaults", "no_bias", "middle_query"])
 def test_fused_operator_over_a_clip_equals_the_window(construction, dtype, monkeypatch, backend):
-    monkeypatch.setattr(functional, "_CPU_FUSED_ELEMENTS", 0)
-    calls = []
-    fused = functional._fused_mix
-    monkeypatch.setattr(functional, "_fused_mix", lambda *args: calls.append(None) or fused(*args))
+    ran = operators_run(monkeypatch)
     module = build(**CONSTRUCTIONS[construction], dtype=dtype)
     x = draw_tokens(module, 3, LENGTH)[0]
     with torch.no_grad():
         output, _ = module(to_layout(module, x), need_weights=False)
-    assert len(calls) == (backend != "torch")
+    assert ran == {"torch": [], "cpu": ["single_query"]}.get(backend, ["attend_shared"])
     assert_equals_window(to_layout(module, output), module, x)
+
+
+def operators_run(monkeypatch):
+    """The names of the operators that run from now on, in their order."""
+    names = []
+    choose = backends.choose
+    monkeypatch.setattr(
+        backends, "choose", lambda name, args: names.append(name) or choose(name, args)
+    )
+    return names
+
+
+@pytest.mark.skipif("cpu" not in backends.available(), reason="the native library was not built")
+@pytest.mark.parametrize(
+    ("dtype", "streams", "clip", "expected"),
+    [
+        (torch.bfloat16, 31, 7, "single_query"),
+        (torch.bfloat16, 32, 7, "attend_shared"),  # 14 slots of heads, 8 features
+        (torch.bfloat16, 32, 8, "single_query"),
+        (torch.float32, 32, 7, "single_query"),
+    ],
+)
+def test_a_clip_on_the_cpu_is_left_to_matrix_products_only_where_those_gain(
+    dtype, streams, clip, expected, monkeypatch
+):
+    module = build(embed_dim=8, num_heads=2, sequence_len=clip, dtype=dtype)
+    ran = operators_run(monkeypatch)
+    with torch.no_grad():
+        module(draw_tokens(module, streams, clip)[0], need_weights=False)
+    assert ran == [expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -556,6 +556,85 @@ def test_shared_tile_with_everything_masked_is_nan_as_in_torch() -> None:
     assert torch.equal(lse, expected_lse)
 
 
+def clip_call(drawn: dict[str, Any], dtype: torch.dtype, *rest: Any) -> tuple[Any, ...]:
+    """Arguments of `single_query` with the first token of a case as the query."""
+    query, key, value = (cast(x, dtype) for x in drawn["tokens"])
+    mask, *others = rest
+    weights = [cast(w, dtype) for w in drawn["weights"]]
+    return (query[:, 0], key, value, *weights, cast(mask, dtype), *others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", [None, (1, 1), (3, 1), (1, 6), (3, 6)])
+def test_single_query_is_as_exact_as_torch(
+    mask: tuple[int, int] | None, need_weights: bool, dtype: torch.dtype, isa: str
+) -> None:
+    for extra, zero in [(False, False), (True, False), (False, True), (True, True)]:
+        for tokens, separate in [(1, False), (7, True), (70, False)]:
+            case = Case(embed=30, heads=6, tokens=tokens, separate=separate, bias=tokens > 1)
+            case = case._replace(extra=extra, dtype=dtype)
+            added = None if mask is None else torch.randn(*mask, tokens, dtype=dtype)
+            drawn, rest = draw(case), (added, case.heads, zero, need_weights)
+            out, attn = torch.ops.continual_mha.cpu_single_query(*clip_call(drawn, dtype, *rest))
+            exact, exact_attn = inputs.single_query(*clip_call(drawn, torch.float64, *rest))
+            plain, plain_attn = inputs.single_query(*clip_call(drawn, dtype, *rest))
+            assert_as_exact_as_torch(out, exact, plain)
+            assert_as_exact_as_torch(attn, exact_attn, plain_attn)
+            assert attn.shape == ((3, tokens + extra + zero) if need_weights else (0,))
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_single_query_to_which_the_mask_leaves_nothing(need_weights: bool, extra: bool) -> None:
+    case = Case(tokens=4, extra=extra, dtype=torch.float64)
+    mask = torch.zeros(3, 2, 4, dtype=torch.float64)
+    mask[1, 0] = -math.inf
+    args = clip_call(draw(case), case.dtype, mask, case.heads, False, need_weights)
+    out, attn = torch.ops.continual_mha.cpu_single_query(*args)
+    expected, expected_attn = inputs.single_query(*args)
+    assert expected[1].isnan().any() == (need_weights and not extra)
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attn, expected_attn, equal_nan=True, rtol=1e-12, atol=1e-12)
+
+
+def test_single_query_takes_tiles_and_masks_that_lie_anywhere() -> None:
+    case = Case(tokens=9, embed=24, heads=3)
+    args = list(clip_call(draw(case), case.dtype, torch.randn(3, 3, 9), case.heads, False, True))
+    expected = torch.ops.continual_mha.cpu_single_query(*args)
+    for i in (0, 1, 2, 11):
+        args[i] = args[i].transpose(0, -1).contiguous().transpose(0, -1)
+        assert not args[i].is_contiguous()
+    for out, wanted in zip(torch.ops.continual_mha.cpu_single_query(*args), expected, strict=True):
+        assert torch.equal(out, wanted)
+
+
+def test_single_query_of_a_stream_has_the_same_bits_in_any_batch_and_on_any_threads() -> None:
+    case = Case(streams=9, tokens=33, embed=64, heads=4)
+    args = clip_call(draw(case), case.dtype, None, case.heads, True, True)
+    expected = torch.ops.continual_mha.cpu_single_query(*args)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = slice(3, 8)
+        some = (args[0][rows], args[1][rows], args[2][rows], *args[3:])
+        found = torch.ops.continual_mha.cpu_single_query(*some)
+    finally:
+        torch.set_num_threads(before)
+    for out, wanted in zip(found, expected, strict=True):
+        assert torch.equal(out, wanted[rows])
+
+
+def test_nan_in_a_clip_stays_in_its_stream() -> None:
+    case = Case(tokens=6)
+    drawn = draw(case)
+    drawn["tokens"][0][1, 2] = math.nan
+    args = clip_call(drawn, case.dtype, None, case.heads, False, True)
+    for found in torch.ops.continual_mha.cpu_single_query(*args):
+        assert found[1].isnan().all()
+        assert not found[[0, 2]].isnan().any()
+
+
 def test_nan_in_a_token_reaches_the_windows_that_hold_it_and_no_other() -> None:
     case = Case(streams=1, length=4, tokens=20, position=4)
     drawn = draw(case)

@@ -58,6 +58,19 @@ def test_shared_attention_passes_torchs_own_checks(mask, sink):
     opcheck(torch.ops.continual_mha.attend_shared.default, shared_operands(mask, sink))
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+def test_single_query_passes_torchs_own_checks(extra, need_weights):
+    E, N, S = 6, 2, 5
+    bias = torch.randn(1, 1, E) if extra else None
+    weights = (torch.randn(3 * E, E), None, None, None, torch.randn(E, E), None, bias, bias)
+    arguments = (torch.randn(N, E), *(2 * [torch.randn(N, S, E)]), *weights)
+    mask = torch.randn(N, 1, S)
+    opcheck(
+        torch.ops.continual_mha.single_query.default, (*arguments, mask, 2, extra, need_weights)
+    )
+
+
 @pytest.mark.parametrize("sink", [False, True])
 def test_backward_of_shared_attention_passes_torchs_own_checks(sink):
     operands = [x if x is None else x.detach() for x in shared_operands(True, sink)]

@@ -1,7 +1,7 @@
 // continual_mha::cpu_attend_shared: all heads of a stream against one tile.
-#include <tuple>
+#include "attend_shared.h"
 
-#include "host.h"
+#include <tuple>
 
 namespace continual_mha::cpu {
 namespace {
@@ -10,61 +10,58 @@ constexpr const char* kOp = "cpu_attend_shared";
 
 struct SharedTag {};
 
-// A tile whose features are next to each other; slots and streams may lie anywhere.
-Tensor as_rows(const Tensor& x) { return x.stride(2) == 1 ? x : torch::stable::contiguous(x); }
+}  // namespace
 
-AttendSharedParams params_of(const Tensor& query, const Tensor& key, const Tensor& value) {
+AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
+                                 const std::optional<Tensor>& mask) {
   AttendSharedParams p{};
-  p.query = query.const_data_ptr();
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
   p.key_stream_stride = key.stride(0);
   p.key_slot_stride = key.stride(1);
   p.value_stream_stride = value.stride(0);
   p.value_slot_stride = value.stride(1);
-  p.streams = query.size(0);
-  p.num_heads = query.size(1);
+  p.streams = key.size(0);
+  p.num_heads = num_heads;
   p.slots = key.size(1);
   p.key_dim = key.size(2);
   p.value_dim = value.size(2);
+  if (mask) {
+    p.mask = mask->const_data_ptr();
+    p.mask_stream_stride = mask->size(0) == 1 ? 0 : mask->stride(0);
+    p.mask_head_stride = mask->size(1) == 1 ? 0 : mask->stride(1);
+    p.mask_slot_stride = mask->stride(2);
+  }
   return p;
 }
 
-}  // namespace
+void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
+  const Kernels& table = kernels(dtype);
+  const auto kernel = by_acc ? table.attend_shared_acc : table.attend_shared;
+  const int64_t bytes = table.attend_shared_scratch(p);
+  const int64_t blocks = (p.num_heads + kHeadBlock - 1) / kHeadBlock;
+  parallel(p.streams * blocks, kHeadBlock * p.slots * (p.key_dim + p.value_dim),
+           [&](int64_t begin, int64_t end) { kernel(p, scratch<SharedTag>(bytes), begin, end); });
+}
 
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, Tensor value,
                                          std::optional<Tensor> mask, std::optional<Tensor> sink) {
   check_shared(query, key, value, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
-  const ScalarType acc = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = acc_type(dtype);
   const Tensor queries = torch::stable::contiguous(query);
   const Tensor keys = as_rows(key);
   const Tensor values = as_rows(value);
-  AttendSharedParams p = params_of(queries, keys, values);
+  if (mask) mask = torch::stable::to(*mask, acc);
+  if (sink) sink = torch::stable::contiguous(torch::stable::to(*sink, acc));
+  AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
-  std::optional<Tensor> wide_mask;
-  std::optional<Tensor> wide_sink;
-  if (mask) {
-    wide_mask = torch::stable::to(*mask, acc);
-    p.mask = wide_mask->const_data_ptr();
-    p.mask_stream_stride = mask->size(0) == 1 ? 0 : wide_mask->stride(0);
-    p.mask_head_stride = mask->size(1) == 1 ? 0 : wide_mask->stride(1);
-    p.mask_slot_stride = wide_mask->stride(2);
-  }
-  if (sink) {
-    wide_sink = torch::stable::contiguous(torch::stable::to(*sink, acc));
-    p.sink = wide_sink->const_data_ptr();
-  }
+  p.query = queries.const_data_ptr();
+  p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  const Kernels& table = kernels(dtype);
-  const int64_t bytes = table.attend_shared_scratch(p);
-  const int64_t blocks = (p.num_heads + kHeadBlock - 1) / kHeadBlock;
-  parallel(p.streams * blocks, kHeadBlock * p.slots * (p.key_dim + p.value_dim),
-           [&](int64_t begin, int64_t end) {
-             table.attend_shared(p, scratch<SharedTag>(bytes), begin, end);
-           });
+  attend(p, dtype, false);
   return {out, lse};
 }
 

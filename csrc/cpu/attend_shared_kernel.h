@@ -31,35 +31,70 @@ int64_t attend_shared_scratch(const AttendSharedParams& p) {
   return arena.used();
 }
 
-// Adds the mask and turns scores into numerators of the softmax; returns the factor that makes
-// weights of them, and stores the logarithm of the denominator.
+// What multiplies numerators to make weights of them, and the weights of the slots in `extra`.
 template <class A>
-CMHA_INLINE A finish_scores(const AttendSharedParams& p, int64_t n, int64_t head, A* scores) {
+struct Normaliser {
+  A inputs;
+  A extra[2];
+};
+
+// Adds the mask and turns scores into numerators of the softmax; stores the logarithm of the
+// denominator, and in `extra` the weights of its first slot and of all inputs.
+template <class A>
+CMHA_INLINE Normaliser<A> finish_scores(const AttendSharedParams& p, int64_t n, int64_t head,
+                                        A* scores) {
   if (p.mask != nullptr) {
     const A* mask =
         static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
     for (int64_t s = 0; s < p.slots; ++s) scores[s] += mask[s * p.mask_slot_stride];
   }
   const int64_t row = n * p.num_heads + head;
-  const A sink = p.sink == nullptr ? kMinusInfinity<A> : static_cast<const A*>(p.sink)[row];
-  const auto [max, sum] = softmax_numerators(scores, p.slots, sink);
+  A* extra = p.extra == nullptr ? nullptr : static_cast<A*>(p.extra) + 2 * row;
+  A others[2] = {kMinusInfinity<A>, kMinusInfinity<A>};
+  if (p.sink != nullptr) others[0] = static_cast<const A*>(p.sink)[row];
+  if (extra != nullptr) memcpy(others, extra, sizeof(others));
+  const auto [max, sum] = softmax_numerators(scores, p.slots, max_of(others[0], others[1]));
+  if (p.blank && max == kMinusInfinity<A>) {
+    for (int64_t s = 0; s < p.slots; ++s) scores[s] = 0;
+    if (extra != nullptr) extra[0] = extra[1] = 0;
+    return {0, {0, 0}};
+  }
   const bool nothing = max == kMinusInfinity<A>;
-  const A total =
-      nothing ? 0 : sum + static_cast<A>(__builtin_exp(static_cast<double>(sink - max)));
-  static_cast<A*>(p.lse)[row] = max + static_cast<A>(__builtin_log(static_cast<double>(total)));
-  return 1 / total;
+  for (A& other : others) other = nothing ? 0 : exp_of(other - max);
+  const A total = (nothing ? 0 : sum) + others[0] + others[1];
+  if (p.lse != nullptr) {
+    static_cast<A*>(p.lse)[row] = max + static_cast<A>(__builtin_log(static_cast<double>(total)));
+  }
+  const Normaliser<A> result{1 / total, {others[0] / total, others[1] / total}};
+  if (extra != nullptr) {
+    extra[0] = result.extra[0];
+    extra[1] = sum / total;
+  }
+  return result;
+}
+
+// The weights of one head: those of the inputs, then of the slots in `extra` that there are.
+template <class A>
+CMHA_INLINE void store_weights(const AttendSharedParams& p, int64_t row, const A* scores,
+                               const Normaliser<A>& normaliser) {
+  A* weights = static_cast<A*>(p.weights) + row * (p.slots + p.extra_weights);
+  for (int64_t s = 0; s < p.slots; ++s) weights[s] = scores[s] * normaliser.inputs;
+  // A slot that is not there weighs nothing, and comes first if only the other one is.
+  weights += p.slots;
+  if (p.extra_weights == 2) memcpy(weights, normaliser.extra, 2 * sizeof(A));
+  if (p.extra_weights == 1) *weights = normaliser.extra[0] + normaliser.extra[1];
 }
 
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.
-template <int kC, class S>
+template <int kC, class S, class Q>
 CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S>& scratch,
                               int64_t n, int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
-  const S* query = static_cast<const S*>(p.query) + row * p.key_dim;
+  const Q* query = static_cast<const Q*>(p.query) + row * p.key_dim;
   const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
   const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
-  S* out = static_cast<S*>(p.out) + row * p.value_dim;
+  Q* out = static_cast<Q*>(p.out) + row * p.value_dim;
   for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.q[i] = widen(query[i]);
   dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
                [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
@@ -67,7 +102,10 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
                });
   A scale[kC];
   for (int c = 0; c < kC; ++c) {
-    scale[c] = finish_scores(p, n, head + c, scratch.scores + c * scratch.score_stride);
+    A* scores = scratch.scores + c * scratch.score_stride;
+    const Normaliser<A> normaliser = finish_scores(p, n, head + c, scores);
+    if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
+    scale[c] = normaliser.inputs;
   }
   for (int64_t i = 0; i < kC * p.value_dim; ++i) scratch.out[i] = 0;
   weighted_rows<kC>(scratch.scores, scratch.score_stride, value, p.value_slot_stride, 0, p.slots,
@@ -79,8 +117,8 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   }
 }
 
-// Tasks are (stream, block of kHeadBlock heads).
-template <class S>
+// Tasks are (stream, block of kHeadBlock heads). Q is what queries and results are stored as.
+template <class S, class Q>
 void attend_shared(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
   Arena arena(memory);
   const AttendSharedScratch<S> scratch(p, arena);
@@ -89,10 +127,26 @@ void attend_shared(const AttendSharedParams& p, void* memory, int64_t begin, int
     const int64_t n = task / blocks;
     const int64_t head = task % blocks * kHeadBlock;
     const int64_t count = min_of(kHeadBlock, p.num_heads - head);
-    if (count == 4) attend_heads<4>(p, scratch, n, head);
-    if (count == 3) attend_heads<3>(p, scratch, n, head);
-    if (count == 2) attend_heads<2>(p, scratch, n, head);
-    if (count == 1) attend_heads<1>(p, scratch, n, head);
+    if (count == 4) attend_heads<4, S, Q>(p, scratch, n, head);
+    if (count == 3) attend_heads<3, S, Q>(p, scratch, n, head);
+    if (count == 2) attend_heads<2, S, Q>(p, scratch, n, head);
+    if (count == 1) attend_heads<1, S, Q>(p, scratch, n, head);
+  }
+}
+
+// Tasks are streams: the weights (N, H, S + extra_weights), averaged over the heads into `average`.
+template <class S>
+void average_weights(const AttendSharedParams& p, void* average, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  const int64_t slots = p.slots + p.extra_weights;
+  for (int64_t n = begin; n < end; ++n) {
+    const A* weights = static_cast<const A*>(p.weights) + n * p.num_heads * slots;
+    A* to = static_cast<A*>(average) + n * slots;
+    for (int64_t s = 0; s < slots; ++s) to[s] = weights[s];
+    for (int64_t head = 1; head < p.num_heads; ++head) {
+      for (int64_t s = 0; s < slots; ++s) to[s] += weights[head * slots + s];
+    }
+    for (int64_t s = 0; s < slots; ++s) to[s] /= static_cast<A>(p.num_heads);
   }
 }
 

@@ -92,7 +92,7 @@ InputStepParams params_of(const Arguments& a, DType dtype) {
   p.position = static_cast<const int64_t*>(a.position.const_data_ptr());
   p.streams = a.x_ring.size(0);
   p.num_heads = a.num_heads;
-  p.embed_dim = a.x_ring.size(2);
+  p.embed_dim = p.key_dim = p.value_dim = a.x_ring.size(2);
   p.length = a.x_ring.size(1);
   p.delay = a.delay;
   p.add_zero_attn = a.add_zero_attn;
@@ -102,7 +102,7 @@ InputStepParams params_of(const Arguments& a, DType dtype) {
   p.bias_v = data_or_null(a.weights.bias_v);
   const int64_t acc = p.streams * p.embed_dim * acc_size(dtype);
   p.q = scratch<QueriesTag>(acc);
-  p.moved = scratch<MovedTag>(acc * p.num_heads);
+  p.moved = p.mixed = scratch<MovedTag>(acc * p.num_heads);
   p.out = scratch<HeadsTag>(acc);
   if (p.bias_k != nullptr || p.add_zero_attn) {
     p.extra = scratch<ExtraTag>(p.streams * p.num_heads * 2 * acc_size(dtype));

@@ -138,19 +138,20 @@ void asked_input(const InputStepParams& p, void* asked, int64_t begin, int64_t e
 
 // Tasks are heads: scales the queries, scores the extra slots with them, and moves W_k to them.
 template <class S>
-void move_queries(const InputStepParams& p, int64_t begin, int64_t end) {
+void move_queries(const MovedParams& p, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
   const int64_t e = p.embed_dim;
+  const int64_t width = p.key_dim;
   const int64_t head_dim = e / p.num_heads;
   const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(head_dim)));
   for (int64_t head = begin; head < end; ++head) {
     const int64_t column = head * head_dim;
-    const S* weight = static_cast<const S*>(p.k_weight) + column * e;
+    const S* weight = static_cast<const S*>(p.k_weight) + column * width;
     A* q = static_cast<A*>(p.q) + column;
-    A* moved = static_cast<A*>(p.moved) + head * e;
+    A* moved = static_cast<A*>(p.moved) + head * width;
     for (int64_t n = 0; n < p.streams; ++n) {
       for (int64_t d = 0; d < head_dim; ++d) q[n * e + d] *= scale;
-      for (int64_t i = 0; i < e; ++i) moved[n * p.num_heads * e + i] = 0;
+      for (int64_t i = 0; i < width; ++i) moved[n * p.num_heads * width + i] = 0;
       if (p.extra == nullptr) continue;
       // A slot of the ring lacks q . b_k, which these have not.
       A on_key_bias = 0;
@@ -167,8 +168,8 @@ void move_queries(const InputStepParams& p, int64_t begin, int64_t end) {
       extra[1] = p.add_zero_attn ? -on_key_bias : kMinusInfinity<A>;
     }
     by_fours(0, p.streams, [&](int64_t n, auto tag) __attribute__((always_inline)) {
-      mix_rows<decltype(tag)::value>(q + n * e, e, weight, e, head_dim, e, 0,
-                                     moved + n * p.num_heads * e, p.num_heads * e);
+      mix_rows<decltype(tag)::value>(q + n * e, e, weight, width, head_dim, width, 0,
+                                     moved + n * p.num_heads * width, p.num_heads * width);
     });
   }
 }
@@ -198,11 +199,6 @@ int64_t input_step_scratch(const InputStepParams& p) {
   Arena arena(nullptr);
   InputStepScratch<S>(p, arena);
   return arena.used();
-}
-
-template <class A>
-CMHA_INLINE A exp_of(A x) {
-  return static_cast<A>(__builtin_exp(static_cast<double>(x)));
 }
 
 // kC heads from `head` on take in `count` rows, x (count, E).
@@ -286,22 +282,23 @@ void mix_inputs(const InputStepParams& p, void* memory, int64_t begin, int64_t e
 
 // Tasks are heads: W_v on what was mixed, and the biases.
 template <class S>
-void project_mixed(const InputStepParams& p, int64_t begin, int64_t end) {
+void project_mixed(const MovedParams& p, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
   const int64_t e = p.embed_dim;
+  const int64_t width = p.value_dim;
   const int64_t head_dim = e / p.num_heads;
   for (int64_t head = begin; head < end; ++head) {
     const int64_t column = head * head_dim;
     const S* bias = p.v_bias == nullptr ? nullptr : static_cast<const S*>(p.v_bias) + column;
-    const ProjectParams params{static_cast<A*>(p.moved) + head * e,
-                               static_cast<const S*>(p.v_weight) + column * e,
+    const ProjectParams params{static_cast<A*>(p.mixed) + head * width,
+                               static_cast<const S*>(p.v_weight) + column * width,
                                p.extra == nullptr ? bias : nullptr,
                                static_cast<A*>(p.out) + column,
-                               p.num_heads * e,
+                               p.num_heads * width,
                                e,
                                p.streams,
                                head_dim,
-                               e};
+                               width};
     project<S, A>(params, 0, (head_dim + kRowBlock - 1) / kRowBlock);
     if (p.extra == nullptr) continue;
     for (int64_t n = 0; n < p.streams; ++n) {

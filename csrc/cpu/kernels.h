@@ -78,32 +78,40 @@ struct RingStepsParams {
   bool add_zero_attn;
 };
 
-// One token of every stream against its ring of inputs.
-struct InputStepParams {
-  const void* token;  // (N, E), any strides
-  void* x_ring;       // (N, L, E)
-  float* x_scale;     // (N, L), or null where the ring holds no codes
-  const int64_t* position;
-  const void* k_weight;  // (E, E), contiguous
-  const void* v_weight;
-  const void* k_bias;  // (E,), or null
+// One query per stream over inputs: what happens before and after the inputs are mixed.
+struct MovedParams {
+  const void* k_weight;  // (E, Ek), contiguous
+  const void* v_weight;  // (E, Ev), contiguous
+  const void* k_bias;    // (E,), or null
   const void* v_bias;
   const void* bias_k;  // the same, of add_bias_kv
   const void* bias_v;
   void* q;      // (N, E) acc, projected
-  void* moved;  // (N, H, E) acc: the queries times W_k, then the weighted sums of inputs
-  void* extra;  // (N, H, 2) acc, or null where no slot is added: the scores of the bias's slot and
-                // of that of zeros, then the weights of the bias's slot and of the ring
-  void* out;    // (N, E) acc
-  int64_t token_stride;
-  int64_t feature_stride;
+  void* moved;  // (N, H, Ek) acc: the queries times W_k
+  void* mixed;  // (N, H, Ev) acc: the weighted sums of inputs; may be `moved`
+  void*
+      extra;  // (N, H, 2) acc, or null where the inputs' weights sum to 1: the scores of the bias's
+              // slot and of that of zeros, then the weights of the bias's slot and of the inputs
+  void* out;  // (N, E) acc
   int64_t streams;
   int64_t num_heads;
   int64_t embed_dim;
+  int64_t key_dim;    // Ek
+  int64_t value_dim;  // Ev
+  bool add_zero_attn;
+};
+
+// One token of every stream against its ring of inputs.
+struct InputStepParams : MovedParams {
+  const void* token;  // (N, E), any strides
+  void* x_ring;       // (N, L, E)
+  float* x_scale;     // (N, L), or null where the ring holds no codes
+  const int64_t* position;
+  int64_t token_stride;
+  int64_t feature_stride;
   int64_t length;
   int64_t delay;
   int64_t group_heads;  // heads of one task
-  bool add_zero_attn;
 };
 
 // A query per head against one key and value tile per stream.
@@ -113,8 +121,10 @@ struct AttendSharedParams {
   const void* value;  // (N, S, Ev)
   const void* mask;   // acc, or null
   const void* sink;   // (N, H) acc, or null
+  void* extra;        // as in MovedParams, or null; then there is no sink
   void* out;          // (N, H, Ev)
-  void* lse;          // (N, H) acc
+  void* lse;          // (N, H) acc, or null
+  void* weights;      // (N, H, S + extra_weights) acc, or null
   int64_t mask_stream_stride;
   int64_t mask_head_stride;
   int64_t mask_slot_stride;
@@ -127,6 +137,8 @@ struct AttendSharedParams {
   int64_t slots;
   int64_t key_dim;
   int64_t value_dim;
+  int64_t extra_weights;  // of the slots in `extra` that there are
+  bool blank;             // a query to which the mask leaves nothing gets zeros, else NaN
 };
 
 constexpr int64_t kHeadBlock = 4;  // heads of one task of attend_shared
@@ -148,15 +160,18 @@ struct Kernels {
                                     int64_t end);
   void (*asked_input[kNumRingDTypes])(const InputStepParams&, void* asked, int64_t begin,
                                       int64_t end);
-  void (*move_queries)(const InputStepParams&, int64_t begin, int64_t end);
+  void (*move_queries)(const MovedParams&, int64_t begin, int64_t end);
   int64_t (*input_step_scratch)(const InputStepParams&);
   void (*mix_inputs[kNumRingDTypes])(const InputStepParams&, void* scratch, int64_t begin,
                                      int64_t end);
-  void (*project_mixed)(const InputStepParams&, int64_t begin, int64_t end);
+  void (*project_mixed)(const MovedParams&, int64_t begin, int64_t end);
   int64_t (*ring_steps_scratch)(const RingStepsParams&);
   void (*ring_steps)(const RingStepsParams&, void* scratch, int64_t begin, int64_t end);
   int64_t (*attend_shared_scratch)(const AttendSharedParams&);
   void (*attend_shared)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
+  // The same with query and out as acc.
+  void (*attend_shared_acc)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
+  void (*average_weights)(const AttendSharedParams&, void* average, int64_t begin, int64_t end);
 };
 
 // One table per instruction set, indexed by DType; null where the compiler cannot target it.

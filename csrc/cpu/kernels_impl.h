@@ -40,7 +40,9 @@ constexpr Kernels table_of() {
   table.ring_steps_scratch = ring_steps_scratch<S>;
   table.ring_steps = ring_steps<S>;
   table.attend_shared_scratch = attend_shared_scratch<S>;
-  table.attend_shared = attend_shared<S>;
+  table.attend_shared = attend_shared<S, S>;
+  table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;
+  table.average_weights = average_weights<S>;
   return table;
 }
 

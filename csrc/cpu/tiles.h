@@ -183,6 +183,11 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
 template <class A>
 constexpr A kMinusInfinity = -static_cast<A>(__builtin_inff());
 
+template <class A>
+CMHA_INLINE A exp_of(A x) {
+  return static_cast<A>(__builtin_exp(static_cast<double>(x)));
+}
+
 // exp(x - max) in place over `count` scores, whose array reaches to the next multiple of kLanes.
 // Returns the maximum, which also counts the score `sink`, and the sum, which does not.
 template <class A>

@@ -1,0 +1,24 @@
+// How operators hand an attention over a shared tile to its kernel.
+#pragma once
+
+#include "host.h"
+
+namespace continual_mha::cpu {
+
+// Tiles (N, S, E*) whose features are next to each other; slots and streams may lie anywhere.
+inline Tensor as_rows(const Tensor& x) {
+  return x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline ScalarType acc_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Sizes, tiles (from `as_rows`) and mask, (N or 1, H or 1, S) of acc.
+AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
+                                 const std::optional<Tensor>& mask);
+
+// Run the kernel: queries and results are of `dtype`, or with `by_acc` of its accumulators.
+void attend(const AttendSharedParams& p, DType dtype, bool by_acc);
+
+}  // namespace continual_mha::cpu
