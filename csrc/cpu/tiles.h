@@ -90,10 +90,38 @@ CMHA_INLINE void tiles_of_rows(int64_t begin, int64_t end, const Tile& tile) {
   for (int64_t r = begin + kRows * stretch; r < end; ++r) tile(r, 0, Int<1>{});
 }
 
+// Rows that fit into one vector, as many as there are lanes: the lanes of all are added up
+// together.
+template <class S, class A>
+CMHA_TILE void dot_short_tile(const S* rows, int64_t row_stride, const A* x, int64_t count,
+                              A* sums) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  const bool full = count == kLanes;
+  const Vec xs = full ? load(x) : load_partial(x, count);
+  Vec acc[kLanes] = {};
+  if (full) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) acc[r] += load(rows + r * row_stride) * xs;
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) acc[r] += load_partial(rows + r * row_stride, count) * xs;
+  }
+  store_sums<A, kLanes>(acc, sums);
+}
+
 // emit(row, c, row . x c) for rows [begin, end) and kC vectors x.
 template <int kC, class S, class A, class Emit>
 CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const A* x,
                           int64_t x_stride, int64_t count, const Emit& emit) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  if (kC == 1 && count <= kLanes) {
+    A sums[kLanes];
+    for (; begin + kLanes <= end; begin += kLanes) {
+      dot_short_tile(rows + begin * row_stride, row_stride, x, count, sums);
+      for (int r = 0; r < kLanes; ++r) emit(begin + r, 0, sums[r]);
+    }
+  }
   tiles_of_rows(begin, end,
                 [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
                   constexpr int kCount = decltype(tag)::value;
