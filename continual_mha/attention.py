@@ -524,7 +524,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return Options(self.add_zero_attn, self.dropout if self.training else 0.0)
 
     def _weights(self) -> Weights:
-        held, out = self._parameters, self.out_proj  # what is not in it may be parametrised: behind an attribute
+        # what is not among the parameters may be parametrised: behind an attribute
+        held, out = self._parameters, self.out_proj
         own: dict[str, Any] = {
             name: held[name] if name in held else getattr(self, name) for name in _OWN_WEIGHTS
         }

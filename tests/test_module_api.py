@@ -423,17 +423,15 @@ def pruned(owner, name):
     prune.custom_from_mask(owner, name, torch.zeros_like(getattr(owner, name)))
 
 
-WEIGHTS_BY_CONSTRUCTION = {
-    "bias_kv": ["in_proj_weight", "in_proj_bias", "bias_k", "bias_v"],
-    "kdim_and_vdim": ["q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"],
-    "defaults": ["out_proj.weight", "out_proj.bias"],
-}
+EACH_WEIGHT = [
+    *(("bias_kv", name) for name in ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")),
+    *(("kdim_and_vdim", f"{role}_proj_weight") for role in "qkv"),
+    *(("defaults", f"out_proj.{name}") for name in ("weight", "bias")),
+]
 
 
 @pytest.mark.parametrize(("way", "factor"), [(parametrised, 0.5), (pruned, 0.0)])
-@pytest.mark.parametrize(
-    ("construction", "name"), [(c, n) for c, names in WEIGHTS_BY_CONSTRUCTION.items() for n in names]
-)
+@pytest.mark.parametrize(("construction", "name"), EACH_WEIGHT)
 def test_each_weight_alone_may_be_parametrised_or_pruned(construction, name, way, factor, backend):
     module, expected = (build(**CONSTRUCTIONS[construction]).eval() for _ in range(2))
     with torch.no_grad():
