@@ -11,7 +11,12 @@ from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
 from .functional import Tokens
-from .modes import checked_mode, surrounding_active, surrounding_mode
+from .modes import (
+    checked_mode,
+    differentiates_forward,
+    surrounding_active,
+    surrounding_mode,
+)
 from .reference import Options, Weights
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
@@ -515,6 +520,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     # -- helpers ---------------------------------------------------------------------------------
 
     def _needs_grad(self, tokens: Tokens, state: State) -> bool:
+        if differentiates_forward():
+            return True
         if not torch.is_grad_enabled():
             return False
         tensors = (*tokens, *ring.rings(state), *self._weights())
