@@ -11,7 +11,12 @@ from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
 from .functional import Tokens
-from .modes import checked_mode, surrounding_active, surrounding_mode
+from .modes import (
+    checked_mode,
+    differentiates_forward,
+    surrounding_active,
+    surrounding_mode,
+)
 from .reference import Options, Weights
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
@@ -456,14 +461,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         if not settled or torch.compiler.is_compiling() or type(query) is not Tensor:
             return
         own, out = self._parameters, self.out_proj
-        if "in_proj_weight" not in own or "weight" not in out._parameters:
-            return  # parametrised: such weights are others in every step
+        held = {id(weight) for weight in (*own.values(), *out._parameters.values())}
+        if any(weight is not None and id(weight) not in held for weight in call.weights):
+            return  # parametrised or pruned: such weights may be others in every step
         run = functional.repeated_step(query, state, active, call)
         if run is None:
             return
         found: list[Found] = [(self._modules, "out_proj", out)]
         found += [(own, name, own.get(name)) for name in _OWN_WEIGHTS]
-        found += [(out._parameters, name, out._parameters[name]) for name in ("weight", "bias")]
+        found += [(out._parameters, name, out._parameters.get(name)) for name in ("weight", "bias")]
         found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
         self._repeat = Repeat(run, [*found, *self._where_state_is()], query)
 
@@ -514,6 +520,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     # -- helpers ---------------------------------------------------------------------------------
 
     def _needs_grad(self, tokens: Tokens, state: State) -> bool:
+        if differentiates_forward():
+            return True
         if not torch.is_grad_enabled():
             return False
         tensors = (*tokens, *ring.rings(state), *self._weights())
@@ -523,19 +531,21 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return Options(self.add_zero_attn, self.dropout if self.training else 0.0)
 
     def _weights(self) -> Weights:
-        own, out = self._parameters, self.out_proj
-        if "in_proj_weight" not in own:  # parametrised: its value is behind an attribute
-            own = {name: getattr(self, name) for name in _OWN_WEIGHTS}
+        # what is not among the parameters may be parametrised: behind an attribute
+        held, out = self._parameters, self.out_proj
+        own: dict[str, Any] = {
+            name: held[name] if name in held else getattr(self, name) for name in _OWN_WEIGHTS
+        }
         packed = own["in_proj_weight"]
         return Weights(
-            own["q_proj_weight"] if packed is None else packed,  # type: ignore[arg-type]
+            own["q_proj_weight"] if packed is None else packed,
             own["k_proj_weight"],
             own["v_proj_weight"],
             own["in_proj_bias"],
             out.weight,
             out.bias,
-            own.get("bias_k"),
-            own.get("bias_v"),
+            own["bias_k"],
+            own["bias_v"],
         )
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
+from .modes import differentiates_forward
 from .precision import autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -143,7 +144,8 @@ def order(device_type: str) -> tuple[str, ...]:
 def surroundings(device_type: str) -> tuple[Any, ...]:
     """What, besides the arguments, decides how an operator runs on tensors on such a device."""
     autocast = autocast_dtype(device_type)
-    return _forced.get(), autocast, torch.is_inference_mode_enabled()
+    inference = torch.is_inference_mode_enabled()
+    return _forced.get(), autocast, inference, differentiates_forward()
 
 
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, inputs, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .dropout import dropout_seed
 from .inputs import Inputs, Mix
+from .modes import differentiates_forward
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing
 from .reference import Options, Rings, Weights
@@ -172,7 +173,8 @@ def _attend_window(
     heads = rings.k.shape[1:4:2]
     q, k, v = (x.unflatten(-1, heads) for x in clip)
     given = (q, k, v, *rings[:2], rings.position)
-    fused = backends.order(q.device.type)[0] == "triton" and not autocast_dtype(q.device.type)
+    plain = autocast_dtype(q.device.type) or differentiates_forward()
+    fused = backends.order(q.device.type)[0] == "triton" and not plain
     if not fused or not _triton_covers("attend_window", *given):
         return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
     extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
@@ -380,6 +382,8 @@ def wants_fused(
     ``full`` asks for the operator that also knows dropout and returns weights.
     """
     if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
+        return False
+    if differentiates_forward():
         return False
     first = backends.order(query.device.type)[0]
     if full:

@@ -1,4 +1,4 @@
-"""What surrounds a call: which forward ``module(...)`` stands for, and which streams advance."""
+"""What surrounds a call: which forward ``module(...)`` means, who advances, who differentiates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 CALL_MODES = ("forward", "forward_steps", "forward_step")
 
@@ -92,3 +93,12 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
 def surrounding_active() -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None."""
     return _active if torch.compiler.is_compiling() else _here.active
+
+
+def differentiates_forward() -> bool:
+    """Whether forward-mode differentiation goes on, as in ``torch.func.jvp``.
+
+    It looks into every operator, knows no formula for those of this package, and takes what they
+    return for constant. It goes on where gradients are disabled, too.
+    """
+    return forward_ad._current_level >= 0

@@ -4,7 +4,7 @@
 launch, and the former adds about 2 µs to a call where the latter adds 16. Operators that end in an
 underscore write to the arguments marked ``!`` and are for inference: a schema that mutates cannot
 have a formula for its gradient. Those of steps come from ``attend_window``, which writes nothing,
-or from ``reference.py`` and ``inputs.py``.
+or from ``reference.py`` and ``inputs.py``. Second derivatives come from ``reference.py``.
 
 With ``k_scale`` and ``v_scale``, ``(N, H, L, 1)`` in fp32, the rings of keys and values are those
 of ``quantized.py``: int8, or uint8 for the bits of e4m3; so is that of inputs with ``x_scale``,
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
@@ -216,6 +216,13 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _backward(name: str) -> Callable[..., Any]:
+    """The backward operator ``name``, or what autograd can differentiate once more."""
+    if torch.is_grad_enabled():  # that is, with create_graph
+        return getattr(reference, name)
+    return getattr(torch.ops.continual_mha, name)
+
+
 def _save_for_attend_shared(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
@@ -226,7 +233,7 @@ def _differentiate_attend_shared(
     ctx: Any, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    backward = torch.ops.continual_mha.attend_shared_backward
+    backward = _backward("attend_shared_backward")
     d_query, d_key, d_value, d_sink = backward(grad_out, grad_lse, *saved)
     sink = saved[4]
     return d_query, d_key, d_value, None, None if sink is None else d_sink.to(sink.dtype)
@@ -253,7 +260,7 @@ def _differentiate_attend_shared_full(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_kept = None if seed is None else grad_kept  # a result without elements has none
     grad_average = grad_average if ctx.need_weights else None
-    backward = torch.ops.continual_mha.attend_shared_full_backward
+    backward = _backward("attend_shared_full_backward")
     d_query, d_key, d_value, d_sink = backward(
         grad_out, grad_lse, grad_kept, grad_average, *saved, ctx.dropout_p
     )
@@ -276,7 +283,7 @@ def _differentiate_attend_window(
     sink, out = saved[6], saved[8]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     rings = any(ctx.needs_input_grad[3:5])
-    *grads, d_k_ring, d_v_ring, d_sink = torch.ops.continual_mha.attend_window_backward(
+    *grads, d_k_ring, d_v_ring, d_sink = _backward("attend_window_backward")(
         grad_out, grad_lse, *saved, ctx.first, ctx.dropout_p, rings
     )
     of_rings = (d_k_ring, d_v_ring) if rings else (None, None)

@@ -17,6 +17,8 @@ from oracles import (
 )
 from torch.autograd import gradcheck
 
+from continual_mha import functional
+
 pytestmark = pytest.mark.usefixtures("backend")
 
 WIDTH = 6
@@ -443,6 +445,35 @@ def test_gradient_through_autocast_steps():
     output.float().sum().backward()
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
     torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)
+
+
+def step_in_a_warm_window_of_one(module, x):
+    return torch.stack([module.forward_step(token) for token in x.unbind(1)], 1)
+
+
+FORWARD_MODE = {
+    "forward": (lambda module, x: module(x)[0], LENGTH),
+    "forward without weights": (lambda module, x: module(x, need_weights=False)[0], LENGTH),
+    "one by one": (lambda module, x: call_steps_one_by_one(module, x, None, None), LENGTH),
+    "at once": (lambda module, x: call_steps_at_once(module, x, None, None), LENGTH),
+    "repeated": (step_in_a_warm_window_of_one, 1),
+}
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_forward_mode_reaches_the_tokens_while_nothing_needs_a_gradient(
+    way, formulation, monkeypatch
+):
+    """Operators of this package know no forward mode: they would answer with a derivative of 0."""
+    monkeypatch.setattr(functional, "_CPU_FUSED_ELEMENTS", 0)
+    answer, length = FORWARD_MODE[way]
+    module = build(**SMALL, formulation=formulation, sequence_len=length).requires_grad_(False)
+    x, direction, _ = draw_tokens(module, 2, LENGTH + 2)
+    with torch.no_grad():
+        difference = answer(module, x + 1e-5 * direction) - answer(module, x - 1e-5 * direction)
+        _, derivative = torch.func.jvp(lambda x: answer(module, x), (x,), (direction,))
+    torch.testing.assert_close(derivative, difference / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("with_sink", [False, True])

@@ -22,6 +22,7 @@ from oracles import (
     to_layout,
 )
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from upstream import continual
 
 import continual_mha as co
@@ -407,3 +408,43 @@ def test_call_mode_block_inside_itself_ends_with_the_outer_one():
         with stepping, stepping:
             pass
         assert len(module(draw_tokens(module, 2, LENGTH)[0])) == 2
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+def parametrised(owner, name):
+    parametrize.register_parametrization(owner, name, Halved())
+
+
+def pruned(owner, name):
+    prune.custom_from_mask(owner, name, torch.zeros_like(getattr(owner, name)))
+
+
+EACH_WEIGHT = [
+    *(("bias_kv", name) for name in ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")),
+    *(("kdim_and_vdim", f"{role}_proj_weight") for role in "qkv"),
+    *(("defaults", f"out_proj.{name}") for name in ("weight", "bias")),
+]
+
+
+@pytest.mark.parametrize(("way", "factor"), [(parametrised, 0.5), (pruned, 0.0)])
+@pytest.mark.parametrize(("construction", "name"), EACH_WEIGHT)
+def test_each_weight_alone_may_be_parametrised_or_pruned(construction, name, way, factor, backend):
+    module, expected = (build(**CONSTRUCTIONS[construction]).eval() for _ in range(2))
+    with torch.no_grad():
+        expected.get_parameter(name).mul_(factor)
+    owner, _, weight = name.rpartition(".")
+    way(module.get_submodule(owner), weight)
+    tokens = draw_tokens(module, 2, LENGTH + 2)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            outputs, expected_outputs = (
+                stack(step_through(each, *tokens), each) for each in (module, expected)
+            )
+            torch.testing.assert_close(outputs, expected_outputs)
+            torch.testing.assert_close(module(*tokens), expected(*tokens))
+        module.clean_state()
+        expected.clean_state()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles import build, draw_tokens
+from torch.autograd import gradgradcheck
 from torch.library import opcheck
 
 import continual_mha as co
@@ -34,6 +35,10 @@ def shared_operands(mask, sink):
         torch.randn(2, 1, 7) if mask else None,
         torch.randn(2, 3, requires_grad=True) if sink else None,
     )
+
+
+def is_number(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
@@ -118,6 +123,27 @@ def test_backward_of_attention_over_a_window_passes_torchs_own_checks(extra):
     grads = (torch.ones_like(out), torch.ones_like(lse) if extra else None)
     arguments = (*grads, *operands[:8], out, lse, *operands[8:], extra)
     opcheck(torch.ops.continual_mha.attend_window_backward.default, arguments)
+
+
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("name", ["attend_shared", "attend_shared_full", "attend_window"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_second_derivatives_do_not_come_from_kernels_that_have_none(name, extra):
+    operands = window_operands(extra) if name == "attend_window" else shared_operands(extra, extra)
+    operands = [x.double() if is_number(x) else x for x in operands]
+    more = (torch.tensor([7]), 0.4, True) if extra else (None, 0.0, False)
+    operands += more if name == "attend_shared_full" else ()
+    leaves = [i for i, x in enumerate(operands) if is_number(x) and x.requires_grad]
+
+    def attend(*given):
+        changed = dict(zip(leaves, given, strict=True))
+        out = getattr(torch.ops.continual_mha, name)(
+            *(changed.get(i, x) for i, x in enumerate(operands))
+        )
+        return [x for x in out if x.numel()]
+
+    inputs = [operands[i].detach().requires_grad_() for i in leaves]
+    assert gradgradcheck(attend, inputs, fast_mode=True)
 
 
 def test_every_operator_stands_for_every_backend():
