@@ -33,18 +33,18 @@ AttendSharedParams params_of(const Tensor& query, const Tensor& key, const Tenso
 }  // namespace
 
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, Tensor value,
-                                         std::optional<Tensor> mask, std::optional<Tensor> sink) {
+                                         OptionalTensor mask, OptionalTensor sink) {
   check_shared(query, key, value, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const Tensor queries = torch::stable::contiguous(query);
+  const Tensor queries = as_contiguous(query);
   const Tensor keys = as_rows(key);
   const Tensor values = as_rows(value);
   AttendSharedParams p = params_of(queries, keys, values);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
-  std::optional<Tensor> wide_mask;
-  std::optional<Tensor> wide_sink;
+  OptionalTensor wide_mask;
+  OptionalTensor wide_sink;
   if (mask) {
     wide_mask = torch::stable::to(*mask, acc);
     p.mask = wide_mask->const_data_ptr();
