@@ -303,7 +303,8 @@ def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
     query, key, num_heads = args[0], args[1], args[12]
     if torch.compiler.is_compiling() or backends.order(query.device.type)[0] != "cpu":
         return False
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if differentiates_forward() or (needs_grad and torch.is_grad_enabled()):
         return False
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]

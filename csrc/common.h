@@ -1,4 +1,4 @@
-// What the CPU and the CUDA library share: the sizes of an operator's arguments, checked.
+// What the CPU and the CUDA library share: an operator's arguments, checked, and calls of PyTorch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -17,17 +18,18 @@ namespace continual_mha {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // The module's parameters, as the operators of ops.py pass them.
 struct Weights {
   Tensor in_proj_weight;
-  std::optional<Tensor> k_proj_weight;
-  std::optional<Tensor> v_proj_weight;
-  std::optional<Tensor> in_proj_bias;
+  OptionalTensor k_proj_weight;
+  OptionalTensor v_proj_weight;
+  OptionalTensor in_proj_bias;
   Tensor out_proj_weight;
-  std::optional<Tensor> out_proj_bias;
-  std::optional<Tensor> bias_k;
-  std::optional<Tensor> bias_v;
+  OptionalTensor out_proj_bias;
+  OptionalTensor bias_k;
+  OptionalTensor bias_v;
 };
 
 struct Rings {
@@ -36,8 +38,8 @@ struct Rings {
   Tensor q;         // (N, R, E)
   Tensor position;  // (N,)
   // (N, H, L, 1) fp32, where the rings of keys and values hold codes of 8 bits
-  std::optional<Tensor> k_scale = std::nullopt;
-  std::optional<Tensor> v_scale = std::nullopt;
+  OptionalTensor k_scale = std::nullopt;
+  OptionalTensor v_scale = std::nullopt;
 };
 
 struct RingSizes {
@@ -71,6 +73,42 @@ inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes)
   return Tensor(made);
 }
 
+inline const void* data_or_null(const OptionalTensor& x) {
+  return x.has_value() ? x->const_data_ptr() : nullptr;
+}
+
+// The operator of that name costs a microsecond even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// Whether both name the same memory in the same way: one projection then serves both.
+inline bool same_tokens(const Tensor& a, const Tensor& b) {
+  if (a.get() == b.get()) return true;
+  if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i) || a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+// torch.nn.functional.linear.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The rows of query (0), key (1) or value (2) in the packed weight or bias; nothing of nothing.
+inline OptionalTensor third(const OptionalTensor& packed, int64_t i) {
+  if (!packed.has_value()) return std::nullopt;
+  const int64_t rows = packed->size(0) / 3;
+  return torch::stable::narrow(const_cast<Tensor&>(*packed), 0, i * rows, rows);
+}
+
 inline void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name,
                   " has another dtype than the others");
@@ -79,28 +117,31 @@ inline void check_like(const Tensor& x, const Tensor& like, const char* op, cons
 }
 
 // As Python writes it.
-inline std::string shape_of(const Tensor& tensor) {
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::ostringstream stream;
-  stream << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) stream << (i > 0 ? ", " : "") << tensor.size(i);
-  stream << ")";
+  const char* before = "(";
+  for (const int64_t size : sizes) {
+    stream << before << size;
+    before = ", ";
+  }
+  stream << (sizes.size() == 0 ? "()" : sizes.size() == 1 ? ",)" : ")");
   return stream.str();
 }
+
+inline std::string shape_of(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
 inline void check_shape(const Tensor& x, std::initializer_list<int64_t> sizes, const char* op,
                         const char* name) {
   bool same = x.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (const int64_t size : sizes) same = same && x.size(i++) == size;
-  if (same) return;
-  std::ostringstream expected;
-  for (const int64_t size : sizes) expected << size << ", ";
-  STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape_of(x), ", expected (", expected.str(),
-                  ")");
+  STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape_of(x), ", expected ",
+                  shape_text(sizes));
 }
 
 // A mask that broadcasts to (N, H, S).
-inline void check_mask(const std::optional<Tensor>& mask, const Tensor& query, int64_t heads,
+inline void check_mask(const OptionalTensor& mask, const Tensor& query, int64_t heads,
                        int64_t slots, const char* op) {
   STD_TORCH_CHECK(!mask || mask->device() == query.device(), op,
                   ": mask is on another device than the others");
@@ -113,8 +154,7 @@ inline void check_mask(const std::optional<Tensor>& mask, const Tensor& query, i
 // The arguments of an attention over a shared tile: query (N, H, Ek), key (N, S, Ek), value
 // (N, S, Ev), a mask that broadcasts to (N, H, S), a sink (N, H).
 inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& value,
-                         const std::optional<Tensor>& mask, const std::optional<Tensor>& sink,
-                         const char* op) {
+                         const OptionalTensor& mask, const OptionalTensor& sink, const char* op) {
   STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3, op,
                   ": query must be (N, H, Ek), key (N, S, Ek) and value (N, S, Ev)");
   const int64_t n = query.size(0);
@@ -130,20 +170,28 @@ inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& v
   if (sink) check_shape(*sink, {n, heads}, op, "sink");
 }
 
-inline void check_matrix(const std::optional<Tensor>& x, int64_t rows, int64_t columns,
-                         const Tensor& like, const char* op, const char* name) {
+inline void check_matrix(const OptionalTensor& x, int64_t rows, int64_t columns, const Tensor& like,
+                         const char* op, const char* name) {
   if (!x.has_value()) return;
   check_like(*x, like, op, name);
-  STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == rows && x->size(1) == columns, op, ": ", name,
-                  " must be (", rows, ", ", columns, ")");
+  check_shape(*x, {rows, columns}, op, name);
 }
 
-inline void check_vector(const std::optional<Tensor>& x, int64_t size, const Tensor& like,
-                         const char* op, const char* name) {
+inline void check_vector(const OptionalTensor& x, int64_t size, const Tensor& like, const char* op,
+                         const char* name) {
   if (!x.has_value()) return;
   check_like(*x, like, op, name);
   STD_TORCH_CHECK(x->numel() == size && x->is_contiguous(), op, ": ", name, " must be ", size,
                   " contiguous elements");
+}
+
+// Which streams advance: (N,) bool beside `like`, or nothing.
+inline void check_active(const OptionalTensor& active, int64_t streams, const Tensor& like,
+                         const char* op) {
+  if (!active.has_value()) return;
+  check_shape(*active, {streams}, op, "active");
+  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->device() == like.device(),
+                  op, ": active must be bool beside the rings");
 }
 
 inline void check_codes(const Tensor& ring, const char* op) {

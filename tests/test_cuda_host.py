@@ -203,7 +203,7 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
 @pytest.mark.parametrize(
     ("argument", "shape", "reason"),
     [
-        (1, (2, 7, 5), "key has shape (2, 7, 5), expected (2, 7, 8, )"),
+        (1, (2, 7, 5), "key has shape (2, 7, 5), expected (2, 7, 8)"),
         (2, (2, 6, 8), "value has shape (2, 6, 8)"),
         (3, (2, 3, 6), "mask must be broadcastable"),
         (4, (2, 4), "sink has shape (2, 4)"),

@@ -13,7 +13,7 @@ struct SharedTag {};
 }  // namespace
 
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
-                                 const std::optional<Tensor>& mask) {
+                                 const OptionalTensor& mask) {
   AttendSharedParams p{};
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
@@ -45,15 +45,15 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
 }
 
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, Tensor value,
-                                         std::optional<Tensor> mask, std::optional<Tensor> sink) {
+                                         OptionalTensor mask, OptionalTensor sink) {
   check_shared(query, key, value, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
-  const Tensor queries = torch::stable::contiguous(query);
+  const Tensor queries = as_contiguous(query);
   const Tensor keys = as_rows(key);
   const Tensor values = as_rows(value);
   if (mask) mask = torch::stable::to(*mask, acc);
-  if (sink) sink = torch::stable::contiguous(torch::stable::to(*sink, acc));
+  if (sink) sink = as_contiguous(torch::stable::to(*sink, acc));
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);

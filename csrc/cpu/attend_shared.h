@@ -6,9 +6,7 @@
 namespace continual_mha::cpu {
 
 // Tiles (N, S, E*) whose features are next to each other; slots and streams may lie anywhere.
-inline Tensor as_rows(const Tensor& x) {
-  return x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
+inline Tensor as_rows(const Tensor& x) { return x.stride(2) == 1 ? x : as_contiguous(x); }
 
 inline ScalarType acc_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -16,7 +14,7 @@ inline ScalarType acc_type(DType dtype) {
 
 // Sizes, tiles (from `as_rows`) and mask, (N or 1, H or 1, S) of acc.
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
-                                 const std::optional<Tensor>& mask);
+                                 const OptionalTensor& mask);
 
 // Run the kernel: queries and results are of `dtype`, or with `by_acc` of its accumulators.
 void attend(const AttendSharedParams& p, DType dtype, bool by_acc);

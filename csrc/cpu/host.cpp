@@ -27,14 +27,9 @@ void project(const Tokens& x, const void* weight, const void* bias, DType dtype,
 }
 
 void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
-  const Tensor weight = contiguous_rows(w.out_proj_weight);
+  const Tensor weight = as_contiguous(w.out_proj_weight);
   project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
           out.mutable_data_ptr(), attended.features, attended.features);
-}
-
-std::optional<Tensor> third(const std::optional<Tensor>& packed, int64_t i, int64_t rows) {
-  if (!packed.has_value()) return std::nullopt;
-  return torch::stable::narrow(const_cast<Tensor&>(*packed), 0, i * rows, rows);
 }
 
 Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const Weights& w,
@@ -47,14 +42,14 @@ Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const W
     result.owners[0] = linear(*tokens[0], w.in_proj_weight, w.in_proj_bias);
     result.stride = 3 * e;
     for (int64_t i = 0; i < 3; ++i)
-      data[i] = third(result.owners[0]->const_data_ptr(), i, e, dtype);
+      data[i] = third_at(result.owners[0]->const_data_ptr(), i, e, dtype);
   } else {
-    const std::array<std::optional<Tensor>, 3> separate{w.in_proj_weight, w.k_proj_weight,
-                                                        w.v_proj_weight};
+    const std::array<OptionalTensor, 3> separate{w.in_proj_weight, w.k_proj_weight,
+                                                 w.v_proj_weight};
     result.stride = e;
     for (int64_t i = 0; i < 3; ++i) {
-      const auto weight = w.k_proj_weight ? separate[i] : third(w.in_proj_weight, i, e);
-      result.owners[i] = linear(*tokens[i], *weight, third(w.in_proj_bias, i, e));
+      const auto weight = w.k_proj_weight ? separate[i] : third(w.in_proj_weight, i);
+      result.owners[i] = linear(*tokens[i], *weight, third(w.in_proj_bias, i));
       data[i] = result.owners[i]->const_data_ptr();
     }
   }
@@ -81,21 +76,14 @@ DType dtype_of(const Tensor& x, const char* op) {
   }
 }
 
-RingDType ring_dtype_of(const Tensor& ring, const std::optional<Tensor>& scale, DType dtype,
+RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType dtype,
                         const char* op) {
   if (!scale) return RingDType::kAsTokens;
   STD_TORCH_CHECK(dtype != DType::kFloat64, op, ": no kernel reads codes of 8 bits for float64");
   return ring.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
 }
 
-void check_active(const std::optional<Tensor>& active, int64_t streams, const char* op) {
-  if (!active.has_value()) return;
-  STD_TORCH_CHECK(active->scalar_type() == ScalarType::Bool && active->dim() == 1 &&
-                      active->size(0) == streams && active->is_cpu(),
-                  op, ": active must be (", streams, ",) bool beside the rings");
-}
-
-void advance_positions(const Tensor& position, const std::optional<Tensor>& active) {
+void advance_positions(const Tensor& position, const OptionalTensor& active) {
   int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
   const bool* runs =
       active.has_value() ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
@@ -123,30 +111,12 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType
   in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
 }
 
-bool same_tokens(const Tensor& a, const Tensor& b) {
-  if (a.get() == b.get()) return true;
-  if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i) || a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
-}
-
 // Measured with MKL and oneDNN on AVX-512, see docs/cpu.md: bfloat16 has dot products of its own
 // there; short rows leave the kernels too much time in adding up lanes. Elsewhere the kernels are
 // at least as fast, and give a stream the same bits in a batch of any size.
 bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim) {
   if (dtype == DType::kBFloat16) return tokens >= 16;
   return dtype == DType::kFloat32 && embed_dim < 256 && tokens >= 32;
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
@@ -157,19 +127,19 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
   const int64_t bytes = query.size(0) * 3 * e * element_size(dtype);
   char* out = static_cast<char*>(scratch<ProjectedTag>(bytes));
   const int64_t part = e * element_size(dtype);
-  const Tensor packed = contiguous_rows(w.in_proj_weight);
+  const Tensor packed = as_contiguous(w.in_proj_weight);
   const void* bias = data_or_null(w.in_proj_bias);
   if (!w.k_proj_weight && same_tokens(query, key) && same_tokens(query, value)) {
     project(tokens_of(query, dtype), packed.const_data_ptr(), bias, dtype, out, 3 * e, 3 * e);
   } else {
-    const std::array<std::optional<Tensor>, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};
+    const std::array<OptionalTensor, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};
     for (int64_t i = 0; i < 3; ++i) {
-      std::optional<Tensor> own;  // keeps a contiguous copy alive
-      if (w.k_proj_weight) own = contiguous_rows(*separate[i]);
+      OptionalTensor own;  // keeps a contiguous copy alive
+      if (w.k_proj_weight) own = as_contiguous(*separate[i]);
       const void* weight =
-          own ? own->const_data_ptr() : third(packed.const_data_ptr(), i, e * e, dtype);
-      project(tokens_of(*tokens[i], dtype), weight, third(bias, i, e, dtype), dtype, out + i * part,
-              3 * e, e);
+          own ? own->const_data_ptr() : third_at(packed.const_data_ptr(), i, e * e, dtype);
+      project(tokens_of(*tokens[i], dtype), weight, third_at(bias, i, e, dtype), dtype,
+              out + i * part, 3 * e, e);
     }
   }
   return {out, out + part, out + 2 * part, 3 * e, {}};

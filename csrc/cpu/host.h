@@ -40,14 +40,11 @@ void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
 DType dtype_of(const Tensor& x, const char* op);
 
 // What a ring holds beside tokens of `dtype`; an error where no kernel reads it.
-RingDType ring_dtype_of(const Tensor& ring, const std::optional<Tensor>& scale, DType dtype,
+RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType dtype,
                         const char* op);
 
-// `active` is (streams,) bool, or nothing.
-void check_active(const std::optional<Tensor>& active, int64_t streams, const char* op);
-
 // One token more for the streams that are active.
-void advance_positions(const Tensor& position, const std::optional<Tensor>& active);
+void advance_positions(const Tensor& position, const OptionalTensor& active);
 
 inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 inline int64_t element_size(DType dtype) {
@@ -59,8 +56,8 @@ struct Projected {
   const void* q;
   const void* k;
   const void* v;
-  int64_t stride;                   // from one token to the next
-  std::optional<Tensor> owners[3];  // the memory, where a matrix multiplication made it
+  int64_t stride;            // from one token to the next
+  OptionalTensor owners[3];  // the memory, where a matrix multiplication made it
 };
 
 // Tokens as a projection reads them.
@@ -74,13 +71,8 @@ struct Tokens {
 // (count, features) of any strides. Valid until the thread's next call.
 Tokens tokens_of(const Tensor& x, DType dtype);
 
-// The operator of that name costs a microsecond even where there is nothing to do.
-inline Tensor contiguous_rows(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
-// The rows of query, key and value in the packed weight or bias; null for null.
-inline const void* third(const void* packed, int64_t i, int64_t elements, DType dtype) {
+// Where the rows of query, key and value in the packed weight or bias begin; null for null.
+inline const void* third_at(const void* packed, int64_t i, int64_t elements, DType dtype) {
   if (packed == nullptr) return nullptr;
   return static_cast<const char*>(packed) + i * elements * element_size(dtype);
 }
@@ -88,9 +80,6 @@ inline const void* third(const void* packed, int64_t i, int64_t elements, DType 
 // out = x weight^T + bias as acc, (count, rows).
 void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
                     int64_t rows);
-
-// Whether both name the same memory in the same way: one projection then serves both.
-bool same_tokens(const Tensor& a, const Tensor& b);
 
 // Whether torch's matrix multiplication beats the kernels for so many tokens at once.
 bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim);
@@ -104,12 +93,5 @@ void project_out(const void* attended, const Weights& w, DType dtype, const Tens
 
 // The same for (tokens, E) of the weights' dtype.
 void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out);
-
-// torch.nn.functional.linear.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-
-inline const void* data_or_null(const std::optional<Tensor>& x) {
-  return x.has_value() ? x->const_data_ptr() : nullptr;
-}
 
 }  // namespace continual_mha::cpu

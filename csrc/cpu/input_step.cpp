@@ -20,11 +20,11 @@ struct Arguments {
   Tensor query;
   Weights weights;
   Tensor x_ring;
-  std::optional<Tensor> x_scale;
+  OptionalTensor x_scale;
   Tensor position;
   int64_t num_heads;
   int64_t delay;
-  std::optional<Tensor> active;
+  OptionalTensor active;
   bool add_zero_attn;
 };
 
@@ -36,11 +36,10 @@ void check(const Arguments& a) {
   STD_TORCH_CHECK(a.num_heads > 0 && e % a.num_heads == 0, kOp, ": ", e, " features do not make ",
                   a.num_heads, " heads");
   STD_TORCH_CHECK(0 <= a.delay && a.delay < a.x_ring.size(1), kOp, ": delay must be in [0, L)");
-  STD_TORCH_CHECK(a.query.dim() == 2 && a.query.size(0) == n && a.query.size(1) == e, kOp,
-                  ": tokens must be (", n, ", ", e, ")");
+  check_shape(a.query, {n, e}, kOp, "query");
   check_weights(a.weights, e, e, e, a.query, kOp);
   check_position(a.position, n, a.query, kOp);
-  check_active(a.active, n, kOp);
+  check_active(a.active, n, a.x_ring, kOp);
   STD_TORCH_CHECK(a.x_ring.is_cpu() && a.x_ring.is_contiguous(), kOp,
                   ": the ring must be contiguous on the CPU");
   if (!a.x_scale) {
@@ -114,12 +113,12 @@ InputStepParams params_of(const Arguments& a, DType dtype) {
 void attend(InputStepParams& p, const Arguments& a, DType dtype, int ring) {
   const Kernels& table = kernels(dtype);
   const int64_t e = p.embed_dim;
-  const Tensor packed = contiguous_rows(a.weights.in_proj_weight);
+  const Tensor packed = as_contiguous(a.weights.in_proj_weight);
   const void* bias = data_or_null(a.weights.in_proj_bias);
-  p.k_weight = third(packed.const_data_ptr(), 1, e * e, dtype);
-  p.v_weight = third(packed.const_data_ptr(), 2, e * e, dtype);
-  p.k_bias = third(bias, 1, e, dtype);
-  p.v_bias = third(bias, 2, e, dtype);
+  p.k_weight = third_at(packed.const_data_ptr(), 1, e * e, dtype);
+  p.v_weight = third_at(packed.const_data_ptr(), 2, e * e, dtype);
+  p.k_bias = third_at(bias, 1, e, dtype);
+  p.v_bias = third_at(bias, 2, e, dtype);
   parallel(p.streams, e, [&](int64_t begin, int64_t end) {
     table.put_input[ring](p, scratch<StepTag>(e * element_size(dtype)), begin, end);
   });
@@ -145,12 +144,11 @@ void attend(InputStepParams& p, const Arguments& a, DType dtype, int ring) {
 
 }  // namespace
 
-Tensor input_step(Tensor query, Tensor in_proj_weight, std::optional<Tensor> in_proj_bias,
-                  Tensor out_proj_weight, std::optional<Tensor> out_proj_bias,
-                  std::optional<Tensor> bias_k, std::optional<Tensor> bias_v, Tensor x_ring,
-                  Tensor position, int64_t num_heads, int64_t delay, std::optional<Tensor> active,
-                  bool add_zero_attn, double dropout_p, bool update, std::optional<Tensor> x_scale,
-                  bool /* batch_invariant: it always is */) {
+Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bias,
+                  Tensor out_proj_weight, OptionalTensor out_proj_bias, OptionalTensor bias_k,
+                  OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
+                  int64_t delay, OptionalTensor active, bool add_zero_attn, double dropout_p,
+                  bool update, OptionalTensor x_scale, bool /* batch_invariant: it always is */) {
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
   const Arguments a{query,
                     {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,

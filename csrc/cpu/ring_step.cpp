@@ -47,13 +47,12 @@ void attend(const RingStepParams& p, DType dtype, int ring_dtype) {
 }  // namespace
 
 Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
-                 std::optional<Tensor> k_proj_weight, std::optional<Tensor> v_proj_weight,
-                 std::optional<Tensor> in_proj_bias, Tensor out_proj_weight,
-                 std::optional<Tensor> out_proj_bias, std::optional<Tensor> bias_k,
-                 std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
-                 Tensor position, std::optional<Tensor> active, bool add_zero_attn,
-                 double dropout_p, bool update, std::optional<Tensor> k_scale,
-                 std::optional<Tensor> v_scale, bool batch_invariant) {
+                 OptionalTensor k_proj_weight, OptionalTensor v_proj_weight,
+                 OptionalTensor in_proj_bias, Tensor out_proj_weight, OptionalTensor out_proj_bias,
+                 OptionalTensor bias_k, OptionalTensor bias_v, Tensor k_ring, Tensor v_ring,
+                 Tensor q_ring, Tensor position, OptionalTensor active, bool add_zero_attn,
+                 double dropout_p, bool update, OptionalTensor k_scale, OptionalTensor v_scale,
+                 bool batch_invariant) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
   const Rings rings{k_ring, v_ring, q_ring, position, k_scale, v_scale};
@@ -61,7 +60,7 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   STD_TORCH_CHECK(query.dim() == 2, kOp, ": tokens must be (N, E)");
   const RingSizes s = check_rings(rings, kOp);
   check_tokens(query, key, value, w, rings, s, kOp);
-  check_active(active, s.streams, kOp);
+  check_active(active, s.streams, k_ring, kOp);
   const DType dtype = dtype_of(q_ring, kOp);
   const int ring_dtype = static_cast<int>(ring_dtype_of(k_ring, k_scale, dtype, kOp));
   const int64_t e = s.embed_dim();

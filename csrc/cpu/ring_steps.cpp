@@ -91,12 +91,11 @@ Tensor flat(const Tensor& x) {
 }  // namespace
 
 Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
-                  std::optional<Tensor> k_proj_weight, std::optional<Tensor> v_proj_weight,
-                  std::optional<Tensor> in_proj_bias, Tensor out_proj_weight,
-                  std::optional<Tensor> out_proj_bias, std::optional<Tensor> bias_k,
-                  std::optional<Tensor> bias_v, Tensor k_ring, Tensor v_ring, Tensor q_ring,
-                  Tensor position, int64_t first, bool add_zero_attn, double dropout_p, bool update,
-                  std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+                  OptionalTensor k_proj_weight, OptionalTensor v_proj_weight,
+                  OptionalTensor in_proj_bias, Tensor out_proj_weight, OptionalTensor out_proj_bias,
+                  OptionalTensor bias_k, OptionalTensor bias_v, Tensor k_ring, Tensor v_ring,
+                  Tensor q_ring, Tensor position, int64_t first, bool add_zero_attn,
+                  double dropout_p, bool update, OptionalTensor k_scale, OptionalTensor v_scale,
                   bool batch_invariant) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};

@@ -17,7 +17,7 @@ struct HeadsTag {};
 struct WeightsTag {};
 
 void check(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
-           const std::optional<Tensor>& mask, int64_t num_heads) {
+           const OptionalTensor& mask, int64_t num_heads) {
   STD_TORCH_CHECK(query.dim() == 2 && key.dim() == 3 && value.dim() == 3, kOp,
                   ": query must be (N, E), key (N, S, Ek) and value (N, S, Ev)");
   const int64_t n = query.size(0);
@@ -36,12 +36,12 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const We
 // Weights as the kernels read them, and what keeps contiguous copies of them alive.
 struct InWeights {
   Tensor q;
-  std::optional<Tensor> k;
-  std::optional<Tensor> v;
+  OptionalTensor k;
+  OptionalTensor v;
 
-  explicit InWeights(const Weights& w) : q(contiguous_rows(w.in_proj_weight)) {
-    if (w.k_proj_weight) k = contiguous_rows(*w.k_proj_weight);
-    if (w.v_proj_weight) v = contiguous_rows(*w.v_proj_weight);
+  explicit InWeights(const Weights& w) : q(as_contiguous(w.in_proj_weight)) {
+    if (w.k_proj_weight) k = as_contiguous(*w.k_proj_weight);
+    if (w.v_proj_weight) v = as_contiguous(*w.v_proj_weight);
   }
 };
 
@@ -57,10 +57,10 @@ MovedParams moved_params(const Weights& w, const InWeights& in, const AttendShar
   const int64_t e = p.embed_dim;
   const void* packed = in.q.const_data_ptr();
   const void* bias = data_or_null(w.in_proj_bias);
-  p.k_weight = in.k ? in.k->const_data_ptr() : third(packed, 1, e * e, dtype);
-  p.v_weight = in.v ? in.v->const_data_ptr() : third(packed, 2, e * e, dtype);
-  p.k_bias = third(bias, 1, e, dtype);
-  p.v_bias = third(bias, 2, e, dtype);
+  p.k_weight = in.k ? in.k->const_data_ptr() : third_at(packed, 1, e * e, dtype);
+  p.v_weight = in.v ? in.v->const_data_ptr() : third_at(packed, 2, e * e, dtype);
+  p.k_bias = third_at(bias, 1, e, dtype);
+  p.v_bias = third_at(bias, 2, e, dtype);
   p.bias_k = data_or_null(w.bias_k);
   p.bias_v = data_or_null(w.bias_v);
   const int64_t rows = p.streams * acc_size(dtype);
@@ -77,13 +77,12 @@ MovedParams moved_params(const Weights& w, const InWeights& in, const AttendShar
 }  // namespace
 
 std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
-                                        Tensor in_proj_weight, std::optional<Tensor> k_proj_weight,
-                                        std::optional<Tensor> v_proj_weight,
-                                        std::optional<Tensor> in_proj_bias, Tensor out_proj_weight,
-                                        std::optional<Tensor> out_proj_bias,
-                                        std::optional<Tensor> bias_k, std::optional<Tensor> bias_v,
-                                        std::optional<Tensor> mask, int64_t num_heads,
-                                        bool add_zero_attn, bool need_weights) {
+                                        Tensor in_proj_weight, OptionalTensor k_proj_weight,
+                                        OptionalTensor v_proj_weight, OptionalTensor in_proj_bias,
+                                        Tensor out_proj_weight, OptionalTensor out_proj_bias,
+                                        OptionalTensor bias_k, OptionalTensor bias_v,
+                                        OptionalTensor mask, int64_t num_heads, bool add_zero_attn,
+                                        bool need_weights) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, bias_k,        bias_v};
   check(query, key, value, w, mask, num_heads);

@@ -20,10 +20,6 @@ struct AttendArgs {
   }
 };
 
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 AttendArgs contiguous_args(const char* op, const Tensor& query, const Tensor& key,
                            const Tensor& value, const OptionalTensor& mask,
                            const OptionalTensor& sink) {

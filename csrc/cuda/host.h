@@ -3,7 +3,6 @@
 #define CONTINUAL_MHA_CUDA_HOST_H_
 
 #include <cstdint>
-#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -12,8 +11,6 @@
 #include "kernels.h"
 
 namespace continual_mha::cuda {
-
-using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Args>
 std::string concat(const Args&... args) {
@@ -28,10 +25,6 @@ void check_cuda(cudaError_t error, const char* call, Where where) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // a launch failure would otherwise be reported by the next call as well
   STD_TORCH_CHECK(false, where(), ": ", call, " failed: ", cudaGetErrorString(error));
-}
-
-inline const void* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->data_ptr() : nullptr;
 }
 
 inline bool aligned16(const void* pointer, int64_t row_bytes = 0) {

@@ -40,11 +40,6 @@ struct StepArgs {
   }
 };
 
-bool same_tensor(const Tensor& a, const Tensor& b) {
-  return a.data_ptr() == b.data_ptr() && a.size(1) == b.size(1) && a.stride(0) == b.stride(0) &&
-         a.stride(1) == b.stride(1);
-}
-
 // What only these kernels ask for, beyond what the operator does.
 void check_covered(const StepArgs& a) {
   const RingSizes& s = a.sizes;
@@ -56,12 +51,8 @@ void check_covered(const StepArgs& a) {
     STD_TORCH_CHECK(!matrix || matrix->is_contiguous(), kOp, ": a weight is not contiguous");
   }
   STD_TORCH_CHECK(s.query_slots != 1, kOp, ": the ring of queries has delay + 1 slots, or none");
-  if (a.active) {
-    check_shape(*a.active, {s.streams}, kOp, "active");
-    STD_TORCH_CHECK(a.active->scalar_type() == ScalarType::Bool && a.active->is_contiguous() &&
-                        a.active->device() == a.rings.k.device(),
-                    kOp, ": active must be contiguous bool beside the rings");
-  }
+  check_active(a.active, s.streams, a.rings.k, kOp);
+  STD_TORCH_CHECK(!a.active || a.active->is_contiguous(), kOp, ": active must be contiguous");
   const int64_t row_bytes = s.head_dim * static_cast<int64_t>(a.rings.k.element_size());
   STD_TORCH_CHECK(s.head_dim <= kMaxHeadDim && aligned16(a.rings.k.data_ptr(), row_bytes) &&
                       aligned16(a.rings.v.data_ptr(), row_bytes),
@@ -86,7 +77,7 @@ RingStepParams make_params(const StepArgs& a) {
                    x.stride(0),
                    x.stride(1),
                    static_cast<int>(x.size(1)),
-                   i == 0 || !same_tensor(x, a.query),
+                   i == 0 || !same_tokens(x, a.query),
                    0,
                    0};
   }
@@ -241,40 +232,26 @@ bool launch_step(RingStepParams p, const StepArgs& a) {
   return true;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
 // q, k and v by matrix products, and pointers to them in `p`. The result owns their memory.
 std::array<Tensor, 3> project_by_gemm(RingStepParams& p, const StepArgs& a) {
   const int64_t E = a.sizes.embed_dim();
   const int64_t bytes = static_cast<int64_t>(a.query.element_size());
   for (StepInput& input : p.inputs) input.size = 0;  // the kernel stages none
-  if (a.packed() && same_tensor(a.key, a.query) && same_tensor(a.value, a.query)) {
+  if (a.packed() && same_tokens(a.key, a.query) && same_tokens(a.value, a.query)) {
     const Tensor qkv = linear(a.query, a.weights.in_proj_weight, a.weights.in_proj_bias);
     const char* data = static_cast<const char*>(qkv.data_ptr());
     for (int i = 0; i < 3; ++i) p.projected[i] = data + i * E * bytes;
     p.projected_stride = 3 * E;
     return {qkv, qkv, qkv};
   }
-  const auto rows = [E](const Tensor& packed, int i) {
-    Tensor whole = packed;
-    return torch::stable::narrow(whole, 0, i * E, E);
-  };
   const auto project = [&](int i, const Tensor& x, const OptionalTensor& own) {
-    OptionalTensor bias;
-    if (a.weights.in_proj_bias) bias = rows(*a.weights.in_proj_bias, i);
-    const Tensor out = linear(x, own ? *own : rows(a.weights.in_proj_weight, i), bias);
+    const OptionalTensor weight = a.packed() ? third(a.weights.in_proj_weight, i) : own;
+    const Tensor out = linear(x, *weight, third(a.weights.in_proj_bias, i));
     p.projected[i] = out.data_ptr();
     return out;
   };
   p.projected_stride = E;
-  return {project(0, a.query, std::nullopt), project(1, a.key, a.weights.k_proj_weight),
+  return {project(0, a.query, a.weights.in_proj_weight), project(1, a.key, a.weights.k_proj_weight),
           project(2, a.value, a.weights.v_proj_weight)};
 }
 
