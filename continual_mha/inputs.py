@@ -206,7 +206,6 @@ def attend_clip(
     weights = weights.unpacked()
     w_q, b_q = weights.split()[0], weights.split_bias()[0]
     q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
-    q = q / math.sqrt(q.shape[-1])
     if moved:
         found = _attend_inputs(
             q, key, value, weights, options, mask, need_weights, mixing or plain_mix
@@ -229,7 +228,7 @@ def with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> 
 def extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
     """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
 
-    The queries ``(..., H, D)`` are scaled already.
+    The scores are scaled if the queries ``(..., H, D)`` are.
     """
     scores = []
     if weights.bias_k is not None:
@@ -264,8 +263,9 @@ def _attend_projected(
     mask: Tensor | None,
     need_weights: bool,
 ) -> _Attended:
-    """Attention over projected keys and values."""
+    """Attention over projected keys and values, for queries ``(N, H, D)`` yet to be scaled."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
+    q = q / math.sqrt(q.shape[-1])
     k = split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
     v = split_heads(F.linear(value, w_v, b_v), q.shape[1])
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
@@ -295,18 +295,25 @@ def _attend_inputs(
     ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip,
     so it is taken off the extra slots' scores instead, and drops out where there are none.
     """
-    num_heads = q.shape[1]
+    heads = q.shape[1:]
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
+    scale = 1.0 / math.sqrt(heads[1])
     extra = extra_scores(q, weights, options.add_zero_attn)
     if extra is not None and b_k is not None:
-        extra = extra - (q * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
-    moved = torch.einsum("nhd,hde->nhe", q, w_k.unflatten(0, (num_heads, -1)))
-    mix = mixing(moved, key, value, mask, extra, options.dropout_p, need_weights)
-    heads = torch.einsum("nhe,hde->nhd", mix.inputs, w_v.unflatten(0, (num_heads, -1)))
-    if b_v is not None:
-        bias = b_v.view(heads.shape[1:])
-        heads = heads + (bias if mix.share is None else bias * mix.share.to(heads.dtype))
-    return _Attended(heads, mix.on_extra, mix.attn)
+        extra = extra - (q * b_k.view(heads)).sum(-1, keepdim=True)
+    extra = None if extra is None else extra * scale
+    # products by heads, (H, N, ...): with what could be steps of their own, scale and bias, in them
+    w_k, w_v = (w.unflatten(0, heads) for w in (w_k, w_v))
+    moved = torch.baddbmm(q.new_empty(()), q.transpose(0, 1), w_k, beta=0, alpha=scale)
+    mix = mixing(moved.transpose(0, 1), key, value, mask, extra, options.dropout_p, need_weights)
+    mixed, w_v = mix.inputs.transpose(0, 1), w_v.transpose(1, 2)
+    if b_v is None or mix.share is not None:
+        found = torch.bmm(mixed, w_v).transpose(0, 1)
+    else:
+        found = torch.baddbmm(b_v.view(heads).unsqueeze(1), mixed, w_v).transpose(0, 1)
+    if b_v is not None and mix.share is not None:
+        found = found + b_v.view(heads) * mix.share.to(found.dtype)
+    return _Attended(found, mix.on_extra, mix.attn)
 
 
 def plain_mix(
