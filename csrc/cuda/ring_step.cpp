@@ -245,7 +245,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
