@@ -7,7 +7,12 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on such a device; None where it is off."""
-    if not torch.amp.is_autocast_available(device_type):
+    # Under torch.compile the older of the supported torches cannot ask; all but meta have autocast.
+    if torch.compiler.is_compiling():
+        available = device_type != "meta"
+    else:
+        available = torch.amp.is_autocast_available(device_type)
+    if not available:
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

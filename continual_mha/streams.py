@@ -266,7 +266,8 @@ class StatefulStreams(nn.Module):
         if self._clock is None:
             return None
         buffers = self._buffers
-        kind = self._state_types[buffers["_ring_x"] is not None]
+        with_keys, with_inputs = self._state_types
+        kind = with_keys if buffers["_ring_x"] is None else with_inputs
         state: State = kind(*[buffers[name] for name in _BUFFERS[kind]], self._clock)
         return state
 

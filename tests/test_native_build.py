@@ -17,9 +17,12 @@ import pytest
 from continual_mha import _native
 
 ROOT = Path(__file__).parent.parent
-# C functions that PyTorch keeps stable, and what every Linux with a C++ runtime has.
+# C functions that PyTorch keeps stable, and what every Linux with a C++ runtime has. Some builds of
+# PyTorch hold copies of functions of std; the linker sees those first, and asks for no version.
 STABLE = re.compile(r"aoti_torch_|torch_")
-BASE = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^(_ITM_\w+|__gmon_start__|__cxa_finalize)$")
+BASE = re.compile(
+    r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ZNK?St|^(_ITM_\w+|__gmon_start__|__cxa_finalize)$"
+)
 LIBRARIES = [kind for kind in ("cpu", "cuda") if _native.library_path(kind).exists()]
 needs_library = pytest.mark.skipif(
     "cpu" not in LIBRARIES, reason="the native library was not built"

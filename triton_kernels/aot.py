@@ -99,8 +99,8 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     options = {"num_stages": 3} | launch.options
     kernel = triton.compile(source(launch), target=target, options=options)
     cubin = kernel.asm["cubin"]
-    usage = _tool("cuobjdump", cubin, "-res-usage")
-    sass = _tool("nvdisasm", cubin, "-c")
+    usage = tool("cuobjdump", cubin, "-res-usage")
+    sass = tool("nvdisasm", cubin, "-c")
     fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return Report(
         kernel=kernel.metadata.name,
@@ -113,7 +113,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     )
 
 
-def _tool(name: str, cubin: bytes, *options: str) -> str:
+def tool(name: str, cubin: bytes, *options: str) -> str:
     """Output of one of the binary tools that come with Triton."""
     path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -90,8 +90,8 @@ def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tu
         if isinstance(arg, torch.Tensor):
             pointers |= arg.data_ptr()
             traits.append(arg.dtype)
-        else:
-            traits.append(arg)
+        else:  # of numbers other than ints Triton looks at the type alone
+            traits.append(arg if type(arg) is int or arg is None else type(arg))
     return tuple(traits), pointers % 16 == 0
 
 

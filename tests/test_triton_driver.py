@@ -1,0 +1,217 @@
+"""Launches through Triton's own binder and launcher, onto a driver that records them.
+
+What a stand-in for a compiled kernel would take on trust is checked here for the installed Triton:
+which arguments a compiled kernel wants when it is launched again, and what it specialises on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from recording_driver import STREAM, Recorded, recording_driver
+from test_triton_compiles import CONFIGURATIONS
+from triton_cases import RingCase
+
+import continual_mha
+from continual_mha import triton_kernels
+from continual_mha.triton_kernels import launch as launcher
+from continual_mha.triton_kernels import plan, ring_step
+from continual_mha.triton_kernels.launch import INTERPRETED, Launch, constants_of, launch, record
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver"),
+]
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[list[Recorded]]:
+    with recording_driver() as launches:
+        yield launches
+
+
+@pytest.fixture
+def recorded(driver: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    monkeypatch.setattr(launcher, "_compiled", {})
+    driver.clear()
+    return driver
+
+
+def constants_in(kernel: Any) -> int:
+    return sum(param.is_constexpr for param in kernel.params)
+
+
+def expected_parameters(args: tuple[Any, ...]) -> tuple[bytes, ...]:
+    """What machine code gets of arguments: what is None or the int 1 is compiled into it."""
+    found = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            found.append(struct.pack("<Q", arg.data_ptr()))
+        elif isinstance(arg, float):
+            found.append(struct.pack("<f", arg))
+        elif arg is not None and arg != 1:
+            found.append(struct.pack("<i" if abs(arg) < 2**31 else "<q", arg))
+    return (*found, *2 * (bytes(8),))  # scratch memory, of which our kernels ask for none
+
+
+def launch_again(made: Launch, direct: bool) -> None:
+    """The same launch; ``direct`` if it must not go through Triton's binder."""
+    count = len(made.args) - constants_in(made.kernel)
+    options = {"num_warps": made.options["num_warps"], "pdl": "launch_pdl" in made.options}
+    with pytest.MonkeyPatch.context() as patch:
+        if direct:
+            patch.setattr(made.kernel, "run", None)
+        constants = constants_of(*made.args[count:])
+        launch(made.kernel, made.grid, made.args[:count], constants, **options)
+
+
+# -- the kernels -----------------------------------------------------------------------------------
+
+
+def ring_calls() -> Iterator[tuple[str, Any, list[Any]]]:
+    for path, case in (
+        ("fused", RingCase(N=2, H=2, D=16, L=5, dtype=HALF)),
+        ("chain", RingCase(N=3, H=2, D=16, L=5, dtype=FULL, delay=2, extra_slot=True)),
+        ("gemm", RingCase(N=3, H=2, D=16, L=5, dtype=FULL, bias=False)),
+    ):
+        active = torch.tensor([True] + [False] * (case.N - 1))
+        how = plan.step_plan(case.N, case.H * case.D, case.H, case.L, case.dtype.itemsize, path)
+        args = [*case.token(), *case.weights, *case.state, active, False, 0.1, True]
+        yield f"step-{path}", triton_kernels.ring_step_, [*args, None, None, False, how]
+    case = RingCase(N=2, H=2, D=16, L=5, dtype=HALF, delay=1)
+    args = [*case.clip(3), *case.weights, *case.state, 1, True, 0.0, True]
+    yield "steps", triton_kernels.ring_steps_, args
+
+
+def input_calls() -> Iterator[tuple[str, Any, list[Any]]]:
+    N, E, H, L = 2, 32, 2, 5
+    weights = [torch.randn(3 * E, E), torch.randn(3 * E), torch.randn(E, E), torch.randn(E)]
+    for path, splits in (("fused", 1), ("gemm", 2)):
+        how = plan.input_plan(N, E, H, L, 4, path)._replace(splits=splits)
+        bias = [torch.randn(1, 1, E)] * 2 if path == "gemm" else [None, None]
+        state = [torch.randn(N, L, E), torch.zeros(N, dtype=torch.int64), H, 1]
+        args = [torch.randn(N, E), *weights, *bias, *state, None, False, 0.0, True, None, False]
+        yield f"inputs-{path}", triton_kernels.input_step_, [*args, how]
+
+
+def attention_calls() -> Iterator[tuple[str, Any, list[Any]]]:
+    N, H, S, E = 2, 2, 6, 16
+    query, key, seed = torch.randn(N, H, E), torch.randn(N, S, E), torch.ones(1, dtype=torch.int64)
+    shared = [query, key, key, torch.zeros(1, 1, S), torch.zeros(N, H), seed]
+    yield "shared", triton_kernels.attend_shared_full, [*shared, 0.1, True]
+    grads = [torch.randn(N, H, E), torch.randn(N, H), None, torch.randn(N, S)]
+    results = [torch.randn(N, H, E), torch.randn(N, H), torch.randn(N, H)]
+    backward = triton_kernels.attend_shared_full_backward
+    yield "shared-backward", backward, [*grads, *shared, *results, 0.1]
+    T, L = 3, 5
+    clips, rings = [torch.randn(N, T, H, E) for _ in range(3)], [torch.randn(N, H, L, E)] * 2
+    window = [*clips, *rings, torch.zeros(N, dtype=torch.int64), None, None]
+    yield "window", triton_kernels.attend_window, [*window, 1, 0.0]
+    out, lse = torch.randn(N, T - 1, H, E), torch.randn(N, T - 1, H)
+    args = [out, None, *window, out, lse, 1, 0.0, True]
+    yield "window-backward", triton_kernels.attend_window_backward, args
+
+
+_FOUND = (*ring_calls(), *input_calls(), *attention_calls())
+CALLS = {name: (call, args) for name, call, args in _FOUND}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launchers_pass_the_kernel_what_they_mean_to_by_both_ways(
+    name: str, recorded: list[Recorded]
+) -> None:
+    call, args = CALLS[name]
+    with record() as launches:
+        call(*args)
+    assert launches
+    for made in launches:
+        recorded.clear()
+        launch_again(made, direct=False)
+        launch_again(made, direct=True)
+        first, second = recorded
+        assert first == second
+        count = len(made.args) - constants_in(made.kernel)
+        assert first.parameters == expected_parameters(made.args[:count])
+        assert (first.grid, first.stream) == (made.grid, STREAM)
+        assert first.block == (32 * made.options["num_warps"], 1, 1)
+        assert first.pdl == made.options.get("launch_pdl", False)
+
+
+def test_every_kernel_is_among_those_calls() -> None:
+    launched = set()
+    for call, args in CALLS.values():
+        with record() as launches:
+            call(*args)
+        launched |= {made.kernel for made in launches}
+    assert launched >= {made.kernel for found in CONFIGURATIONS.values() for made in found}
+
+
+def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
+    recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_step, "INTERPRETED", True)  # or it declines tensors on the CPU
+    monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
+    module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=5).eval()
+    module.requires_grad_(False)
+    with torch.inference_mode():
+        for _ in range(7):
+            module.forward_step(torch.randn(2, 32))
+        with monkeypatch.context() as patch:
+            patch.setattr(ring_step, "launch", None)
+            token = torch.randn(2, 32)
+            out = module.forward_step(token)
+    assert out is not None
+    assert len({made.function for made in recorded}) == 1
+    assert len(recorded) == 8
+    earlier, last = recorded[-2:]
+    pointer = lambda x: struct.pack("<Q", x.data_ptr())
+    assert last.parameters[:3] == 3 * (pointer(token),)
+    assert pointer(out) in last.parameters
+    assert pointer(module._ring_k) in last.parameters
+    differ = [a != b for a, b in zip(earlier.parameters, last.parameters, strict=True)]
+    assert sum(differ) <= 6  # the token three times, the output, and what programs merge
+    assert last._replace(parameters=()) == earlier._replace(parameters=())
+
+
+# -- what machine code is specialised on -----------------------------------------------------------
+
+
+@triton.jit
+def _scaled(x_ptr, y_ptr, n, scale, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + offs, mask=offs < n)
+    if y_ptr is not None:
+        y += tl.load(y_ptr + offs, mask=offs < n)
+    tl.store(x_ptr + offs, y * scale, mask=offs < n)
+
+
+MEMORY = torch.zeros(64)
+ARGUMENTS = list(
+    itertools.product(
+        (MEMORY, MEMORY[1:], MEMORY.half()),
+        (None, MEMORY),
+        (1, 2, 16, 48, 2**31 + 1),
+        (0.0, 1.0, 0.5, 0, 1, True, False),
+    )
+)
+
+
+def test_a_launch_is_that_of_tritons_binder_whatever_was_launched_before(
+    recorded: list[Recorded],
+) -> None:
+    constants = constants_of(16)
+    for _ in range(2):  # the second time all is known
+        for args in ARGUMENTS:
+            recorded.clear()
+            _scaled[1, 1, 1](*args, *constants, num_warps=1)
+            launch(_scaled, (1, 1, 1), args, constants, num_warps=1)
+            bound, launched = recorded
+            assert launched == bound, args[2:]
