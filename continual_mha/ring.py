@@ -197,9 +197,10 @@ def forget(state: State, streams: Tensor, in_place: bool) -> Any:
     """The state after ``streams``, ``(N,)`` bool, were reset.
 
     A position of 0 hides keys and values. Waiting queries and inputs are cleared too, for they may
-    be used before the stream itself has filled their slots.
+    be used before the stream itself has filled their slots; so are the scales of inputs, which may
+    be NaN.
     """
-    cleared = {"q", "x"} & set(state._fields)
+    cleared = {"q", "x", "x_scale"} & set(state._fields)
     fill = torch.Tensor.masked_fill_ if in_place else torch.Tensor.masked_fill
     parts = {}
     for name in cleared:
