@@ -20,7 +20,7 @@ from .modes import (
 from .reference import Options, Weights
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
-from .streams import StatefulStreams
+from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
 _DECIDING = ("training", "dropout", "add_zero_attn", "batch_invariant")
@@ -207,7 +207,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
         Args:
             step_shape: shape of a query token, ``(N, E)``.
+
+        Raises:
+            ValueError: ``step_shape`` is another, or ``N`` is not that of the state.
         """
+        checks.check_step_shape(step_shape, self.embed_dim)
         weight = self.out_proj.weight
         shape = (step_shape[0], self.sequence_len - 1)
         query, key, value = (
@@ -255,6 +259,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             sizes = (batch_size, self.embed_dim, self.num_heads, self.sequence_len)
             formulation = formulations.choose(*sizes, like)
         return self._layout_with(formulation)
+
+    def _layout_of_given(self, state: object) -> ring.Layout:
+        inputs = self._layouts["input"]
+        left_open = self._formulation == "auto" and self.embed_dim == self.kdim == self.vdim
+        sized = isinstance(state, (tuple, list)) and len(state) == len(inputs.state_type._fields)
+        return inputs if left_open and sized else self._layout_with(self._formulation)
 
     def _like(self) -> Tensor:
         like = None if self._clock is None else ring.like_tokens(self._existing_state())
@@ -420,10 +430,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """``forward_step`` as a function of the state: returns the output and the next state.
 
         Neither ``prev_state`` (None for streams that have seen nothing) nor the module's own state
-        changes. Shapes and errors are those of ``forward_step``.
+        changes. Shapes and errors are those of ``forward_step`` and, for the state, of
+        ``set_state``, but that nothing is asked of its values.
         """
         tokens = self._tokens(query, key, value)
-        state = None if prev_state is None else self._layout().state_type(*prev_state)
+        state = prev_state
+        if state is not None:
+            layout, weight = self._layout_of_given(state), self.out_proj.weight
+            dtypes = {weight.dtype, *AUTOCAST_DTYPES}
+            state = ring.check_parts(state, layout, dtypes, weight.device)
         state, call = self._plan(tokens, state, update=True)
         state = state if call.differentiable else ring.snapshot(state)
         return self._advance(tokens, state, None, call)

@@ -43,7 +43,7 @@ def check_arguments(
     optional = {"kdim": kdim, "vdim": vdim}
     sizes.update({name: size for name, size in optional.items() if size is not None})
     for name, number in {**sizes, "query_index": query_index}.items():
-        if not hasattr(number, "__index__") or isinstance(number, bool):
+        if not _is_integer(number):
             raise TypeError(
                 f"{name} must be an integer, but got {number!r} of type {type(number).__name__}"
             )
@@ -217,12 +217,40 @@ def check_active(active: Tensor, query: Tensor) -> None:
         )
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Check a number of streams.
+
+    Raises:
+        ValueError: it is negative.
+        TypeError: it is not an integer.
+    """
+    if not _is_integer(batch_size):
+        raise TypeError(f"batch_size must be an integer, but got {batch_size!r}")
+    if batch_size < 0:
+        raise ValueError(f"batch_size must not be negative, but got {batch_size}")
+
+
+def check_step_shape(step_shape: Sequence[int], embed_dim: int) -> None:
+    """Check the shape of a query token ``(N, E)``.
+
+    Raises:
+        ValueError: it is another.
+    """
+    sized = isinstance(step_shape, Sequence) and len(step_shape) == 2
+    if not sized or step_shape[1] != embed_dim:
+        raise ValueError(f"step_shape must be (N, {embed_dim}), but got {step_shape!r}")
+    check_batch_size(step_shape[0])
+
+
 def check_stream_index(index: int, state: State) -> None:
     """Check the number of a stream.
 
     Raises:
         ValueError: there is no such stream.
+        TypeError: it is not an integer.
     """
+    if not _is_integer(index):
+        raise TypeError(f"the number of a stream must be an integer, but got {index!r}")
     streams = state.position.shape[0]
     if not 0 <= index < streams:
         raise ValueError(f"there are streams 0 to {streams - 1}, but got {index}")
@@ -237,7 +265,11 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
         ValueError: a mask of another shape or device, or an index out of range.
         TypeError: neither a bool mask nor integers.
     """
-    given = torch.as_tensor(streams)
+    try:
+        given = torch.as_tensor(streams)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(streams).__name__
+        raise TypeError(f"streams must be a bool mask or integers, but got {kind}") from error
     if given.dtype == torch.bool:
         if given.shape != position.shape or given.device != position.device:
             raise ValueError(
@@ -259,6 +291,10 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
     return (torch.arange(count, device=position.device)[:, None] == given).any(dim=1)
 
 
+def _is_integer(number: object) -> bool:
+    return hasattr(number, "__index__") and not isinstance(number, bool)
+
+
 def _kind(x: object) -> str:
     return f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
@@ -272,8 +308,8 @@ def merged_mask(
     """Both masks of ``forward`` as one to add to scores ``(N, H, S)``, or None.
 
     Raises:
-        ValueError: a shape does not fit.
-        TypeError: a mask is neither bool nor floating point.
+        ValueError: a shape or a device does not fit.
+        TypeError: a mask is no tensor, or neither bool nor floating point.
     """
     batch, length = key.shape[:2]
     heads = module.num_heads
@@ -291,6 +327,8 @@ def merged_mask(
 
 
 def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]], key: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, but got {type(mask).__name__}")
     if tuple(mask.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name} must have the shape {expected}, but got {tuple(mask.shape)}")

@@ -29,9 +29,14 @@ def explain(
 
     Raises:
         ValueError: the tokens do not fit the module.
-        TypeError: the tokens do not fit the module.
+        TypeError: the tokens do not fit the module, or it is not one of attention, but a model.
     """
-    many = query.dim() == 3
+    if not isinstance(module, SingleOutputMultiheadAttention):
+        raise TypeError(
+            "explain takes a SingleOutputMultiheadAttention and its tokens, but got a "
+            f"{type(module).__name__}"
+        )
+    many = isinstance(query, Tensor) and query.dim() == 3
     tokens = (module._many_tokens if many else module._tokens)(query, key, value)
     state, call = module._plan(tokens, module._state(), update=True)
     kept = call.layout.formulation

@@ -131,9 +131,12 @@ def _scores(q: Tensor, group: _Slots) -> Tensor:
 
 def _weighted_values(attn: Tensor, group: _Slots) -> Tensor:
     v = group.v.to(attn.dtype)
-    if group.visible is not None:  # a slot that no query sees may hold anything, NaN included
-        v = v.masked_fill(~group.visible.any(dim=-2).unsqueeze(-1), 0)
-    return torch.matmul(attn, v)
+    if group.visible is None:
+        return torch.matmul(attn, v)
+    # a slot may hold anything, and a weight of zero leaves NaN of what is not finite
+    broken = ~v.isfinite().all(dim=-1, keepdim=True)  # (N, H, S, 1)
+    seen = torch.matmul(group.visible.to(v.dtype), broken.to(v.dtype)) > 0  # (N, H, T, 1)
+    return torch.matmul(attn, v.masked_fill(broken, 0)).masked_fill(seen, math.nan)
 
 
 def _softmax(scores: Tensor, dropout_p: float) -> Tensor:

@@ -197,9 +197,10 @@ def forget(state: State, streams: Tensor, in_place: bool) -> Any:
     """The state after ``streams``, ``(N,)`` bool, were reset.
 
     A position of 0 hides keys and values. Waiting queries and inputs are cleared too, for they may
-    be used before the stream itself has filled their slots.
+    be used before the stream itself has filled their slots; so are the scales of inputs, which may
+    be NaN.
     """
-    cleared = {"q", "x"} & set(state._fields)
+    cleared = {"q", "x", "x_scale"} & set(state._fields)
     fill = torch.Tensor.masked_fill_ if in_place else torch.Tensor.masked_fill
     parts = {}
     for name in cleared:
@@ -237,11 +238,25 @@ def put_stream_(state: State, index: int, stream: State) -> Iterator[None]:
 def check_state(
     state: object, layout: Layout, dtypes: set[torch.dtype], device: torch.device
 ) -> Any:
-    """``state`` as the class that ``layout`` asks for, in one of ``dtypes``, if all fits.
+    """``check_parts``, and that clock and positions agree, which waits for the device.
 
     Raises:
         TypeError: it is not a state of that formulation, or a dtype differs.
         ValueError: a shape or device differs, or clock and positions contradict each other.
+    """
+    checked = check_parts(state, layout, dtypes, device)
+    _check_clock(checked, layout.sequence_len)
+    return checked
+
+
+def check_parts(
+    state: object, layout: Layout, dtypes: set[torch.dtype], device: torch.device
+) -> Any:
+    """``state`` as the class that ``layout`` asks for, in one of ``dtypes``, if its parts fit.
+
+    Raises:
+        TypeError: it is not a state of that formulation, or a dtype differs.
+        ValueError: a shape or device differs.
     """
     expected = layout.state_type
     if not isinstance(state, (tuple, list)) or len(state) != len(expected._fields):
@@ -256,8 +271,11 @@ def check_state(
     if checked.position.dim() != 1:
         shape = tuple(checked.position.shape)
         raise ValueError(f"state.position must have shape (N,), but got {shape}")
-    _check_parts(checked, layout, dtypes, device)
-    _check_clock(checked, layout.sequence_len)
+    _check_rings(checked, layout, dtypes, device)
+    shape = tuple(checked.clock.shape)
+    if len(shape) != 2 or shape[1] != 0 or shape[0] > layout.sequence_len:
+        most = f"(steps, 0) with steps <= {layout.sequence_len}"
+        raise ValueError(f"state.clock must have shape {most}, but got {shape}")
     return checked
 
 
@@ -266,7 +284,7 @@ def _describe(state: object) -> str:
     return f"a {kind} of {len(state)}" if isinstance(state, (tuple, list)) else f"a {kind}"
 
 
-def _check_parts(
+def _check_rings(
     state: State, layout: Layout, dtypes: set[torch.dtype], device: torch.device
 ) -> None:
     like = like_tokens(state)
@@ -284,16 +302,13 @@ def _check_parts(
 
 
 def _check_clock(state: State, sequence_len: int) -> None:
-    clock, position = state.clock, state.position
-    if clock.dim() != 2 or clock.shape[1] != 0 or clock.shape[0] > sequence_len:
-        expected = f"(steps, 0) with steps <= {sequence_len}"
-        raise ValueError(f"state.clock must have shape {expected}, but got {tuple(clock.shape)}")
+    position = state.position
     if not position.numel():
         return
     least, most = int(position.min()), int(position.max())
     if least < 0:
         raise ValueError(f"state.position must not be negative, but its least is {least}")
-    steps = clock.shape[0]
+    steps = state.clock.shape[0]
     if steps < sequence_len and (least, most) != (steps, steps):
         raise ValueError(
             f"state.clock says that every stream has seen {steps} tokens, but state.position "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def import_stream(model: nn.Module, index: int, states: States) -> None:
         ValueError: there is no such stream, or a name, shape, dtype or formulation does not fit.
     """
     modules = stateful_modules(model)
-    checked = _fitted(modules, states)
+    checked = _fitted(modules, states, lambda module, state: module._layout())
     before = {name: module.get_stream(index) for name, module in modules.items()}
     marks = {name: module.mark() for name, module in modules.items()}
     try:
@@ -91,7 +91,7 @@ def import_state(model: nn.Module, states: States) -> None:
     """
     modules = stateful_modules(model)
     named = {name: module for name, module in modules.items() if name in states}
-    checked = _fitted(named, states)
+    checked = _fitted(named, states, lambda module, state: module._layout_of_given(state))
     before = {name: module.get_state() for name, module in modules.items()}
     try:
         for name, module in modules.items():
@@ -102,15 +102,20 @@ def import_state(model: nn.Module, states: States) -> None:
         raise
 
 
-def _fitted(modules: Mapping[str, StatefulStreams], states: States) -> dict[str, State]:
-    """``states`` on the devices of ``modules``, once they are known to fit."""
+def _fitted(
+    modules: Mapping[str, StatefulStreams],
+    states: States,
+    layout_for: Callable[[StatefulStreams, State], ring.Layout],
+) -> dict[str, State]:
+    """``states`` on the devices of ``modules``, once they are known to have the right layouts."""
     if set(states) != set(modules):
         given, own = sorted(states) or "no module", sorted(modules) or "no module"
         raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
     checked = {}
     for name, module in modules.items():
         try:
-            checked[name] = module._checked(_on(states[name], module._like().device))
+            state = _on(states[name], module._like().device)
+            checked[name] = module._checked(state, layout_for(module, state))
         except (TypeError, ValueError) as error:
             where = f"module {name!r}" if name else "the module"
             raise ValueError(f"the state of {where} does not fit: {error}") from error

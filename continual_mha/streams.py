@@ -13,11 +13,12 @@ from . import checks, reference, ring
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
-_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
 _KINDS: tuple[Any, ...] = (RingState, InputState, QuantizedRingState, QuantizedInputState)
 _BUFFERS: dict[type, list[str]] = {
     kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in _KINDS
 }
+_ALL_BUFFERS = tuple(dict.fromkeys(name for names in _BUFFERS.values() for name in names))
 _SCALES = ("_ring_k_scale", "_ring_v_scale", "_ring_x_scale")
 
 
@@ -51,7 +52,7 @@ class StatefulStreams(nn.Module):
     def _init_streams(self, with_keys: type, with_inputs: type) -> None:
         """Be ready for states of these classes, the one with keys and values, the other without."""
         self._state_types = with_keys, with_inputs
-        for name in {name for names in _BUFFERS.values() for name in names}:
+        for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
         self._repeat = None
@@ -62,6 +63,10 @@ class StatefulStreams(nn.Module):
 
     def _layout_of_new(self, batch_size: int, like: Tensor) -> ring.Layout:
         """The layout for streams that begin now."""
+        raise NotImplementedError
+
+    def _layout_of_given(self, state: object) -> ring.Layout:
+        """The layout that ``state`` must have for all streams to go on from it."""
         raise NotImplementedError
 
     def _like(self) -> Tensor:
@@ -76,6 +81,8 @@ class StatefulStreams(nn.Module):
     def set_state(self, state: State | None) -> None:
         """Go on from a copy of ``state``; None is ``clean_state``.
 
+        A module of ``formulation="auto"`` takes a state of either, and goes on in that.
+
         Raises:
             TypeError: it is not a state of the module's formulation, or a dtype does not fit.
             ValueError: a shape or device does not fit, or the parts contradict each other.
@@ -83,7 +90,7 @@ class StatefulStreams(nn.Module):
         if state is None:
             self.clean_state()
             return
-        checked = self._checked(state)
+        checked = self._checked(state, self._layout_of_given(state))
         copy = ring.snapshot(checked)
         with self._or_as_before():
             self._store(copy)
@@ -91,7 +98,7 @@ class StatefulStreams(nn.Module):
 
     def clean_state(self) -> None:
         """Forget every stream: the next call starts anew, with any batch size."""
-        for name in {name for names in _BUFFERS.values() for name in names}:
+        for name in _ALL_BUFFERS:
             setattr(self, name, None)
         self._clock = None
         self._repeat = None
@@ -121,9 +128,9 @@ class StatefulStreams(nn.Module):
 
         Raises:
             ValueError: ``batch_size`` is negative.
+            TypeError: it is not an integer.
         """
-        if batch_size < 0:
-            raise ValueError(f"batch_size must not be negative, but got {batch_size}")
+        checks.check_batch_size(batch_size)
         with self._or_as_before():
             self.clean_state()
             like = self._like()
@@ -166,6 +173,7 @@ class StatefulStreams(nn.Module):
 
         Raises:
             ValueError: there is no such stream.
+            TypeError: ``index`` is not an integer.
         """
         state = self._existing_state()
         checks.check_stream_index(index, state)
@@ -176,11 +184,11 @@ class StatefulStreams(nn.Module):
 
         Raises:
             ValueError: there is no such stream, or a shape or device does not fit.
-            TypeError: a dtype or the formulation does not fit.
+            TypeError: a dtype or the formulation does not fit, or ``index`` is not an integer.
         """
         state = self._existing_state()
         checks.check_stream_index(index, state)
-        new = self._checked(stream)
+        new = self._checked(stream, self._layout())
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
         new = ring.snapshot(ring.detach(new))
@@ -244,11 +252,11 @@ class StatefulStreams(nn.Module):
             self.return_to(mark)
             raise
 
-    def _checked(self, state: object) -> Any:
+    def _checked(self, state: object, layout: ring.Layout) -> Any:
         """``state`` as a state of this module, if it fits; errors are those of ``set_state``."""
         like = self._like()
-        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *_AUTOCAST_DTYPES}
-        return ring.check_state(state, self._layout(), dtypes, like.device)
+        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *AUTOCAST_DTYPES}
+        return ring.check_state(state, layout, dtypes, like.device)
 
     def _existing_state(self) -> State:
         state = self._state()
@@ -275,7 +283,9 @@ class StatefulStreams(nn.Module):
         if state.clock is not self._clock:
             self._clock = state.clock
         buffers = self._buffers
-        for name, part in zip(_BUFFERS[type(state)], state[:-1], strict=True):
+        parts = dict(zip(_BUFFERS[type(state)], state[:-1], strict=True))
+        for name in _ALL_BUFFERS:
+            part = parts.get(name)
             if part is not buffers[name]:
                 setattr(self, name, part)
                 self._repeat = None

@@ -123,6 +123,13 @@ def test_explanation_checks_tokens_as_a_step_does():
     module = build(sequence_len=3)
     with pytest.raises(ValueError, match="query must have"):
         co.explain(module, torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="query must be a tensor"):
+        co.explain(module, None)
+
+
+def test_explanation_is_of_one_module_of_attention():
+    with pytest.raises(TypeError, match="takes a SingleOutputMultiheadAttention"):
+        co.explain(torch.nn.Sequential(build(sequence_len=3)), torch.zeros(2, 12))
 
 
 def test_graphed_step_needs_a_cuda_device():

@@ -143,6 +143,7 @@ BAD_MASKS = {
         ["key_padding_mask", "int64"],
     ),
     "integer mask": ({"attn_mask": zeros(1, 3, dtype=torch.uint8)}, TypeError, ["uint8"]),
+    "a list": ({"key_padding_mask": [[False] * 3] * N}, TypeError, ["key_padding_mask", "list"]),
     "padding elsewhere": (
         {"key_padding_mask": zeros(N, 3, device=META)},
         ValueError,
@@ -154,6 +155,32 @@ BAD_MASKS = {
         ["attn_mask", "meta", "cpu"],
     ),
 }
+
+
+# name: (call of a module with streams, error, fragments)
+BAD_STREAMS = {
+    "number that is no integer": (lambda m: m.get_stream(0.5), TypeError, ["integer", "0.5"]),
+    "number that is a name": (lambda m: m.get_stream("a"), TypeError, ["integer", "'a'"]),
+    "number of a place that is no integer": (
+        lambda m: m.set_stream(0.5, m.get_stream(0)),
+        TypeError,
+        ["integer", "0.5"],
+    ),
+    "start of a fraction": (lambda m: m.start_streams(1.5), TypeError, ["integer", "1.5"]),
+    "start of nothing": (lambda m: m.start_streams(None), TypeError, ["integer", "None"]),
+    "start of fewer than none": (lambda m: m.start_streams(-1), ValueError, ["-1"]),
+    "reset of nothing": (lambda m: m.reset(None), TypeError, ["mask", "integers", "NoneType"]),
+    "reset of a name": (lambda m: m.reset("a"), TypeError, ["mask", "integers", "str"]),
+    "warm-up of other features": (lambda m: m.warm_up((N, E + 1)), ValueError, ["12", "13"]),
+    "warm-up of a number": (lambda m: m.warm_up(N), ValueError, ["(N, 12)", "3"]),
+    "warm-up of a clip": (lambda m: m.warm_up((N, E, L)), ValueError, ["(N, 12)", "(3, 12, 5)"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_bad_stream_is_refused(case):
+    call, error, fragments = BAD_STREAMS[case]
+    assert_changes_nothing(call, error, fragments, 2)
 
 
 @pytest.mark.parametrize("case", BAD_MASKS)
@@ -323,6 +350,19 @@ BAD_STATES = {
         ["clock", "position"],
     ),
 }
+
+
+ABOUT_VALUES = ("negative position", "clock behind the positions")
+
+
+@pytest.mark.parametrize("case", [c for c in BAD_STATES if c not in ABOUT_VALUES])
+def test_functional_step_refuses_a_malformed_state(case):
+    spoil, error, fragments = BAD_STATES[case]
+
+    def call(module):
+        module._forward_step(*tokens(), spoil(module.get_state()))
+
+    assert_changes_nothing(call, error, fragments, 2)
 
 
 @pytest.mark.parametrize("past", [2, L + 2])

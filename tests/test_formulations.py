@@ -608,6 +608,44 @@ def test_inputs_err_no_more_than_a_fifth_above_keys_and_values(dtype, name, monk
     assert math.isfinite(errors["kv"])
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("chosen", ["kv", "input"])
+def test_state_of_either_formulation_goes_on_where_it_is_left_open(chosen, cache_dtype):
+    """A process that begins with a state has not chosen yet, and need not choose as another did."""
+    arguments = {"cache_dtype": cache_dtype, "query_index": -2}
+    donor = build(formulation=chosen, **arguments)
+    fresh, loaded, busy = (build(**arguments) for _ in range(3))
+    x = draw_tokens(donor, 2, LENGTH + 3)[0]
+    with torch.no_grad():
+        step_through(donor, x[:, :LENGTH])
+        state = donor.get_state()
+        busy.forward_steps(x)
+        fresh.set_state(state)
+        busy.set_state(state)
+        continual_mha.import_state(loaded, continual_mha.export_state(donor))
+        function_of_state = build(**arguments)
+        for token in x[:, LENGTH:].unbind(1):
+            expected = donor.forward_step(token)
+            output, state = function_of_state._forward_step(token, prev_state=state)
+            torch.testing.assert_close(output, expected, rtol=0, atol=0)
+            for module in (fresh, loaded, busy):
+                assert module.formulation == chosen
+                torch.testing.assert_close(module.forward_step(token), expected, rtol=0, atol=0)
+    assert function_of_state.get_state() is None
+
+
+def test_functional_steps_go_on_in_the_formulation_chosen_for_new_streams(monkeypatch):
+    monkeypatch.setattr(formulations, "choose", lambda *sizes_and_dtype: "input")
+    module = build()
+    x = draw_tokens(module, 2, LENGTH + 1)[0]
+    state = None
+    with torch.no_grad():
+        for token in x.unbind(1):
+            output, state = module._forward_step(token, prev_state=state)
+        assert isinstance(state, InputState)
+        torch.testing.assert_close(output, step_through(module, x)[-1])
+
+
 def test_explanation_names_the_formulation_in_use():
     module = build(formulation="input")
     token = draw_tokens(module, 2, 1)[0][:, 0]

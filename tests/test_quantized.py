@@ -351,6 +351,23 @@ def test_streams_begin_pause_and_move_on_their_own(formulation, cache_dtype):
 
 @all_dtypes
 @both
+@pytest.mark.parametrize("left", [float("nan"), float("inf")])
+def test_nothing_of_the_former_owner_is_left_after_a_reset(left, formulation, cache_dtype, backend):
+    module, clean = (make(formulation, cache_dtype, query_index=1) for _ in range(2))
+    x = draw_tokens(module, 2, 2 * LENGTH)[0]
+    with torch.no_grad():
+        for each in (module, clean):
+            each.start_streams(2)
+        for _ in range(LENGTH + 1):
+            module.forward_step(torch.full_like(x[:, 0], left))
+        module.reset([0, 1])
+        for token in x.unbind(1):
+            assert torch.equal(module.forward_step(token), clean.forward_step(token))
+            assert_same_state(module.get_state(), clean.get_state())
+
+
+@all_dtypes
+@both
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_conversion_of_the_module_keeps_the_rings(dtype, formulation, cache_dtype):
     module = make(formulation, cache_dtype)

@@ -233,16 +233,24 @@ def test_stream_does_not_depend_on_its_neighbours(backend):
     assert not torch.equal(clean[0], beside_others[0])
 
 
-def test_not_a_number_leaves_with_its_token(backend):
-    """A token that is not finite spoils the windows it is in and none after it."""
-    module = build()
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_not_a_number_leaves_with_its_token(formulation, grad, at_once, backend):
+    """A token that is not finite spoils the windows it is in and none before or after it."""
+    if at_once and backend == "triton":
+        pytest.xfail("a tile with NaN is NaN, where its weights are zero too")
+    module = build(formulation=formulation)
     length = module.sequence_len
     x = draw_tokens(module, 2, 4 * length)[0]
     spoilt = x.clone()
     spoilt[0, 7] = float("nan")
-    with torch.no_grad():
-        outputs = stack(step_through(module, spoilt), module)
-        expected = window_attention(module, x)
+    with torch.set_grad_enabled(grad):
+        if at_once:
+            outputs = run_steps(module, spoilt).detach()
+        else:
+            outputs = stack(step_through(module, spoilt), module).detach()
+        expected = window_attention(module, x).detach()
     inside = torch.zeros(outputs.shape[:2], dtype=torch.bool)
     inside[0, 7 - length + 1 : 7 + 1] = True
     assert outputs[inside].isnan().all()
