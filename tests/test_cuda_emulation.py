@@ -303,6 +303,11 @@ def test_step_of_projected_tokens_equals_float64_reference() -> None:
         check(Case(N=3, L=9, dtype=dtype, delay=1, bias_kv=True, projected=True), [0, 8, 100])
 
 
+def test_teams_of_projected_tokens_divide_the_heads() -> None:
+    case = Case(N=5, E=48, H=6, L=9, delay=1, active=True, head_groups=3, projected=True)
+    check(case, [0, 8, 9, 100, 3])
+
+
 def test_position_survives_passing_2_to_31() -> None:
     check(Case(N=2, splits=2), [2**31 - 1, 2**40 + 3])
 

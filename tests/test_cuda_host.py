@@ -130,6 +130,60 @@ def test_consecutive_steps_share_counters_and_stay_right(device: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_do_not_fit_into_one_block_are_divided(dtype: torch.dtype) -> None:
+    # The stages of the ring take 64 KiB, so this leaves room for a part of the heads.
+    library().set_device(16, 8, 66 * 1024, False)
+    args = make_args(N=66, E=96, H=12, L=3, dtype=dtype, delay=1, active=True)
+    wide = copied(args, torch.float64)
+    expected = reference.ring_step_(*wide)
+    rounding = 1.6e-2 if dtype == torch.bfloat16 else 2e-6
+    actual = OPS.cuda_ring_step_(*args)
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding)
+    assert torch.equal(args[14], wide[14])
+
+
+def counters_of_a_step(args: list[Any], stream: int = 0, captured: bool = False) -> int:
+    library().set_stream(ctypes.c_int64(stream), captured)
+    OPS.cuda_ring_step_(*args)
+    library().set_stream(ctypes.c_int64(0), False)
+    return int(library().last_counters())
+
+
+def test_steps_that_may_overlap_have_no_counter_in_common() -> None:
+    use_device("sm_80")
+    reads, writes = make_args(update=False), make_args()
+    on_one, on_two = counters_of_a_step(reads, 1), counters_of_a_step(reads, 2)
+    assert min(on_one, on_two) >= 0
+    assert on_one != on_two
+    in_graph = counters_of_a_step(writes, 1, captured=True)
+    assert in_graph >= 0
+    assert in_graph not in (on_one, on_two)
+    # Two graphs that only read the same rings may run at once: each zeroes its own.
+    assert counters_of_a_step(reads, 1, captured=True) == -1
+
+
+def test_counters_are_not_used_up_by_rings_that_come_and_go() -> None:
+    use_device("sm_80", fail=True)  # where the kernel is not the question
+
+    def counters_of_a_refused_step(args: list[Any], stream: int) -> int:
+        library().set_stream(ctypes.c_int64(stream), False)
+        with pytest.raises(RuntimeError, match="failed"):
+            OPS.cuda_ring_step_(*args)
+        return int(library().last_counters())
+
+    kept = [make_args(N=1) for _ in range(300)]
+    assert len({counters_of_a_refused_step(args, 3) for args in kept}) == 1
+    # Streams do use them up; a step is right all the same.
+    assert [counters_of_a_refused_step(kept[0], stream) for stream in range(4, 304)][-1] == -1
+    use_device("sm_80")
+    args = make_args()
+    expected = reference.ring_step_(*copied(args, torch.float64))
+    library().set_stream(ctypes.c_int64(303), False)
+    torch.testing.assert_close(OPS.cuda_ring_step_(*args).double(), expected, rtol=2e-6, atol=2e-6)
+    library().set_stream(ctypes.c_int64(0), False)
+
+
 def test_few_streams_take_one_launch_on_every_device(device: str) -> None:
     args = make_args(N=16)
     before = library().count_launches()
@@ -198,6 +252,14 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
     actual = OPS.cuda_attend_shared_backward(*grads, query, key, value, mask, sink, *actual)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_queries_beyond_the_default_shared_memory_are_served() -> None:
+    use_device("sm_90")
+    query, key = torch.randn(1, 2, 1600), torch.randn(1, 3, 1600)
+    expected = reference.attend_shared(query.double(), key.double(), key.double(), None, None)
+    for a, e in zip(OPS.cuda_attend_shared(query, key, key, None, None), expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,7 @@ void launch_blocks(const void* kernel, int64_t blocks, int shared_bytes, const P
                   device_properties(device).shared_bytes);
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), a.describe(), " needs too many blocks");
   constexpr int kDefaultShared = 48 * 1024;
-  if (shared_bytes > kDefaultShared) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute", where);
-  }
+  if (shared_bytes > kDefaultShared) allow_shared_memory(kernel, device, where);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned int>(blocks));
   config.blockDim = dim3(kThreads);

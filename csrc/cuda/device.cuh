@@ -54,6 +54,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// For a barrier behind which nothing is read that was written before it: it waits for no writes.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();

@@ -74,6 +74,15 @@ struct DeviceProperties {
 
 const DeviceProperties& device_properties(int device);
 
+// Lets blocks of a kernel have all the shared memory of the current device `device`. It is always
+// this much: less would take it from a launch that another thread is about to make.
+template <typename Where>
+void allow_shared_memory(const void* kernel, int device, Where where) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  device_properties(device).shared_bytes),
+             "cudaFuncSetAttribute", where);
+}
+
 }  // namespace continual_mha::cuda
 
 #endif  // CONTINUAL_MHA_CUDA_HOST_H_

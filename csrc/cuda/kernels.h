@@ -18,7 +18,7 @@ const void* attend_shared_kernel_for(Element element, bool backward);
 const void* outer_product_kernel_for(Element element);
 
 // Counters for Merge::kCounter on the current device, zero at first.
-constexpr int kStepCounters = 1 << 14;
+constexpr int kStepCounters = 1 << 16;
 cudaError_t step_counters_address(void** address);
 
 }  // namespace continual_mha::cuda

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #include "host.h"
@@ -113,31 +114,47 @@ RingStepParams make_params(const StepArgs& a) {
   return p;
 }
 
-// Counters for Merge::kCounter: the index of the first of `count` that belong to `key` on `device`,
-// or -1 if there are none left. A step leaves its counters at zero, so that no launch is spent on
-// them. `key` is the rings' address: two steps over the same rings cannot run at once.
-int claim_counters(int device, const void* key, int count) {
-  struct Claim {
-    int first;
-    int count;
-  };
+// Whose counters a step takes. Steps of one stream never overlap, and share theirs. A captured step
+// may be replayed beside anything but a step that advances the same rings.
+struct CounterOwner {
+  int device;
+  bool captured;
+  const void* address;  // the rings', or the stream
+  bool operator<(const CounterOwner& other) const {
+    return std::tie(device, captured, address) <
+           std::tie(other.device, other.captured, other.address);
+  }
+};
+
+// Counters for Merge::kCounter: the index of the first of `owner`'s, kOwnCounters in all, or -1 if
+// there are none left. A step leaves its counters at zero, so that no launch is spent on them.
+constexpr int kOwnCounters = 256;
+int claim_counters(const CounterOwner& owner) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, Claim> claims;
+  static std::map<CounterOwner, int> claims;
   static std::map<int, int> used;
   const std::lock_guard<std::mutex> lock(mutex);
-  Claim& claim = claims[{device, key}];
-  if (claim.count >= count) return claim.first;
-  int& next = used[device];
-  if (next + count > kStepCounters) return -1;
-  claim = {next, count};
-  next += count;
-  return claim.first;
+  const auto found = claims.find(owner);
+  if (found != claims.end()) return found->second;
+  int& next = used[owner.device];
+  if (next + kOwnCounters > kStepCounters) return -1;
+  const int first = next;
+  next += kOwnCounters;
+  claims[owner] = first;
+  return first;
 }
 
-// Those of the rings or, when all are given away, new ones zeroed on the stream.
+// The stream's own or, where a step has none or wants more, new ones zeroed on the stream.
 unsigned int* find_counters(const StepArgs& a, int count, Tensor& scratch, cudaStream_t stream) {
   const auto where = [&a] { return a.describe(); };
-  const int first = claim_counters(a.query.get_device_index(), a.rings.k.data_ptr(), count);
+  cudaStreamCaptureStatus capture{};
+  check_cuda(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing", where);
+  const bool captured = capture != cudaStreamCaptureStatusNone;
+  const void* address = captured ? a.rings.k.data_ptr() : static_cast<const void*>(stream);
+  int first = -1;
+  if (count <= kOwnCounters && (a.update || !captured)) {
+    first = claim_counters({a.query.get_device_index(), captured, address});
+  }
   void* counters = nullptr;
   if (first >= 0) {
     check_cuda(step_counters_address(&counters), "cudaGetSymbolAddress", where);
@@ -157,9 +174,7 @@ int prepare_kernel(const void* kernel, int device, bool cluster, const StepArgs&
   const auto found = prepared.find({device, kernel});
   if (found != prepared.end()) return found->second;
   const auto where = [&a] { return a.describe(); };
-  const int shared = device_properties(device).shared_bytes;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-             "cudaFuncSetAttribute", where);
+  allow_shared_memory(kernel, device, where);
   int blocks = kMaxCounterBlocks;
   if (cluster) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -167,7 +182,7 @@ int prepare_kernel(const void* kernel, int device, bool cluster, const StepArgs&
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(kMaxClusterBlocks);
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.dynamicSmemBytes = static_cast<size_t>(device_properties(device).shared_bytes);
     check_cuda(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config),
                "cudaOccupancyMaxPotentialClusterSize", where);
     blocks = std::min(blocks, kMaxClusterBlocks);
@@ -196,9 +211,9 @@ void launch_kernel(const void* kernel, const RingStepParams& p, int teams, bool 
 
 // Whether the blocks of a team form a cluster; `wanted` of them would fill the chip.
 bool use_cluster(const RingStepParams& p, const DeviceProperties& device, int streams, int wanted) {
-  if (device.major < 9) return false;
+  if (device.major < 9 || p.projected[0] != nullptr) return false;
   const bool long_window = p.sequence_len >= kLongWindow && wanted >= 2 * kMaxClusterBlocks;
-  return p.projected[0] != nullptr || streams > 1 || !long_window;
+  return streams > 1 || !long_window;
 }
 
 // False, and nothing launched, if the device has too little shared memory for it.
@@ -212,12 +227,16 @@ bool launch_step(RingStepParams p, const StepArgs& a) {
   const int teams = divide_up(p.num_streams, streams);
   const int wanted = properties.multiprocessors / teams;
   const bool cluster = use_cluster(p, properties, streams, wanted);
-  const void* kernel =
-      ring_step_kernel_for(element, streams, cluster ? Merge::kCluster : Merge::kCounter);
+  const Merge merge = cluster ? Merge::kCluster : Merge::kCounter;
+  const void* kernel = ring_step_kernel_for(element, streams, merge);
   const int max_blocks = prepare_kernel(kernel, device, cluster, a);
-  if (p.projected[0] == nullptr) split_work(p, wanted, max_blocks, cluster);
-  plan_block(p, streams, element_size(element));
-  if (p.shared.total > properties.shared_bytes) return false;
+  if (p.projected[0] != nullptr) {
+    if (!split_heads_to_fit(p, element_size(element), properties.shared_bytes)) return false;
+  } else {
+    split_work(p, wanted, max_blocks, cluster);
+    plan_block(p, streams, element_size(element), merge);
+    if (p.shared.total > properties.shared_bytes) return false;
+  }
   Tensor scratch = a.query;
   Tensor counters = a.query;
   if (!cluster && p.head_groups * p.splits > 1) {

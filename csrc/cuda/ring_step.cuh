@@ -139,6 +139,11 @@ struct RingStepBlock {
     return first_stream + stream < p.num_streams;
   }
 
+  // Whether q, k and v are given.
+  __device__ __forceinline__ bool projected() const {
+    return kMerge == Merge::kCounter && p.projected[0] != nullptr;
+  }
+
   // Every block reads the positions here, before the barrier or the counter after which one of
   // them writes the new ones.
   __device__ __forceinline__ void load_state() {
@@ -574,7 +579,7 @@ struct RingStepBlock {
 
   __device__ __forceinline__ void store_output(int stream, int channel, float value) {
     if (!exists(stream)) return;
-    if (p.projected[0] == nullptr && p.out_proj_bias != nullptr) {
+    if (!projected() && p.out_proj_bias != nullptr) {
       value += static_cast<float>(static_cast<const T*>(p.out_proj_bias)[channel]);
     }
     const int64_t n = first_stream + stream;
@@ -604,12 +609,18 @@ struct RingStepBlock {
     }
   }
 
-  // One block has all heads of its streams, and hands them over as they are.
+  __device__ __forceinline__ unsigned int* done_counters() const {
+    return p.done + static_cast<int64_t>(team) * (p.head_groups + 1);
+  }
+
+  // A block hands over its heads as they are.
   __device__ __forceinline__ void finish_projected() {
     gather_own();
     __syncthreads();
     store_heads();
-    advance_positions();
+    if (p.head_groups == 1 || last_to_arrive(done_counters() + p.head_groups, p.head_groups)) {
+      advance_positions();
+    }
   }
 
   __device__ __forceinline__ void finish_cluster() {
@@ -618,7 +629,7 @@ struct RingStepBlock {
     if (rank == 0) advance_positions();
     gather_cluster();
     __syncthreads();
-    cluster_arrive();
+    cluster_arrive_relaxed();
     project_output(0, p.embed_dim, rank, p.head_groups * p.splits,
                    [&](int g, int row, float value) { store_output(g, row, value); });
     // A block's shared memory must outlive the reads of its peers.
@@ -626,7 +637,7 @@ struct RingStepBlock {
   }
 
   __device__ __forceinline__ void finish_counter() {
-    unsigned int* done = p.done + static_cast<int64_t>(team) * (p.head_groups + 1);
+    unsigned int* done = done_counters();
     if (p.splits > 1) {
       publish_partial();
       if (!last_to_arrive(done + head_group, p.splits)) return;
@@ -676,9 +687,9 @@ struct RingStepBlock {
 
   __device__ __forceinline__ void run() {
     const bool share = kMerge == Merge::kCluster && p.splits > 1;
-    if (share) cluster_arrive();
+    if (share) cluster_arrive_relaxed();
     load_state();
-    if (p.projected[0] != nullptr) {
+    if (projected()) {
       load_projected();
     } else {
       stage_inputs();
@@ -687,7 +698,7 @@ struct RingStepBlock {
     // The ring does not wait for the query: its first copies travel during the projection.
     const RingTask<T> first = warp < tasks() ? ring_task(warp) : RingTask<T>{};
     prime(first);
-    if (p.projected[0] == nullptr) {
+    if (!projected()) {
       // A peer's shared memory may be written only once the peer has started.
       if (share) cluster_wait();
       project_inputs();
@@ -704,10 +715,10 @@ struct RingStepBlock {
     __syncthreads();
     merge_warps();
     __syncthreads();
-    if (p.projected[0] != nullptr) {
-      finish_projected();
-    } else if constexpr (kMerge == Merge::kCluster) {
+    if constexpr (kMerge == Merge::kCluster) {
       finish_cluster();
+    } else if (projected()) {
+      finish_projected();
     } else {
       finish_counter();
     }

@@ -55,8 +55,8 @@ struct RingStepParams {
   const void* bias_k;         // (embed_dim) or null
   const void* bias_v;
   // If projected[0] is set, q, k, v of shape (num_streams, embed_dim) are given, nothing is
-  // projected, and the output is the attention's result before the output projection. There is one
-  // block per team then.
+  // projected, and the output is the attention's result before the output projection. Teams divide
+  // only heads then, and merge nothing; Merge::kCounter tells who advances the positions.
   const void* projected[3];
   int64_t projected_stride;
   void* k_ring;  // (num_streams, num_heads, sequence_len, head_dim)
@@ -94,7 +94,7 @@ struct StreamState {
 };
 
 // Fills in what follows from the shape and from head_groups and splits.
-inline void plan_block(RingStepParams& p, int streams, int element_size) {
+inline void plan_block(RingStepParams& p, int streams, int element_size, Merge merge) {
   const int heads = p.num_heads / p.head_groups;
   const int group_dim = heads * p.head_dim;
   const int pairs = streams * heads;
@@ -127,7 +127,9 @@ inline void plan_block(RingStepParams& p, int streams, int element_size) {
   s.task_out = take(pairs * p.warps_per_head * p.head_dim * kFloat);
   s.task_ml = take(pairs * p.warps_per_head * 2 * kFloat);
   s.pair_ml = take(pairs * 2 * kFloat);
-  s.heads_out = take(streams * round_up(p.embed_dim, kPack) * kFloat);
+  // A block of a cluster takes a share of the output's rows, and the others those of its heads.
+  const int projected_dim = merge == Merge::kCluster ? p.embed_dim : group_dim;
+  s.heads_out = take(streams * round_up(projected_dim, kPack) * kFloat);
   s.state = take(streams * static_cast<int>(sizeof(StreamState)) + 16);
   s.total = bytes;
 }
@@ -147,6 +149,16 @@ inline void split_work(RingStepParams& p, int wanted, int max_blocks, bool clust
   while (p.head_groups * p.splits * 2 <= blocks && p.splits * 2 <= work) p.splits *= 2;
 }
 
+// Divides the heads until a block's share of them fits into `shared_bytes`; false if it cannot.
+inline bool split_heads_to_fit(RingStepParams& p, int element_size, int shared_bytes) {
+  for (p.head_groups = 1; p.head_groups <= p.num_heads; ++p.head_groups) {
+    if (p.num_heads % p.head_groups != 0) continue;
+    plan_block(p, 1, element_size, Merge::kCounter);
+    if (p.shared.total <= shared_bytes) return true;
+  }
+  return false;
+}
+
 // Floats that one block publishes for the merge of splits: per pair the maximum, the sum, and
 // head_dim unnormalised outputs.
 __host__ __device__ inline int64_t partial_stride(int pairs, int head_dim) {
@@ -162,8 +174,9 @@ struct ScratchSizes {
 inline ScratchSizes scratch_sizes(const RingStepParams& p, int teams, int streams) {
   const int64_t groups = static_cast<int64_t>(teams) * p.head_groups;
   const int pairs = streams * (p.num_heads / p.head_groups);
+  const bool sums = p.head_groups > 1 && p.projected[0] == nullptr;
   return {p.splits > 1 ? groups * p.splits * partial_stride(pairs, p.head_dim) : 0,
-          p.head_groups > 1 ? groups * streams * p.embed_dim : 0, teams * (p.head_groups + 1)};
+          sums ? groups * streams * p.embed_dim : 0, teams * (p.head_groups + 1)};
 }
 
 }  // namespace continual_mha::cuda

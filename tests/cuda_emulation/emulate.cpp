@@ -20,7 +20,7 @@ void launch_ring_step(const cuda::RingStepParams& p, uint64_t seed) {
 
 template <typename T>
 void choose_ring_step(cuda::RingStepParams p, int streams, bool cluster, uint64_t seed) {
-  cuda::plan_block(p, streams, sizeof(T));
+  cuda::plan_block(p, streams, sizeof(T), cluster ? cuda::Merge::kCluster : cuda::Merge::kCounter);
   if (streams == 1) {
     cluster ? launch_ring_step<T, 1, cuda::Merge::kCluster>(p, seed)
             : launch_ring_step<T, 1, cuda::Merge::kCounter>(p, seed);
@@ -159,7 +159,8 @@ void plan_step(const int64_t* sizes, int64_t* plan) {
   }
   cuda::split_work(p, static_cast<int>(sizes[kWanted]), static_cast<int>(sizes[kMaxBlocks]),
                    sizes[kCluster] != 0);
-  cuda::plan_block(p, static_cast<int>(sizes[kStreams]), static_cast<int>(sizes[kElementSize]));
+  cuda::plan_block(p, static_cast<int>(sizes[kStreams]), static_cast<int>(sizes[kElementSize]),
+                   sizes[kCluster] != 0 ? cuda::Merge::kCluster : cuda::Merge::kCounter);
   plan[0] = p.head_groups;
   plan[1] = p.splits;
   plan[2] = p.shared.total;

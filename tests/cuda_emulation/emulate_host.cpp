@@ -1,5 +1,7 @@
 // The CUDA operators as they are, host code included, on CPU tensors and an emulated device:
 // registers cuda_ring_step_, cuda_attend_shared and cuda_attend_shared_backward for the CPU key.
+#include <set>
+
 #include "../../csrc/common.h"
 
 // The operators ask whether their tensors are where the kernels can reach them.
@@ -18,6 +20,10 @@ cuda::DeviceProperties device{132, 9, 227 * 1024};
 int max_cluster = 16;
 int launches = 0;
 bool failing = false;
+void* stream = nullptr;
+bool capturing = false;
+std::set<const void*> with_all_shared;  // kernels whose blocks may have all shared memory
+int counters = 0;                       // of the last step: see last_counters
 
 template <typename Params>
 void run(const cudaLaunchConfig_t& config, int cluster, const void* kernel, void** arguments) {
@@ -26,6 +32,14 @@ void run(const cudaLaunchConfig_t& config, int cluster, const void* kernel, void
   emulation::launch(static_cast<int>(config.gridDim.x), cluster,
                     static_cast<int>(config.blockDim.x), config.dynamicSmemBytes,
                     static_cast<uint64_t>(++launches), [&] { function(params); });
+}
+
+int counters_of(const cuda::RingStepParams& p) {
+  void* all = nullptr;
+  cuda::step_counters_address(&all);
+  const auto index = p.done - static_cast<unsigned int*>(all);
+  if (p.done == nullptr) return -2;
+  return index >= 0 && index < cuda::kStepCounters ? static_cast<int>(index) : -1;
 }
 
 bool takes_outer_product(const void* kernel) {
@@ -51,9 +65,20 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "emulated failure";
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    // Less would take it from a launch that another thread is about to make.
+    if (value != device.shared_bytes) return cudaErrorInvalidValue;
+    with_all_shared.insert(kernel);
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void*,
@@ -64,7 +89,10 @@ cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void*,
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
                                 void** arguments) {
   const int cluster = config->numAttrs == 1 ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
-  if (failing || config->dynamicSmemBytes > static_cast<size_t>(device.shared_bytes) ||
+  const bool ring_step = !takes_outer_product(kernel) && !takes_attend_shared(kernel);
+  if (ring_step) counters = counters_of(*static_cast<const cuda::RingStepParams*>(arguments[0]));
+  const int shared_bytes = with_all_shared.count(kernel) ? device.shared_bytes : 48 * 1024;
+  if (failing || config->dynamicSmemBytes > static_cast<size_t>(shared_bytes) ||
       cluster > max_cluster || config->gridDim.x % cluster != 0) {
     return cudaErrorInvalidValue;
   }
@@ -80,7 +108,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 
 namespace continual_mha::cuda {
 
-cudaStream_t current_stream(int) { return nullptr; }
+cudaStream_t current_stream(int) { return stream; }
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() {}
 const DeviceProperties& device_properties(int) { return device; }
@@ -98,6 +126,15 @@ void set_device(int multiprocessors, int major, int shared_bytes, bool fail) {
 }
 
 int count_launches() { return launches; }
+
+// From now on that is the current stream, and it may be capturing.
+void set_stream(int64_t handle, bool captures) {
+  stream = reinterpret_cast<void*>(handle);
+  capturing = captures;
+}
+
+// Which of the counters kept between launches the last step was to use; -1 if others, -2 if none.
+int last_counters() { return counters; }
 }
 #pragma GCC visibility pop
 

@@ -306,6 +306,8 @@ inline void cluster_arrive() {
   emulation::arrive(barrier);
 }
 
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+
 inline void cluster_wait() {
   emulation::wait(emulation::self().block->cluster->barrier, emulation::self().cluster_token);
 }
