@@ -18,6 +18,7 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
+_CPU_INPUT_STEPS = ("input_step_", "input_steps_")
 _K_RING = 11  # of the arguments of a step
 _Q_RING = 13
 _DROPOUT = 17
@@ -50,8 +51,8 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     if query.dtype not in _CPU_DTYPES:
         return f"no kernel for {query.dtype}"
     if name in _CPU_STEPS:
-        return _why_not_step(name, query, args)
-    if name == "input_step_":
+        return _why_not_step(query, args)
+    if name in _CPU_INPUT_STEPS:
         return _why_not_input_step(query, *args[1:])
     if name == "single_query":
         return _why_not_tile(*args[:4])
@@ -123,11 +124,11 @@ def _why_not_cuda_shared(
 WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}
 
 
-def _why_not_step(name: str, query: Tensor, args: tuple[Any, ...]) -> str | None:
+def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
     if args[_DROPOUT] > 0.0:
         return "dropout is not covered"
     quantised = any(scale is not None for scale in args[_SCALES])
-    if quantised and (name != "ring_step_" or query.dtype == torch.float64):
+    if quantised and query.dtype == torch.float64:
         return f"the rings are quantised, and the tokens {query.dtype}"
     ring = args[_Q_RING] if quantised else args[_K_RING]
     if not query.dtype == ring.dtype == args[3].dtype:

@@ -29,6 +29,7 @@ _BATCH_INVARIANT = {
     "ring_step_": slice(21, 22),
     "ring_steps_": slice(21, 22),
     "input_step_": slice(16, 17),
+    "input_steps_": slice(16, 17),
 }
 _ROUNDS_BY_BATCH = {
     "triton": ("input_step_",),
@@ -133,6 +134,12 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
+
+
+def has_kernel(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a backend other than plain PyTorch runs the operator ``name`` on ``args``."""
+    kernels = (backend for backend in order(args[0].device.type) if backend != "torch")
+    return any(why_not(backend, name, args) is None for backend in kernels)
 
 
 def order(device_type: str) -> tuple[str, ...]:

@@ -45,9 +45,15 @@ def explain(
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
         return "\n".join([*lines, _with_gradient(tokens[0])])
-    if many and isinstance(state, INPUT_STATES):  # attends to what it projects the ring to
+    way = functional.way_of_steps(tokens, state, 0, call) if many else "at once"
+    if way == "projected":
         layout = call.layout._replace(formulation="kv", cache_dtype=None)
         state = ring.new_state(layout, query.shape[0], tokens[0])
+        lines.append("the ring is projected to keys and values first")
+    if way == "singly":
+        query, key, value = (x[:, 0] for x in tokens)
+        tokens, many = (query, key, value), False
+        lines.append("as many single steps, which alone are batch_invariant here")
     kind = "input" if isinstance(state, INPUT_STATES) else "ring"
     args = functional.operands(tokens, state, 0 if many else None, call)
     return "\n".join([*lines, *backends.reasons(f"{kind}_step{'s' if many else ''}_", args)])

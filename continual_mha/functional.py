@@ -98,19 +98,43 @@ def steps(
     tokens: Tokens, state: State, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
-    if call.batch_invariant and not isinstance(state, RingState):
+    way = way_of_steps(tokens, state, first, call)
+    if way == "singly":
         return _one_by_one(tokens, state, first, call)
-    if isinstance(state, InputState | QuantizedInputState):
-        return _input_steps(tokens[0], state, first, call)
+    if isinstance(state, InputState | QuantizedInputState) and way == "projected":
+        return _projected_steps(tokens[0], state, first, call)
     if call.differentiable:
+        rings = _rings(state)  # type: ignore[arg-type]
         return reference.ring_steps(
-            *tokens, call.weights, _rings(state), first, *call.options, attending=_attend_window
+            *tokens, call.weights, rings, first, *call.options, attending=_attend_window
         )
-    before, after = _operands_of(tokens, state, call)
-    return _run("ring_steps_", (*before, first, *after)), state[:-1]
+    return _run(_many(state), operands(tokens, state, first, call)), state[:-1]
 
 
-def _input_steps(
+def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> str:
+    """How ``steps`` goes about it.
+
+    ``at once``: by the operator for many tokens. ``projected``: by that for keys and values, to
+    which a ring of inputs is projected. ``singly``: by that for one token, where nothing else keeps
+    ``batch_invariant``.
+    """
+    is_input = isinstance(state, INPUT_STATES)
+    if call.differentiable or not (is_input or call.batch_invariant):
+        return "projected" if is_input else "at once"
+    if isinstance(state, RingState):
+        return "at once"
+    query = tokens[0]
+    few = call.batch_invariant or moving_is_cheaper(
+        call.layout.num_heads, query.shape[1] - first, query.shape[-1]
+    )
+    if few and not torch.compiler.is_compiling():  # the compiler cannot ask
+        args = operands(tokens, state, first, call)
+        if backends.has_kernel(_many(state), args):
+            return "at once"
+    return "singly" if call.batch_invariant else "projected"
+
+
+def _projected_steps(
     tokens: Tensor, state: InputState | QuantizedInputState, first: int, call: StepCall
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``steps`` over a ring of inputs, by the operator for keys and values."""
@@ -207,6 +231,11 @@ def _name(state: State) -> str:
     return "input_step_" if isinstance(state, INPUT_STATES) else "ring_step_"
 
 
+def _many(state: State) -> str:
+    """The operator for many tokens."""
+    return "input_steps_" if isinstance(state, INPUT_STATES) else "ring_steps_"
+
+
 def _operands_of(
     tokens: Tokens, state: State, call: StepCall
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -277,6 +306,15 @@ def input_formulation_is_cheaper(
     projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
     moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
     return moved < projected
+
+
+def moving_is_cheaper(num_heads: int, queries: int, embed_dim: int) -> bool:
+    """Whether so many queries save multiply-adds by being moved to a ring of inputs.
+
+    Projecting the ring costs ``2 L E E`` for any number of them, and then each ``2 L E``; moved,
+    each costs ``2 H L E``.
+    """
+    return queries * (num_heads - 1) < embed_dim
 
 
 def attend_clip(

@@ -25,6 +25,7 @@ from .reference import (
     last_positions,
     put,
     put_,
+    ring_steps,
     shared_scores,
     slots_of_next_tokens,
     split_heads,
@@ -131,29 +132,51 @@ def input_steps(
 def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int) -> Rings:
     """The rings of keys and values that hold the same tokens as a ring of inputs."""
     x, position = inputs
-    q, k, v = (
-        F.linear(x, w, b) for w, b in zip(weights.split(), weights.split_bias(), strict=True)
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
+    k, v = (
+        split_heads(F.linear(x, w, b), num_heads).contiguous() for w, b in ((w_k, b_k), (w_v, b_v))
     )
-    k, v = (split_heads(x, num_heads).contiguous() for x in (k, v))
     waiting = delay + 1 if delay else 0
-    q_ring = q.new_zeros(q.shape[0], waiting, q.shape[2])
+    q_ring = k.new_zeros(x.shape[0], waiting, x.shape[2])
     if waiting:
-        at = position[:, None] + torch.arange(-delay, 0, device=q.device)
-        known = take(q, at % x.shape[-2])
-        bias = weights.split_bias()[0]  # the query of a token of zeros, as in a single step
-        absent = q.new_zeros(q.shape[2]) if bias is None else bias
-        known = torch.where((at < 0).unsqueeze(-1), absent, known)
+        at = position[:, None] + torch.arange(-delay, 0, device=x.device)
+        known = take(x, at % x.shape[-2])
+        # a token that never was is one of zeros, as in a single step
+        known = F.linear(known.masked_fill((at < 0).unsqueeze(-1), 0), w_q, b_q)
         q_ring = put(q_ring, at % waiting, known)
     return Rings(k, v, q_ring, position)
 
 
-def input_step_(query: Tensor, *args: Any) -> Tensor:
-    """Operator ``input_step_``: ``input_step`` in place."""
+def _arguments(args: tuple[Any, ...]) -> tuple[Weights, Inputs]:
+    """Weights and state among the arguments behind the tokens."""
     in_proj_weight, in_proj_bias, *others = args[:6]
-    weights = Weights(in_proj_weight, None, None, in_proj_bias, *others)
-    x_ring, position, num_heads, delay, active, add_zero_attn, dropout_p, update = args[6:14]
+    x_ring, position = args[6:8]
     (x_scale,) = args[14:15] or (None,)
     inputs = Inputs(x_ring if x_scale is None else QuantizedRing(x_ring, x_scale), position)
+    return Weights(in_proj_weight, None, None, in_proj_bias, *others), inputs
+
+
+def input_steps_(query: Tensor, *args: Any) -> Tensor:
+    """Operator ``input_steps_``: ``input_steps`` in place."""
+    weights, inputs = _arguments(args)
+    num_heads, delay, first, add_zero_attn, dropout_p, update = args[8:14]
+
+    def attend(asked: Tensor, seen: Tensor, rings: Rings) -> Tensor:
+        options = (first, add_zero_attn, dropout_p)
+        return ring_steps(asked, seen, seen, weights, rings, *options, put=None)[0]
+
+    sizes = (num_heads, delay)
+    out, new = input_steps(query, weights, inputs, *sizes, attend, put_ if update else None)
+    if update:
+        inputs.position.copy_(new.position)
+    return out
+
+
+def input_step_(query: Tensor, *args: Any) -> Tensor:
+    """Operator ``input_step_``: ``input_step`` in place."""
+    weights, inputs = _arguments(args)
+    position = inputs.position
+    num_heads, delay, active, add_zero_attn, dropout_p, update = args[8:14]
     saved = None if update else slots_of_next_tokens(tensors([inputs.x]), position, 1)
     out, new = input_step(
         query, weights, inputs, num_heads, delay, active, add_zero_attn, dropout_p, put_

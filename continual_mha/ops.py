@@ -55,6 +55,7 @@ SCHEMAS = {
     "ring_step_": f"({_STEP_ARGS} Tensor? active, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
     "ring_steps_": f"({_STEP_ARGS} SymInt first, {_STEP_OPTIONS}, {_STEP_MORE}) -> Tensor",
     "input_step_": f"({_INPUT_ARGS} Tensor? active, {_STEP_OPTIONS}, {_INPUT_MORE}) -> Tensor",
+    "input_steps_": f"({_INPUT_ARGS} SymInt first, {_STEP_OPTIONS}, {_INPUT_MORE}) -> Tensor",
     "single_query": f"({_TOKENS_AND_WEIGHTS} Tensor? mask, int num_heads, bool add_zero_attn, "
     "bool need_weights) -> (Tensor, Tensor)",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
@@ -86,9 +87,9 @@ def _fake_step(query: Tensor, *args: Any) -> Tensor:
     return query.new_empty(query.shape, dtype=_output_dtype(query))
 
 
-def _fake_ring_steps_(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
-    first = args[12]
-    shape = (query.shape[0], query.shape[1] - first, query.shape[2])
+def _fake_steps(first: int, query: Tensor, *args: Any) -> Tensor:
+    """Of an operator whose argument number ``first`` is the first token with an output."""
+    shape = (query.shape[0], query.shape[1] - args[first - 1], query.shape[2])
     return query.new_empty(shape, dtype=_output_dtype(query))
 
 
@@ -204,8 +205,9 @@ def _fake_attend_window_backward(
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_step,
-    "ring_steps_": _fake_ring_steps_,
+    "ring_steps_": partial(_fake_steps, 15),
     "input_step_": _fake_step,
+    "input_steps_": partial(_fake_steps, 11),
     "single_query": _fake_single_query,
     "attend_shared": _fake_attend_shared,
     "attend_shared_backward": _fake_attend_shared_backward,

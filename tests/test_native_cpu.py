@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_as_exact_as_torch
+from oracles import assert_as_exact_as_torch, build, draw_tokens
 from torch import Tensor
 
+import continual_mha
 from continual_mha import _native, inputs, ops, reference
 from continual_mha.quantized import LARGEST, STORED_AS, QuantizedRing
 
@@ -179,7 +180,7 @@ def test_steps_are_as_exact_as_torch_with_every_option(
     assert_equals_reference(Case(dtype=dtype, tokens=tokens, query_slots=query_slots, **options))
 
 
-@pytest.mark.parametrize(
+CLIPS = pytest.mark.parametrize(
     ("case", "first"),
     [
         (Case(streams=1, embed=16, length=1, tokens=5), 2),
@@ -192,6 +193,9 @@ def test_steps_are_as_exact_as_torch_with_every_option(
         (Case(streams=2, tokens=0), 0),
     ],
 )
+
+
+@CLIPS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_tokens_are_as_exact_as_torch(
     case: Case, first: int, dtype: torch.dtype, isa: str
@@ -216,12 +220,12 @@ def draw_codes(case: Case, cache_dtype: torch.dtype) -> tuple[dict[str, Any], li
 
 
 def assert_codes_equal_reference(
-    case: Case, cache_dtype: torch.dtype, active: Tensor | None = None
+    case: Case, cache_dtype: torch.dtype, active: Tensor | None = None, first: int = 0
 ) -> None:
     """Output as exact as plain PyTorch, every code and every scale bit for bit."""
     native, plain = functions(case)
     drawn, scales = draw_codes(case, cache_dtype)
-    option = active if case.tokens is None else 0
+    option = active if case.tokens is None else first
     results = []
     for function, dtype in ((native, case.dtype), (plain, torch.float64), (plain, case.dtype)):
         own = [scale.clone() for scale in scales]
@@ -248,7 +252,17 @@ def test_step_over_codes_is_as_exact_as_torch_in_every_shape(
 
 
 @CODES
+@CLIPS
+@pytest.mark.parametrize("dtype", TOKENS_OF_CODES)
+def test_several_tokens_over_codes_are_as_exact_as_torch(
+    case: Case, first: int, dtype: torch.dtype, cache_dtype: torch.dtype, isa: str
+) -> None:
+    assert_codes_equal_reference(case._replace(dtype=dtype), cache_dtype, None, first)
+
+
+@CODES
 @given(
+    tokens=st.sampled_from([None, 1, 11]),
     query_slots=st.sampled_from([0, 3]),
     separate=st.booleans(),
     bias=st.booleans(),
@@ -256,7 +270,7 @@ def test_step_over_codes_is_as_exact_as_torch_in_every_shape(
     zero=st.booleans(),
     update=st.booleans(),
 )
-def test_step_over_codes_is_as_exact_as_torch_with_every_option(
+def test_steps_over_codes_are_as_exact_as_torch_with_every_option(
     cache_dtype: torch.dtype, **options: Any
 ) -> None:
     active = torch.tensor([True, False, True])
@@ -266,8 +280,9 @@ def test_step_over_codes_is_as_exact_as_torch_with_every_option(
 @CODES
 @pytest.mark.parametrize("dtype", TOKENS_OF_CODES)
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 37])
+@pytest.mark.parametrize("many", [None, 2])
 def test_tokens_become_the_codes_of_the_reference_whatever_they_hold(
-    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, isa: str
+    many: int | None, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, isa: str
 ) -> None:
     magnitudes = [0.0, 1e-45, 1e-41, 1e-38, 1e-30, 1e-3, 1.0, 1e4, 1e30]
     tokens = torch.randn(len(magnitudes), head_dim) * torch.tensor(magnitudes)[:, None]
@@ -278,12 +293,13 @@ def test_tokens_become_the_codes_of_the_reference_whatever_they_hold(
     for row, bad in zip(tokens[-3:], (math.inf, -math.inf, math.nan), strict=True):
         row[head_dim // 2] = bad
     heads = tokens.shape[0]
-    case = Case(streams=2, embed=heads * head_dim, heads=heads, position=7, dtype=dtype)
+    sizes = {"streams": 2, "embed": heads * head_dim, "heads": heads, "tokens": many}
+    case = Case(**sizes, position=7, dtype=dtype)
     drawn, scales = draw_codes(case, cache_dtype)
     drawn["weights"][0].zero_()
     drawn["weights"][3] = torch.cat([tokens.flatten()] * 3)  # what is projected is the bias
     native, _ = functions(case)
-    _, (k, v, *_) = step(native, case, drawn, dtype, None, scales)
+    _, (k, v, *_) = step(native, case, drawn, dtype, None if many is None else 0, scales)
     for codes, scale in ((k, scales[0]), (v, scales[1])):
         stored = QuantizedRing(codes[:, :, 7 % case.length], scale[:, :, 7 % case.length])
         expected = quantised(tokens, cache_dtype)
@@ -316,35 +332,42 @@ def test_token_that_is_not_finite_is_answered_with_nan_until_it_leaves(
         assert out[1:].isnan().all() if held else out[1:].isfinite().all()
 
 
+def input_functions(case: Case) -> tuple[Any, Any]:
+    if case.tokens is None:
+        return torch.ops.continual_mha.cpu_input_step_, inputs.input_step_
+    return torch.ops.continual_mha.cpu_input_steps_, inputs.input_steps_
+
+
 def input_step(
     function: Any,
     case: Case,
     ring: Tensor,
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None = None,
-    active: Tensor | None = None,
+    option: Any = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output, and the parts of the state after one token with a delay of ``query_slots``."""
+    """Output, and the parts of the state after one token, or more, with a delay of
+    ``query_slots``; ``option`` is `active` or `first`."""
     drawn = draw(case)
     query, weights = drawn["tokens"][0], [cast(w, dtype) for w in drawn["weights"]]
     parts = [ring.to(dtype)] if cache_dtype is None else quantised(ring, cache_dtype)
     x, *scale = (part.clone() for part in parts)
     state = [x, drawn["rings"][3].clone()]
-    options = (active, case.zero, 0.0, case.update, *scale)
+    options = (option, case.zero, 0.0, case.update, *scale)
     sizes = (case.heads, case.query_slots)
     out = function(query.to(dtype), weights[0], *weights[3:], *state, *sizes, *options)
     return out, [*state, *scale]
 
 
 def assert_input_step_equals_reference(
-    case: Case, cache_dtype: torch.dtype | None = None, active: Tensor | None = None
+    case: Case, cache_dtype: torch.dtype | None = None, option: Any = None
 ) -> None:
     """Output as exact as plain PyTorch, the state bit for bit; no slot is read before its time."""
-    native, plain = torch.ops.continual_mha.cpu_input_step_, inputs.input_step_
+    native, plain = input_functions(case)
     ring = torch.randn(case.streams, case.length, case.embed).to(case.dtype)
     blank = torch.arange(case.length) >= draw(case)["rings"][3][:, None]
     ring[blank] = 0
-    rest = (cache_dtype, active)
+    rest = (cache_dtype, option)
     out, state = input_step(native, case, ring, case.dtype, *rest)
     exact, _ = input_step(plain, case, ring, torch.float64, *rest)
     expected, expected_state = input_step(plain, case, ring, case.dtype, *rest)
@@ -374,7 +397,19 @@ def test_input_step_is_as_exact_as_torch_in_every_shape(
 
 
 @pytest.mark.parametrize("cache_dtype", [None, *STORED_AS], ids=str)
+@CLIPS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_inputs_are_as_exact_as_torch(
+    case: Case, first: int, dtype: torch.dtype, cache_dtype: torch.dtype | None, isa: str
+) -> None:
+    if dtype == torch.float64 and cache_dtype is not None:
+        return  # plain PyTorch serves it
+    assert_input_step_equals_reference(case._replace(dtype=dtype), cache_dtype, first)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *STORED_AS], ids=str)
 @given(
+    tokens=st.sampled_from([None, 1, 3, 5, 13]),
     query_slots=st.integers(0, 4),
     bias=st.booleans(),
     extra=st.booleans(),
@@ -385,21 +420,26 @@ def test_input_step_is_as_exact_as_torch_in_every_shape(
 def test_input_step_is_as_exact_as_torch_with_every_option(
     cache_dtype: torch.dtype | None, **options: Any
 ) -> None:
-    active = torch.tensor([True, False, True])
-    assert_input_step_equals_reference(Case(**options), cache_dtype, active)
+    option = torch.tensor([True, False, True]) if options["tokens"] is None else 0
+    assert_input_step_equals_reference(Case(**options), cache_dtype, option)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_of_an_input_step_depend_on_the_stream_alone(isa: str, dtype: torch.dtype) -> None:
-    case = Case(streams=11, embed=84, heads=7, length=70, position=80, extra=True, dtype=dtype)
+@pytest.mark.parametrize("many", [None, 9])
+def test_the_bits_of_an_input_step_depend_on_the_stream_alone(
+    many: int | None, isa: str, dtype: torch.dtype
+) -> None:
+    sizes = {"streams": 11, "embed": 84, "heads": 7, "length": 70, "tokens": many}
+    case = Case(**sizes, position=80, extra=True, dtype=dtype)
     drawn, ring = draw(case), torch.randn(11, 70, 84).to(dtype)
     weights = [drawn["weights"][0], *drawn["weights"][3:]]
-    native = torch.ops.continual_mha.cpu_input_step_
+    native, _ = input_functions(case)
+    option = None if many is None else 0
 
     def run(n: slice, tokens: Tensor) -> Tensor:
         position = drawn["rings"][3][n].clone()
         out: Tensor = native(
-            tokens[n], *weights, ring[n].clone(), position, 7, 0, None, True, 0.0, True
+            tokens[n], *weights, ring[n].clone(), position, 7, 0, option, True, 0.0, True
         )
         return out
 
@@ -407,7 +447,7 @@ def test_the_bits_of_an_input_step_depend_on_the_stream_alone(isa: str, dtype: t
     together = run(slice(0, 11), tokens)
     for begin, end in ((0, 1), (0, 2), (4, 7), (5, 11)):
         assert torch.equal(run(slice(begin, end), tokens), together[begin:end])
-    strided = tokens.t().contiguous().t()
+    strided = tokens.mT.contiguous().mT
     assert torch.equal(run(slice(0, 11), strided), together)
 
 
@@ -691,3 +731,27 @@ def test_shared_attention_refuses_what_does_not_fit_together(argument, shape, re
     args[argument] = torch.zeros(shape)
     with pytest.raises(RuntimeError, match=re.escape(f"cpu_attend_shared: {reason}")):
         torch.ops.continual_mha.cpu_attend_shared(*args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "said"),
+    [
+        ({"formulation": "input"}, 11, ["cpu: runs it"]),
+        ({"formulation": "input"}, 12, ["projected to keys and values first", "cpu: runs it"]),
+        ({"formulation": "input", "batch_invariant": True}, 12, ["cpu: runs it"]),
+        ({"cache_dtype": torch.int8}, 12, ["cpu: runs it"]),
+        ({"cache_dtype": torch.int8, "batch_invariant": True}, 12, ["cpu: runs it"]),
+        (
+            {"cache_dtype": torch.int8, "batch_invariant": True, "dtype": torch.float64},
+            12,
+            ["as many single steps", "cpu: the rings are quantised"],
+        ),
+    ],
+)
+def test_tokens_at_once_take_the_cheapest_way_that_keeps_the_promises(arguments, tokens, said):
+    module = build(**arguments).requires_grad_(False)
+    x = draw_tokens(module, 2, tokens)[0]
+    lines = continual_mha.explain(module, x).splitlines()[1:]
+    for line, part in zip(lines, said, strict=False):
+        assert part in line
+    assert len(lines) >= len(said)

@@ -13,7 +13,7 @@ LENGTH = 4
 
 
 def step_operands(steps=None, **arguments):
-    """Arguments of ``ring_step_``, or of ``ring_steps_`` for that many tokens, in mid-stream."""
+    """Arguments of the operator for one token, or for that many, in mid-stream."""
     module = build(sequence_len=LENGTH, **arguments).requires_grad_(False)
     tokens = draw_tokens(module, 2, 6 + (steps or 1))
     given = tokens[:1] if module.formulation == "input" else tokens
@@ -52,9 +52,11 @@ def test_steps_pass_torchs_own_checks(steps, query_index, cache_dtype):
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("query_index", [-1, -3])
-def test_step_over_inputs_passes_torchs_own_checks(query_index, cache_dtype):
-    args = step_operands(formulation="input", query_index=query_index, cache_dtype=cache_dtype)
-    opcheck(torch.ops.continual_mha.input_step_.default, args)
+@pytest.mark.parametrize("steps", [None, 1, 3, 9])
+def test_steps_over_inputs_pass_torchs_own_checks(steps, query_index, cache_dtype):
+    name = "input_step_" if steps is None else "input_steps_"
+    kept = {"formulation": "input", "query_index": query_index, "cache_dtype": cache_dtype}
+    opcheck(getattr(torch.ops.continual_mha, name).default, step_operands(steps, **kept))
 
 
 @pytest.mark.parametrize("mask", [False, True])

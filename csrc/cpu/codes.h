@@ -2,6 +2,7 @@
 // them: the same bits.
 #pragma once
 
+#include "kernels.h"
 #include "tiles.h"
 
 namespace continual_mha::cpu {
@@ -218,6 +219,33 @@ CMHA_TILE float quantize(const S* token, int64_t count, R* codes) {
     memcpy(codes + i, &bytes, static_cast<size_t>(count - i < kLanes ? count - i : kLanes));
   }
   return scale;
+}
+
+// Tasks are tokens.
+template <class S, class R>
+void quantize_tokens(const QuantizeParams& p, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const S* x = static_cast<const S*>(p.x) + token * p.stride + group * p.width;
+      const int64_t at = token * p.groups + group;
+      p.scale[at] = quantize(x, p.width, static_cast<R*>(p.codes) + at * p.width);
+    }
+  }
+}
+
+// A row of a ring as acc.
+template <class R, class A>
+CMHA_INLINE void read_row(const R* row, const float* scale, int64_t count, A* to) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  const A factor = [&] {
+    if constexpr (kIsCode<R>) return unit_scale<R>(*scale);
+    return A(1);
+  }();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store<A>(to + i, kIsCode<R> ? load(row + i) * factor : load(row + i));
+  }
+  if (i < count) store_partial<A>(to + i, load_partial(row + i, count - i) * factor, count - i);
 }
 
 }  // namespace

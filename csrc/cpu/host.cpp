@@ -1,12 +1,17 @@
 #include "host.h"
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 
 namespace continual_mha::cpu {
 namespace {
 
 struct InputTag {};
 struct ProjectedTag {};
+struct QueriesTag {};
+struct MovedTag {};
+struct ExtraTag {};
 
 // `weight` and `bias` are the rows' own; `out` has `out_stride` elements from token to token.
 ProjectParams project_params(const Tokens& x, const void* weight, const void* bias, void* out,
@@ -83,12 +88,95 @@ RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType d
   return ring.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
 }
 
-void advance_positions(const Tensor& position, const OptionalTensor& active) {
+void advance_positions(const Tensor& position, const OptionalTensor& active, int64_t tokens) {
   int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
   const bool* runs =
       active.has_value() ? static_cast<const bool*>(active->const_data_ptr()) : nullptr;
   const int64_t stride = active.has_value() ? active->stride(0) : 0;
-  for (int64_t n = 0; n < position.size(0); ++n) to[n] += runs == nullptr || runs[n * stride];
+  for (int64_t n = 0; n < position.size(0); ++n) {
+    if (runs == nullptr || runs[n * stride]) to[n] += tokens;
+  }
+}
+
+RingParams ring_params(const Projected& tokens, const Weights& w, const Rings& rings,
+                       const RingSizes& s, bool add_zero_attn) {
+  RingParams p{};
+  p.q = tokens.q;
+  p.k = tokens.k;
+  p.v = tokens.v;
+  p.token_stride = tokens.stride;
+  p.k_ring = rings.k.mutable_data_ptr();
+  p.v_ring = rings.v.mutable_data_ptr();
+  if (rings.k_scale) {
+    p.k_scale = static_cast<float*>(rings.k_scale->mutable_data_ptr());
+    p.v_scale = static_cast<float*>(rings.v_scale->mutable_data_ptr());
+  }
+  p.q_ring = rings.q.mutable_data_ptr();
+  p.position = static_cast<const int64_t*>(rings.position.const_data_ptr());
+  p.bias_k = data_or_null(w.bias_k);
+  p.bias_v = data_or_null(w.bias_v);
+  p.streams = s.streams;
+  p.num_heads = s.num_heads;
+  p.head_dim = s.head_dim;
+  p.length = s.length;
+  p.query_slots = s.query_slots;
+  p.add_zero_attn = add_zero_attn;
+  return p;
+}
+
+int64_t kept_bytes(const ClipSizes& s, RingDType ring) {
+  if (ring == RingDType::kAsTokens) return 0;
+  return s.streams * s.tokens * s.groups * (s.width + int64_t{sizeof(float)});
+}
+
+KeptTokens kept(const void* tokens, int64_t stride, const ClipSizes& s, DType dtype, RingDType ring,
+                void* memory) {
+  if (ring == RingDType::kAsTokens) return {tokens, nullptr, stride};
+  const int64_t count = s.streams * s.tokens;
+  float* scale = static_cast<float*>(memory);
+  void* codes = scale + count * s.groups;
+  const QuantizeParams p{tokens, stride, s.groups, s.width, codes, scale};
+  const auto quantize = kernels(dtype).quantize_tokens[static_cast<int>(ring)];
+  parallel(count, 4 * s.groups * s.width,
+           [&](int64_t begin, int64_t end) { quantize(p, begin, end); });
+  return {codes, scale, s.groups * s.width};
+}
+
+namespace {
+
+// The same for rows of so many bytes, whatever they are.
+void write_rows(const void* rows, int64_t token_bytes, int64_t row_bytes, const ClipSizes& s,
+                const int64_t* position, void* ring, int64_t slots) {
+  const int64_t stay = std::min(s.tokens, slots);
+  const auto write_stream = [&](int64_t n) {
+    const char* from = static_cast<const char*>(rows) + n * s.tokens * token_bytes;
+    char* to = static_cast<char*>(ring) + n * s.groups * slots * row_bytes;
+    for (int64_t t = s.tokens - stay; t < s.tokens; ++t) {
+      const int64_t slot = (position[n] + t) % slots;
+      for (int64_t g = 0; g < s.groups; ++g) {
+        std::memcpy(to + (g * slots + slot) * row_bytes, from + t * token_bytes + g * row_bytes,
+                    static_cast<size_t>(row_bytes));
+      }
+    }
+  };
+  parallel(s.streams, stay * s.groups * row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) write_stream(n);
+  });
+}
+
+}  // namespace
+
+void write_ring(const KeptTokens& kept, const ClipSizes& s, DType dtype, const int64_t* position,
+                void* ring, float* scale, int64_t slots) {
+  const int64_t size = kept.scale == nullptr ? element_size(dtype) : 1;
+  write_rows(kept.rows, kept.stride * size, s.width * size, s, position, ring, slots);
+  if (kept.scale == nullptr) return;
+  constexpr int64_t kBytes = sizeof(float);
+  write_rows(kept.scale, s.groups * kBytes, kBytes, s, position, scale, slots);
+}
+
+Tensor flat(const Tensor& x) {
+  return torch::stable::reshape(x, {x.size(0) * x.size(1), x.size(2)});
 }
 
 Tokens tokens_of(const Tensor& x, DType dtype) {
@@ -104,6 +192,26 @@ Tokens tokens_of(const Tensor& x, DType dtype) {
     kernels(dtype).gather(src, stream_stride, feature_stride, features, buffer, begin, end);
   });
   return {buffer, features, count, features};
+}
+
+void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtype,
+               bool always_extra) {
+  const int64_t e = w.out_proj_weight.size(0);
+  const void* packed = in.q.const_data_ptr();
+  const void* bias = data_or_null(w.in_proj_bias);
+  p.embed_dim = e;
+  p.k_weight = in.k ? in.k->const_data_ptr() : third_at(packed, 1, e * e, dtype);
+  p.v_weight = in.v ? in.v->const_data_ptr() : third_at(packed, 2, e * e, dtype);
+  p.k_bias = third_at(bias, 1, e, dtype);
+  p.v_bias = third_at(bias, 2, e, dtype);
+  p.bias_k = data_or_null(w.bias_k);
+  p.bias_v = data_or_null(w.bias_v);
+  const int64_t row = p.queries * acc_size(dtype);
+  p.q = scratch<QueriesTag>(row * e);
+  p.moved = scratch<MovedTag>(row * p.num_heads * p.key_dim);
+  if (always_extra || p.bias_k != nullptr || p.add_zero_attn) {
+    p.extra = scratch<ExtraTag>(row * p.num_heads * 2);
+  }
 }
 
 void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,

@@ -43,8 +43,8 @@ DType dtype_of(const Tensor& x, const char* op);
 RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType dtype,
                         const char* op);
 
-// One token more for the streams that are active.
-void advance_positions(const Tensor& position, const OptionalTensor& active);
+// `tokens` more for the streams that are active.
+void advance_positions(const Tensor& position, const OptionalTensor& active, int64_t tokens = 1);
 
 inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 inline int64_t element_size(DType dtype) {
@@ -59,6 +59,31 @@ struct Projected {
   int64_t stride;            // from one token to the next
   OptionalTensor owners[3];  // the memory, where a matrix multiplication made it
 };
+
+// What the kernels of one and of many tokens are told alike.
+RingParams ring_params(const Projected& tokens, const Weights& w, const Rings& rings,
+                       const RingSizes& s, bool add_zero_attn);
+
+// A clip (N, T, groups * width).
+struct ClipSizes {
+  int64_t streams;  // N
+  int64_t tokens;   // T
+  int64_t groups;
+  int64_t width;
+};
+
+// A clip as a ring of that kind keeps it: itself, or codes in `memory`, of kept_bytes(s, ring).
+KeptTokens kept(const void* tokens, int64_t stride, const ClipSizes& s, DType dtype, RingDType ring,
+                void* memory);
+int64_t kept_bytes(const ClipSizes& s, RingDType ring);
+
+// Writes the last tokens of a clip, those that stay, to the slots of a ring (N, groups, slots,
+// width) and, where they are codes, their scales.
+void write_ring(const KeptTokens& kept, const ClipSizes& s, DType dtype, const int64_t* position,
+                void* ring, float* scale, int64_t slots);
+
+// (N, T, E) as (N * T, E).
+Tensor flat(const Tensor& x);
 
 // Tokens as a projection reads them.
 struct Tokens {
@@ -76,6 +101,23 @@ inline const void* third_at(const void* packed, int64_t i, int64_t elements, DTy
   if (packed == nullptr) return nullptr;
   return static_cast<const char*>(packed) + i * elements * element_size(dtype);
 }
+
+// The in-projection's weights as kernels read them, contiguous.
+struct InWeights {
+  Tensor q;  // of all three where they are packed
+  OptionalTensor k;
+  OptionalTensor v;
+
+  explicit InWeights(const Weights& w) : q(as_contiguous(w.in_proj_weight)) {
+    if (w.k_proj_weight) k = as_contiguous(*w.k_proj_weight);
+    if (w.v_proj_weight) v = as_contiguous(*w.v_proj_weight);
+  }
+};
+
+// The weights and sizes of `p`, and scratch for what kernels make of the queries: `extra` where a
+// slot is added, or by `always_extra`.
+void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtype,
+               bool always_extra);
 
 // out = x weight^T + bias as acc, (count, rows).
 void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,

@@ -1,4 +1,6 @@
-// continual_mha::cpu_input_step_: one token of every stream, with rings of inputs.
+// continual_mha::cpu_input_step_ and cpu_input_steps_: tokens of every stream, with rings of
+// inputs.
+#include <algorithm>
 #include <cstring>
 
 #include "host.h"
@@ -6,17 +8,17 @@
 namespace continual_mha::cpu {
 namespace {
 
-constexpr const char* kOp = "cpu_input_step_";
+// Queries that pass the weights together: their scratch is of the size of the weights themselves.
+constexpr int64_t kQueries = 64;
 
 struct AskedTag {};
-struct QueriesTag {};
-struct MovedTag {};
-struct ExtraTag {};
+struct ClipTag {};
 struct HeadsTag {};
 struct StepTag {};
 struct SlotsTag {};
 
 struct Arguments {
+  const char* op;
   Tensor query;
   Weights weights;
   Tensor x_ring;
@@ -24,30 +26,27 @@ struct Arguments {
   Tensor position;
   int64_t num_heads;
   int64_t delay;
-  OptionalTensor active;
   bool add_zero_attn;
 };
 
+// All but the tokens' own shape.
 void check(const Arguments& a) {
-  STD_TORCH_CHECK(a.x_ring.dim() == 3 && a.x_ring.size(1) > 0 && a.x_ring.size(2) > 0, kOp,
+  STD_TORCH_CHECK(a.x_ring.dim() == 3 && a.x_ring.size(1) > 0 && a.x_ring.size(2) > 0, a.op,
                   ": the ring must be (N, L, E)");
-  const int64_t n = a.x_ring.size(0);
   const int64_t e = a.x_ring.size(2);
-  STD_TORCH_CHECK(a.num_heads > 0 && e % a.num_heads == 0, kOp, ": ", e, " features do not make ",
+  STD_TORCH_CHECK(a.num_heads > 0 && e % a.num_heads == 0, a.op, ": ", e, " features do not make ",
                   a.num_heads, " heads");
-  STD_TORCH_CHECK(0 <= a.delay && a.delay < a.x_ring.size(1), kOp, ": delay must be in [0, L)");
-  check_shape(a.query, {n, e}, kOp, "query");
-  check_weights(a.weights, e, e, e, a.query, kOp);
-  check_position(a.position, n, a.query, kOp);
-  check_active(a.active, n, a.x_ring, kOp);
-  STD_TORCH_CHECK(a.x_ring.is_cpu() && a.x_ring.is_contiguous(), kOp,
+  STD_TORCH_CHECK(0 <= a.delay && a.delay < a.x_ring.size(1), a.op, ": delay must be in [0, L)");
+  check_weights(a.weights, e, e, e, a.query, a.op);
+  check_position(a.position, a.x_ring.size(0), a.query, a.op);
+  STD_TORCH_CHECK(a.x_ring.is_cpu() && a.x_ring.is_contiguous(), a.op,
                   ": the ring must be contiguous on the CPU");
   if (!a.x_scale) {
-    check_like(a.x_ring, a.query, kOp, "the ring");
+    check_like(a.x_ring, a.query, a.op, "the ring");
     return;
   }
-  check_codes(a.x_ring, kOp);
-  check_scale(*a.x_scale, a.x_ring, kOp);
+  check_codes(a.x_ring, a.op);
+  check_scale(*a.x_scale, a.x_ring, a.op);
 }
 
 // What is in the slots of the next tokens: taken first, and put back by the destructor.
@@ -81,65 +80,79 @@ class Slots {
   char* saved_;
 };
 
-InputStepParams params_of(const Arguments& a, DType dtype) {
+// Everything but the tokens; `queries` is as many as will be computed at once.
+InputStepParams params_of(const Arguments& a, const InWeights& in, DType dtype, int64_t queries) {
   InputStepParams p{};
-  p.token = a.query.const_data_ptr();
-  p.token_stride = a.query.stride(0);
-  p.feature_stride = a.query.stride(1);
   p.x_ring = a.x_ring.mutable_data_ptr();
   p.x_scale = a.x_scale ? static_cast<float*>(a.x_scale->mutable_data_ptr()) : nullptr;
   p.position = static_cast<const int64_t*>(a.position.const_data_ptr());
   p.streams = a.x_ring.size(0);
+  p.tokens = 1;
+  p.queries = queries;
   p.num_heads = a.num_heads;
-  p.embed_dim = p.key_dim = p.value_dim = a.x_ring.size(2);
+  p.key_dim = p.value_dim = a.x_ring.size(2);
   p.length = a.x_ring.size(1);
   p.delay = a.delay;
   p.add_zero_attn = a.add_zero_attn;
-  // Enough tasks for some threads; otherwise all heads together, which read the ring once.
-  p.group_heads = p.streams < 4 ? kHeadBlock : p.num_heads;
-  p.bias_k = data_or_null(a.weights.bias_k);
-  p.bias_v = data_or_null(a.weights.bias_v);
-  const int64_t acc = p.streams * p.embed_dim * acc_size(dtype);
-  p.q = scratch<QueriesTag>(acc);
-  p.moved = p.mixed = scratch<MovedTag>(acc * p.num_heads);
-  p.out = scratch<HeadsTag>(acc);
-  if (p.bias_k != nullptr || p.add_zero_attn) {
-    p.extra = scratch<ExtraTag>(p.streams * p.num_heads * 2 * acc_size(dtype));
-  }
+  set_moved(p, a.weights, in, dtype, false);
+  p.mixed = p.moved;
   return p;
 }
 
-// All but the output projection.
-void attend(InputStepParams& p, const Arguments& a, DType dtype, int ring) {
+// The heads' outputs of the queries of the tokens that ask.
+void attend(InputStepParams& p, const Tokens& asked, const Arguments& a, const InWeights& in,
+            DType dtype, RingDType ring) {
   const Kernels& table = kernels(dtype);
   const int64_t e = p.embed_dim;
-  const Tensor packed = as_contiguous(a.weights.in_proj_weight);
-  const void* bias = data_or_null(a.weights.in_proj_bias);
-  p.k_weight = third_at(packed.const_data_ptr(), 1, e * e, dtype);
-  p.v_weight = third_at(packed.const_data_ptr(), 2, e * e, dtype);
-  p.k_bias = third_at(bias, 1, e, dtype);
-  p.v_bias = third_at(bias, 2, e, dtype);
-  parallel(p.streams, e, [&](int64_t begin, int64_t end) {
-    table.put_input[ring](p, scratch<StepTag>(e * element_size(dtype)), begin, end);
-  });
-  Tokens asked{};
-  if (p.delay == 0) {
-    asked = tokens_of(a.query, dtype);
-  } else {
-    void* rows = scratch<AskedTag>(p.streams * e * acc_size(dtype));
-    table.asked_input[ring](p, rows, 0, p.streams);
-    asked = {rows, e, p.streams, e};
-  }
-  project_to_acc(asked, packed.const_data_ptr(), bias, dtype, p.q, e);
-  parallel(p.num_heads, p.streams * e * e / p.num_heads,
+  // Enough tasks for some threads; otherwise all heads together, which read the ring once.
+  p.group_heads = p.queries < 4 ? kHeadBlock : p.num_heads;
+  project_to_acc(asked, in.q.const_data_ptr(), data_or_null(a.weights.in_proj_bias), dtype, p.q, e);
+  parallel(p.num_heads, p.queries * e * e / p.num_heads,
            [&](int64_t begin, int64_t end) { table.move_queries(p, begin, end); });
   const int64_t groups = (p.num_heads + p.group_heads - 1) / p.group_heads;
   const int64_t bytes = table.input_step_scratch(p);
-  parallel(p.streams * groups, 2 * p.length * e * p.group_heads, [&](int64_t begin, int64_t end) {
-    table.mix_inputs[ring](p, scratch<StepTag>(bytes), begin, end);
+  parallel(p.queries * groups, 2 * p.length * e * p.group_heads, [&](int64_t begin, int64_t end) {
+    table.mix_inputs[static_cast<int>(ring)](p, scratch<StepTag>(bytes), begin, end);
   });
-  parallel(p.num_heads, p.streams * e * e / p.num_heads,
+  parallel(p.num_heads, p.queries * e * e / p.num_heads,
            [&](int64_t begin, int64_t end) { table.project_mixed(p, begin, end); });
+}
+
+// The tokens that ask, by the kernel that knows where they are.
+Tokens asked_tokens(const InputStepParams& p, DType dtype, RingDType ring) {
+  const int64_t e = p.embed_dim;
+  void* rows = scratch<AskedTag>(p.queries * e * acc_size(dtype));
+  kernels(dtype).asked_input[static_cast<int>(ring)](p, rows, 0, p.queries);
+  return {rows, e, p.queries, e};
+}
+
+// One token: into its slot first, from where it is attended to.
+void attend_to_token(InputStepParams& p, const Arguments& a, const InWeights& in, DType dtype,
+                     RingDType ring) {
+  p.token = a.query.const_data_ptr();
+  p.token_stride = a.query.stride(0);
+  p.feature_stride = a.query.stride(1);
+  p.out = scratch<HeadsTag>(p.streams * p.embed_dim * acc_size(dtype));
+  const auto put = kernels(dtype).put_input[static_cast<int>(ring)];
+  parallel(p.streams, p.embed_dim, [&](int64_t begin, int64_t end) {
+    put(p, scratch<StepTag>(p.embed_dim * element_size(dtype)), begin, end);
+  });
+  const Tokens asked = p.delay == 0 ? tokens_of(a.query, dtype) : asked_tokens(p, dtype, ring);
+  attend(p, asked, a, in, dtype, ring);
+}
+
+// Several: the ring stays as it is, for their windows reach back to what they will overwrite.
+void attend_to_clip(InputStepParams& p, const Arguments& a, const InWeights& in, DType dtype,
+                    RingDType ring) {
+  const int64_t row_bytes = p.embed_dim * acc_size(dtype);
+  const int64_t queries = p.streams * (p.tokens - p.first);
+  char* heads = static_cast<char*>(scratch<HeadsTag>(queries * row_bytes));
+  for (p.first_query = 0; p.first_query < queries; p.first_query += p.queries) {
+    p.queries = std::min(p.queries, queries - p.first_query);
+    p.out = heads + p.first_query * row_bytes;
+    attend(p, asked_tokens(p, dtype, ring), a, in, dtype, ring);
+  }
+  p.out = heads;
 }
 
 }  // namespace
@@ -149,8 +162,10 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bi
                   OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
                   int64_t delay, OptionalTensor active, bool add_zero_attn, double dropout_p,
                   bool update, OptionalTensor x_scale, bool /* batch_invariant: it always is */) {
+  constexpr const char* kOp = "cpu_input_step_";
   STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
-  const Arguments a{query,
+  const Arguments a{kOp,
+                    query,
                     {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
                      out_proj_bias, bias_k, bias_v},
                     x_ring,
@@ -158,22 +173,70 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bi
                     position,
                     num_heads,
                     delay,
-                    active,
                     add_zero_attn};
   check(a);
+  const int64_t n = x_ring.size(0);
+  const int64_t e = x_ring.size(2);
+  check_shape(query, {n, e}, kOp, "query");
+  check_active(active, n, x_ring, kOp);
   const DType dtype = dtype_of(query, kOp);
-  const int ring = static_cast<int>(ring_dtype_of(x_ring, x_scale, dtype, kOp));
-  Tensor out = new_like(query, {query.size(0), query.size(1)});
-  if (query.size(0) == 0) return out;
-  InputStepParams p = params_of(a, dtype);
+  const RingDType ring = ring_dtype_of(x_ring, x_scale, dtype, kOp);
+  Tensor out = new_like(query, {n, e});
+  if (n == 0) return out;
+  const InWeights in(a.weights);
+  InputStepParams p = params_of(a, in, dtype, n);
   if (update) {
-    attend(p, a, dtype, ring);
+    attend_to_token(p, a, in, dtype, ring);
     advance_positions(position, active);
   } else {
-    const Slots slots(p, p.embed_dim * (x_scale ? 1 : element_size(dtype)));
-    attend(p, a, dtype, ring);
+    const Slots slots(p, e * (x_scale ? 1 : element_size(dtype)));
+    attend_to_token(p, a, in, dtype, ring);
   }
   project_out(p.out, a.weights, dtype, out);
+  return out;
+}
+
+Tensor input_steps(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bias,
+                   Tensor out_proj_weight, OptionalTensor out_proj_bias, OptionalTensor bias_k,
+                   OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
+                   int64_t delay, int64_t first, bool add_zero_attn, double dropout_p, bool update,
+                   OptionalTensor x_scale, bool /* batch_invariant: it always is */) {
+  constexpr const char* kOp = "cpu_input_steps_";
+  STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
+  STD_TORCH_CHECK(query.dim() == 3, kOp, ": tokens must be (N, T, E)");
+  const Arguments a{kOp,
+                    as_contiguous(query),
+                    {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
+                     out_proj_bias, bias_k, bias_v},
+                    x_ring,
+                    x_scale,
+                    position,
+                    num_heads,
+                    delay,
+                    add_zero_attn};
+  check(a);
+  const int64_t n = x_ring.size(0);
+  const int64_t e = x_ring.size(2);
+  const ClipSizes clip{n, query.size(1), 1, e};
+  check_shape(query, {n, clip.tokens, e}, kOp, "query");
+  STD_TORCH_CHECK(0 <= first && first <= clip.tokens, kOp, ": first must be in [0, ", clip.tokens,
+                  "]");
+  const DType dtype = dtype_of(query, kOp);
+  const RingDType ring = ring_dtype_of(x_ring, x_scale, dtype, kOp);
+  Tensor out = new_like(query, {n, clip.tokens - first, e});
+  if (n == 0 || clip.tokens == 0) return out;
+  const InWeights in(a.weights);
+  InputStepParams p = params_of(a, in, dtype, std::min(kQueries, n * (clip.tokens - first)));
+  p.token = a.query.const_data_ptr();
+  p.clip = kept(p.token, e, clip, dtype, ring, scratch<ClipTag>(kept_bytes(clip, ring)));
+  p.tokens = clip.tokens;
+  p.first = first;
+  attend_to_clip(p, a, in, dtype, ring);
+  if (update) {
+    write_ring(p.clip, clip, dtype, p.position, p.x_ring, p.x_scale, p.length);
+    advance_positions(position, std::nullopt, clip.tokens);
+  }
+  if (first < clip.tokens) project_out(p.out, a.weights, dtype, out);
   return out;
 }
 
@@ -181,4 +244,5 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bi
 
 STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
   m.impl("cpu_input_step_", TORCH_BOX(&continual_mha::cpu::input_step));
+  m.impl("cpu_input_steps_", TORCH_BOX(&continual_mha::cpu::input_steps));
 }

@@ -1,4 +1,5 @@
-// One token of every stream against its ring of inputs; docs/formulations.md has the mathematics.
+// One token of every stream against its ring of inputs, or several; docs/formulations.md has the
+// mathematics.
 #pragma once
 
 #include <type_traits>
@@ -76,31 +77,30 @@ CMHA_INLINE void by_fours(int64_t begin, int64_t end, const F& f) {
   if (end - begin == 1) f(begin, Int<1>{});
 }
 
-// A row of a ring as acc.
-template <class R, class A>
-CMHA_INLINE void read_row(const R* row, const float* scale, int64_t count, A* to) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  const A factor = [&] {
-    if constexpr (kIsCode<R>) return unit_scale<R>(*scale);
-    return A(1);
-  }();
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store<A>(to + i, kIsCode<R> ? load(row + i) * factor : load(row + i));
+// A token of a stream as it is kept: scaled, where tokens are codes.
+template <class R>
+struct InputRow {
+  const R* row;
+  const float* scale;
+
+  InputRow after(int64_t rows, int64_t features) const {
+    return {row + rows * features, scale == nullptr ? nullptr : scale + rows};
   }
-  if (i < count) store_partial<A>(to + i, load_partial(row + i, count - i) * factor, count - i);
+};
+
+template <class R>
+CMHA_INLINE InputRow<R> row_in_ring(const InputStepParams& p, int64_t n, int64_t slot) {
+  const InputRow<R> ring{static_cast<const R*>(p.x_ring), p.x_scale};
+  return ring.after(n * p.length + slot, p.embed_dim);
 }
 
 template <class R>
-CMHA_INLINE R* input_row(const InputStepParams& p, int64_t n, int64_t slot) {
-  return static_cast<R*>(p.x_ring) + (n * p.length + slot) * p.embed_dim;
+CMHA_INLINE InputRow<R> row_in_clip(const InputStepParams& p, int64_t n, int64_t token) {
+  const InputRow<R> clip{static_cast<const R*>(p.clip.rows), p.clip.scale};
+  return clip.after(n * p.tokens + token, p.embed_dim);
 }
 
-CMHA_INLINE float* input_scale(const InputStepParams& p, int64_t n, int64_t slot) {
-  return p.x_scale == nullptr ? nullptr : p.x_scale + n * p.length + slot;
-}
-
-// Tasks are streams: writes the token into its slot, and with a delay reads the one that asks.
+// Tasks are streams: writes the token into its slot.
 template <class S, class R>
 void put_input(const InputStepParams& p, void* memory, int64_t begin, int64_t end) {
   S* packed = static_cast<S*>(memory);  // (E,)
@@ -110,28 +110,49 @@ void put_input(const InputStepParams& p, void* memory, int64_t begin, int64_t en
       for (int64_t i = 0; i < p.embed_dim; ++i) packed[i] = token[i * p.feature_stride];
       token = packed;
     }
-    const int64_t slot = p.position[n] % p.length;
-    R* row = input_row<R>(p, n, slot);
+    const int64_t slot = n * p.length + p.position[n] % p.length;
+    R* row = static_cast<R*>(p.x_ring) + slot * p.embed_dim;
     if constexpr (kIsCode<R>) {
-      *input_scale(p, n, slot) = quantize(token, p.embed_dim, row);
+      p.x_scale[slot] = quantize(token, p.embed_dim, row);
     } else {
       memcpy(row, token, static_cast<size_t>(p.embed_dim) * sizeof(S));
     }
   }
 }
 
-// Tasks are streams: the token `delay` before the newest, as acc, or zeros where there is none.
+// A query's stream, and which token of the clip brings its output.
+struct Query {
+  int64_t stream;
+  int64_t token;
+};
+
+CMHA_INLINE Query query_at(const InputStepParams& p, int64_t query) {
+  const int64_t wanted = p.tokens - p.first;
+  const int64_t at = p.first_query + query;
+  return {at / wanted, p.first + at % wanted};
+}
+
+// Tasks are queries: the token that asks, `delay` before the newest, as acc; zeros where there is
+// none. One that did not wait asks as it came, one that did as it was kept.
 template <class S, class R>
 void asked_input(const InputStepParams& p, void* asked, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
-  for (int64_t n = begin; n < end; ++n) {
-    A* to = static_cast<A*>(asked) + n * p.embed_dim;
-    const int64_t at = p.position[n] - p.delay;
-    if (at < 0) {
-      for (int64_t i = 0; i < p.embed_dim; ++i) to[i] = 0;
+  const int64_t e = p.embed_dim;
+  for (int64_t query = begin; query < end; ++query) {
+    A* to = static_cast<A*>(asked) + query * e;
+    const auto [n, newest] = query_at(p, query);
+    const int64_t token = newest - p.delay;
+    const int64_t at = p.position[n] + token;
+    if (p.delay == 0) {
+      read_row(static_cast<const S*>(p.token) + (n * p.tokens + token) * e, nullptr, e, to);
+    } else if (token >= 0) {
+      const auto [row, scale] = row_in_clip<R>(p, n, token);
+      read_row(row, scale, e, to);
+    } else if (at >= 0) {
+      const auto [row, scale] = row_in_ring<R>(p, n, at % p.length);
+      read_row(row, scale, e, to);
     } else {
-      const int64_t slot = at % p.length;
-      read_row(input_row<R>(p, n, slot), input_scale(p, n, slot), p.embed_dim, to);
+      for (int64_t i = 0; i < e; ++i) to[i] = 0;
     }
   }
 }
@@ -149,7 +170,7 @@ void move_queries(const MovedParams& p, int64_t begin, int64_t end) {
     const S* weight = static_cast<const S*>(p.k_weight) + column * width;
     A* q = static_cast<A*>(p.q) + column;
     A* moved = static_cast<A*>(p.moved) + head * width;
-    for (int64_t n = 0; n < p.streams; ++n) {
+    for (int64_t n = 0; n < p.queries; ++n) {
       for (int64_t d = 0; d < head_dim; ++d) q[n * e + d] *= scale;
       for (int64_t i = 0; i < width; ++i) moved[n * p.num_heads * width + i] = 0;
       if (p.extra == nullptr) continue;
@@ -167,7 +188,7 @@ void move_queries(const MovedParams& p, int64_t begin, int64_t end) {
       extra[0] = p.bias_k == nullptr ? kMinusInfinity<A> : on_bias_slot - on_key_bias;
       extra[1] = p.add_zero_attn ? -on_key_bias : kMinusInfinity<A>;
     }
-    by_fours(0, p.streams, [&](int64_t n, auto tag) __attribute__((always_inline)) {
+    by_fours(0, p.queries, [&](int64_t n, auto tag) __attribute__((always_inline)) {
       mix_rows<decltype(tag)::value>(q + n * e, e, weight, width, head_dim, width, 0,
                                      moved + n * p.num_heads * width, p.num_heads * width);
     });
@@ -175,6 +196,67 @@ void move_queries(const MovedParams& p, int64_t begin, int64_t end) {
 }
 
 constexpr int64_t kTileSlots = 64;  // rows of a ring that stay in the second-level cache together
+
+template <class A>
+struct Tile {
+  const A* rows;
+  int64_t count;
+  int64_t ahead;  // as in mix_tile
+};
+
+// What a query sees, as stretches of rows: of a ring with its token in place the slots in use; else
+// the slots of its window up to the ring's end and from its beginning, and the tokens of the clip.
+template <class R>
+class Window {
+ public:
+  Window(const InputStepParams& p, Query query) {
+    const auto [n, token] = query;
+    const int64_t position = p.position[n];
+    if (p.clip.rows == nullptr) {
+      begin_[0] = row_in_ring<R>(p, n, 0);
+      count_[0] = min_of(position + 1, p.length);
+      return;
+    }
+    const int64_t oldest = max_of(token - p.length + 1, -position);
+    const int64_t kept = max_of(-oldest, int64_t{0});
+    const int64_t slot = (position - kept) % p.length;
+    const int64_t in_clip = max_of(oldest, int64_t{0});
+    begin_[0] = row_in_ring<R>(p, n, slot);
+    count_[0] = min_of(kept, p.length - slot);
+    begin_[1] = row_in_ring<R>(p, n, 0);
+    count_[1] = kept - count_[0];
+    begin_[2] = row_in_clip<R>(p, n, in_clip);
+    count_[2] = token + 1 - in_clip;
+  }
+
+  // The next rows as acc: as they lie where they are that, else gathered in `memory`. None at the
+  // end.
+  template <class A>
+  CMHA_INLINE Tile<A> next(int64_t features, A* memory) {
+    Tile<A> tile{memory, 0, 0};
+    for (; tile.count < kTileSlots && stretch_ < 3; ++stretch_, done_ = 0) {
+      const int64_t left = count_[stretch_] - done_;
+      if (left == 0) continue;
+      const InputRow<R> from = begin_[stretch_].after(done_, features);
+      const int64_t rows = min_of(kTileSlots - tile.count, left);
+      done_ += rows;
+      if constexpr (std::is_same_v<R, A>) return {from.row, rows, rows * features};
+      for (int64_t l = 0; l < rows; ++l) {
+        const InputRow<R> row = from.after(l, features);
+        read_row(row.row, row.scale, features, memory + (tile.count + l) * features);
+      }
+      tile.count += rows;
+      if (rows < left) break;
+    }
+    return tile;
+  }
+
+ private:
+  InputRow<R> begin_[3] = {};
+  int64_t count_[3] = {};
+  int stretch_ = 0;
+  int64_t done_ = 0;  // rows of the stretch
+};
 
 template <class S>
 struct InputStepScratch {
@@ -201,17 +283,17 @@ int64_t input_step_scratch(const InputStepParams& p) {
   return arena.used();
 }
 
-// kC heads from `head` on take in `count` rows, x (count, E).
+// kC heads from `head` on take in a tile; the first to do so fetches what comes after it.
 template <int kC, class S, class A>
 CMHA_INLINE void mix_heads(const InputStepParams& p, const InputStepScratch<S>& scratch,
-                           const A* moved, const A* x, int64_t count, int64_t ahead, int64_t head) {
+                           const A* moved, const Tile<A>& x, bool fetches, int64_t head) {
   const int64_t e = p.embed_dim;
-  dot_rows<kC>(x, e, 0, count, moved + head * e, e, e,
+  dot_rows<kC>(x.rows, e, 0, x.count, moved + head * e, e, e,
                [&](int64_t l, int c, A sum)
                    __attribute__((always_inline)) { scratch.scores[c * kTileSlots + l] = sum; });
   for (int c = 0; c < kC; ++c) {
     A& most = scratch.most[head + c];
-    const auto now = softmax_numerators(scratch.scores + c * kTileSlots, count, most);
+    const auto now = softmax_numerators(scratch.scores + c * kTileSlots, x.count, most);
     const A shrunk = exp_of(most - now.max);
     scratch.sum[head + c] = scratch.sum[head + c] * shrunk + now.sum;
     if (!(now.max == most)) {
@@ -220,10 +302,11 @@ CMHA_INLINE void mix_heads(const InputStepParams& p, const InputStepScratch<S>& 
     }
     most = now.max;
   }
-  mix_rows<kC>(scratch.scores, kTileSlots, x, e, count, e, ahead, scratch.mixed + head * e, e);
+  mix_rows<kC>(scratch.scores, kTileSlots, x.rows, e, x.count, e, fetches ? x.ahead : 0,
+               scratch.mixed + head * e, e);
 }
 
-// Tasks are (stream, group of heads). A tile of the ring is read once for all of them: scored,
+// Tasks are (query, group of heads). A tile of the window is read once for all of them: scored,
 // and while it is still in a cache near by mixed, with a softmax that goes on from tile to tile.
 // The result takes the place of the moved queries.
 template <class S, class R>
@@ -234,33 +317,21 @@ void mix_inputs(const InputStepParams& p, void* memory, int64_t begin, int64_t e
   const int64_t e = p.embed_dim;
   const int64_t groups = (p.num_heads + p.group_heads - 1) / p.group_heads;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / groups;
+    const int64_t query = task / groups;
     const int64_t first = task % groups * p.group_heads;
     const int64_t last = min_of(first + p.group_heads, p.num_heads);
-    A* moved = static_cast<A*>(p.moved) + n * p.num_heads * e;
-    A* extra = p.extra == nullptr ? nullptr : static_cast<A*>(p.extra) + n * p.num_heads * 2;
+    A* moved = static_cast<A*>(p.moved) + query * p.num_heads * e;
+    A* extra = p.extra == nullptr ? nullptr : static_cast<A*>(p.extra) + query * p.num_heads * 2;
     for (int64_t i = first * e; i < last * e; ++i) scratch.mixed[i] = 0;
     for (int64_t head = first; head < last; ++head) {
       scratch.most[head] =
           extra == nullptr ? kMinusInfinity<A> : max_of(extra[2 * head], extra[2 * head + 1]);
       scratch.sum[head] = 0;
     }
-    const int64_t slots = min_of(p.position[n] + 1, p.length);
-    for (int64_t slot = 0; slot < slots; slot += kTileSlots) {
-      const int64_t count = min_of(kTileSlots, slots - slot);
-      const R* rows = input_row<R>(p, n, slot);
-      const A* x = scratch.tile;
-      if constexpr (std::is_same_v<R, A>) {
-        x = rows;
-      } else {
-        for (int64_t l = 0; l < count; ++l) {
-          read_row(rows + l * e, input_scale(p, n, slot + l), e, scratch.tile + l * e);
-        }
-      }
-      const int64_t ahead = std::is_same_v<R, A> ? count * e : 0;
+    Window<R> window(p, query_at(p, query));
+    for (Tile<A> x = window.next(e, scratch.tile); x.count > 0; x = window.next(e, scratch.tile)) {
       by_fours(first, last, [&](int64_t head, auto tag) __attribute__((always_inline)) {
-        mix_heads<decltype(tag)::value>(p, scratch, moved, x, count, head == first ? ahead : 0,
-                                        head);
+        mix_heads<decltype(tag)::value>(p, scratch, moved, x, head == first, head);
       });
     }
     for (int64_t head = first; head < last; ++head) {
@@ -296,12 +367,12 @@ void project_mixed(const MovedParams& p, int64_t begin, int64_t end) {
                                static_cast<A*>(p.out) + column,
                                p.num_heads * width,
                                e,
-                               p.streams,
+                               p.queries,
                                head_dim,
                                width};
     project<S, A>(params, 0, (head_dim + kRowBlock - 1) / kRowBlock);
     if (p.extra == nullptr) continue;
-    for (int64_t n = 0; n < p.streams; ++n) {
+    for (int64_t n = 0; n < p.queries; ++n) {
       const A* share = static_cast<const A*>(p.extra) + (n * p.num_heads + head) * 2;
       A* out = static_cast<A*>(p.out) + n * e + column;
       for (int64_t d = 0; d < head_dim; ++d) {

@@ -28,12 +28,12 @@ struct ProjectParams {
   int64_t in_features;
 };
 
-// One token of every stream against its ring.
-struct RingStepParams {
-  const void* q;  // (N, E) projected, unscaled; k and v alike
+// Projected tokens and the rings that they belong to.
+struct RingParams {
+  const void* q;  // (N, E), or (N, T, E), projected, unscaled; k and v alike
   const void* k;
   const void* v;
-  int64_t token_stride;  // elements from one stream to the next in q, k and v
+  int64_t token_stride;  // elements from one token to the next in q, k and v
   void* k_ring;          // (N, H, L, D)
   void* v_ring;
   float* k_scale;  // (N, H, L), or null where the rings hold no codes
@@ -42,43 +42,49 @@ struct RingStepParams {
   const int64_t* position;
   const void* bias_k;  // (E,), or null
   const void* bias_v;
-  void* out;  // (N, E), acc or DType where out_is_storage
   int64_t streams;
   int64_t num_heads;
   int64_t head_dim;
   int64_t length;       // L
   int64_t query_slots;  // R
   bool add_zero_attn;
+};
+
+// One token of every stream against its ring.
+struct RingStepParams : RingParams {
+  void* out;  // (N, E), acc or DType where out_is_storage
   bool update;
   bool out_is_storage;
 };
 
+// Tokens of a clip as their ring keeps them.
+struct KeptTokens {
+  const void* rows;
+  const float* scale;  // null where the rows are no codes
+  int64_t stride;      // elements from one token to the next in `rows`
+};
+
 // T tokens of every stream, each against the window that ends with it.
-struct RingStepsParams {
-  const void* q;  // (N, T, E) projected, unscaled; k and v alike
-  const void* k;
-  const void* v;
-  int64_t token_stride;   // from one token to the next
-  int64_t stream_stride;  // from one stream to the next
-  const void* k_ring;
-  const void* v_ring;
-  const void* q_ring;
-  const int64_t* position;
-  const void* bias_k;
-  const void* bias_v;
+struct RingStepsParams : RingParams {
+  KeptTokens keys;  // (N, T, E), scales (N, T, H)
+  KeptTokens values;
   void* out;  // (N, T - first, E), DType
-  int64_t streams;
-  int64_t num_heads;
-  int64_t head_dim;
-  int64_t length;
-  int64_t query_slots;
   int64_t tokens;
   int64_t first;         // the first token whose output is wanted
   int64_t block_tokens;  // tokens of one task
-  bool add_zero_attn;
 };
 
-// One query per stream over inputs: what happens before and after the inputs are mixed.
+// Tokens to codes, in groups of `width` features with a scale each.
+struct QuantizeParams {
+  const void* x;   // DType
+  int64_t stride;  // elements from one token to the next in `x`
+  int64_t groups;
+  int64_t width;
+  void* codes;   // (count, groups, width)
+  float* scale;  // (count, groups)
+};
+
+// Queries over inputs: what happens before and after the inputs are mixed.
 struct MovedParams {
   const void* k_weight;  // (E, Ek), contiguous
   const void* v_weight;  // (E, Ev), contiguous
@@ -86,14 +92,14 @@ struct MovedParams {
   const void* v_bias;
   const void* bias_k;  // the same, of add_bias_kv
   const void* bias_v;
-  void* q;      // (N, E) acc, projected
-  void* moved;  // (N, H, Ek) acc: the queries times W_k
-  void* mixed;  // (N, H, Ev) acc: the weighted sums of inputs; may be `moved`
-  void*
-      extra;  // (N, H, 2) acc, or null where the inputs' weights sum to 1: the scores of the bias's
-              // slot and of that of zeros, then the weights of the bias's slot and of the inputs
-  void* out;  // (N, E) acc
-  int64_t streams;
+  void* q;      // (queries, E) acc, projected
+  void* moved;  // (queries, H, Ek) acc: the queries times W_k
+  void* mixed;  // (queries, H, Ev) acc: the weighted sums of inputs; may be `moved`
+  // (queries, H, 2) acc, or null where the inputs' weights sum to 1: the scores of the bias's slot
+  // and of that of zeros, then the weights of the bias's slot and of the inputs
+  void* extra;
+  void* out;  // (queries, E) acc
+  int64_t queries;
   int64_t num_heads;
   int64_t embed_dim;
   int64_t key_dim;    // Ek
@@ -101,14 +107,19 @@ struct MovedParams {
   bool add_zero_attn;
 };
 
-// One token of every stream against its ring of inputs.
+// One token of every stream, or several, against its ring of inputs.
 struct InputStepParams : MovedParams {
-  const void* token;  // (N, E), any strides
+  const void* token;  // (N, E), any strides; or (N, T, E), contiguous
+  KeptTokens clip;    // (N, T, E), scales (N, T); null where the one token is in the ring already
   void* x_ring;       // (N, L, E)
   float* x_scale;     // (N, L), or null where the ring holds no codes
   const int64_t* position;
   int64_t token_stride;
   int64_t feature_stride;
+  int64_t streams;
+  int64_t tokens;       // T, 1 for a single step
+  int64_t first;        // the first token whose output is wanted
+  int64_t first_query;  // of the (N, T - first) queries, those that are computed now
   int64_t length;
   int64_t delay;
   int64_t group_heads;  // heads of one task
@@ -152,7 +163,8 @@ struct Kernels {
                  void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
-  // By RingDType; null for codes where DType is kFloat64.
+  // By RingDType, here and below: null for codes where DType is kFloat64.
+  void (*quantize_tokens[kNumRingDTypes])(const QuantizeParams&, int64_t begin, int64_t end);
   int64_t (*ring_step_scratch[kNumRingDTypes])(const RingStepParams&);  // bytes
   void (*ring_step[kNumRingDTypes])(const RingStepParams&, void* scratch, int64_t begin,
                                     int64_t end);
@@ -166,7 +178,8 @@ struct Kernels {
                                      int64_t end);
   void (*project_mixed)(const MovedParams&, int64_t begin, int64_t end);
   int64_t (*ring_steps_scratch)(const RingStepsParams&);
-  void (*ring_steps)(const RingStepsParams&, void* scratch, int64_t begin, int64_t end);
+  void (*ring_steps[kNumRingDTypes])(const RingStepsParams&, void* scratch, int64_t begin,
+                                     int64_t end);
   int64_t (*attend_shared_scratch)(const AttendSharedParams&);
   void (*attend_shared)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
   // The same with query and out as acc.

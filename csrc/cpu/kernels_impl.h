@@ -24,6 +24,10 @@ constexpr Kernels table_of() {
     table.ring_step[1] = ring_step<S, Int8>;
     table.ring_step_scratch[2] = ring_step_scratch<S, E4M3>;
     table.ring_step[2] = ring_step<S, E4M3>;
+    table.quantize_tokens[1] = quantize_tokens<S, Int8>;
+    table.quantize_tokens[2] = quantize_tokens<S, E4M3>;
+    table.ring_steps[1] = ring_steps<S, Int8>;
+    table.ring_steps[2] = ring_steps<S, E4M3>;
     table.put_input[1] = put_input<S, Int8>;
     table.put_input[2] = put_input<S, E4M3>;
     table.asked_input[1] = asked_input<S, Int8>;
@@ -38,7 +42,7 @@ constexpr Kernels table_of() {
   table.mix_inputs[0] = mix_inputs<S, S>;
   table.project_mixed = project_mixed<S>;
   table.ring_steps_scratch = ring_steps_scratch<S>;
-  table.ring_steps = ring_steps<S>;
+  table.ring_steps[0] = ring_steps<S, S>;
   table.attend_shared_scratch = attend_shared_scratch<S>;
   table.attend_shared = attend_shared<S, S>;
   table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;

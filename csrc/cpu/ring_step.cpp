@@ -9,38 +9,12 @@ constexpr const char* kOp = "cpu_ring_step_";
 struct AttendedTag {};
 struct StepTag {};
 
-RingStepParams params_of(const Projected& tokens, const Weights& w, const Rings& rings,
-                         const RingSizes& s, bool add_zero_attn, bool update) {
-  RingStepParams p{};
-  p.q = tokens.q;
-  p.k = tokens.k;
-  p.v = tokens.v;
-  p.token_stride = tokens.stride;
-  p.k_ring = rings.k.mutable_data_ptr();
-  p.v_ring = rings.v.mutable_data_ptr();
-  if (rings.k_scale) {
-    p.k_scale = static_cast<float*>(rings.k_scale->mutable_data_ptr());
-    p.v_scale = static_cast<float*>(rings.v_scale->mutable_data_ptr());
-  }
-  p.q_ring = rings.q.mutable_data_ptr();
-  p.position = static_cast<const int64_t*>(rings.position.const_data_ptr());
-  p.bias_k = data_or_null(w.bias_k);
-  p.bias_v = data_or_null(w.bias_v);
-  p.streams = s.streams;
-  p.num_heads = s.num_heads;
-  p.head_dim = s.head_dim;
-  p.length = s.length;
-  p.query_slots = s.query_slots;
-  p.add_zero_attn = add_zero_attn;
-  p.update = update;
-  return p;
-}
-
-void attend(const RingStepParams& p, DType dtype, int ring_dtype) {
+void attend(const RingStepParams& p, DType dtype, RingDType ring_dtype) {
   const Kernels& table = kernels(dtype);
-  const int64_t bytes = table.ring_step_scratch[ring_dtype](p);
+  const int ring = static_cast<int>(ring_dtype);
+  const int64_t bytes = table.ring_step_scratch[ring](p);
   parallel(p.streams * p.num_heads, 2 * p.length * p.head_dim, [&](int64_t begin, int64_t end) {
-    table.ring_step[ring_dtype](p, scratch<StepTag>(bytes), begin, end);
+    table.ring_step[ring](p, scratch<StepTag>(bytes), begin, end);
   });
 }
 
@@ -62,13 +36,15 @@ Tensor ring_step(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   check_tokens(query, key, value, w, rings, s, kOp);
   check_active(active, s.streams, k_ring, kOp);
   const DType dtype = dtype_of(q_ring, kOp);
-  const int ring_dtype = static_cast<int>(ring_dtype_of(k_ring, k_scale, dtype, kOp));
+  const RingDType ring_dtype = ring_dtype_of(k_ring, k_scale, dtype, kOp);
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return new_like(query, {0, e});
 
   const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams, e);
   const Projected tokens = project_in(query, key, value, w, dtype, gemm);
-  RingStepParams p = params_of(tokens, w, rings, s, add_zero_attn, update);
+  RingStepParams p{};
+  static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, add_zero_attn);
+  p.update = update;
   Tensor out = new_like(query, {s.streams, e});
   p.out_is_storage = gemm;
   p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));

@@ -1,6 +1,7 @@
 // Several tokens of every stream, each against the window that ends with it.
 #pragma once
 
+#include "codes.h"
 #include "extra_slots.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -38,6 +39,14 @@ int64_t ring_steps_scratch(const RingStepsParams& p) {
   return arena.used();
 }
 
+// Keys or values of a clip and of the ring before it.
+template <class R>
+struct Kept {
+  KeptTokens clip;
+  const R* ring;
+  const float* ring_scale;
+};
+
 // One head of one stream. Tokens are counted from the clip's first; those before it are negative
 // and lie in the ring.
 template <class S>
@@ -49,23 +58,34 @@ struct HeadOfClip {
 
   int64_t position() const { return p.position[stream]; }
 
-  const S* clip(const void* tokens, int64_t token) const {
-    return static_cast<const S*>(tokens) + stream * p.stream_stride + token * p.token_stride +
-           head * p.head_dim;
+  // A key or value as acc.
+  template <class R>
+  CMHA_INLINE void read(const Kept<R>& from, int64_t token, A* to) const {
+    const R* row;
+    const float* scale;
+    if (token >= 0) {
+      const int64_t at = stream * p.tokens + token;
+      row = static_cast<const R*>(from.clip.rows) + at * from.clip.stride + head * p.head_dim;
+      scale = from.clip.scale == nullptr ? nullptr : from.clip.scale + at * p.num_heads + head;
+    } else {
+      const int64_t slot = (position() + token) % p.length;
+      const int64_t at = (stream * p.num_heads + head) * p.length + slot;
+      row = from.ring + at * p.head_dim;
+      scale = from.ring_scale == nullptr ? nullptr : from.ring_scale + at;
+    }
+    read_row(row, scale, p.head_dim, to);
   }
 
-  const S* key_or_value(const void* ring, const void* tokens, int64_t token) const {
-    if (token >= 0) return clip(tokens, token);
-    const int64_t slot = (position() + token) % p.length;
-    return static_cast<const S*>(ring) +
-           ((stream * p.num_heads + head) * p.length + slot) * p.head_dim;
+  const S* new_query(int64_t token) const {
+    return static_cast<const S*>(p.q) + (stream * p.tokens + token) * p.token_stride +
+           head * p.head_dim;
   }
 
   // The query whose turn it is when `token` arrives.
   const S* query(int64_t token) const {
-    if (p.query_slots == 0) return clip(p.q, token);
+    if (p.query_slots == 0) return new_query(token);
     const int64_t due = token - (p.query_slots - 1);
-    if (due >= 0) return clip(p.q, due);
+    if (due >= 0) return new_query(due);
     const int64_t slot = (position() + token + 1) % p.query_slots;
     const int64_t embed_dim = p.num_heads * p.head_dim;
     return static_cast<const S*>(p.q_ring) + (stream * p.query_slots + slot) * embed_dim +
@@ -121,12 +141,14 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
 
 // Tasks are (stream, head, block of tokens): the windows' rows are laid out once in the order of
 // time, as acc, and stay in a cache near by while the block's queries pass.
-template <class S>
+template <class S, class R>
 void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
   Arena arena(memory);
   const RingStepsScratch<S> scratch(p, arena);
   const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(p.head_dim)));
+  const Kept<R> keys{p.keys, static_cast<const R*>(p.k_ring), p.k_scale};
+  const Kept<R> values{p.values, static_cast<const R*>(p.v_ring), p.v_scale};
   const int64_t wanted = p.tokens - p.first;
   const int64_t blocks = (wanted + p.block_tokens - 1) / p.block_tokens;
   for (int64_t task = begin; task < end; ++task) {
@@ -138,8 +160,8 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
     const int64_t base = head.window_begin(token);
     for (int64_t t = base; t < last; ++t) {
       const int64_t row = (t - base) * p.head_dim;
-      copy_widened(head.key_or_value(p.k_ring, p.k, t), p.head_dim, A(1), scratch.k + row);
-      copy_widened(head.key_or_value(p.v_ring, p.v, t), p.head_dim, A(1), scratch.v + row);
+      head.read(keys, t, scratch.k + row);
+      head.read(values, t, scratch.v + row);
     }
     S* out = static_cast<S*>(p.out) + head.stream * wanted * p.num_heads * p.head_dim + column;
     while (token < last) {

@@ -9,10 +9,7 @@ namespace {
 
 constexpr const char* kOp = "cpu_single_query";
 
-struct QueriesTag {};
-struct MovedTag {};
 struct MixedTag {};
-struct ExtraTag {};
 struct HeadsTag {};
 struct WeightsTag {};
 
@@ -33,44 +30,18 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const We
   check_weights(w, e, key.size(2), value.size(2), query, kOp);
 }
 
-// Weights as the kernels read them, and what keeps contiguous copies of them alive.
-struct InWeights {
-  Tensor q;
-  OptionalTensor k;
-  OptionalTensor v;
-
-  explicit InWeights(const Weights& w) : q(as_contiguous(w.in_proj_weight)) {
-    if (w.k_proj_weight) k = as_contiguous(*w.k_proj_weight);
-    if (w.v_proj_weight) v = as_contiguous(*w.v_proj_weight);
-  }
-};
-
 MovedParams moved_params(const Weights& w, const InWeights& in, const AttendSharedParams& shared,
                          DType dtype, bool add_zero_attn) {
   MovedParams p{};
-  p.streams = shared.streams;
+  p.queries = shared.streams;
   p.num_heads = shared.num_heads;
-  p.embed_dim = w.out_proj_weight.size(0);
   p.key_dim = shared.key_dim;
   p.value_dim = shared.value_dim;
   p.add_zero_attn = add_zero_attn;
-  const int64_t e = p.embed_dim;
-  const void* packed = in.q.const_data_ptr();
-  const void* bias = data_or_null(w.in_proj_bias);
-  p.k_weight = in.k ? in.k->const_data_ptr() : third_at(packed, 1, e * e, dtype);
-  p.v_weight = in.v ? in.v->const_data_ptr() : third_at(packed, 2, e * e, dtype);
-  p.k_bias = third_at(bias, 1, e, dtype);
-  p.v_bias = third_at(bias, 2, e, dtype);
-  p.bias_k = data_or_null(w.bias_k);
-  p.bias_v = data_or_null(w.bias_v);
-  const int64_t rows = p.streams * acc_size(dtype);
-  p.q = scratch<QueriesTag>(rows * e);
-  p.moved = scratch<MovedTag>(rows * p.num_heads * p.key_dim);
-  p.mixed = scratch<MixedTag>(rows * p.num_heads * p.value_dim);
-  p.out = scratch<HeadsTag>(rows * e);
-  if (p.bias_k != nullptr || add_zero_attn || shared.blank) {
-    p.extra = scratch<ExtraTag>(rows * p.num_heads * 2);
-  }
+  set_moved(p, w, in, dtype, shared.blank);
+  const int64_t row = p.queries * acc_size(dtype);
+  p.mixed = scratch<MixedTag>(row * p.num_heads * p.value_dim);
+  p.out = scratch<HeadsTag>(row * p.embed_dim);
   return p;
 }
 
