@@ -7,8 +7,12 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on such a device; None where it is off."""
-    if not torch.amp.is_autocast_available(device_type):
-        return None
+    casts = torch.amp.is_autocast_available(device_type)
+    return current_autocast_dtype(device_type) if casts else None
+
+
+def current_autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The same on a device of a type that has autocast: to ask that costs as much again."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
