@@ -6,7 +6,9 @@ Their operators are declared in ``ops.py``; a library registers the implementati
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+import weakref
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,17 @@ def _cpu_functions() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(library_path("cpu")))
     functions.continual_mha_cpu_isa.restype = ctypes.c_char_p
     functions.continual_mha_cpu_use_isa.restype = ctypes.c_bool
+    functions.continual_mha_cpu_unbind.argtypes = [ctypes.c_int64]
     return functions
+
+
+def bind_cpu_step(name: str, *args: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives."""
+    bound: int = getattr(torch.ops.continual_mha, f"cpu_bind_{name}")(*args)
+    operator = torch.ops.continual_mha.cpu_bound_step_.default
+    run = partial(getattr(operator, "_op", operator), bound)  # without a call in Python around it
+    weakref.finalize(run, _cpu_functions().continual_mha_cpu_unbind, bound).atexit = False
+    return run
 
 
 def cpu_isa() -> str:

@@ -374,12 +374,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             RuntimeError: a gradient is needed, but there is a ``cache_dtype``; or no backend can do
                 what ``batch_invariant`` asks for.
         """
+        compiling = torch.compiler.is_compiling()
         again = None
-        if update_state and key is None and value is None and not torch.compiler.is_compiling():
+        if update_state and key is None and value is None and not compiling:
             again = self._repeat
         if again is None or not again.serves(query):
             again, tokens = None, self._tokens(query, key, value)
-        active = surrounding_active() if active is None else active
+        active = surrounding_active(compiling) if active is None else active
         if active is not None:
             checks.check_active(active, query)
         if again is not None:

@@ -12,14 +12,14 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from . import _native, inputs, reference
 from .modes import differentiates_forward
-from .precision import autocast_dtype
+from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -94,7 +94,11 @@ def _load(backend: str) -> _Operators | str:
     if backend == "triton":
         return _load_triton()
     missing = _native.load(backend)
-    return missing or _Operators(_NativeFunctions(backend + "_"), _native.WHY_NOT[backend])
+    functions = _NativeFunctions(backend + "_")
+    if backend == "cpu":
+        for name in ("ring_step_", "input_step_"):
+            functions["bind_" + name] = partial(_native.bind_cpu_step, name)
+    return missing or _Operators(functions, _native.WHY_NOT[backend])
 
 
 def _load_triton() -> _Operators | str:
@@ -148,11 +152,22 @@ def order(device_type: str) -> tuple[str, ...]:
     return (forced,) if forced else _BY_DEVICE.get(device_type, ("torch",))
 
 
-def surroundings(device_type: str) -> tuple[Any, ...]:
-    """What, besides the arguments, decides how an operator runs on tensors on such a device."""
-    autocast = autocast_dtype(device_type)
-    inference = torch.is_inference_mode_enabled()
-    return _forced.get(), autocast, inference, differentiates_forward()
+def same_surroundings(device_type: str) -> Callable[[], bool]:
+    """A function that says whether what decides, besides the arguments, how an operator runs on
+    tensors on such a device is what it is now."""
+    forced, autocast = _forced.get(), autocast_dtype(device_type)
+    inference, forward_mode = torch.is_inference_mode_enabled(), differentiates_forward()
+    casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
+
+    def unchanged() -> bool:
+        return (
+            _forced.get() == forced
+            and torch.is_inference_mode_enabled() is inference
+            and differentiates_forward() is forward_mode
+            and (not casts or current_autocast_dtype(device_type) is autocast)
+        )
+
+    return unchanged
 
 
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:

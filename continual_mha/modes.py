@@ -90,9 +90,9 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
         _here.active = _active = before
 
 
-def surrounding_active() -> Tensor | None:
-    """The mask of the innermost ``active_streams`` block, or None."""
-    return _active if torch.compiler.is_compiling() else _here.active
+def surrounding_active(compiling: bool) -> Tensor | None:
+    """The mask of the innermost ``active_streams`` block, or None, for a call that is compiling."""
+    return _active if compiling else _here.active
 
 
 def differentiates_forward() -> bool:

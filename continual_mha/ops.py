@@ -72,6 +72,17 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
+# Of the CPU library alone: a step as these arguments describe it is kept under a number, and runs
+# for any token and mask. It writes to the rings behind the number, of which torch is told nothing:
+# for callers that are not compiled.
+_BOUND = {
+    **{
+        f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
+        for n in ("ring_step_", "input_step_")
+    },
+    "cpu_bound_step_": "(int bound, Tensor query, Tensor? active) -> Tensor",
+}
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -308,6 +319,8 @@ def _register() -> None:
             torch.library.register_fake(fake, _FAKES[name], lib=_library)
         for key in ("CPU", "CUDA"):
             _library.impl(name, partial(_run, name), key)
+    for name, schema in _BOUND.items():
+        _library.define(name + schema)
     for name, (differentiate, save) in _DIFFERENTIABLE.items():
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=_library

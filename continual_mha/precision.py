@@ -9,11 +9,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on such a device; None where it is off."""
     # Under torch.compile the older of the supported torches cannot ask; all but meta have autocast.
     if torch.compiler.is_compiling():
-        available = device_type != "meta"
+        casts = device_type != "meta"
     else:
-        available = torch.amp.is_autocast_available(device_type)
-    if not available:
-        return None
+        casts = torch.amp.is_autocast_available(device_type)
+    return current_autocast_dtype(device_type) if casts else None
+
+
+def current_autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The same on a device of a type that has autocast: to ask that costs as much again."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 

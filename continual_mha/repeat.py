@@ -29,13 +29,13 @@ class Repeat:
         query: a token of the kind that ``run`` takes.
     """
 
-    __slots__ = ("_device", "_dtype", "_found", "_shape", "_surroundings", "run")
+    __slots__ = ("_device", "_dtype", "_found", "_shape", "_unchanged", "run")
 
     def __init__(self, run: Run, found: Iterable[Found], query: Tensor) -> None:
         self.run = run
         self._found = tuple((where.get, name, thing) for where, name, thing in found)
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
-        self._surroundings = backends.surroundings(query.device.type)
+        self._unchanged = backends.same_surroundings(query.device.type)
 
     def serves(self, query: object) -> bool:
         """Whether a step with this token would be decided the same way."""
@@ -48,5 +48,5 @@ class Repeat:
             query.dtype is self._dtype
             and query.device == self._device
             and not torch.is_grad_enabled()
-            and backends.surroundings(self._device.type) == self._surroundings
+            and self._unchanged()
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,8 +17,12 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import continual_mha
-from continual_mha import functional
+from continual_mha import _native, functional
 
+needs_library = pytest.mark.skipif(
+    _native.load("cpu") is not None or os.environ.get("CONTINUAL_MHA_BACKEND", "auto") != "auto",
+    reason="the CPU library does not run",
+)
 N = 3
 
 
@@ -191,6 +197,55 @@ def test_copy_does_not_write_to_the_original(via, backend):
     with torch.no_grad():
         twin.forward_step(torch.randn(N, EMBED))
     assert_same_state(module.get_state(), before)
+
+
+def test_weight_of_another_dtype_behind_the_same_parameter_is_refused(backend):
+    module = warm()
+    before = module.get_state()
+    with torch.no_grad():
+        module.in_proj_weight.data = module.in_proj_weight.data.double()
+        with pytest.raises(RuntimeError):
+            module.forward_step(torch.randn(N, EMBED))
+    assert_same_state(module.get_state(), before)
+
+
+@needs_library
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_library_holds_a_step_as_long_as_it_can_be_run(formulation):
+    module = warm(formulation=formulation)
+    run, token = module._repeat.run, torch.randn(N, EMBED)
+    (number,) = run.args
+    expected = copy.deepcopy(module)
+    bound_step = torch.ops.continual_mha.cpu_bound_step_
+    with torch.no_grad():
+        assert torch.equal(bound_step(number, token, None), expected.forward_step(token))
+        module.clean_state()
+        run(token, None)
+        del run
+        gc.collect()
+        with pytest.raises(RuntimeError, match=f"nothing is bound to {number}"):
+            bound_step(number, token, None)
+
+
+@needs_library
+def test_threads_bind_run_and_let_go_at_the_same_time():
+    origin = warm()
+
+    def work(seed):
+        module = copy.deepcopy(origin)
+        tokens = torch.randn(20, N, EMBED, generator=torch.Generator().manual_seed(seed))
+        outputs = []
+        with torch.no_grad():
+            for token in tokens:
+                module._repeat = None if len(outputs) % 3 == 0 else module._repeat
+                outputs.append(module.forward_step(token))
+        return torch.stack(outputs)
+
+    alone = [work(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(4)))
+    for output, expected in zip(together, alone, strict=True):
+        assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("forget", ["clean_state", "double"])

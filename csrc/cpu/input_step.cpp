@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bound.h"
 #include "host.h"
 
 namespace continual_mha::cpu {
@@ -17,9 +18,9 @@ struct HeadsTag {};
 struct StepTag {};
 struct SlotsTag {};
 
-struct Arguments {
+// What stays the same from call to call.
+struct InputCall {
   const char* op;
-  Tensor query;
   Weights weights;
   Tensor x_ring;
   OptionalTensor x_scale;
@@ -27,22 +28,25 @@ struct Arguments {
   int64_t num_heads;
   int64_t delay;
   bool add_zero_attn;
+  double dropout_p;
+  bool update;
 };
 
 // All but the tokens' own shape.
-void check(const Arguments& a) {
+void check(const InputCall& a, const Tensor& query) {
+  STD_TORCH_CHECK(a.dropout_p == 0.0, a.op, ": dropout is not covered");
   STD_TORCH_CHECK(a.x_ring.dim() == 3 && a.x_ring.size(1) > 0 && a.x_ring.size(2) > 0, a.op,
                   ": the ring must be (N, L, E)");
   const int64_t e = a.x_ring.size(2);
   STD_TORCH_CHECK(a.num_heads > 0 && e % a.num_heads == 0, a.op, ": ", e, " features do not make ",
                   a.num_heads, " heads");
   STD_TORCH_CHECK(0 <= a.delay && a.delay < a.x_ring.size(1), a.op, ": delay must be in [0, L)");
-  check_weights(a.weights, e, e, e, a.query, a.op);
-  check_position(a.position, a.x_ring.size(0), a.query, a.op);
+  check_weights(a.weights, e, e, e, query, a.op);
+  check_position(a.position, a.x_ring.size(0), query, a.op);
   STD_TORCH_CHECK(a.x_ring.is_cpu() && a.x_ring.is_contiguous(), a.op,
                   ": the ring must be contiguous on the CPU");
   if (!a.x_scale) {
-    check_like(a.x_ring, a.query, a.op, "the ring");
+    check_like(a.x_ring, query, a.op, "the ring");
     return;
   }
   check_codes(a.x_ring, a.op);
@@ -81,7 +85,7 @@ class Slots {
 };
 
 // Everything but the tokens; `queries` is as many as will be computed at once.
-InputStepParams params_of(const Arguments& a, const InWeights& in, DType dtype, int64_t queries) {
+InputStepParams params_of(const InputCall& a, const InWeights& in, DType dtype, int64_t queries) {
   InputStepParams p{};
   p.x_ring = a.x_ring.mutable_data_ptr();
   p.x_scale = a.x_scale ? static_cast<float*>(a.x_scale->mutable_data_ptr()) : nullptr;
@@ -100,7 +104,7 @@ InputStepParams params_of(const Arguments& a, const InWeights& in, DType dtype, 
 }
 
 // The heads' outputs of the queries of the tokens that ask.
-void attend(InputStepParams& p, const Tokens& asked, const Arguments& a, const InWeights& in,
+void attend(InputStepParams& p, const Tokens& asked, const InputCall& a, const InWeights& in,
             DType dtype, RingDType ring) {
   const Kernels& table = kernels(dtype);
   const int64_t e = p.embed_dim;
@@ -127,22 +131,22 @@ Tokens asked_tokens(const InputStepParams& p, DType dtype, RingDType ring) {
 }
 
 // One token: into its slot first, from where it is attended to.
-void attend_to_token(InputStepParams& p, const Arguments& a, const InWeights& in, DType dtype,
-                     RingDType ring) {
-  p.token = a.query.const_data_ptr();
-  p.token_stride = a.query.stride(0);
-  p.feature_stride = a.query.stride(1);
+void attend_to_token(InputStepParams& p, const Tensor& query, const InputCall& a,
+                     const InWeights& in, DType dtype, RingDType ring) {
+  p.token = query.const_data_ptr();
+  p.token_stride = query.stride(0);
+  p.feature_stride = query.stride(1);
   p.out = scratch<HeadsTag>(p.streams * p.embed_dim * acc_size(dtype));
   const auto put = kernels(dtype).put_input[static_cast<int>(ring)];
   parallel(p.streams, p.embed_dim, [&](int64_t begin, int64_t end) {
     put(p, scratch<StepTag>(p.embed_dim * element_size(dtype)), begin, end);
   });
-  const Tokens asked = p.delay == 0 ? tokens_of(a.query, dtype) : asked_tokens(p, dtype, ring);
+  const Tokens asked = p.delay == 0 ? tokens_of(query, dtype) : asked_tokens(p, dtype, ring);
   attend(p, asked, a, in, dtype, ring);
 }
 
 // Several: the ring stays as it is, for their windows reach back to what they will overwrite.
-void attend_to_clip(InputStepParams& p, const Arguments& a, const InWeights& in, DType dtype,
+void attend_to_clip(InputStepParams& p, const InputCall& a, const InWeights& in, DType dtype,
                     RingDType ring) {
   const int64_t row_bytes = p.embed_dim * acc_size(dtype);
   const int64_t queries = p.streams * (p.tokens - p.first);
@@ -155,6 +159,61 @@ void attend_to_clip(InputStepParams& p, const Arguments& a, const InWeights& in,
   p.out = heads;
 }
 
+Tensor run(const InputCall& a, const Tensor& query, const OptionalTensor& active) {
+  check(a, query);
+  const int64_t n = a.x_ring.size(0);
+  const int64_t e = a.x_ring.size(2);
+  check_shape(query, {n, e}, a.op, "query");
+  check_active(active, n, a.x_ring, a.op);
+  const DType dtype = dtype_of(query, a.op);
+  const RingDType ring = ring_dtype_of(a.x_ring, a.x_scale, dtype, a.op);
+  Tensor out = new_like(query, {n, e});
+  if (n == 0) return out;
+  const InWeights in(a.weights);
+  InputStepParams p = params_of(a, in, dtype, n);
+  if (a.update) {
+    attend_to_token(p, query, a, in, dtype, ring);
+    advance_positions(a.position, active);
+  } else {
+    const Slots slots(p, e * (a.x_scale ? 1 : element_size(dtype)));
+    attend_to_token(p, query, a, in, dtype, ring);
+  }
+  project_out(p.out, a.weights, dtype, out);
+  return out;
+}
+
+Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
+  STD_TORCH_CHECK(query.dim() == 3, a.op, ": tokens must be (N, T, E)");
+  check(a, query);
+  const int64_t n = a.x_ring.size(0);
+  const int64_t e = a.x_ring.size(2);
+  const ClipSizes clip{n, query.size(1), 1, e};
+  check_shape(query, {n, clip.tokens, e}, a.op, "query");
+  STD_TORCH_CHECK(0 <= first && first <= clip.tokens, a.op, ": first must be in [0, ", clip.tokens,
+                  "]");
+  const DType dtype = dtype_of(query, a.op);
+  const RingDType ring = ring_dtype_of(a.x_ring, a.x_scale, dtype, a.op);
+  Tensor out = new_like(query, {n, clip.tokens - first, e});
+  if (n == 0 || clip.tokens == 0) return out;
+  const Tensor tokens = as_contiguous(query);
+  const InWeights in(a.weights);
+  InputStepParams p = params_of(a, in, dtype, std::min(kQueries, n * (clip.tokens - first)));
+  p.token = tokens.const_data_ptr();
+  p.clip = kept(p.token, e, clip, dtype, ring, scratch<ClipTag>(kept_bytes(clip, ring)));
+  p.tokens = clip.tokens;
+  p.first = first;
+  attend_to_clip(p, a, in, dtype, ring);
+  if (a.update) {
+    write_ring(p.clip, clip, dtype, p.position, p.x_ring, p.x_scale, p.length);
+    advance_positions(a.position, std::nullopt, clip.tokens);
+  }
+  if (first < clip.tokens) project_out(p.out, a.weights, dtype, out);
+  return out;
+}
+
+constexpr const char* kOne = "cpu_input_step_";
+constexpr const char* kMany = "cpu_input_steps_";
+
 }  // namespace
 
 Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bias,
@@ -162,38 +221,18 @@ Tensor input_step(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bi
                   OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
                   int64_t delay, OptionalTensor active, bool add_zero_attn, double dropout_p,
                   bool update, OptionalTensor x_scale, bool /* batch_invariant: it always is */) {
-  constexpr const char* kOp = "cpu_input_step_";
-  STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
-  const Arguments a{kOp,
-                    query,
-                    {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
-                     out_proj_bias, bias_k, bias_v},
-                    x_ring,
-                    x_scale,
-                    position,
-                    num_heads,
-                    delay,
-                    add_zero_attn};
-  check(a);
-  const int64_t n = x_ring.size(0);
-  const int64_t e = x_ring.size(2);
-  check_shape(query, {n, e}, kOp, "query");
-  check_active(active, n, x_ring, kOp);
-  const DType dtype = dtype_of(query, kOp);
-  const RingDType ring = ring_dtype_of(x_ring, x_scale, dtype, kOp);
-  Tensor out = new_like(query, {n, e});
-  if (n == 0) return out;
-  const InWeights in(a.weights);
-  InputStepParams p = params_of(a, in, dtype, n);
-  if (update) {
-    attend_to_token(p, a, in, dtype, ring);
-    advance_positions(position, active);
-  } else {
-    const Slots slots(p, e * (x_scale ? 1 : element_size(dtype)));
-    attend_to_token(p, a, in, dtype, ring);
-  }
-  project_out(p.out, a.weights, dtype, out);
-  return out;
+  const InputCall call{kOne,
+                       {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
+                        out_proj_bias, bias_k, bias_v},
+                       x_ring,
+                       x_scale,
+                       position,
+                       num_heads,
+                       delay,
+                       add_zero_attn,
+                       dropout_p,
+                       update};
+  return run(call, query, active);
 }
 
 Tensor input_steps(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_bias,
@@ -201,48 +240,46 @@ Tensor input_steps(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_b
                    OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
                    int64_t delay, int64_t first, bool add_zero_attn, double dropout_p, bool update,
                    OptionalTensor x_scale, bool /* batch_invariant: it always is */) {
-  constexpr const char* kOp = "cpu_input_steps_";
-  STD_TORCH_CHECK(dropout_p == 0.0, kOp, ": dropout is not covered");
-  STD_TORCH_CHECK(query.dim() == 3, kOp, ": tokens must be (N, T, E)");
-  const Arguments a{kOp,
-                    as_contiguous(query),
-                    {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
-                     out_proj_bias, bias_k, bias_v},
-                    x_ring,
-                    x_scale,
-                    position,
-                    num_heads,
-                    delay,
-                    add_zero_attn};
-  check(a);
-  const int64_t n = x_ring.size(0);
-  const int64_t e = x_ring.size(2);
-  const ClipSizes clip{n, query.size(1), 1, e};
-  check_shape(query, {n, clip.tokens, e}, kOp, "query");
-  STD_TORCH_CHECK(0 <= first && first <= clip.tokens, kOp, ": first must be in [0, ", clip.tokens,
-                  "]");
-  const DType dtype = dtype_of(query, kOp);
-  const RingDType ring = ring_dtype_of(x_ring, x_scale, dtype, kOp);
-  Tensor out = new_like(query, {n, clip.tokens - first, e});
-  if (n == 0 || clip.tokens == 0) return out;
-  const InWeights in(a.weights);
-  InputStepParams p = params_of(a, in, dtype, std::min(kQueries, n * (clip.tokens - first)));
-  p.token = a.query.const_data_ptr();
-  p.clip = kept(p.token, e, clip, dtype, ring, scratch<ClipTag>(kept_bytes(clip, ring)));
-  p.tokens = clip.tokens;
-  p.first = first;
-  attend_to_clip(p, a, in, dtype, ring);
-  if (update) {
-    write_ring(p.clip, clip, dtype, p.position, p.x_ring, p.x_scale, p.length);
-    advance_positions(position, std::nullopt, clip.tokens);
-  }
-  if (first < clip.tokens) project_out(p.out, a.weights, dtype, out);
-  return out;
+  const InputCall call{kMany,
+                       {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
+                        out_proj_bias, bias_k, bias_v},
+                       x_ring,
+                       x_scale,
+                       position,
+                       num_heads,
+                       delay,
+                       add_zero_attn,
+                       dropout_p,
+                       update};
+  return run_many(call, query, first);
+}
+
+// A step as the arguments describe it, for other tokens and masks.
+int64_t bind_input_step(Tensor /* query */, Tensor in_proj_weight, OptionalTensor in_proj_bias,
+                        Tensor out_proj_weight, OptionalTensor out_proj_bias, OptionalTensor bias_k,
+                        OptionalTensor bias_v, Tensor x_ring, Tensor position, int64_t num_heads,
+                        int64_t delay, OptionalTensor /* active */, bool add_zero_attn,
+                        double dropout_p, bool update, OptionalTensor x_scale,
+                        bool /* batch_invariant: it always is */) {
+  const InputCall call{kOne,
+                       {in_proj_weight, std::nullopt, std::nullopt, in_proj_bias, out_proj_weight,
+                        out_proj_bias, bias_k, bias_v},
+                       x_ring,
+                       x_scale,
+                       position,
+                       num_heads,
+                       delay,
+                       add_zero_attn,
+                       dropout_p,
+                       update};
+  return bind(
+      [call](const Tensor& token, const OptionalTensor& mask) { return run(call, token, mask); });
 }
 
 }  // namespace continual_mha::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cpu_bind_input_step_", TORCH_BOX(&continual_mha::cpu::bind_input_step));
   m.impl("cpu_input_step_", TORCH_BOX(&continual_mha::cpu::input_step));
   m.impl("cpu_input_steps_", TORCH_BOX(&continual_mha::cpu::input_steps));
 }
