@@ -280,13 +280,19 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         forward = getattr(self, mode)
         if not self._has_hooks():
             return forward(*args, **kwargs)
+        own = self.__dict__.get("forward")  # that of who wraps a module's forward in its place
+
+        def give_back(module: nn.Module, args: tuple[Any, ...]) -> None:
+            _set_forward(module, own)
+            handle.remove()
+
         # torch's own call looks `forward` up before it runs the first hook, which gives it back
-        handle = self.register_forward_pre_hook(_give_forward_back, prepend=True)
+        handle = self.register_forward_pre_hook(give_back, prepend=True)
         try:
-            self.__dict__["forward"] = forward
+            _set_forward(self, forward)
             return super().__call__(*args, **kwargs)
         finally:
-            self.__dict__.pop("forward", None)
+            _set_forward(self, own)
             handle.remove()
 
     def _has_hooks(self) -> bool:
@@ -642,11 +648,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
-def _give_forward_back(module: nn.Module, args: tuple[Any, ...]) -> None:
-    module.__dict__.pop("forward", None)
-    hooks = module._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _give_forward_back]:
-        del hooks[key]
+def _set_forward(module: nn.Module, forward: Any) -> None:
+    """Let the module have this ``forward`` instead of its class's; None for its class's."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
 
 
 def _single_query_flops(length: int, head_dim: int, muls: bool, adds: bool, exps: bool) -> int:

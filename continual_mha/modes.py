@@ -32,6 +32,8 @@ def checked_mode(mode: Any) -> str:
 class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
     """Inside ``with call_mode("forward_step"):``, calling any module makes a step.
 
+    In every thread, as in ``continual``: where several run, set ``module.call_mode`` instead.
+
     Raises:
         ValueError: there is no such mode.
     """

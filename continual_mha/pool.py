@@ -108,6 +108,7 @@ class StreamPool:
     Raises:
         ValueError: the model keeps no streams, or state that nobody can read; a size is below 1;
             ``graph`` without a CUDA device or with a model that is stepped stream by stream.
+        TypeError: the model has no ``forward_step``.
     """
 
     def __init__(
@@ -134,6 +135,13 @@ class StreamPool:
         self._queue_size = queue_size
         example = torch.zeros((capacity, *token_shape), dtype=self._dtype, device=self._device)
         alone = _foreign_modules(model)
+        if not alone:
+            storage.stateful_modules(model)  # or there is nothing to serve
+        if not callable(getattr(model, "forward_step", None)):
+            raise TypeError(
+                "the model must have a forward_step, which takes a token through its modules, but "
+                f"{type(model).__name__} has none"
+            )
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
         self._slots: Any = (

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from .quantized import STORED_AS
 
+# A state set from outside may not be older than this: kernels find slots by positions and trust
+# them not to pass 2**63 - 1, which a stream that began at 0 never does.
+_OLDEST = 1 << 62
+
 
 class RingState(NamedTuple):
     """State of ``N`` streams in the formulation ``kv``: projected keys and values are kept.
@@ -308,6 +312,8 @@ def _check_clock(state: State, sequence_len: int) -> None:
     least, most = int(position.min()), int(position.max())
     if least < 0:
         raise ValueError(f"state.position must not be negative, but its least is {least}")
+    if most > _OLDEST:
+        raise ValueError(f"state.position must be at most 2**62, but its greatest is {most}")
     steps = state.clock.shape[0]
     if steps < sequence_len and (least, most) != (steps, steps):
         raise ValueError(

@@ -314,6 +314,12 @@ class StatefulStreams(nn.Module):
             buffers[name] = buffers[name].view(torch.float32)
         return applied
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """As in torch; a replica's weights and state are others."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._repeat = None
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which cannot hold a part of a graph."""
         copied: dict[str, Any] = super().__getstate__()

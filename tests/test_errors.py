@@ -332,6 +332,13 @@ BAD_STATES = {
         ValueError,
         ["position", "negative"],
     ),
+    "position that would pass the largest integer": (
+        other_state(
+            position=lambda s: torch.full_like(s.position, 2**63 - 1), clock=lambda s: zeros(L, 0)
+        ),
+        ValueError,
+        ["position", "2**62", "9223372036854775807"],
+    ),
     "keys elsewhere": (other_state(k=lambda s: s.k.to(META)), ValueError, ["k", "meta", "cpu"]),
     "positions elsewhere": (
         other_state(position=lambda s: s.position.to(META)),
@@ -352,7 +359,11 @@ BAD_STATES = {
 }
 
 
-ABOUT_VALUES = ("negative position", "clock behind the positions")
+ABOUT_VALUES = (
+    "negative position",
+    "position that would pass the largest integer",
+    "clock behind the positions",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in BAD_STATES if c not in ABOUT_VALUES])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import (
@@ -16,6 +18,7 @@ from oracles import (
     window_attention,
 )
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -443,6 +446,23 @@ def test_gradient_through_autocast_steps():
     output.float().sum().backward()
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
     torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)
+
+
+def test_functional_step_may_be_run_again_in_the_backward_pass():
+    module = build_small("middle_query")
+    x, *_ = leaves(module, 2, LENGTH + 2)
+
+    def step(token, *state):
+        output, state = module._forward_step(token, prev_state=state or None)
+        return token if output is None else output, *state
+
+    grads = []
+    for run in (step, partial(checkpoint, step, use_reentrant=False)):
+        state = ()
+        for token in x.unbind(1):
+            output, *state = run(token, *state)
+        grads += torch.autograd.grad(output.square().sum(), x)
+    torch.testing.assert_close(*grads)
 
 
 def step_in_a_warm_window_of_one(module, x):

@@ -298,6 +298,20 @@ def test_hook_may_use_the_other_forwards_of_the_module():
         assert len(module(x)) == 2
 
 
+def test_forward_that_was_wrapped_in_its_place_survives_steps_with_hooks():
+    module, calls = build(), []
+    plain = module.forward
+    module.forward = lambda *args: calls.append(args) or plain(*args)
+    clip = torch.ones(1, 3, EMBED)
+    module.register_forward_hook(lambda module, args, output: module.forward(clip))
+    token = torch.ones(1, EMBED)
+    with co.call_mode("forward_step"):
+        module(token)
+    assert len(calls) == 1  # by the hook
+    module(clip)
+    assert len(calls) == 3
+
+
 def test_copy_made_inside_a_hook_is_a_module_of_its_own():
     module = build(sequence_len=1)
     module.call_mode = "forward_step"

@@ -164,6 +164,10 @@ def test_bad_tokens_and_numbers_are_refused():
             co.StreamPool(build(), token_shape=(EMBED,), **sizes)
     with pytest.raises(ValueError, match="no module that keeps streams"):
         co.StreamPool(nn.Linear(2, 2), 1, (2,))
+    module = build()
+    with pytest.raises(TypeError, match="Sequential has none"):
+        co.StreamPool(nn.Sequential(module), 1, (EMBED,))
+    assert module.get_state() is None
     with pytest.raises(ValueError, match="CUDA"):
         co.StreamPool(build(), 1, (EMBED,), graph=True, device="cpu")
 

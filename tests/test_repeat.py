@@ -189,7 +189,19 @@ def test_weights_passed_in_are_used(backend):
         assert module(token).any()
 
 
-@pytest.mark.parametrize("via", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def replicate(module):
+    """What `torch.nn.parallel.replicate` does on every device but the first."""
+    replica = module._replicate_for_data_parallel()
+    for kind in ("_parameters", "_buffers"):
+        copies = {n: None if x is None else x.clone() for n, x in getattr(module, kind).items()}
+        setattr(replica, kind, copies)
+    return replica
+
+
+COPIES = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), replicate]
+
+
+@pytest.mark.parametrize("via", COPIES)
 def test_copy_does_not_write_to_the_original(via, backend):
     module = warm()
     before = module.get_state()
