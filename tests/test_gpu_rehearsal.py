@@ -188,6 +188,29 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
         assert [kernel.bound for kernel in launched[2:]] == [1, 1]
 
 
+@pytest.mark.skipif(launcher.INTERPRETED, reason="the interpreter launches nothing")
+def test_launch_is_made_on_the_device_of_its_tensors(cuda, monkeypatch):
+    current, launched_on = [1], []
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Where:
+        def __getitem__(self, size):
+            return lambda *args, **options: launched_on.append(current[0]) or self
+
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for _ in range(2):
+        launcher.launch(Where(), (1, 1, 1), (torch.zeros(4),), (), num_warps=4)
+    assert launched_on == [0, 0]
+    assert current == [1]
+
+
 # -- timers ----------------------------------------------------------------------------------------
 
 
