@@ -1,12 +1,14 @@
-"""``python3 -m bench.exercise``: small calls of every kernel, for compute-sanitizer.
+"""``python3 -m bench.exercise``: small calls of every kernel, compared with float64 on the CPU.
 
-Shapes are small, because a watched kernel is many times slower; but windows wrap around, streams
-differ in age, and one window is long enough to be divided among programs.
+Also for compute-sanitizer. Shapes are small, because a watched kernel is many times slower; but
+windows wrap around, streams differ in age, and one window is long enough to be divided among
+programs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,6 +16,8 @@ import torch
 
 import continual_mha
 from continual_mha import SingleOutputMultiheadAttention
+
+from .problem import TOLERANCE
 
 # N, E, H, L, dtype
 SHAPES = (
@@ -25,13 +29,11 @@ SHAPES = (
 
 
 def _calls(
-    module: SingleOutputMultiheadAttention, streams: int
+    module: SingleOutputMultiheadAttention, clip: torch.Tensor
 ) -> Iterator[Callable[[], torch.Tensor | None]]:
     """Calls of all three forwards, from cold streams to warm ones of mixed ages."""
-    weight, length = module.out_proj.weight, module.sequence_len
-    options = {"device": weight.device, "dtype": weight.dtype}
-    clip = torch.randn(streams, length + 3, module.embed_dim, **options)
-    active = torch.arange(streams, device=weight.device) % 2 == 0
+    length = module.sequence_len
+    active = torch.arange(clip.shape[0], device=clip.device) % 2 == 0
     for token in clip[:, :2].unbind(1):
         yield partial(module.forward_step, token)
     yield partial(module.forward_steps, clip)
@@ -51,14 +53,16 @@ def _calls(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make the calls on every backend that loads; exit with an error if a result is not finite."""
+    """Make the calls on each backend; exit with an error if one fails or a result is wrong."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.exercise", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", action="append", help="by default triton and cuda")
     options = parser.parse_args(arguments)
+    failures = 0
     for backend in options.backend or ("triton", "cuda"):
         if backend not in continual_mha.backends.available():
             print(f"{backend}: {continual_mha.backends.why_not(backend, 'ring_step_', ())}")
+            failures += 1
             continue
         for streams, embed_dim, heads, length, dtype in SHAPES:
             for formulation in ("kv", "input"):
@@ -66,26 +70,44 @@ def main(arguments: list[str] | None = None) -> None:
                     embed_dim, heads, sequence_len=length, formulation=formulation,
                     query_index=-2, device=options.device, dtype=dtype,
                 ).requires_grad_(False)  # fmt: skip
-                _check(backend, module, streams)
+                about = f"{backend} {formulation} N={streams} {dtype} {module.extra_repr()}"
+                try:
+                    print(f"{about}: {_check(backend, module, streams)}", flush=True)
+                except Exception as error:  # the other shapes may tell more
+                    failures += 1
+                    print(f"{about}: {type(error).__name__}: {error}"[:400], flush=True)
+    if failures:
+        raise SystemExit(f"{failures} failed")
 
 
-def _check(backend: str, module: SingleOutputMultiheadAttention, streams: int) -> None:
-    """Make every call; what the backend declines is counted."""
-    made = declined = 0
-    with torch.no_grad(), continual_mha.use_backend(backend):
-        for call in _calls(module, streams):
-            try:
+def _check(backend: str, module: SingleOutputMultiheadAttention, streams: int) -> str:
+    """Make every call; what the backend declines is counted, and made by plain PyTorch."""
+    weight = module.out_proj.weight
+    clip = torch.randn(streams, module.sequence_len + 3, module.embed_dim).to(weight.dtype)
+    exact = copy.deepcopy(module).to("cpu", torch.float64)
+    pairs = zip(_calls(module, clip.to(weight.device)), _calls(exact, clip.double()), strict=True)
+    declined, errors = 0, []
+    for call, exact_call in pairs:
+        with torch.no_grad(), continual_mha.use_backend("torch"):
+            expected = exact_call()
+        try:
+            with torch.no_grad(), continual_mha.use_backend(backend):
                 out = call()
-            except RuntimeError as error:
-                if "no backend can run" not in str(error):
-                    raise
-                declined += 1
-                continue
-            made += 1
-            if out is not None and not out.isfinite().all():
-                raise SystemExit(f"{backend}, {module}: a result is not finite")
-    sizes = f"N={streams} {module.extra_repr()}"
-    print(f"{backend} {module.formulation} {sizes}: {made} made, {declined} declined", flush=True)
+        except RuntimeError as error:
+            if "no backend can run" not in str(error):
+                raise
+            declined += 1
+            with torch.no_grad(), continual_mha.use_backend("torch"):
+                out = call()
+        if (out is None) != (expected is None):
+            raise RuntimeError(f"call {len(errors)} returned {out}, expected {expected}")
+        if out is None or expected is None:
+            continue
+        error = (out.cpu().double() - expected).norm() / expected.norm()
+        if not error <= TOLERANCE[str(weight.dtype).removeprefix("torch.")]:
+            raise RuntimeError(f"output {len(errors)} has a relative error of {error:.1e}")
+        errors.append(float(error))
+    return f"{len(errors)} outputs, worst error {max(errors):.1e}, {declined} calls declined"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """``python3 -m bench.gpu``: everything that only a machine with a GPU can tell, in one go.
 
-Builds the native libraries in the tree, runs the tests on CUDA tensors, runs the sanitizer on
-small shapes, measures, and prints a short table last. It installs nothing and takes whatever
-Python, torch and nvcc are there. Every stage has a share of the time limit and leaves its log, and
-the benchmark each finished case, whatever becomes of the others. Where the time of a machine comes
-in pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
+Builds the native libraries in the tree, calls every kernel of each backend, runs the tests of the
+kernels on CUDA tensors, measures, runs all other tests and the sanitizer on small shapes, and
+prints a short table last. It installs nothing and takes whatever Python, torch and nvcc are there.
+Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
+benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
+pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .digest import account
 from .ratios import OURS, Results
 from .records import ROWS, read
 
 ROOT = Path(__file__).parent.parent
 LEFT = "{seconds left}"  # stands for a number that is known when the stage begins
 TOOLS = ("memcheck", "racecheck", "initcheck")  # of compute-sanitizer
+# Tests of the kernels themselves, which come first.
+KERNELS = (
+    "triton_ring_step", "triton_ring_steps", "triton_input_step", "triton_attend_shared",
+    "triton_attend_window", "triton_training", "backends", "streaming",
+)  # fmt: skip
 # Tests to which a GPU makes no difference.
 ELSEWHERE = (
     "bench", "cuda_compile", "cuda_emulation", "cuda_host", "demo", "gpu_rehearsal", "load",
     "native_build", "native_cpu", "packaging", "ray_pools", "soak", "triton_compiles",
+    "triton_driver", "triton_launch",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
 
@@ -61,9 +69,12 @@ def _tool(name: str) -> str | None:
 
 def _build_environment() -> dict[str, str]:
     """With a compiler there, building for the GPU that is there is no option but a duty."""
-    if _tool("nvcc") is None:
+    nvcc = _tool("nvcc")
+    if nvcc is None:
         return {}
     chosen = {"CONTINUAL_MHA_BUILD_CUDA": "1"}
+    if shutil.which("nvcc") is None:
+        chosen["CUDA_HOME"] = str(Path(nvcc).parent.parent)
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
@@ -76,23 +87,39 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     """All stages, in their order."""
     python = sys.executable
     build = [python, "setup.py", "build_ext", "--inplace"]
-    tests = [python, "-m", "pytest", "tests", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    tests += [f"--ignore=tests/test_{name}.py" for name in ELSEWHERE]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     bench = [python, "-m", "bench", "--device", "cuda", "--size", size, "--out", str(folder)]
     bench += ["--resume", "--limit", LEFT, *bench_arguments]
-    found = [
-        Stage("build", build, 0.25, _build_environment()),
-        Stage("tests", tests, 0.3, {"OMP_NUM_THREADS": "2"}),
+    exercise = [python, "-m", "bench.exercise"]
+    found = [Stage("build", build, 0.2, _build_environment())]
+    # This also leaves compiled kernels behind for the sanitizer, under which compiling is slow.
+    for backend in ("triton", "cuda"):
+        found.append(Stage(f"exercise-{backend}", [*exercise, "--backend", backend], 0.06))
+    files = [f"tests/test_{name}.py" for name in KERNELS]
+    ignored = [f"--ignore=tests/test_{name}.py" for name in (*ELSEWHERE, *KERNELS)]
+    found += [
+        _tests("kernels", folder, files, 0.18),
+        Stage("bench", bench, 0.25),
+        _tests("tests", folder, ["tests", *ignored], 0.1),
     ]
     sanitizer = _tool("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
         # The caching allocator would hide reads past the end of a tensor.
         quiet = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        found.append(Stage(tool, [*check, python, "-m", "bench.exercise"], 0.05, quiet))
-    return [*found, Stage("bench", bench, 0.3)]
+        found.append(Stage(tool, [*check, *exercise], 0.05, quiet))
+    return found
+
+
+def _tests(name: str, folder: Path, which: Sequence[str], share: float) -> Stage:
+    """Tests on the backends of a GPU, every outcome into a file."""
+    command = [sys.executable, "-m", "pytest", *which, "-q", "--tb=short", "--show-capture=no"]
+    command += ["-p", "no:cacheprovider", "--backends", "triton,cuda"]
+    command += ["-p", "bench.digest", "--digest", str(folder / f"{name}.jsonl")]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
+    if importlib.util.find_spec("pytest_timeout"):  # no signal ends a wait for the device
+        command += ["--timeout", "120", "--timeout-method", "thread"]
+    return Stage(name, command, share, {"OMP_NUM_THREADS": "1"})
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
@@ -133,7 +160,8 @@ def run(stage: Stage, log: Path, limit: float) -> Outcome:
 
 
 def _tail(log: Path, count: int) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    lines = log.read_text(errors="replace").splitlines()[-count:]
+    return "\n".join(line[:160] for line in lines)
 
 
 def short_table(folder: Path) -> str:
@@ -202,7 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _say(outcome: Outcome, log: Path) -> None:
     print(f"== {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
-    print(_tail(log, 3 if outcome.result == "passed" else 40), flush=True)
+    passed = outcome.result == "passed"
+    print(account(log.with_suffix(".jsonl")) or _tail(log, 3 if passed else 15), flush=True)
 
 
 if __name__ == "__main__":

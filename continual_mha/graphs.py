@@ -54,9 +54,10 @@ class GraphedStep:
 
     def _capture(self) -> Tensor:
         """Run the step, with no stream active so that no state moves, and record it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), active_streams(self.active):
+        on_device = torch.cuda.device(self._tokens.device)
+        with on_device, torch.no_grad(), active_streams(self.active):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP_RUNS):
                     self._step()

@@ -28,6 +28,10 @@ NATIVE = [name for name in LOADED if name in ("cpu", "torch") or ON_GPU]
 SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and INTERPRETED)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backends", help="which of them, with commas; by default all that run here")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "small: light enough for Triton's interpreter")
 
@@ -35,7 +39,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         small = metafunc.definition.get_closest_marker("small") is not None
-        metafunc.parametrize("backend", SMALL if small else NATIVE, indirect=True)
+        asked = metafunc.config.getoption("--backends")
+        names = [
+            name
+            for name in (SMALL if small else NATIVE)
+            if asked is None or name in asked.split(",")
+        ]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A kernel that went astray leaves no device to the tests after it, nor to this process."""
+    if not ON_GPU:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:  # which is started anew
+            os._exit(1)
+        pytest.exit(f"the CUDA device is lost: {error}", returncode=1)
 
 
 @pytest.fixture

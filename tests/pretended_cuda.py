@@ -178,6 +178,7 @@ class PretendedCuda:
                 "current_stream": lambda device=None: _Stream(),
                 "Stream": _Stream,
                 "stream": lambda stream: nullcontext(),
+                "device": lambda device: nullcontext(),
                 "Event": self.event(),
                 "CUDAGraph": Graph,
                 "graph": self.graph,

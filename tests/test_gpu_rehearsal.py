@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from pretended_cuda import DEVICE, PretendedCuda
 
 import continual_mha as co
 from bench import __main__ as command
-from bench import ceilings, exercise, gpu, grid, machine, measure, peers, records, timing
+from bench import ceilings, digest, exercise, gpu, grid, machine, measure, peers, records, timing
 from bench.grid import Case
 from continual_mha.triton_kernels import launch as launcher
 from continual_mha.triton_kernels import project, ring_step, ring_steps
@@ -187,6 +188,29 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
         assert [kernel.bound for kernel in launched[2:]] == [1, 1]
 
 
+@pytest.mark.skipif(launcher.INTERPRETED, reason="the interpreter launches nothing")
+def test_launch_is_made_on_the_device_of_its_tensors(cuda, monkeypatch):
+    current, launched_on = [1], []
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Where:
+        def __getitem__(self, size):
+            return lambda *args, **options: launched_on.append(current[0]) or self
+
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for _ in range(2):
+        launcher.launch(Where(), (1, 1, 1), (torch.zeros(4),), (), num_warps=4)
+    assert launched_on == [0, 0]
+    assert current == [1]
+
+
 # -- timers ----------------------------------------------------------------------------------------
 
 
@@ -339,12 +363,34 @@ def test_failure_of_one_implementation_on_the_gpu_leaves_the_others_rows(cuda, s
     assert rows["ours:torch", "cold"]["status"] == "ok"
 
 
-def test_what_the_sanitizer_watches_runs(capsys, monkeypatch):
+def test_what_the_sanitizer_watches_is_right(capsys, monkeypatch):
     monkeypatch.setattr(exercise, "SHAPES", exercise.SHAPES[:2])
     exercise.main(["--device", "cpu", "--backend", "torch"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert all(line.endswith(" made, 0 declined") for line in lines)
+    assert all(line.endswith(", 0 calls declined") for line in lines)
+
+
+def test_wrong_output_fails_its_shape_and_not_the_others(capsys, monkeypatch):
+    monkeypatch.setattr(exercise, "SHAPES", exercise.SHAPES[:2])
+    step = co.SingleOutputMultiheadAttention.forward_step
+
+    def wrong(module, token, **options):
+        out = step(module, token, **options)
+        broken = out is not None and token.dtype == torch.float32 and token.shape[0] == 1
+        return out * 1.001 if broken else out
+
+    monkeypatch.setattr(co.SingleOutputMultiheadAttention, "forward_step", wrong)
+    with pytest.raises(SystemExit, match="2 failed"):
+        exercise.main(["--device", "cpu", "--backend", "torch"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["relative error" in line for line in lines] == [True, True, False, False]
+
+
+def test_backend_that_does_not_load_fails(capsys, monkeypatch):
+    monkeypatch.setattr(co.backends, "available", lambda: ("torch",))
+    with pytest.raises(SystemExit, match="1 failed"):
+        exercise.main(["--device", "cpu", "--backend", "cuda"])
 
 
 # -- the driver ------------------------------------------------------------------------------------
@@ -353,7 +399,8 @@ def test_what_the_sanitizer_watches_runs(capsys, monkeypatch):
 def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_tool", lambda name: f"/tools/{name}")
     found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
-    assert list(found) == ["build", "tests", *gpu.TOOLS, "bench"]
+    exercises = ["exercise-triton", "exercise-cuda"]
+    assert list(found) == ["build", *exercises, "kernels", "bench", "tests", *gpu.TOOLS]
     for tool in gpu.TOOLS:
         watched = found[tool].command
         assert watched[:5] == [
@@ -364,7 +411,75 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     assert (options.out, options.mode, options.resume) == (tmp_path, ("step",), True)
     assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
     ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
+    files = [part for part in found["kernels"].command if part.endswith(".py")]
+    assert set(files) < set(ignored)
     assert all((gpu.ROOT / path).exists() for path in ignored)
+
+
+def test_compiler_off_the_path_is_told_to_the_build(monkeypatch):
+    found = {"nvcc": None, ("nvcc", gpu._CUDA): f"{gpu._CUDA}/nvcc"}
+    which = lambda name, path=None: found[name if path is None else (name, path)]
+    monkeypatch.setattr(gpu.shutil, "which", which)
+    assert gpu._build_environment()["CUDA_HOME"] == "/usr/local/cuda"
+
+
+_SOME_FAIL = """
+import os, pytest
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_it(backend, n):
+    assert backend == "torch" or n == 3, f"error {n / 7} on {backend}"
+def test_skipped():
+    pytest.skip("for a reason")
+@pytest.fixture
+def broken():
+    raise OSError("no such thing")
+def test_broken(broken):
+    pass
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "in workers"])
+def test_account_of_tests_has_every_outcome_and_each_cause_once(workers, tmp_path):
+    (tmp_path / "test_some.py").write_text(_SOME_FAIL)
+    outcomes = tmp_path / "outcomes.jsonl"
+    options = ["-p", "no:cacheprovider", "-p", "bench.digest", "--digest", str(outcomes)]
+    command = [sys.executable, "-m", "pytest", str(tmp_path), "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    subprocess.run(
+        [*command, *options, *workers], cwd=tmp_path, env=environment, capture_output=True
+    )
+    lines = digest.account(outcomes).splitlines()
+    assert set(lines[:3]) == {
+        "triton: 2 failed, 1 passed",
+        "torch: 3 passed",
+        "other: 1 failed, 1 skipped",
+    }
+    causes = [line for line in lines[3:] if not line.startswith("    ")]
+    assert causes == [
+        "2x triton: AssertionError: error # on triton",
+        "1x other: OSError: no such thing",
+    ]
+    assert digest.account(tmp_path / "none.jsonl") == ""
+
+
+def test_device_that_is_lost_ends_the_process_that_lost_it(monkeypatch):
+    import conftest
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conftest, "ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    ended = []
+    monkeypatch.setattr(conftest.os, "_exit", ended.append)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="illegal memory access"):
+        conftest.pytest_runtest_setup(None)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with contextlib.suppress(pytest.exit.Exception):  # here _exit comes back
+        conftest.pytest_runtest_setup(None)
+    assert ended == [1]
 
 
 def test_time_is_shared_among_the_chosen_stages_and_what_is_left_goes_to_the_later_ones():
@@ -376,7 +491,7 @@ def test_time_is_shared_among_the_chosen_stages_and_what_is_left_goes_to_the_lat
 def test_unknown_stages_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--stages", "build,bensh"])
-    assert "build,tests" in capsys.readouterr().err.replace(", ", ",")
+    assert "build,exercise-triton" in capsys.readouterr().err.replace(", ", ",")
 
 
 def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys):

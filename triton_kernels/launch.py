@@ -60,7 +60,8 @@ def launch(
     After the first launch of a signature the compiled kernel is called directly, which skips
     Triton's binder. That is sound only while every pointer keeps the 16-byte alignment which the
     compiled kernel assumes, so a call with any other pointer takes the ordinary way. `constants`
-    are the constexprs, from a cache such as `constants_of`: their identity stands for them.
+    are the constexprs, from a cache such as `constants_of`: their identity stands for them. Triton
+    launches on the current device, so that of `args[0]`, a tensor, is made the current one.
     """
     if 0 in grid:
         return
@@ -70,6 +71,11 @@ def launch(
             _recorder.append(Launch(kernel, grid, args + constants, options))
         else:
             kernel[grid](*args, *constants, **options)
+        return
+    device = args[0].device.index
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl)
         return
     key, aligned = _signature(kernel, args, constants, num_warps)
     known = _compiled.get(key)
