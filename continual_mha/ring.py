@@ -17,8 +17,8 @@ from torch import Tensor
 from .quantized import STORED_AS
 
 # A state set from outside may not be older than this: kernels find slots by positions and trust
-# them not to pass 2**63 - 1, which a stream that began at 0 never does.
-_OLDEST = 1 << 62
+# them not to pass 2**63 - 1, for which it leaves years of steps to every stream.
+_OLDEST = (1 << 63) - (1 << 48)
 
 
 class RingState(NamedTuple):
@@ -313,7 +313,9 @@ def _check_clock(state: State, sequence_len: int) -> None:
     if least < 0:
         raise ValueError(f"state.position must not be negative, but its least is {least}")
     if most > _OLDEST:
-        raise ValueError(f"state.position must be at most 2**62, but its greatest is {most}")
+        raise ValueError(
+            f"state.position must be at most 2**63 - 2**48, but its greatest is {most}"
+        )
     steps = state.clock.shape[0]
     if steps < sequence_len and (least, most) != (steps, steps):
         raise ValueError(

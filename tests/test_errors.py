@@ -337,7 +337,7 @@ BAD_STATES = {
             position=lambda s: torch.full_like(s.position, 2**63 - 1), clock=lambda s: zeros(L, 0)
         ),
         ValueError,
-        ["position", "2**62", "9223372036854775807"],
+        ["position", "2**63 - 2**48", "9223372036854775807"],
     ),
     "keys elsewhere": (other_state(k=lambda s: s.k.to(META)), ValueError, ["k", "meta", "cpu"]),
     "positions elsewhere": (

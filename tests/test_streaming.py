@@ -434,7 +434,7 @@ def test_rings_with_other_key_and_value_sizes_bit_for_bit(backend):
         assert torch.equal(ring, want)
 
 
-@pytest.mark.parametrize("position", [2**31 - 7, 2**32 - 3, 2**62 - 41])
+@pytest.mark.parametrize("position", [2**31 - 7, 2**32 - 3, 2**63 - 2**48 - 41])
 def test_long_lives_of_streams(position, backend):
     """Positions far past 32 bits choose the slots that small ones of the same remainders do."""
     module = build(query_index=-3)

@@ -178,7 +178,7 @@ def test_a_stream_does_not_see_its_neighbours(path: str, splits: int) -> None:
     assert torch.equal(case.state[0][1], state[0][1])
 
 
-@pytest.mark.parametrize("position", [2**31 - 1, 2**62 + 3])
+@pytest.mark.parametrize("position", [2**31 - 1, 2**63 - 2**48])
 def test_positions_of_a_long_life(position: int) -> None:
     case = InputCase(delay=2).warm()
     case.state[1].fill_(position)

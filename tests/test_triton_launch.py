@@ -11,6 +11,7 @@ import continual_mha
 from continual_mha.triton_kernels import launch as module
 from continual_mha.triton_kernels import ring_step
 from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
+from continual_mha.triton_kernels.pieces import dot_precision
 
 
 class StandIn:
@@ -75,6 +76,20 @@ def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel:
     for argument in (x, x[1:], x[1:], x):
         launch(kernel, (1, 1, 1), (argument,), constants_of(), num_warps=4)
     assert kernel.calls == ["triton", "triton", "triton", "compiled"]
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
+def test_precision_follows_either_of_torchs_settings(setting: str) -> None:
+    expected = "tf32" if setting == "tf32" else "ieee"
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert dot_precision() == expected
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.allow_tf32 = setting == "tf32"
+        assert dot_precision() == expected
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> None:

@@ -133,7 +133,7 @@ def test_a_stream_does_not_see_its_neighbours(path: str, splits: int) -> None:
     assert torch.equal(case.state[0][1], state[0][1])
 
 
-@pytest.mark.parametrize("position", [2**31 - 1, 2**31 + 4, 2**62 + 3])
+@pytest.mark.parametrize("position", [2**31 - 1, 2**31 + 4, 2**63 - 2**48])
 def test_positions_of_a_long_life(position: int) -> None:
     case = RingCase(delay=2).warm()
     case.state[3].fill_(position)

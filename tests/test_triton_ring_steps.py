@@ -94,7 +94,7 @@ def test_no_tokens_and_no_outputs_are_no_errors() -> None:
 
 def test_positions_of_a_long_life() -> None:
     case = RingCase(delay=2).warm()
-    case.state[3].fill_(2**62 + 3)
+    case.state[3].fill_(2**63 - 2**48)
     check_clip(case, 7, 0)
 
 

@@ -19,7 +19,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 def dot_precision() -> str:
     """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # `allow_tf32`, which says the same, raises once anybody has set `fp32_precision`.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
