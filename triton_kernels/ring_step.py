@@ -480,7 +480,7 @@ def _project_group(
     )  # fmt: skip
     projected = tl.where(mask_d[None, :], projected, 0.0)
     COPIES: tl.constexpr = 16 // GROUP
-    if COPIES > 1:  # the matrix unit wants 16 rows; chosen before they are added, for NaN's sake
+    if COPIES > 1:  # the matrix unit wants 16 rows; those of no stream hold the bias
         chosen = (tl.arange(0, COPIES) == 0)[:, None, None]
         copies = tl.reshape(projected, (COPIES, GROUP, BLOCK_D))
         projected = tl.sum(tl.where(chosen, copies, 0.0), axis=0)
