@@ -158,15 +158,16 @@ class Compiled:
 
 
 @pytest.mark.skipif(launcher.INTERPRETED, reason="the interpreter launches nothing")
-@pytest.mark.parametrize("streams", [1, 8, 4096])
+@pytest.mark.parametrize("streams", [1, 8, 100, 4096])
 def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, cuda, monkeypatch):
-    """Of the paths: one launch, three of our own, and one between products of torch's."""
+    """Of the paths: one launch, three, one for groups, and one between products of torch's."""
     for cache in ("_compiled", "_arenas", "_captured"):
         monkeypatch.setattr(launcher, cache, {})
     launched = []
     for module, name in (
         (ring_step, "_ring_step_kernel"),
         (project, "_project_kernel"),
+        (ring_step, "_group_step_kernel"),
         (ring_steps, "ring_steps_kernel"),
         (ring_steps, "_write_rings_kernel"),
     ):
@@ -179,13 +180,13 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
         module.start_streams(streams)
         module.forward_step(token)
         bound = [kernel.bound for kernel in launched]
-        assert bound[:2] == {1: [1, 0], 8: [1, 2], 4096: [1, 0]}[streams]
+        assert bound[:3] == {8: [1, 2, 0], 100: [0, 0, 1]}.get(streams, [1, 0, 0])
         for _ in range(3):
             module.forward_step(token)
         assert [kernel.bound for kernel in launched] == bound
-        assert launched[0].direct == 3
+        assert launched[2 if streams == 100 else 0].direct == 3
         module.forward_steps(token[:, None].expand(-1, 4, -1))
-        assert [kernel.bound for kernel in launched[2:]] == [1, 1]
+        assert [kernel.bound for kernel in launched[3:]] == [1, 1]
 
 
 @pytest.mark.skipif(launcher.INTERPRETED, reason="the interpreter launches nothing")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from continual_mha.triton_kernels import aot, plan
+from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -17,6 +18,13 @@ FUSED = {
     HALF: [(1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)],
     FULL: [(1, 512, 8, 32), (1, 512, 8, 4096)],
 }
+GROUPS = [
+    (32, 192, 16, 120, HALF, None),
+    (64, 256, 8, 64, HALF, None),
+    (128, 256, 8, 64, HALF, torch.int8),
+    (64, 256, 2, 64, HALF, torch.uint8),
+    (64, 256, 8, 64, FULL, None),
+]
 WINDOWS = [
     (32, HALF, True),
     (64, HALF, True),
@@ -36,6 +44,16 @@ def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
             yield f"fused-{N}-{E}-{H}-{L}-{dtype}", aot.step_launches(*shape, path="fused")
         for path in ("chain", "invariant"):
             yield f"{path}-{dtype}", aot.step_launches(8, 1024, 8, 4096, dtype, path=path)
+    for codes, head_dims in zip(CODES, (plan.RING_TILES_8, (16, 128)), strict=True):
+        for head_dim in head_dims:  # the loop is the same whatever the dtype of tokens
+            shape = (4096, 4 * head_dim, 4, 4096, HALF)
+            launches = aot.step_launches(*shape, path="gemm", codes=codes)
+            yield f"ring-D{head_dim}-{codes}", launches
+    launches = aot.step_launches(1, 512, 8, 4096, HALF, path="fused", codes=torch.uint8)
+    yield "fused-1-512-8-4096-uint8", launches
+    for N, E, H, L, dtype, codes in GROUPS:
+        launches = aot.step_launches(N, E, H, L, dtype, path="group", codes=codes)
+        yield f"group-{N}-{E}-{H}-{L}-{dtype}-{codes}", launches
 
 
 def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
@@ -86,7 +104,11 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         assert report.resident_programs(plan.SHARED_MEMORY[capability]) >= 1, report.kernel
         reads_ring = report.kernel == "_ring_step_kernel"
         if reads_ring and not name.startswith("fused"):
-            assert set(report.loads_in_loops()) == {"128"}
+            loads = report.loads_in_loops()
+            eight_bits = launch.args[11].dtype in CODES  # with a scale for every row
+            wide = "64" if eight_bits and name.startswith("ring-D8-") else "128"
+            assert set(loads) == ({wide, "32"} if eight_bits else {wide})
+            assert loads.count(wide) >= len(loads) / 2
         if report.kernel == "_input_step_kernel":  # narrower ones are queries, scales and parts
             assert report.loads_in_loops().count("128") >= 4
         copies = report.kernel == "_write_rings_kernel" or (reads_ring and "fused" not in name)

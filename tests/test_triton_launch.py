@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import continual_mha
 from continual_mha.triton_kernels import launch as module
-from continual_mha.triton_kernels import ring_step
+from continual_mha.triton_kernels import plan, ring_step
 from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
 from continual_mha.triton_kernels.pieces import dot_precision
 
@@ -100,20 +101,35 @@ def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> Non
     assert [(x.args, x.options["launch_pdl"]) for x in launches] == [((1, 7), True)]
 
 
-@pytest.fixture
-def step(kernel: StandIn, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A warm module of one stream on the fused kernel, which a stand-in takes the place of."""
-    monkeypatch.setattr(ring_step, "_ring_step_kernel", kernel)
+@pytest.fixture(params=["fused"])
+def step(
+    kernel: StandIn, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Any]:
+    """A warm module of one stream on a kernel of one launch, whose place a stand-in takes."""
+    path, _, cache = request.param.partition(" ")
+    name = {"fused": "_ring_step_kernel", "group": "_group_step_kernel"}[path]
+    monkeypatch.setattr(ring_step, name, kernel)
+    monkeypatch.setattr(plan, "STEP_RULES", [x for x in plan.STEP_RULES if x.path == path])
+    _forget_plans()
     monkeypatch.setattr(ring_step, "INTERPRETED", True)  # or it declines tensors on the CPU
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
-    made = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=4, device="cpu").eval()
+    made = continual_mha.SingleOutputMultiheadAttention(
+        32, 2, sequence_len=4, device="cpu", cache_dtype=torch.int8 if cache else None
+    ).eval()
     with torch.no_grad():
         for _ in range(5):
             made.forward_step(torch.zeros(1, 32))
     kernel.calls.clear()
-    return made
+    yield made
+    _forget_plans()
 
 
+def _forget_plans() -> None:
+    plan.step_plan.cache_clear()
+    ring_step._prepare.cache_clear()
+
+
+@pytest.mark.parametrize("step", ["fused", "fused int8", "group", "group int8"], indirect=True)
 def test_a_warm_step_is_launched_again_without_asking(step: Any, kernel: StandIn) -> None:
     token = torch.ones(1, 32)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -124,15 +140,17 @@ def test_a_warm_step_is_launched_again_without_asking(step: Any, kernel: StandIn
     assert args[:3] == (token,) * 3
     assert args[3] is step.in_proj_weight
     assert args[11] is step._ring_k
-    assert args[14] is step._ring_position
-    assert args[15] is None
-    assert args[17] is out
-    assert all(isinstance(x, torch.Tensor) for x in args[18:20])
+    assert args[14] is getattr(step, "_ring_v_scale", None)
+    assert (args[14] is None) == (step.cache_dtype is None)
+    assert args[16] is step._ring_position
+    assert args[17] is None
+    assert args[19] is out
+    assert all(isinstance(x, torch.Tensor) for x in args[20:22])
 
 
 def test_every_warm_step_has_memory_of_its_own(step: Any, kernel: StandIn) -> None:
     with torch.no_grad():
-        outs = [(step.forward_step(torch.ones(1, 32)), *kernel.last[18:20]) for _ in range(2)]
+        outs = [(step.forward_step(torch.ones(1, 32)), *kernel.last[20:22]) for _ in range(2)]
     assert len({x.data_ptr() for out in outs for x in out}) == 6
 
 

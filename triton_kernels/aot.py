@@ -138,17 +138,31 @@ def _ring_arguments(N: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[
 
 
 def step_launches(
-    N: int, E: int, H: int, L: int, dtype: torch.dtype, path: str | None = None
+    N: int,
+    E: int,
+    H: int,
+    L: int,
+    dtype: torch.dtype,
+    path: str | None = None,
+    codes: torch.dtype | None = None,
 ) -> list[Launch]:
-    """Our launches of one step; `path` as in `step_plan`, or "invariant"."""
+    """Our launches of one step; `path` as in `step_plan`, or "invariant".
+
+    `codes` is the dtype of rings of 8 bits.
+    """
     token = _meta(dtype, N, E)
+    slot = (codes or dtype).itemsize
     if path == "invariant":
-        plan = invariant_step_plan(E, H, L, dtype.itemsize)
+        plan = invariant_step_plan(E, H, L, dtype.itemsize, slot)
     else:
-        plan = step_plan(N, E, H, L, dtype.itemsize, path)
+        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot)
     args = _ring_arguments(N, E, H, L, dtype)
+    scale = None
+    if codes is not None:
+        args[8] = args[9] = _meta(codes, N, H, L, E // H)
+        scale = _meta(torch.float32, N, H, L, 1)
     with record() as launches:
-        options = [None, False, 0.0, True, None, None, False, plan]
+        options = [None, False, 0.0, True, scale, scale, False, plan]
         ring_step_(*[token, token, token, *args, *options])
     return launches
 

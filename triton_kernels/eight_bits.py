@@ -13,6 +13,38 @@ CODES = (torch.int8, torch.uint8)  # integers, and the bits of e4m3
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 _TO_NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no place for a fraction
 _LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+# A register of four codes to four floats. An integer plus 128 becomes the lowest bits of 2^23 plus
+# itself. Two codes of e4m3 become the upper halves of 16 bits each, then two halves as in `decode`.
+_FOUR_INTEGERS = tl.constexpr("""{
+    .reg .b32 code;
+    xor.b32 code, $4, 0x80808080;
+    prmt.b32 $0, code, 0x4B000000, 0x7440;
+    prmt.b32 $1, code, 0x4B000000, 0x7441;
+    prmt.b32 $2, code, 0x4B000000, 0x7442;
+    prmt.b32 $3, code, 0x4B000000, 0x7443;
+    sub.f32 $0, $0, 0f4B000080;
+    sub.f32 $1, $1, 0f4B000080;
+    sub.f32 $2, $2, 0f4B000080;
+    sub.f32 $3, $3, 0f4B000080;
+}""")
+_FOUR_E4M3 = tl.constexpr("""{
+    .reg .b32 code, half;
+    .reg .b16 low, high;
+    prmt.b32 code, $4, 0, 0x1404;
+    shr.b32 half, code, 1;
+    and.b32 half, half, 0x3F803F80;
+    lop3.b32 half, code, 0x80008000, half, 0xEA;
+    mov.b32 {low, high}, half;
+    cvt.f32.f16 $0, low;
+    cvt.f32.f16 $1, high;
+    prmt.b32 code, $4, 0, 0x3424;
+    shr.b32 half, code, 1;
+    and.b32 half, half, 0x3F803F80;
+    lop3.b32 half, code, 0x80008000, half, 0xEA;
+    mov.b32 {low, high}, half;
+    cvt.f32.f16 $2, low;
+    cvt.f32.f16 $3, high;
+}""")
 
 
 @triton.jit
@@ -31,21 +63,50 @@ def decode(codes, dtype: tl.constexpr):
 
 
 @triton.jit
+def decode_words(words, dtype: tl.constexpr):
+    """`decode` of codes that were loaded four to an int32, as fp32  # [R, W] -> [R, 4 * W]
+
+    A code that the compiler sees as a number of its own takes a register of its own.
+    """
+    if _IN_INTERPRETER:
+        a = decode((words & 255).to(tl.uint8).to(dtype, bitcast=True), tl.float32)
+        b = decode((words >> 8 & 255).to(tl.uint8).to(dtype, bitcast=True), tl.float32)
+        c = decode((words >> 16 & 255).to(tl.uint8).to(dtype, bitcast=True), tl.float32)
+        d = decode((words >> 24 & 255).to(tl.uint8).to(dtype, bitcast=True), tl.float32)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _FOUR_E4M3 if dtype == tl.uint8 else _FOUR_INTEGERS, "=f,=f,=f,=f,r", [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(four, (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
 def unit_of(dtype: tl.constexpr):
     """What the numbers of `decode` are to be multiplied with."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 
 @triton.jit
-def quantise(x, dtype: tl.constexpr):
-    """Codes of one token's features [BLOCK] and their scale, as `QuantizedRing.holding` has them.
+def factor_of(scale, dtype: tl.constexpr):
+    """What the numbers of `decode` and this scale stand for is their product: NaN if not finite."""
+    return tl.where(tl.abs(scale) < float("inf"), scale * unit_of(dtype), float("nan"))
 
-    Features beyond the token's width must be zero.
+
+@triton.jit
+def quantise(x, dtype: tl.constexpr):
+    """Codes of a token's features [BLOCK] and their scale, as `QuantizedRing.holding` has them.
+
+    Features beyond the token's width must be zero. Of tokens [N, BLOCK] the scales are [N, 1].
     """
+    MANY: tl.constexpr = len(x.shape) == 2
+    AXIS: tl.constexpr = len(x.shape) - 1
     x = x.to(tl.float32)
     largest = tl.full((), 448.0 if dtype == tl.uint8 else 127.0, tl.float32)
-    scale = tl.div_rn(tl.max(tl.abs(x), axis=0), largest)
-    not_a_number = tl.sum((x != x).to(tl.int32), axis=0) > 0
+    peak = tl.max(tl.abs(x), axis=AXIS, keep_dims=MANY)
+    scale = tl.div_rn(peak, largest)
+    not_a_number = tl.sum((x != x).to(tl.int32), axis=AXIS, keep_dims=MANY) > 0
     scale = tl.where(not_a_number, float("nan"), scale)
     # a subnormal scale would overflow its own inverse, and one of zero has none
     divisor = tl.where(scale < _LEAST_NORMAL, _LEAST_NORMAL, scale)

@@ -19,12 +19,14 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 class StepPlan(NamedTuple):
     """How one step runs.
 
-    path: "fused", one launch for everything; "chain", projection, ring and output projection as
-    three launches of our own; "gemm", the same with torch's matrix product around the ring kernel.
+    path: "fused", one launch for everything, whose programs have one stream each; "group", the same
+    for `group` streams each; "chain", projection, ring and output projection as three launches of
+    our own; "gemm", the same with torch's matrix product around the ring kernel.
     spread: "fused" gives the new token's key and its value programs of their own.
     """
 
     path: str
+    group: int
     splits: int
     spread: bool
     block_l: int
@@ -43,7 +45,7 @@ class StepRule(NamedTuple):
 
     path: str
     max_streams: int
-    max_programs: int  # streams * heads
+    max_programs: int  # streams, or groups of them, * heads
     max_head_weight_bytes: int  # of all four projections, per head
     min_split_slots: int  # a window is not cut into parts shorter than this
     max_parts: int  # heads * splits of a stream, where one program merges them all
@@ -51,8 +53,11 @@ class StepRule(NamedTuple):
 
 
 _NO_LIMIT = 1 << 62
+ONE_LAUNCH = ("fused", "group")
 STEP_RULES = (
-    StepRule("fused", 64, MULTIPROCESSORS, 512 * 1024, 128, 128, False),
+    StepRule("fused", 64, MULTIPROCESSORS, 96 * 1024, 128, 32, False),
+    StepRule("group", 256, 2 * MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, _NO_LIMIT, False),
+    StepRule("fused", 4, MULTIPROCESSORS, 256 * 1024, 128, 32, False),
     StepRule("chain", 32, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
     StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
 )
@@ -60,21 +65,45 @@ STEP_RULES = (
 # Rows of the ring in one tile and warps, by padded head_dim, for 16-bit elements: 32 elements of k
 # and of v per thread, so that with the next tile's loads a thread stays under 200 registers.
 RING_TILES = {8: (512, 4), 16: (256, 4), 32: (256, 8), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
+# The same for one byte per number. From 16 features on a tile has at most as many rows as threads:
+# with more, the rows' scales come through shared memory, with a barrier in the loop.
+RING_TILES_8 = {8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (32, 4)}
+
+
+def _streams_of_a_program(N: int, H: int) -> int:
+    """Of path "group": the fewest of 4, 8 and 16 with which one wave of programs does it."""
+    group = 4
+    while group < 16 and triton.cdiv(N, group) * H > 2 * MULTIPROCESSORS:
+        group *= 2
+    return group
 
 
 @lru_cache(maxsize=1024)
 def step_plan(
-    N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None, splits: int = 0
+    N: int,
+    E: int,
+    H: int,
+    L: int,
+    itemsize: int,
+    path: str | None = None,
+    splits: int = 0,
+    slot_itemsize: int = 0,
 ) -> StepPlan:
-    """The plan of a step of `N` streams; `path` and `splits` override the table."""
+    """The plan of a step of `N` streams; `path` and `splits` override the table.
+
+    `itemsize` is that of tokens and weights, `slot_itemsize` that of the rings where it differs.
+    """
     head_dim = E // H
     block_d = max(triton.next_power_of_2(head_dim), 8)
     for rule in STEP_RULES:
-        sizes = (N, N * H, 4 * E * head_dim * itemsize)
+        group = _streams_of_a_program(N, H) if rule.path == "group" else 1
+        sizes = (N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize)
         limits = (rule.max_streams, rule.max_programs, rule.max_head_weight_bytes)
         fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if rule.path == path or (path is None and fits):
             break
+    if rule.path == "group":
+        splits = 1
     if not splits:
         splits = 1
         while (
@@ -83,23 +112,29 @@ def step_plan(
             and H * splits * 2 <= rule.max_parts
         ):
             splits *= 2
-    rows, warps = RING_TILES[block_d]
+    slot_itemsize = slot_itemsize or itemsize
+    rows, warps = (RING_TILES_8 if slot_itemsize == 1 else RING_TILES)[block_d]
     if rule.path == "fused":  # the projections want all eight warps, the ring has few rows
         rows, warps = rows * 4 // warps, 8
-    rows = max(rows * 2 // max(itemsize, 2), 1)
+    elif rule.path == "group":  # as many, and half as much of a tile for the streams together
+        rows, warps = max(rows * 2 // (warps * group), 1), 8
+    rows = max(rows * 2 // max(slot_itemsize, 2), 1)
     part = triton.next_power_of_2(triton.cdiv(L, splits))
     while rows > part:
         rows //= 2
-        if rule.path != "fused" and warps > 1 and rows * block_d <= 1024 * warps // 2:
+        if rule.path not in ONE_LAUNCH and warps > 1 and rows * block_d <= 1024 * warps // 2:
             warps //= 2
     wide = 4096 // max(itemsize, 2)
+    # Without the matrix unit the product of a group is unrolled, and 256 features at once spill.
+    features = 64 if rule.path == "group" and itemsize > 2 else 256
     return StepPlan(
         path=rule.path,
+        group=group,
         splits=splits,
         spread=rule.path == "fused" and N * H * (splits + 2) <= MULTIPROCESSORS,
         block_l=rows,
         block_d=block_d,
-        block_k=max(16, min(256, wide * 16 // block_d)),
+        block_k=max(16, min(features, wide * 16 // block_d)),
         block_e=max(16, min(128, wide * 8 // block_d)),
         num_warps=warps,
         stages=3,
@@ -113,7 +148,7 @@ def step_plan(
 INVARIANT_TOKENS, INVARIANT_FEATURES = 64, 32
 
 
-def invariant_step_plan(E: int, H: int, L: int, itemsize: int) -> StepPlan:
+def invariant_step_plan(E: int, H: int, L: int, itemsize: int, slot_itemsize: int = 0) -> StepPlan:
     """The plan of a step whose bits do not depend on the number of streams.
 
     Parts of 256 slots cost many streams under 1 % of the bytes, and a single one still gets many.
@@ -121,7 +156,7 @@ def invariant_step_plan(E: int, H: int, L: int, itemsize: int) -> StepPlan:
     splits = 1
     while H * splits * 2 <= 2 * MULTIPROCESSORS and L // (splits * 2) >= 256:
         splits *= 2
-    plan = step_plan(1, E, H, L, itemsize, "chain", splits)
+    plan = step_plan(1, E, H, L, itemsize, "chain", splits, slot_itemsize)
     return plan._replace(block_n=INVARIANT_TOKENS, block_o=INVARIANT_FEATURES)
 
 

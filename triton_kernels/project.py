@@ -13,23 +13,13 @@ from .plan import StepPlan
 
 
 @triton.jit
-def _project_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, position_ptr, active_ptr,
-    N, OUTPUTS, stride_xn, stride_xk, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+def project_rows(
+    x_ptr, stride_xn, stride_xk, weight_ptr, bias_ptr, offs_n, mask_n, offs_o, mask_o,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_O output features of BLOCK_N tokens; the first also advances positions.
-
-    Reads BLOCK_O * K weights once for all its tokens. BLOCK_O is small, so that the weights, which
-    are nearly all the bytes, are spread over as many programs as the chip has multiprocessors.
-    """
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    """Rows of x times rows of the weight, plus bias  # [BLOCK_N, BLOCK_O]"""
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N
-    mask_o = offs_o < OUTPUTS
-    start_after_previous_launch(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
@@ -46,6 +36,28 @@ def _project_kernel(
         acc = dot(x, tl.trans(weight), acc, PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
+    return acc
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, position_ptr, active_ptr,
+    N, OUTPUTS, stride_xn, stride_xk, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_O output features of BLOCK_N tokens; the first also advances positions.
+
+    Reads BLOCK_O * K weights once for all its tokens. BLOCK_O is small, so that the weights, which
+    are nearly all the bytes, are spread over as many programs as the chip has multiprocessors.
+    """
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    mask_n = offs_n < N
+    mask_o = offs_o < OUTPUTS
+    start_after_previous_launch(PDL)
+    acc = project_rows(x_ptr, stride_xn, stride_xk, weight_ptr, bias_ptr, offs_n, mask_n, offs_o,
+                       mask_o, K, BLOCK_N, BLOCK_O, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
     tl.store(
         out_ptr + offs_n[:, None] * OUTPUTS + offs_o[None, :],
         cast(acc, out_ptr.dtype.element_ty),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
+from .eight_bits import CODES, decode, decode_words, factor_of, quantise
 from .launch import INTERPRETED, counters, launch, record, relaunch
 from .pieces import (
     DTYPES,
@@ -25,8 +26,8 @@ from .pieces import (
     keep_scale,
     start_after_previous_launch,
 )
-from .plan import MAX_HEAD_DIM, StepPlan, invariant_step_plan, step_plan
-from .project import project
+from .plan import MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
+from .project import project, project_rows
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _project_head(
         projected = tl.sum(acc, axis=1)
     if bias_ptr is not None:
         projected += tl.load(bias_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
-    return projected
+    return tl.where(mask_d, projected, 0.0)  # whose padding is NaN if the token is not finite
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _token_part(
 
 @triton.jit
 def _add_slot(m, l_sum, acc, score, keep, value):
-    """Online softmax over one more slot, given as a scalar score and a value row."""
+    """Online softmax over one more slot: a score and its value, or a column of scores and rows."""
     m_new = tl.maximum(m, score)
     shift = finite_or_zero(m_new)
     alpha = tl.exp2(m - shift)
@@ -91,38 +92,165 @@ def _add_slot(m, l_sum, acc, score, keep, value):
 
 
 @triton.jit
-def _load_ring(ring_ptr, slots, valid, offs_d, mask_d, D: tl.constexpr):
-    """Rows of one head's ring; invalid slots are not read.  # [BLOCK_L, BLOCK_D]"""
+def _inner(a, b):
+    """The inner product of two vectors, or of each pair of rows  # scalar, or [N, 1]"""
+    AXIS: tl.constexpr = len(a.shape) - 1
+    return tl.sum(a * b, axis=AXIS, keep_dims=AXIS == 1)
+
+
+@triton.jit
+def _add_extra_slots(
+    m, l_sum, acc, q, bias_k_ptr, bias_v_ptr, seed_ptr, stream, head, slot, head_d, mask_d,
+    dropout_p, ADD_ZERO_ATTN: tl.constexpr, ACC: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the slots that every window has: the bias, known to dropout as `slot`."""
+    if bias_k_ptr is not None:
+        k_bias = tl.load(bias_k_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
+        v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
+        keep = tl.full((), 1.0, ACC)
+        if seed_ptr is not None:
+            keep = keep_scale(seed_ptr, stream, head, slot, slot * 0, dropout_p).to(ACC)
+        score = _inner(q, k_bias) * tl.full((), SCALE * LOG2E, ACC)
+        m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
+    if ADD_ZERO_ATTN:
+        nothing = tl.full((), 0.0, ACC)
+        m, l_sum, acc = _add_slot(m, l_sum, acc, nothing, nothing, nothing)
+    return m, l_sum, acc
+
+
+@triton.jit
+def _load_ring(
+    ring_ptr, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr
+):
+    """Rows of rings as they lie, of PER_LOAD numbers each; invalid rows are not read."""
+    if PER_LOAD == 4:
+        ring_ptr = ring_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    offs_d = tl.arange(0, BLOCK_D // PER_LOAD)
+    WIDTH: tl.constexpr = D // PER_LOAD
     return tl.load(
-        ring_ptr + slots[:, None] * D + offs_d[None, :],
-        mask=valid[:, None] & mask_d[None, :],
-        other=0.0,
+        ring_ptr + rows[:, None] * WIDTH + offs_d[None, :],
+        mask=valid[:, None] & (offs_d < WIDTH)[None, :],
+        other=0,
     )
 
 
 @triton.jit
+def _load_scale(scale_ptr, rows, valid):
+    """The scales of these rows, or None where numbers need none."""
+    if scale_ptr is None:
+        return None
+    else:
+        return tl.load(scale_ptr + rows, mask=valid, other=0.0)
+
+
+@triton.jit
+def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexpr):
+    """A tile of `_load_ring` as numbers over their scales."""
+    if PER_LOAD == 4:
+        return decode_words(tile, dtype).to(ACC)
+    elif dtype.is_int():
+        return decode(tile, ACC).to(ACC)
+    else:
+        return tile.to(ACC)
+
+
+@triton.jit
+def _attend_ring(
+    q, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr,
+    seed_ptr, stream, head, first_row, slots, end, new_slot, begin, stop, dropout_p,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_LOAD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of each row of a tile over the slots that it passes in steps of BLOCK_L.
+
+    Queries are (1, BLOCK_D) or one for every row; so are `first_row` of a row's ring, its `end`,
+    and the slot that is left out. The first tile is loaded already.
+    """
+    scale = tl.full((), SCALE * LOG2E, ACC)
+    # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
+    m_i = tl.full((ROWS,), float("-inf"), ACC)
+    l_i = tl.zeros((ROWS,), ACC)
+    acc = tl.zeros((ROWS, BLOCK_D), ACC)
+    valid = (slots < end) & (slots != new_slot)
+    for _ in range(begin, stop, BLOCK_L):
+        k = _numbers(k_next, k_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
+        v = _numbers(v_next, v_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
+        score = tl.sum(k * q, axis=1) * scale
+        if k_scale_ptr is not None:
+            score *= factor_of(k_scale_next, k_ring_ptr.dtype.element_ty).to(ACC)
+            v_factor = factor_of(v_scale_next, v_ring_ptr.dtype.element_ty).to(ACC)
+        score = tl.where(valid, score, float("-inf"))
+        now_slots = slots
+        slots += BLOCK_L
+        valid = (slots < end) & (slots != new_slot)
+        k_next = _load_ring(k_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
+        v_next = _load_ring(v_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
+        if k_scale_ptr is not None:
+            k_scale_next = _load_scale(k_scale_ptr, first_row + slots, valid)
+            v_scale_next = _load_scale(v_scale_ptr, first_row + slots, valid)
+        m_new = tl.maximum(m_i, score)
+        shift = finite_or_zero(m_new)
+        alpha = tl.exp2(m_i - shift)
+        weight = tl.exp2(score - shift)
+        m_i = m_new
+        l_i = l_i * alpha + weight
+        if seed_ptr is not None:
+            weight *= keep_scale(seed_ptr, stream, head, now_slots, now_slots * 0, dropout_p).to(
+                ACC
+            )
+        if k_scale_ptr is not None:
+            weight *= v_factor
+        acc = acc * alpha[:, None] + weight[:, None] * v
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _hold(
+    x, ring_ptr, scale_ptr, row, there, offs_d, mask_d, dtype: tl.constexpr, D: tl.constexpr,
+    UPDATE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The new token's key or value as the ring will hold it; written to that row if UPDATE."""
+    held = cast(x, dtype)
+    if scale_ptr is not None:
+        held, scale = quantise(held, ring_ptr.dtype.element_ty)
+        if UPDATE:
+            tl.store(scale_ptr + row, scale, mask=there)
+    if UPDATE:
+        tl.store(ring_ptr + row * D + offs_d, held, mask=there & mask_d)
+    if scale_ptr is not None:
+        return decode(held, ACC).to(ACC) * factor_of(scale, ring_ptr.dtype.element_ty).to(ACC)
+    else:
+        return held.to(ACC)
+
+
+@triton.jit
 def _merge_parts(
-    partial_ptr, ml_ptr, bias_ptr, out_ptr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    ACC: tl.constexpr,
+    partial_ptr, ml_ptr, bias_ptr, out_ptr, limit, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, E: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = sum over heads and splits of partial, weighted by the share in the head's softmax.
 
     The order of the sum is that of the parts, whoever finished last: the same bits in every run.
+    Without `ml_ptr` every part has all of its head. Of WIDTH numbers, rows of E that share a bias,
+    the first `limit` are there.
     """
     offs_s = tl.arange(0, BLOCK_S)
     part = tl.arange(0, BLOCK_H)[:, None] * SPLITS + offs_s[None, :]
     there = (offs_s < SPLITS)[None, :] & (part < HEADS * SPLITS)
-    m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-    l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
-    share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
+    if ml_ptr is None:
+        share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
+    else:
+        m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
+        share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
     share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
     part = tl.reshape(part, (BLOCK_H * BLOCK_S,))
     there = tl.reshape(there, (BLOCK_H * BLOCK_S,))
     offs_w = tl.arange(0, BLOCK_W)
     for w in range(0, WIDTH, BLOCK_W):
-        mask_w = w + offs_w < WIDTH
+        mask_w = w + offs_w < limit
         rows = tl.load(
             partial_ptr + part[:, None] * WIDTH + (w + offs_w)[None, :],
             mask=there[:, None] & mask_w[None, :],
@@ -131,20 +259,24 @@ def _merge_parts(
         )  # [BLOCK_H * BLOCK_S, BLOCK_W]
         out = tl.sum(rows * share[:, None], axis=0)
         if bias_ptr is not None:
-            out += tl.load(bias_ptr + w + offs_w, mask=mask_w, other=0.0).to(ACC)
+            out += tl.load(bias_ptr + (w + offs_w) % E, mask=mask_w, other=0.0).to(ACC)
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
 @triton.jit
 def _project_out(
-    o, weight_ptr, partial_ptr, head, dtype: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+    o, there, weight_ptr, partial_ptr, head, dtype: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, USE_DOT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """partial = this head's columns of weight @ o  # [E]"""
+    """partial = this head's columns of weight @ o; of many o [16, BLOCK_D] for those `there`."""
+    MANY: tl.constexpr = len(o.shape) == 2
     offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
-    if USE_DOT:
+    if MANY:
+        tokens = cast(o, dtype)
+        row_ptr = partial_ptr + tl.arange(0, 16)[:, None] * E
+    elif USE_DOT:
         tokens = tl.broadcast_to(cast(o, dtype)[None, :], (16, BLOCK_D))
     for e in tl.range(0, E, BLOCK_E, num_stages=STAGES):
         mask_e = e + offs_e < E
@@ -153,34 +285,39 @@ def _project_out(
             mask=mask_e[:, None] & (offs_d < D)[None, :],
             other=0.0,
         )  # [BLOCK_E, BLOCK_D]
-        if USE_DOT:
+        if MANY:
+            rows = dot(tokens, tl.trans(weight), tl.zeros((16, BLOCK_E), ACC), PRECISION)
+            tl.store(row_ptr + (e + offs_e)[None, :], rows, there[:, None] & mask_e[None, :])
+        elif USE_DOT:
             rows = dot(tokens, tl.trans(weight), tl.zeros((16, BLOCK_E), ACC), PRECISION)
             first = tl.arange(0, 16) == 0
             contribution = tl.sum(tl.where(first[:, None], rows, 0.0), axis=0)
         else:
             contribution = tl.sum(weight.to(ACC) * o[None, :], axis=1)
-        tl.store(partial_ptr + e + offs_e, contribution, mask=mask_e)
+        if not MANY:
+            tl.store(partial_ptr + e + offs_e, contribution, mask=mask_e)
 
 
 @triton.jit
 def _ring_step_kernel(
     query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, v_weight_ptr, in_bias_ptr,
-    o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
-    position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, counter_ptr,
+    o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, k_scale_ptr,
+    v_scale_ptr, q_ring_ptr, position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, counter_ptr,
     stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p,
     E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     R: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PROJECT: tl.constexpr, STAGES: tl.constexpr,
-    USE_DOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    PROJECT: tl.constexpr, STAGES: tl.constexpr, USE_DOT: tl.constexpr,
+    ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the window of one head of one stream; the last one also merges.
 
     Reads its part of the ring once, 2 * D * L / SPLITS elements, and with PROJECT its head's rows
     of the weights; writes one slot of k, v (and q). BLOCK_L * BLOCK_D is as much as the threads
-    can hold twice in registers, so that the next tile is in flight while this one is used.
+    can hold twice in registers, so that the next tile is in flight while this one is used. Rings of
+    8 bits are read as they are: a key's scale multiplies its score, a value's its weight.
     """
     # With SPREAD the new token's key and value have programs of their own, behind those of the
     # ring: no program then waits for more than two of the four projections.
@@ -202,6 +339,9 @@ def _ring_step_kernel(
     head_d = head * D + offs_d
     k_ring_ptr += (stream * H + head) * (L * D)
     v_ring_ptr += (stream * H + head) * (L * D)
+    if k_scale_ptr is not None:
+        k_scale_ptr += (stream * H + head) * L
+        v_scale_ptr += (stream * H + head) * L
     query_ptr += stream * stride_qn
     scale = tl.full((), SCALE * LOG2E, ACC)
 
@@ -211,10 +351,12 @@ def _ring_step_kernel(
     end = tl.minimum(begin + PART, last_slot + 1)
     slots = begin + tl.arange(0, BLOCK_L)
     valid = (slots < end) & (slots != new_slot)
-    k_next = _load_ring(k_ring_ptr, slots, valid, offs_d, mask_d, D)
-    v_next = _load_ring(v_ring_ptr, slots, valid, offs_d, mask_d, D)
+    k_next = _load_ring(k_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
+    v_next = _load_ring(v_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
+    k_scale_next = _load_scale(k_scale_ptr, slots, valid)
+    v_scale_next = _load_scale(v_scale_ptr, slots, valid)
 
-    dtype = k_ring_ptr.dtype.element_ty
+    dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
     if R > 0:
         q_ring_ptr += stream * R * E
@@ -228,32 +370,11 @@ def _ring_step_kernel(
         q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E, D,
                         BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
 
-    # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
-    m_i = tl.full((BLOCK_L,), float("-inf"), ACC)
-    l_i = tl.zeros((BLOCK_L,), ACC)
-    acc = tl.zeros((BLOCK_L, BLOCK_D), ACC)
-    for _ in range(begin, end, BLOCK_L):
-        k = k_next.to(ACC)
-        v = v_next.to(ACC)
-        now_valid = valid
-        now_slots = slots
-        slots += BLOCK_L
-        valid = (slots < end) & (slots != new_slot)
-        k_next = _load_ring(k_ring_ptr, slots, valid, offs_d, mask_d, D)
-        v_next = _load_ring(v_ring_ptr, slots, valid, offs_d, mask_d, D)
-        score = tl.where(now_valid, tl.sum(k * q[None, :], axis=1) * scale, float("-inf"))
-        m_new = tl.maximum(m_i, score)
-        shift = finite_or_zero(m_new)
-        alpha = tl.exp2(m_i - shift)
-        weight = tl.exp2(score - shift)
-        m_i = m_new
-        l_i = l_i * alpha + weight
-        if seed_ptr is not None:
-            weight *= keep_scale(seed_ptr, stream, head, now_slots, now_slots * 0, dropout_p).to(
-                ACC
-            )
-        acc = acc * alpha[:, None] + weight[:, None] * v
-
+    m_i, l_i, acc = _attend_ring(
+        q[None, :], k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
+        v_scale_ptr, seed_ptr, stream, head, 0, slots, end, new_slot, begin, end, dropout_p,
+        BLOCK_L, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+    )  # fmt: skip
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(l_i * row_scale, axis=0)
@@ -271,10 +392,8 @@ def _ring_step_kernel(
         v_new = _token_part(value_ptr + stream * stride_vn, stride_ve, v_part_ptr, v_bias_ptr,
                             head, PROJECT, EV, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
                             ACC)  # fmt: skip
-        v_slot = cast(v_new, dtype)
-        if UPDATE:
-            tl.store(v_ring_ptr + new_slot * D + offs_d, v_slot, mask=mask_d)
-        v_new = v_slot.to(ACC)
+        v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, True, offs_d, mask_d, dtype, D,
+                      UPDATE, ACC)  # fmt: skip
         if seed_ptr is not None:
             keep = keep_scale(seed_ptr, stream, head, new_slot, new_slot * 0, dropout_p).to(ACC)
         if SPREAD:
@@ -290,28 +409,19 @@ def _ring_step_kernel(
         k_new = _token_part(key_ptr + stream * stride_kn, stride_ke, k_part_ptr, k_bias_ptr, head,
                             PROJECT, EK, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
                             ACC)  # fmt: skip
-        k_new = cast(k_new, dtype)
-        if UPDATE:
-            tl.store(k_ring_ptr + new_slot * D + offs_d, k_new, mask=mask_d)
-        score = tl.sum(q * k_new.to(ACC), axis=0) * scale
+        k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, True, offs_d, mask_d, dtype, D,
+                      UPDATE, ACC)  # fmt: skip
+        score = tl.sum(q * k_new, axis=0) * scale
         if SPREAD:
             m = score
             l_sum = tl.full((), 1.0, ACC)
         else:
             m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
     if role == 0:
-        if bias_k_ptr is not None:
-            k_bias = tl.load(bias_k_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
-            v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
-            keep = tl.full((), 1.0, ACC)
-            if seed_ptr is not None:
-                slot = new_slot * 0 + L
-                keep = keep_scale(seed_ptr, stream, head, slot, new_slot * 0, dropout_p).to(ACC)
-            score = tl.sum(q * k_bias, axis=0) * scale
-            m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
-        if ADD_ZERO_ATTN:
-            nothing = tl.zeros((BLOCK_D,), ACC)
-            m, l_sum, acc = _add_slot(m, l_sum, acc, tl.zeros((), ACC), keep, nothing)
+        m, l_sum, acc = _add_extra_slots(
+            m, l_sum, acc, q, bias_k_ptr, bias_v_ptr, seed_ptr, stream, head, new_slot * 0 + L,
+            head_d, mask_d, dropout_p, ADD_ZERO_ATTN, ACC, SCALE,
+        )  # fmt: skip
 
     # A part without a valid slot has l = 0 and weighs nothing; its output must not be 0 / 0.
     acc = acc / l_sum
@@ -326,13 +436,13 @@ def _ring_step_kernel(
         partial_ptr += stream * (H * PARTS * (E + 4))
         ml_ptr = partial_ptr + H * PARTS * E
         if role != KEY_ROLE or not SPREAD:
-            _project_out(acc, o_weight_ptr, partial_ptr + part * E, head, dtype, E, D, BLOCK_D,
-                         BLOCK_E, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
+            _project_out(acc, True, o_weight_ptr, partial_ptr + part * E, head, dtype, E, D,
+                         BLOCK_D, BLOCK_E, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
         if role != VALUE_ROLE or not SPREAD:
             tl.store(ml_ptr + part * 2, m)
             tl.store(ml_ptr + part * 2 + 1, l_sum)
         if is_last(counter_ptr + stream, H * ROLES):
-            _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, H, PARTS, E,
+            _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, E, H, PARTS, E, E,
                          BLOCK_M, BLOCK_H, BLOCK_S, ACC)  # fmt: skip
             if UPDATE:
                 step = tl.full((), 1, tl.int64)
@@ -347,10 +457,156 @@ def _ring_step_kernel(
         tl.store(ml_ptr + role * 2, m)
         tl.store(ml_ptr + role * 2 + 1, l_sum)
         if is_last(counter_ptr + group, SPLITS):
-            _merge_parts(partial_ptr, ml_ptr, None, out_ptr + group * D, 1, SPLITS, D,
+            _merge_parts(partial_ptr, ml_ptr, None, out_ptr + group * D, D, 1, SPLITS, D, D,
                          BLOCK_D, 1, BLOCK_S, ACC)  # fmt: skip
     else:
         tl.store(out_ptr + (stream * H + head) * D + offs_d, cast(acc, dtype), mask=mask_d)
+
+
+@triton.jit
+def _project_group(
+    x_ptr, stride_xn, stride_xe, weight_ptr, bias_ptr, head, first, N,
+    K: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """This head's rows of weight @ x + bias for each stream of a group  # [GROUP, BLOCK_D]"""
+    offs_n = tl.arange(0, 16)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    projected = project_rows(
+        x_ptr, stride_xn, stride_xe, weight_ptr, bias_ptr, first + offs_n,
+        (offs_n < GROUP) & (first + offs_n < N), head * D + offs_d, mask_d, K, 16, BLOCK_D, BLOCK_K,
+        STAGES, PRECISION, ACC,
+    )  # fmt: skip
+    projected = tl.where(mask_d[None, :], projected, 0.0)
+    COPIES: tl.constexpr = 16 // GROUP
+    if COPIES > 1:  # the matrix unit wants 16 rows; those of no stream hold the bias
+        chosen = (tl.arange(0, COPIES) == 0)[:, None, None]
+        copies = tl.reshape(projected, (COPIES, GROUP, BLOCK_D))
+        projected = tl.sum(tl.where(chosen, copies, 0.0), axis=0)
+    return projected
+
+
+@triton.jit
+def _by_row(x, GROUP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """One number per stream, or per slot as (1, BLOCK_L), for every row of a group's tile."""
+    return tl.reshape(tl.broadcast_to(x, (GROUP, BLOCK_L)), (GROUP * BLOCK_L,))
+
+
+@triton.jit
+def _group_step_kernel(
+    query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, v_weight_ptr, in_bias_ptr,
+    o_weight_ptr, o_bias_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, k_scale_ptr,
+    v_scale_ptr, q_ring_ptr, position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, counter_ptr,
+    stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p, N,
+    E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_LOAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of GROUP streams, all four projections included; the last one merges.
+
+    Reads its head's weights once, 4 * E * D elements, and the group's rings, 2 * GROUP * L * D.
+    A tile is BLOCK_L slots of every stream, so that nothing is done one stream after the other.
+    """
+    D: tl.constexpr = E // H
+    ROWS: tl.constexpr = GROUP * BLOCK_L
+    head = tl.program_id(0) % H
+    group = tl.program_id(0) // H
+    first = group.to(tl.int64) * GROUP
+    streams = first + tl.arange(0, GROUP)
+    there = streams < N
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = there[:, None] & (offs_d < D)
+    head_d = head * D + offs_d
+
+    position = tl.load(position_ptr + streams, mask=there, other=0)
+    new_slot = (position % L).to(tl.int32)
+    end = tl.where(there, tl.minimum(position, L - 1).to(tl.int32) + 1, 0)
+    first_row = (streams * H + head) * L
+    slots = _by_row(tl.arange(0, BLOCK_L)[None, :], GROUP, BLOCK_L)
+    row_of = _by_row(first_row[:, None], GROUP, BLOCK_L)
+    end_of = _by_row(end[:, None], GROUP, BLOCK_L)
+    new_of = _by_row(new_slot[:, None], GROUP, BLOCK_L)
+    valid = (slots < end_of) & (slots != new_of)
+    k_next = _load_ring(k_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
+    v_next = _load_ring(v_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
+    k_scale_next = _load_scale(k_scale_ptr, row_of + slots, valid)
+    v_scale_next = _load_scale(v_scale_ptr, row_of + slots, valid)
+
+    dtype = out_ptr.dtype.element_ty
+    k_part_ptr = k_weight_ptr
+    v_part_ptr = v_weight_ptr
+    if k_weight_ptr is None:
+        k_part_ptr = q_weight_ptr + E * E
+    if v_weight_ptr is None:
+        v_part_ptr = q_weight_ptr + 2 * E * E
+    k_bias_ptr = in_bias_ptr
+    v_bias_ptr = in_bias_ptr
+    if in_bias_ptr is not None:
+        k_bias_ptr = in_bias_ptr + E
+        v_bias_ptr = in_bias_ptr + 2 * E
+    if R == 0 or UPDATE:
+        q = _project_group(query_ptr, stride_qn, stride_qe, q_weight_ptr, in_bias_ptr, head, first,
+                           N, E, D, GROUP, BLOCK_D, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
+    if R > 0:
+        if UPDATE:
+            waiting = (streams * R + position % R)[:, None] * E
+            tl.store(q_ring_ptr + waiting + head_d, cast(q, dtype), mask=mask)
+        due = (streams * R + (position + 1) % R)[:, None] * E
+        q = tl.load(q_ring_ptr + due + head_d, mask=mask, other=0.0).to(ACC)
+    k_new = _project_group(key_ptr, stride_kn, stride_ke, k_part_ptr, k_bias_ptr, head, first, N,
+                           EK, D, GROUP, BLOCK_D, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
+    v_new = _project_group(value_ptr, stride_vn, stride_ve, v_part_ptr, v_bias_ptr, head, first, N,
+                           EV, D, GROUP, BLOCK_D, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
+
+    q_of = tl.reshape(tl.broadcast_to(q[:, None, :], (GROUP, BLOCK_L, BLOCK_D)), (ROWS, BLOCK_D))
+    stream_of = _by_row(streams[:, None], GROUP, BLOCK_L)
+    m_i, l_i, acc = _attend_ring(
+        q_of, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
+        v_scale_ptr, seed_ptr, stream_of, head, row_of, slots, end_of, new_of, 0,
+        tl.max(end, axis=0), dropout_p, ROWS, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+    )  # fmt: skip
+    m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
+    m = tl.max(m_i, axis=1, keep_dims=True)
+    row_scale = tl.exp2(m_i - finite_or_zero(m))
+    l_sum = tl.sum(tl.reshape(l_i, (GROUP, BLOCK_L)) * row_scale, axis=1, keep_dims=True)
+    acc = tl.sum(tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D)) * row_scale[:, :, None], axis=1)
+
+    new_row = (first_row + new_slot)[:, None]
+    k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
+                  UPDATE, ACC)  # fmt: skip
+    v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
+                  UPDATE, ACC)  # fmt: skip
+    slot = new_slot[:, None]
+    keep = tl.full((), 1.0, ACC)
+    if seed_ptr is not None:
+        keep = keep_scale(seed_ptr, streams[:, None], head, slot, slot * 0, dropout_p).to(ACC)
+    score = _inner(q, k_new) * tl.full((), SCALE * LOG2E, ACC)
+    m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
+    m, l_sum, acc = _add_extra_slots(
+        m, l_sum, acc, q, bias_k_ptr, bias_v_ptr, seed_ptr, streams[:, None], head, slot * 0 + L,
+        head_d, offs_d < D, dropout_p, ADD_ZERO_ATTN, ACC, SCALE,
+    )  # fmt: skip
+
+    # This head's share of every output feature; the last program of the group adds them up.
+    COPIES: tl.constexpr = 16 // GROUP
+    found = tl.broadcast_to((acc / l_sum)[None, :, :], (COPIES, GROUP, BLOCK_D))
+    offs_n = tl.arange(0, 16)
+    partial_ptr += first * (H * E)
+    _project_out(tl.reshape(found, (16, BLOCK_D)), (offs_n < GROUP) & (first + offs_n < N),
+                 o_weight_ptr, partial_ptr + head * (GROUP * E), head, dtype, E, D, BLOCK_D,
+                 BLOCK_E, STAGES, True, PRECISION, ACC)  # fmt: skip
+    if is_last(counter_ptr + group, H):
+        limit = tl.minimum(N - first, GROUP) * E
+        _merge_parts(partial_ptr, None, o_bias_ptr, out_ptr + first * E, limit, H, 1, GROUP * E, E,
+                     BLOCK_M, BLOCK_H, 1, ACC)  # fmt: skip
+        if UPDATE:
+            step = tl.full((GROUP,), 1, tl.int64)
+            if active_ptr is not None:
+                step = tl.load(active_ptr + streams, mask=there, other=0).to(tl.int64)
+            tl.store(position_ptr + streams, position + step, mask=there)
 
 
 def project_inputs(
@@ -379,19 +635,33 @@ def project_inputs(
     )
 
 
-def uncovered(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
+def uncovered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *others: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> str | None:
     """What the ring kernels ask of tensors; the last three of `others` are the rings."""
     if query.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {query.device.type}, and Triton needs cuda"
     if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
         return f"no kernel for {query.dtype}"
-    given = [tensor for tensor in others if tensor is not None]
-    if any(tensor.dtype != query.dtype for tensor in (key, value, *given)):
+    *weights, k_ring, v_ring, q_ring = [tensor for tensor in others if tensor is not None]
+    given = [key, value, *weights, q_ring]
+    held = [scale for scale in scales if scale is not None]
+    if not held:
+        given += [k_ring, v_ring]
+    elif k_ring.dtype not in CODES or v_ring.dtype != k_ring.dtype:
+        return f"no kernel for rings of {k_ring.dtype} and {v_ring.dtype} with scales"
+    elif (k_ring.data_ptr() | v_ring.data_ptr()) % 4:
+        return "a ring of 8 bits does not start at a multiple of 4 bytes"
+    if any(tensor.dtype != query.dtype for tensor in given):
         return "query, weights and rings differ in dtype"
-    if not all(tensor.is_contiguous() for tensor in given):
+    if not all(tensor.is_contiguous() for tensor in (*given[2:], k_ring, v_ring, *held)):
         return "a weight or a ring is not contiguous"
-    if given[-3].shape[3] > MAX_HEAD_DIM:
-        return f"head_dim {given[-3].shape[3]} is over {MAX_HEAD_DIM}"
+    if k_ring.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim {k_ring.shape[3]} is over {MAX_HEAD_DIM}"
     return None
 
 
@@ -411,6 +681,13 @@ def why_not(
     k_ring: Tensor,
     v_ring: Tensor,
     q_ring: Tensor,
+    position: Tensor,
+    active: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    update: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *rest: Any,
 ) -> str | None:
     """None if this module covers a call of the operator `name`, else the reason why not."""
@@ -419,6 +696,7 @@ def why_not(
     return uncovered(
         query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
         out_proj_weight, out_proj_bias, bias_k, bias_v, k_ring, v_ring, q_ring,
+        scales=(k_scale, v_scale),
     )  # fmt: skip
 
 
@@ -451,15 +729,15 @@ def ring_step_(
 
     Shapes: `query` (N, E), `key` (N, Ek), `value` (N, Ev), any strides; `in_proj_weight` (3E, E),
     or (E, E) where `k_proj_weight` (E, Ek) and `v_proj_weight` (E, Ev) are given; `k_ring`,
-    `v_ring` (N, H, L, D); `q_ring` (N, R, E); `position` (N,) int64; `active` (N,) bool.
-    Covered: what `why_not` answers None to. `batch_invariant` or `plan`
-    overrides the table.
+    `v_ring` (N, H, L, D); `q_ring` (N, R, E); `position` (N,) int64; `active` (N,) bool;
+    `k_scale`, `v_scale` (N, H, L, 1) fp32 if the rings are of 8 bits.
+    Covered: what `why_not` answers None to. `batch_invariant` or `plan` overrides the table.
     """
     widths = (key.shape[1], value.shape[1])
     options = (bool(add_zero_attn), bool(update), batch_invariant)
-    ready = _ready(k_ring, q_ring, query.dtype, *widths, *options, plan)
+    ready = _ready(k_ring, q_ring, *widths, *options, plan)
     plan = ready.plan
-    fused = plan.path == "fused"
+    fused = plan.path in ONE_LAUNCH
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return project(x, weight, bias, plan) if plan.path == "chain" else F.linear(x, weight, bias)
@@ -472,14 +750,11 @@ def ring_step_(
                       out_proj_bias) if fused else (None,) * 6  # fmt: skip
     out, *scratch = _outputs(query, ready)
     args = (
-        query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, q_ring, position,
-        active if update else None, dropout_seed(dropout_p, query.device), out, *scratch,
-        *query.stride(), *key.stride(), *value.stride(), dropout_p,
+        query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, k_scale, v_scale, q_ring,
+        position, active if update else None, dropout_seed(dropout_p, query.device), out, *scratch,
+        *query.stride(), *key.stride(), *value.stride(), dropout_p, *ready.streams,
     )  # fmt: skip
-    launch(
-        _ring_step_kernel, ready.grid, args, ready.constants,
-        num_warps=plan.num_warps, pdl=plan.pdl,
-    )  # fmt: skip
+    launch(_kernel(plan), ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl)
     if fused:
         return out
     if plan.path == "chain":
@@ -490,8 +765,12 @@ def ring_step_(
     return F.linear(out, out_proj_weight, out_proj_bias)
 
 
-# Of the arguments of `_ring_step_kernel`, those that differ from step to step of self-attention.
-_TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (15,), (17,), (18, 19)
+def _kernel(plan: StepPlan) -> Any:
+    return _group_step_kernel if plan.path == "group" else _ring_step_kernel
+
+
+# Of the kernels' arguments, those that differ from step to step of self-attention.
+_TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
 
 
 def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
@@ -503,8 +782,8 @@ def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | N
     query, active, dropout_p, update = args[0], args[15], args[17], args[18]
     batch_invariant = len(args) > 21 and args[21]
     widths, options = 2 * (query.shape[1],), (args[16], update, batch_invariant)
-    ready = _ready(args[11], args[13], query.dtype, *widths, *options)
-    if ready.plan.path != "fused" or dropout_p > 0.0 or not update:
+    ready = _ready(args[11], args[13], *widths, *options)
+    if ready.plan.path not in ONE_LAUNCH or dropout_p > 0.0 or not update:
         return None
     with record() as launches:
         ring_step_(*args)
@@ -512,7 +791,7 @@ def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | N
     masked = active is not None
     vary = _TOKENS + masked * _ACTIVE + _OUT + bool(ready.groups) * _SCRATCH
     again = relaunch(
-        _ring_step_kernel, ready.grid, made, ready.constants,
+        _kernel(ready.plan), ready.grid, made, ready.constants,
         num_warps=ready.plan.num_warps, vary=vary,
     )  # fmt: skip
     if again is None:
@@ -535,7 +814,6 @@ def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | N
 def _ready(
     k_ring: Tensor,
     q_ring: Tensor,
-    dtype: torch.dtype,
     kdim: int,
     vdim: int,
     add_zero_attn: bool,
@@ -545,10 +823,11 @@ def _ready(
 ) -> _Prepared:
     """How a step with these rings, token widths and options runs."""
     N, H, L, D = k_ring.shape
+    dtype, slot = q_ring.dtype, k_ring.element_size()
     if batch_invariant:
-        plan = invariant_step_plan(H * D, H, L, dtype.itemsize)
+        plan = invariant_step_plan(H * D, H, L, dtype.itemsize, slot)
     options = (add_zero_attn, update, dot_precision(), plan)
-    return _prepare(N, H * D, kdim, vdim, H, L, q_ring.shape[1], dtype, *options)
+    return _prepare(N, H * D, kdim, vdim, H, L, q_ring.shape[1], dtype, slot, *options)
 
 
 def _outputs(query: Tensor, ready: _Prepared) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -561,7 +840,7 @@ def _outputs(query: Tensor, ready: _Prepared) -> tuple[Tensor, Tensor | None, Te
 
 
 class _Prepared(NamedTuple):
-    """All of a launch of `_ring_step_kernel` that does not change from step to step."""
+    """All of a launch of a kernel of the step that does not change from step to step."""
 
     plan: StepPlan
     precision: str
@@ -570,34 +849,45 @@ class _Prepared(NamedTuple):
     groups: int  # of programs that merge their results
     scratch: int
     acc: torch.dtype
+    streams: tuple[int, ...]  # their number, where the kernel asks for it
 
 
 @lru_cache(maxsize=1024)
 def _prepare(
-    N: int, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype,
+    N: int, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype, slot: int,
     add_zero_attn: bool, update: bool, precision: str, plan: StepPlan | None,
 ) -> _Prepared:  # fmt: skip
-    plan = plan or step_plan(N, E, H, L, dtype.itemsize)
-    fused = plan.path == "fused"
+    plan = plan or step_plan(N, E, H, L, dtype.itemsize, slot_itemsize=slot)
+    fused, grouped = plan.path == "fused", plan.path == "group"
     parts = plan.splits + plan.spread
     block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(parts)
     wide = dtype == torch.float64
-    constants = (
-        E, EK, EV, H, L, R, plan.splits, plan.spread, plan.block_l, plan.block_d, plan.block_k,
-        plan.block_e if fused else 0, fused, plan.stages,
-        dtype.itemsize == 2 or precision == "tf32", add_zero_attn, update,
-        block_h, block_s, max(4, 4096 // (block_h * block_s)), plan.pdl, precision,
-        (E // H) ** -0.5, tl.float64 if wide else tl.float32,
-    )  # fmt: skip
-    programs = N * H * (plan.splits + 2 * plan.spread)
-    width = (E if fused else E // H) + 4  # of one part: its vector, and padded, m and l
-    merges = fused or plan.splits > 1
+    per_load = 4 if slot == 1 and E // H % 4 == 0 else 1  # codes that are loaded as one word
+    sizes = (E, EK, EV, H, L, R)
+    tile = (plan.block_l, plan.block_d, per_load, plan.block_k)
+    ends = (precision, (E // H) ** -0.5, tl.float64 if wide else tl.float32)
+    block_m = max(4, 4096 // (block_h * block_s))
+    if grouped:
+        constants: tuple = (
+            *sizes, plan.group, *tile, plan.block_e, plan.stages, add_zero_attn, update, block_h,
+            block_m, *ends,
+        )  # fmt: skip
+    else:
+        constants = (
+            *sizes, plan.splits, plan.spread, *tile, plan.block_e if fused else 0, fused,
+            plan.stages, dtype.itemsize == 2 or precision == "tf32", add_zero_attn, update, block_h,
+            block_s, block_m, plan.pdl, *ends,
+        )  # fmt: skip
+    groups = triton.cdiv(N, plan.group)
+    width = E if grouped else (E if fused else E // H) + 4  # of a part: its vector, padded m and l
+    merges = fused or grouped or plan.splits > 1
     return _Prepared(
         plan=plan,
         precision=precision,
-        grid=(programs, 1, 1),
+        grid=(groups * H * (plan.splits + 2 * plan.spread), 1, 1),
         constants=constants,
-        groups=(N if fused else N * H) if merges else 0,
-        scratch=N * H * parts * width,
+        groups=(groups if fused or grouped else N * H) if merges else 0,
+        scratch=groups * plan.group * H * parts * width,
         acc=torch.float64 if wide else torch.float32,
+        streams=(N,) if grouped else (),
     )
