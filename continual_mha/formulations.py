@@ -7,8 +7,11 @@ from torch import Tensor
 # From this size of a key-value ring on, reading the ring decides the time of a step on a GPU, and
 # reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
 _CUDA_RING_BYTES = 64 << 20
-_CUDA_MAX_EMBED_DIM = 1024  # what the Triton kernel covers
-_CUDA_MAX_ACCUMULATORS = 8192  # features times heads, of the same
+_CUDA_MAX_EMBED_DIM = 2048  # what the Triton kernel covers
+# Features times heads, up to which at most two programs of that kernel read a stream. Four would
+# ask more of the second-level cache than keys and values ask of the memory.
+_CUDA_MAX_ACCUMULATORS = 32768
+_CUDA_MAX_HEADS = 32  # more want more arithmetic for a byte than there is
 
 
 def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, like: Tensor) -> str:
@@ -18,6 +21,7 @@ def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, l
     kv_bytes = 2 * batch_size * sequence_len * embed_dim * like.element_size()
     fits = (
         embed_dim <= _CUDA_MAX_EMBED_DIM
+        and num_heads <= _CUDA_MAX_HEADS
         and _padded(embed_dim) * _padded(num_heads) <= _CUDA_MAX_ACCUMULATORS
     )
     return "input" if fits and kv_bytes >= _CUDA_RING_BYTES else "kv"

@@ -11,7 +11,6 @@ from torch import Tensor
 from triton_cases import (
     DEVICE,
     DTYPES,
-    INTERPRETED,
     RingCase,
     assert_as_exact_as_torch,
     needs_kernels,
@@ -29,6 +28,7 @@ from continual_mha.triton_kernels.ring_step import ring_step_
 pytestmark = needs_kernels
 
 PATHS = [("gemm", 1), ("gemm", 3), ("fused", 1)]
+WIDE = [("wide", 1), ("wide", 2)]
 CODES = [torch.int8, torch.uint8]
 
 
@@ -61,8 +61,12 @@ class InputCase(RingCase):
 
 
 def plan_of(case: InputCase, path: str, splits: int) -> InputPlan:
-    E = case.H * case.D
-    return input_plan(case.N, E, case.H, case.L, case.dtype.itemsize, path, splits)
+    """The table's plan; "wide" is the path of shapes too large for one program or one load."""
+    E, codes = case.H * case.D, len(case.state) > 2
+    given = "gemm" if path == "wide" else path
+    plan = input_plan(case.N, E, case.H, case.L, case.dtype.itemsize, codes, given, splits)
+    wide = {"block_h": 8, "block_c": 16, "block_q": 16, "one_load": False}
+    return plan._replace(**wide) if path == "wide" else plan
 
 
 def step(
@@ -131,6 +135,31 @@ def test_every_option_at_once(path: str, splits: int, codes: torch.dtype | None)
     check_steps(case, path, splits, steps=8, active=True, zero=True)
 
 
+@pytest.mark.parametrize("codes", [None, *CODES], ids=str)
+@pytest.mark.parametrize(("path", "splits"), WIDE)
+def test_blocks_of_heads_and_features_add_up(
+    path: str, splits: int, codes: torch.dtype | None
+) -> None:
+    case = InputCase(N=3, H=9, D=8, L=20, delay=2, extra_slot=True).warm()
+    case.state[1].copy_(torch.tensor([0, 18, 70]))
+    case = case if codes is None else case.quantised(codes)
+    check_steps(case, path, splits, steps=3, active=True, zero=True)
+    assert not counters(case.state[0], 2 * case.N).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_blocks_of_heads_and_features_add_up_in_other_dtypes(dtype: torch.dtype) -> None:
+    check_steps(InputCase(N=2, H=9, D=8, L=20, dtype=dtype).warm(), "wide", 2, steps=2)
+
+
+def test_a_plan_divides_what_registers_do_not_hold() -> None:
+    for E, H, itemsize, block_h in ((2048, 8, 2, 8), (2048, 16, 2, 8), (1024, 32, 4, 8)):
+        plan = input_plan(4096, E, H, 4, itemsize)
+        assert plan.path == "gemm"
+        assert (plan.block_h, plan.one_load) == (block_h, itemsize == 2)
+        assert not input_plan(1, E, H, 4096, itemsize, codes=True).one_load
+
+
 @pytest.mark.parametrize(("L", "splits"), [(1, 1), (2, 1), (63, 2), (64, 1), (120, 4)])
 def test_window_lengths_around_the_block_size(L: int, splits: int) -> None:
     case = InputCase(N=2, L=L, bias=False).warm()
@@ -144,11 +173,11 @@ def test_numbers_of_streams_heads_and_features(path: str, N: int, H: int, D: int
 
 
 @pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
-@pytest.mark.parametrize(("path", "splits"), PATHS)
+@pytest.mark.parametrize(("path", "splits"), [*PATHS, *WIDE])
 def test_without_update_the_output_is_the_same_and_the_state_too(
     path: str, splits: int, codes: torch.dtype | None
 ) -> None:
-    case = InputCase(delay=2).warm()
+    case = InputCase(H=9, delay=2).warm()
     case = case if codes is None else case.quantised(codes)
     token, before = case.token()[0], case.copied_state()
     preview = step(case, case.state, token, path, splits, update=False)
@@ -194,7 +223,7 @@ def test_inputs_of_any_stride() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("path", "splits"), PATHS)
+@pytest.mark.parametrize(("path", "splits"), [*PATHS, WIDE[0]])
 def test_dropout_zeroes_weights_at_its_rate_and_rescales_the_others(
     path: str, splits: int, bias: bool
 ) -> None:
@@ -312,7 +341,3 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "embed_dim" in (
         why_not("input_step_", *wide.arguments(wide.state, wide.token()[0])) or ""
     )
-    if INTERPRETED:
-        many = InputCase(H=256, D=2, dtype=torch.float16)
-        args = many.arguments(many.state, many.token()[0])
-        assert "registers" in (why_not("input_step_", *args) or "")

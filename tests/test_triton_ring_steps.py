@@ -16,9 +16,38 @@ from triton_cases import (
 )
 
 from continual_mha import reference
+from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels import ring_step_, ring_steps_, why_not
 
 pytestmark = needs_kernels
+
+CODES = [torch.int8, torch.uint8]
+
+
+def quantised(case: RingCase, codes: torch.dtype) -> list[torch.Tensor]:
+    """The case's state with rings of 8 bits, and their scales: NaN where nothing was written."""
+    empty = QuantizedRing(torch.zeros(1, 1, dtype=codes, device=DEVICE), case.state[0])
+    rings = [empty.holding(ring) for ring in case.state[:2]]
+    return [*(ring.codes for ring in rings), *case.state[2:], *(ring.scale for ring in rings)]
+
+
+def with_scales(clip: tuple, case: RingCase, state: list, *rest: object) -> list:
+    """Arguments of the operator for a state of `quantised`."""
+    return [*clip, *case.weights, *state[:4], *rest, *state[4:]]
+
+
+def check_codes(case: RingCase, state: list, T: int, first: int, zero: bool = False) -> None:
+    """One clip over rings of 8 bits, which must hold the reference's bits afterwards."""
+    clip, torch_state = case.clip(T), [x.clone() for x in state]
+    rest = [first, zero, 0.0, True]
+    exact_args = widened(with_scales(clip, case, torch_state, *rest))
+    exact_args[-2:] = [x.cpu().clone() for x in torch_state[4:]]  # fp32 in every precision
+    exact = reference.ring_steps_(*exact_args)
+    plain = reference.ring_steps_(*with_scales(clip, case, torch_state, *rest))
+    out = ring_steps_(*with_scales(clip, case, state, *rest))
+    assert_as_exact_as_torch(out, plain, exact)
+    for mine, theirs in zip(state, torch_state, strict=True):
+        assert torch.equal(mine.nan_to_num(77), theirs.nan_to_num(77))
 
 
 def check_clip(case: RingCase, T: int, first: int, zero: bool = False) -> None:
@@ -154,3 +183,77 @@ def test_batch_invariant_tokens_give_a_stream_the_same_bits_alone_and_among_othe
     )
     assert torch.equal(together[6:], single)
     assert all(torch.equal(a[6:], b) for a, b in zip(case.state, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # the numbers of the rings are fp32
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_rings_of_8_bits_hold_the_references_bits_and_are_read_as_those(
+    codes: torch.dtype, dtype: torch.dtype
+) -> None:
+    case = RingCase(L=6, D=12, dtype=dtype)
+    state = quantised(case, codes)
+    for T, first in ((4, 0), (3, 1), (20, 3)):
+        check_codes(case, state, T, first)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize(("T", "L"), [(1, 4), (9, 4), (5, 70)])
+def test_every_option_at_once_over_rings_of_8_bits(T: int, L: int, codes: torch.dtype) -> None:
+    case = RingCase(N=3, D=12, L=L, delay=3, kdim=27, vdim=22, extra_slot=True)
+    for ring in case.state[:2]:
+        ring.copy_(case.random(*ring.shape))
+    case.state[3].copy_(torch.arange(3) * 40)
+    state = quantised(case, codes)
+    check_codes(case, state, T, 0, zero=True)
+    before = [x.clone() for x in state]
+    ring_steps_(*with_scales(case.clip(T), case, state, 0, True, 0.0, False))
+    assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
+def test_small_scales_do_not_make_weights_underflow() -> None:
+    case = RingCase(N=1, L=40, dtype=torch.float16, bias=False).warm()
+    weight = case.weights[0]
+    assert weight is not None
+    weight[2 * case.H * case.D :] /= 2048  # of the clip's values, as those of the ring
+    case.state[1] /= 2048
+    check_codes(case, quantised(case, torch.int8), 3, 0)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_reaches_those_alone_who_see_it(
+    bad: float, codes: torch.dtype
+) -> None:
+    case = RingCase(N=2, L=3, bias=False)
+    clip = case.clip(9)[0]
+    clip[0, 2, 1] = bad
+    state = quantised(case, codes)
+    out = ring_steps_(*with_scales((clip,) * 3, case, state, 0, False, 0.0, True))
+    assert torch.equal(out[0].isnan().all(-1).cpu(), torch.arange(9).sub(2).div(3).floor() == 0)
+    assert torch.equal(out[0].isfinite().all(-1), ~out[0].isnan().any(-1))
+    assert out[1].isfinite().all()
+
+
+def test_dropout_over_rings_of_8_bits_drops_what_it_drops_elsewhere() -> None:
+    case = RingCase(L=5, delay=1).warm()
+    clip, state = case.clip(7), quantised(case, torch.int8)
+    outs = []
+    for rings in (state, [QuantizedRing(state[i], state[i + 4]).to(case.dtype) for i in (0, 1)]):
+        torch.manual_seed(5)
+        args = with_scales(clip, case, [x.clone() for x in state], 0, False, 0.5, False)
+        if rings is not state:
+            args[11:13], args[19:] = rings, []
+        outs.append(ring_steps_(*args))
+    torch.testing.assert_close(outs[0], outs[1], rtol=0.05, atol=0.02)
+
+
+def test_rings_of_8_bits_are_declined_with_the_reason() -> None:
+    case = RingCase()
+    args = with_scales(case.clip(2), case, quantised(case, torch.int8), 0, False, 0.0, True)
+    assert why_not("ring_steps_", *args) is None
+    args[11] = args[11].to(torch.int16)
+    assert "int16" in (why_not("ring_steps_", *args) or "")
+    args[11] = args[12].transpose(2, 3).contiguous().transpose(2, 3)
+    assert "contiguous" in (why_not("ring_steps_", *args) or "")
+    args[11] = args[12].repeat(1, 1, 1, 40)
+    assert "head_dim" in (why_not("ring_steps_", *args) or "")

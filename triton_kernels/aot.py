@@ -190,17 +190,30 @@ def input_step_launches(
         None,
     ]
     args += [ring, _meta(torch.int64, N)]
-    plan = input_plan(N, E, H, L, dtype.itemsize, path)
+    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, path)
     with record() as launches:
         input_step_(*[*args, H, 0, None, False, 0.0, True, scale, False, plan])
     return launches
 
 
-def steps_launches(N: int, T: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[Launch]:
-    """Our launches for T tokens at once."""
-    clip = _meta(dtype, N, T, E)
+def steps_launches(
+    N: int,
+    T: int,
+    E: int,
+    H: int,
+    L: int,
+    dtype: torch.dtype,
+    codes: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+) -> list[Launch]:
+    """Our launches for T tokens at once; `codes` is the dtype of rings of 8 bits."""
+    clip, args = _meta(dtype, N, T, E), _ring_arguments(N, E, H, L, dtype)
+    args += [0, False, dropout_p, True]
+    if codes is not None:
+        ring, scale = _meta(codes, N, H, L, E // H), _meta(torch.float32, N, H, L, 1)
+        args[8:10], args[16:] = [ring, ring], [scale, scale]
     with record() as launches:
-        ring_steps_(*[clip, clip, clip, *_ring_arguments(N, E, H, L, dtype), 0, False, 0.0, True])
+        ring_steps_(*[clip, clip, clip, *args])
     return launches
 
 

@@ -96,7 +96,7 @@ def _window_query_gradient_kernel(
     newest = ((position + L - 1) % L).to(tl.int32)
     seen = tl.minimum(position, L).to(tl.int32)
     for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
-        k, v, visible, keys = ring_tile(
+        k, v, visible, keys, _ = ring_tile(
             k_ring_ptr, v_ring_ptr, start + offs_s, offs_t, offs_d, mask_d, begin, newest, seen, L,
             D,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _window_query_gradient_kernel(
     clip_end = tl.minimum(begin + BLOCK_T, T)
     for start in tl.range(tl.maximum(begin - L + 1, 0), clip_end, BLOCK_S, num_stages=STAGES):
         keys = start + offs_s
-        k, v, visible = clip_tile(
+        k, v, visible, _ = clip_tile(
             key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end, L
         )
         _, grad_score = _tile_gradients(
@@ -262,7 +262,7 @@ def attend_window(
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = torch.empty((N, T - first, H), dtype=wide, device=query.device)
     args = (
-        query, key, value, None, None, k_ring, v_ring, None, position,
+        query, key, value, None, None, None, None, k_ring, v_ring, None, None, None, position,
         None if sink is None else sink.contiguous(), seed, out, lse, *query.stride()[:2],
         *key.stride()[:2], *value.stride()[:2], T, first, dropout_p,
     )  # fmt: skip

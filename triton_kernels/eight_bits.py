@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, constants_of, launch
 
 CODES = (torch.int8, torch.uint8)  # integers, and the bits of e4m3
 
@@ -95,21 +96,28 @@ def factor_of(scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantise(x, dtype: tl.constexpr):
-    """Codes of a token's features [BLOCK] and their scale, as `QuantizedRing.holding` has them.
+def scale_of(x, dtype: tl.constexpr):
+    """Scales [...] of tokens' features [..., BLOCK]; they and codes as in `QuantizedRing.holding`.
 
-    Features beyond the token's width must be zero. Of tokens [N, BLOCK] the scales are [N, 1].
+    `x` is one token or a tile of them. Features beyond a token's width must be zero.
     """
-    MANY: tl.constexpr = len(x.shape) == 2
     AXIS: tl.constexpr = len(x.shape) - 1
     x = x.to(tl.float32)
-    largest = tl.full((), 448.0 if dtype == tl.uint8 else 127.0, tl.float32)
-    peak = tl.max(tl.abs(x), axis=AXIS, keep_dims=MANY)
-    scale = tl.div_rn(peak, largest)
-    not_a_number = tl.sum((x != x).to(tl.int32), axis=AXIS, keep_dims=MANY) > 0
-    scale = tl.where(not_a_number, float("nan"), scale)
+    size = tl.max(tl.abs(x), axis=AXIS)
+    scale = tl.div_rn(size, size * 0.0 + (448.0 if dtype == tl.uint8 else 127.0))
+    not_a_number = tl.sum((x != x).to(tl.int32), axis=AXIS) > 0
+    return tl.where(not_a_number, float("nan"), scale)
+
+
+@triton.jit
+def encode(x, scale, dtype: tl.constexpr):
+    """Codes of tokens' features [..., BLOCK], given scales [...], as the ring holds them."""
+    largest = 448.0 if dtype == tl.uint8 else 127.0
     # a subnormal scale would overflow its own inverse, and one of zero has none
     divisor = tl.where(scale < _LEAST_NORMAL, _LEAST_NORMAL, scale)
+    if len(x.shape) > 1:
+        divisor = tl.expand_dims(divisor, len(x.shape) - 1)
+    x = x.to(tl.float32)
     scaled = tl.div_rn(x, x * 0.0 + divisor)
     known = scaled == scaled
     bounded = tl.where(known, tl.minimum(tl.maximum(scaled, -largest), largest), 0.0)
@@ -120,6 +128,63 @@ def quantise(x, dtype: tl.constexpr):
         subnormal = ((size * 512.0 + _TO_NEAREST) - _TO_NEAREST).to(tl.uint32)
         code = tl.where(size < 0.015625, subnormal, normal)
         sign = (bounded.to(tl.uint32, bitcast=True) >> 31) << 7
-        return tl.where(known, code | sign, 0x7F).to(tl.uint8), scale
+        return tl.where(known, code | sign, 0x7F).to(tl.uint8)
     else:
-        return ((bounded + _TO_NEAREST) - _TO_NEAREST).to(tl.int8), scale
+        return ((bounded + _TO_NEAREST) - _TO_NEAREST).to(tl.int8)
+
+
+@triton.jit
+def quantise(x, dtype: tl.constexpr):
+    """Codes of tokens' features [..., BLOCK], and their scales [...]."""
+    scale = scale_of(x, dtype)
+    return encode(x, scale, dtype), scale
+
+
+@triton.jit
+def _quantise_tokens_kernel(
+    x_ptr, codes_ptr, scale_ptr, stride_xn, stride_xt, T,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_T tokens of one head of one stream, in 8 bits with a scale for each.
+
+    Reads BLOCK_T * D elements and writes as many codes; a tile is what registers hold easily.
+    """
+    blocks = tl.cdiv(T, BLOCK_T)
+    program = tl.program_id(0)
+    head = program // blocks % H
+    stream = (program // (blocks * H)).to(tl.int64)
+    offs_t = program % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = offs_t.to(tl.int64)[:, None]
+    mask = (offs_t < T)[:, None] & (offs_d < D)[None, :]
+    features = (head * D + offs_d)[None, :]
+    x = tl.load(x_ptr + stream * stride_xn + rows * stride_xt + features, mask=mask, other=0.0)
+    codes, scale = quantise(x, codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + (stream * T + rows) * (H * D) + features, codes, mask=mask)
+    tl.store(scale_ptr + (stream * H + head) * T + offs_t, scale, mask=offs_t < T)
+
+
+QUANTISE_ELEMENTS = 2048
+
+
+def quantise_tokens(x: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (N, T, E) of tokens `x` (N, T, E), and the scales (N, H, T) of their heads, in fp32."""
+    N, T, E = x.shape
+    codes = torch.empty((N, T, E), dtype=dtype, device=x.device)
+    scale = torch.empty((N, num_heads, T), dtype=torch.float32, device=x.device)
+    block_d = triton.next_power_of_2(E // num_heads)
+    block_t = max(1, QUANTISE_ELEMENTS // block_d)
+    args = (x, codes, scale, *x.stride()[:2], T)
+    constants = constants_of(num_heads, E // num_heads, block_t, block_d)
+    grid = (N * num_heads * triton.cdiv(T, block_t), 1, 1)
+    launch(_quantise_tokens_kernel, grid, args, constants, num_warps=4)
+    return codes, scale
+
+
+def uncovered_codes(codes: Tensor, scale: Tensor) -> str | None:
+    """What the kernels ask of a ring of 8 bits: None, or the reason why they decline it."""
+    if codes.dtype not in CODES:
+        return f"no kernel for a ring of {codes.dtype}"
+    if not (codes.is_contiguous() and scale.is_contiguous()):
+        return "a ring is not contiguous"
+    return None

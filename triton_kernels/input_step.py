@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
-from .eight_bits import CODES, decode, quantise, unit_of
+from .eight_bits import CODES, decode, encode, scale_of, unit_of
 from .launch import INTERPRETED, constants_of, counters, launch
 from .pieces import (
     DTYPES,
@@ -65,24 +65,24 @@ def _load_tile(x_ring_ptr, slots, valid, offs_e, E: tl.constexpr):
 
 @triton.jit
 def _attend_part(
-    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, begin, end, new_slot,
+    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, begin, end, new_slot,
     dropout_p, dtype: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, ONE_LOAD: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
 
-    Each tile is loaded once for both products, and is their left operand: its rows and features
-    fill the matrix unit, which the few heads could not. A tile of 8 bits would not fit into
-    registers as the first product wants it, so that one takes it by blocks of features, and the
-    second finds it in the first-level cache. The scales go into the weights over the largest one
-    seen, so that no weight underflows; the sum has that factor taken out.
+    The tile is the left operand of both products: its rows and features fill the matrix unit,
+    which the few heads could not. With ONE_LOAD it is loaded once for both. Wide tiles of fp32, and
+    those of 8 bits, do not fit into registers as the first product wants them, so that one takes
+    them by blocks of features, and the second finds them in the cache. The scales go into the
+    weights over the largest one seen, so that no weight underflows; the sum has that factor taken
+    out.
     """
-    offs_h = tl.arange(0, BLOCK_H)
     offs_e = tl.arange(0, BLOCK_E)
     scale = tl.full((), SCALE * LOG2E, ACC)
-    if x_scale_ptr is None:
+    if ONE_LOAD:
         query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
     m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_H,), ACC)
@@ -93,19 +93,24 @@ def _attend_part(
         slots = start + tl.arange(0, BLOCK_S)
         valid = (slots < end) & (slots != new_slot)
         scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-        if x_scale_ptr is None:
+        if ONE_LOAD:
             tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
             scores = dot(tile, tl.trans(query), scores, PRECISION) * scale
         else:
             for c in range(0, E, BLOCK_C):
                 offs_c = c + tl.arange(0, BLOCK_C)
-                part = decode(_load_tile(x_ring_ptr, slots, valid, offs_c, E), dtype)
+                part = _load_tile(x_ring_ptr, slots, valid, offs_c, E)
+                if x_scale_ptr is not None:
+                    part = decode(part, dtype)
                 query = _load_query(query_ptr, stride_qh, offs_h, offs_c, H, E)
                 scores = dot(part, tl.trans(query), scores, PRECISION)
-            tile = decode(_load_tile(x_ring_ptr, slots, valid, offs_e, E), dtype)
+            scores *= scale
+            tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
+        if x_scale_ptr is not None:
+            tile = decode(tile, dtype)
             by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
             by_slot *= unit_of(x_ring_ptr.dtype.element_ty)
-            scores *= by_slot.to(ACC)[:, None] * scale
+            scores *= by_slot.to(ACC)[:, None]
         scores = tl.where(valid[:, None], scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, axis=0))
         shift = finite_or_zero(m_new)
@@ -134,31 +139,37 @@ def _attend_part(
 
 @triton.jit
 def _add_token(
-    query_ptr, stride_qh, token_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream, new_slot, dropout_p,
-    m, l_sum, kept, acc, H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_E: tl.constexpr, UPDATE: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    query_ptr, stride_qh, token_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, new_slot,
+    dropout_p, m, l_sum, kept, acc, write, H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The new token: from registers, and as the ring will hold it; written there if UPDATE."""
-    offs_h = tl.arange(0, BLOCK_H)
+    """The new token: from registers, and as the ring will hold it; stored there if `write`.
+
+    Its scores need no matrix unit, but as many queries in registers as BLOCK_Q features have.
+    """
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
+    codes: tl.constexpr = x_ring_ptr.dtype.element_ty
     token = tl.load(token_ptr + offs_e, mask=mask_e, other=0.0)
     if x_scale_ptr is not None:
-        token, size = quantise(token, x_ring_ptr.dtype.element_ty)
-        if UPDATE:
+        size = scale_of(token, codes)
+        token = encode(token, size, codes)
+        if write:
             tl.store(x_scale_ptr + new_slot, size)
-    if UPDATE:
+    if write:
         tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e)
     if x_scale_ptr is not None:
-        size *= unit_of(x_ring_ptr.dtype.element_ty)
-        token = decode(token, tl.float32) * size
+        token = decode(token, tl.float32) * (size * unit_of(codes))
     token = token.to(ACC)
-    query = tl.load(
-        query_ptr + offs_h[None, :] * stride_qh + offs_e[:, None],
-        mask=(offs_h < H)[None, :] & mask_e[:, None],
-        other=0.0,
-    )  # [BLOCK_E, BLOCK_H]
-    score = tl.sum(query.to(ACC) * token[:, None], axis=0) * tl.full((), SCALE * LOG2E, ACC)
+    products = tl.zeros((BLOCK_H, BLOCK_Q), ACC)
+    for q in range(0, E, BLOCK_Q):
+        offs_q = q + tl.arange(0, BLOCK_Q)
+        query = _load_query(query_ptr, stride_qh, offs_h, offs_q, H, E)
+        part = tl.load(token_ptr + offs_q, mask=offs_q < E, other=0.0)
+        if x_scale_ptr is not None:
+            part = decode(encode(part, size, codes), tl.float32) * (size * unit_of(codes))
+        products += query.to(ACC) * part.to(ACC)[None, :]
+    score = tl.sum(products, axis=1) * tl.full((), SCALE * LOG2E, ACC)
     keep = tl.full((BLOCK_H,), 1.0, ACC)
     if seed_ptr is not None:
         keep = _keep(seed_ptr, stream, offs_h, new_slot, dropout_p, ACC)
@@ -169,12 +180,11 @@ def _add_token(
 @triton.jit
 def _finish(
     m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_oh, share_ptr, on_bias_ptr, stream,
-    dropout_p, H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr,
+    offs_h, dropout_p, H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Add the extra slots' scores, normalise, and store what one stream's heads found."""
-    offs_h = tl.arange(0, BLOCK_H)
     offs_e = tl.arange(0, BLOCK_E)
     mask_h = offs_h < H
     log2e = tl.full((), LOG2E, ACC)
@@ -216,18 +226,24 @@ def _input_step_kernel(
     query_ptr, token_ptr, x_ring_ptr, x_scale_ptr, position_ptr, active_ptr, seed_ptr, extra_ptr,
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, ONE_LOAD: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: all heads of one stream over one part of its window.
+    """One program: BLOCK_H heads of one stream over one part of its window.
 
     Reads its part of the ring once, L * E elements per stream, and the moved queries (H, N, E);
     writes as many mixed inputs. A tile spans all features, so that one load serves both products.
+    Where accumulators of all heads would not fit into registers, the blocks of heads are programs
+    side by side, which read the ring at the same time: once from memory, then from the cache.
     """
+    H_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     program = tl.program_id(0)
-    split = program % SPLITS
-    stream = (program // SPLITS).to(tl.int64)
+    h_block = program % H_BLOCKS
+    split = program // H_BLOCKS % SPLITS
+    stream = (program // (H_BLOCKS * SPLITS)).to(tl.int64)
+    offs_h = h_block * BLOCK_H + tl.arange(0, BLOCK_H)
     dtype = out_ptr.dtype.element_ty
     position = tl.load(position_ptr + stream)
     new_slot = (position % L).to(tl.int32)
@@ -239,44 +255,45 @@ def _input_step_kernel(
     stride_h = tl.cast(N, tl.int64) * E
     PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_S - 1) // BLOCK_S * BLOCK_S
     m, l_sum, kept, acc = _attend_part(
-        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, split * PART,
+        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, split * PART,
         tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E, BLOCK_H, BLOCK_S,
-        BLOCK_E, BLOCK_C, STAGES, SCALE, PRECISION, ACC,
+        BLOCK_E, BLOCK_C, ONE_LOAD, STAGES, SCALE, PRECISION, ACC,
     )  # fmt: skip
     if split == 0:
         m, l_sum, kept, acc = _add_token(
             query_ptr, stride_h, token_ptr + stream * stride_tn, x_ring_ptr, x_scale_ptr, seed_ptr,
-            stream, new_slot, dropout_p, m, l_sum, kept, acc, H, E, BLOCK_H, BLOCK_E, UPDATE,
-            SCALE, ACC,
+            stream, offs_h, new_slot, dropout_p, m, l_sum, kept, acc, UPDATE and h_block == 0, H, E,
+            BLOCK_H, BLOCK_E, BLOCK_Q, SCALE, ACC,
         )  # fmt: skip
     out_ptr += stream * E
     if SPLITS == 1:
         _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
-                on_bias_ptr, stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
+                on_bias_ptr, stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
                 ADD_ZERO_ATTN, ACC)  # fmt: skip
-        _advance(position_ptr, active_ptr, stream, position, UPDATE)
+        _advance(position_ptr, active_ptr, stream, position, UPDATE and H_BLOCKS == 1)
     else:
-        offs_h = tl.arange(0, BLOCK_H)
+        in_block = tl.arange(0, BLOCK_H)
         offs_e = tl.arange(0, BLOCK_E)
         offsets = offs_h[None, :] * E + offs_e[:, None]
         mask = (offs_h < H)[None, :] & (offs_e < E)[:, None]
         partial_ptr += stream * (SPLITS * H * E)
-        ml_ptr += stream * (SPLITS * 3 * BLOCK_H)
+        group = stream * H_BLOCKS + h_block
+        ml_ptr += group * (SPLITS * 3 * BLOCK_H)
         tl.store(partial_ptr + split * (H * E) + offsets, acc, mask=mask)
-        tl.store(ml_ptr + split * 3 * BLOCK_H + offs_h, m)
-        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + offs_h, l_sum)
-        tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + offs_h, kept)
-        if is_last(counter_ptr + stream, SPLITS):
+        tl.store(ml_ptr + split * 3 * BLOCK_H + in_block, m)
+        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + in_block, l_sum)
+        tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + in_block, kept)
+        if is_last(counter_ptr + group, SPLITS):
             # In the order of the parts, whoever finished last: the same bits in every run.
             top = tl.full((BLOCK_H,), float("-inf"), ACC)
             for s in range(SPLITS):
-                part_ptr = ml_ptr + s * 3 * BLOCK_H + offs_h
+                part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
                 top = tl.maximum(top, tl.load(part_ptr, cache_modifier=".cg"))
             l_sum = tl.zeros((BLOCK_H,), ACC)
             kept = tl.zeros((BLOCK_H,), ACC)
             acc = tl.zeros((BLOCK_E, BLOCK_H), ACC)
             for s in range(SPLITS):
-                part_ptr = ml_ptr + s * 3 * BLOCK_H + offs_h
+                part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
                 weight = tl.exp2(tl.load(part_ptr, cache_modifier=".cg") - finite_or_zero(top))
                 l_sum += tl.load(part_ptr + BLOCK_H, cache_modifier=".cg") * weight
                 kept += tl.load(part_ptr + 2 * BLOCK_H, cache_modifier=".cg") * weight
@@ -285,9 +302,9 @@ def _input_step_kernel(
                 )
                 acc += rows * weight[None, :]
             _finish(top, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
-                    on_bias_ptr, stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
-                    ADD_ZERO_ATTN, ACC)  # fmt: skip
-            _advance(position_ptr, active_ptr, stream, position, UPDATE)
+                    on_bias_ptr, stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E,
+                    HAS_BIAS_SLOT, ADD_ZERO_ATTN, ACC)  # fmt: skip
+            _advance(position_ptr, active_ptr, stream, position, UPDATE and H_BLOCKS == 1)
 
 
 @triton.jit
@@ -296,10 +313,10 @@ def _input_group_kernel(
     x_scale_ptr, position_ptr, active_ptr, seed_ptr, extra_ptr, scratch_ptr, share_ptr, on_bias_ptr,
     out_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
-    UPDATE: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ONE_LOAD: tl.constexpr,
+    HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
+    STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N streams from their queries (N, E) to their heads' outputs (N, E).
 
@@ -313,6 +330,7 @@ def _input_group_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
+    offs_h = tl.arange(0, BLOCK_H)
     mask_n = first + offs_n < N
     mask_d = offs_d < D
     dtype = out_ptr.dtype.element_ty
@@ -348,18 +366,19 @@ def _input_group_kernel(
             scale_ptr = x_scale_ptr + stream * L
         rows_ptr = scratch_ptr + n * (H * E)
         m, l_sum, kept, acc = _attend_part(
-            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, 0,
+            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, offs_h, 0,
             tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
-            BLOCK_S, BLOCK_E, BLOCK_C, STAGES, SCALE, PRECISION, ACC,
+            BLOCK_S, BLOCK_E, BLOCK_C, ONE_LOAD, STAGES, SCALE, PRECISION, ACC,
         )  # fmt: skip
         m, l_sum, kept, acc = _add_token(
             rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
-            new_slot, dropout_p, m, l_sum, kept, acc, H, E, BLOCK_H, BLOCK_E, UPDATE, SCALE, ACC,
+            offs_h, new_slot, dropout_p, m, l_sum, kept, acc, UPDATE, H, E, BLOCK_H, BLOCK_E,
+            BLOCK_Q, SCALE, ACC,
         )  # fmt: skip
         tl.debug_barrier()  # all have read the queries that the results overwrite
         _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, rows_ptr, E, share_ptr, on_bias_ptr,
-                stream, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT, ADD_ZERO_ATTN,
-                ACC)  # fmt: skip
+                stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
+                ADD_ZERO_ATTN, ACC)  # fmt: skip
         _advance(position_ptr, active_ptr, stream, position, UPDATE)
     tl.debug_barrier()
     for h in range(H):
@@ -475,7 +494,7 @@ def input_step_(
     Covered: what `why_not` answers None to, and not `batch_invariant`. `plan` overrides the table.
     """
     N, L, E = x_ring.shape
-    plan = plan or input_plan(N, E, num_heads, L, query.element_size())
+    plan = plan or input_plan(N, E, num_heads, L, query.element_size(), x_scale is not None)
     query = query if query.stride(1) == 1 else query.contiguous()
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
     q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -498,28 +517,30 @@ def input_step_(
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, dot_precision(),
                tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip
-    sizes = (plan.block_h, plan.block_s, plan.block_e)
+    sizes = (plan.block_c, plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.one_load)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
         args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,
                 N, query.stride(0), dropout_p)  # fmt: skip
-        constants = constants_of(
-            num_heads, E, L, plan.block_n, plan.block_d, plan.block_c, *sizes, *options
-        )
+        constants = constants_of(num_heads, E, L, plan.block_n, plan.block_d, *sizes, *options)
         grid = (triton.cdiv(N, plan.block_n), 1, 1)
         launch(_input_group_kernel, grid, args, constants, num_warps=plan.num_warps)
         return F.linear(out, out_proj_weight, out_proj_bias)
     moved = torch.bmm(q.view(N, num_heads, -1).transpose(0, 1), k_weight.view(num_heads, -1, E))
     mixed = torch.empty_like(moved)  # (H, N, E)
     partial = ml = counter = None
+    groups = N * triton.cdiv(num_heads, plan.block_h)
     if plan.splits > 1:
         partial = torch.empty((N, plan.splits, num_heads, E), dtype=wide, device=query.device)
-        ml = torch.empty((N, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
-        counter = counters(query, N)
+        ml = torch.empty((groups, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
+        counter = counters(query, groups)
     args = (moved, query, *state, mixed, share, on_bias, partial, ml, counter, N, query.stride(0),
             dropout_p)  # fmt: skip
-    constants = constants_of(num_heads, E, L, plan.splits, plan.block_c, *sizes, *options)
-    launch(_input_step_kernel, (N * plan.splits, 1, 1), args, constants, num_warps=plan.num_warps)
+    constants = constants_of(num_heads, E, L, plan.splits, *sizes, *options)
+    grid = (groups * plan.splits, 1, 1)
+    launch(_input_step_kernel, grid, args, constants, num_warps=plan.num_warps)
+    if update and groups > N:  # no program of a stream knows when the others have read it
+        position.add_(1 if active is None else active)
     out = query.new_empty((N, num_heads, E // num_heads))
     by_head, v_weight = out.transpose(0, 1), v_weight.view(num_heads, -1, E).transpose(1, 2)
     if v_bias is not None and share is None:  # one rounding less than adding it to the product

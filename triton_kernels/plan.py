@@ -214,6 +214,9 @@ class InputPlan(NamedTuple):
     """How a step over a ring of inputs runs.
 
     path: "gemm", matrix products per head around the kernel; "fused", in it, by groups of streams.
+    one_load: of a tile, for both products; otherwise the first takes block_c features at a time.
+    block_q: features of the queries that are in registers for the new token's scores.
+    block_h: heads of a program; of more, each block is a program.
     """
 
     path: str
@@ -221,9 +224,11 @@ class InputPlan(NamedTuple):
     block_n: int
     block_d: int
     block_c: int
+    block_q: int
     block_h: int
     block_s: int
     block_e: int
+    one_load: bool
     num_warps: int
     stages: int
 
@@ -245,36 +250,43 @@ INPUT_RULES = (
     InputRule("fused", 2 * 16 * MULTIPROCESSORS, 8, 512),
     InputRule("gemm", 0, _NO_LIMIT, _NO_LIMIT),
 )
-# Slots of a tile by padded embed_dim. Wider ones spill beside the accumulators.
-INPUT_ROWS_16 = {width: rows for width, rows in SHARED_ROWS.items() if width <= 1024}
-INPUT_ROWS_32 = {64: 64, 128: 32, 256: 16, 512: 16}
-MAX_INPUT_ACCUMULATORS = 8192  # padded heads * padded embed_dim
-
-
-def _input_blocks(E: int, H: int) -> tuple[int, int]:
-    return max(8, triton.next_power_of_2(H)), max(64, triton.next_power_of_2(E))
+# Slots of a tile by padded embed_dim: 64 KiB at most, as much as the accumulators leave room for.
+INPUT_ROWS_16 = SHARED_ROWS
+INPUT_ROWS_32 = {64: 64, 128: 32, 256: 16, 512: 16, 1024: 16}
+# Accumulators of a program, heads * padded embed_dim; fp32 wants the registers for its products.
+MAX_INPUT_ACCUMULATORS_16 = 16384
+MAX_INPUT_ACCUMULATORS_32 = 8192
+MAX_INPUT_HEADS = 32  # of a program, for the scores of its tile
+ONE_LOAD_FEATURES_32 = 512  # of wider fp32 tiles the two products take copies of their own
 
 
 def input_step_covers(E: int, H: int, itemsize: int) -> str | None:
     """None if there is a plan for a step over inputs, else the reason why not."""
-    block_h, block_e = _input_blocks(E, H)
     widest = max(INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)
-    if block_e > widest:
-        return f"embed_dim {E} is over {widest}"
-    if block_h * block_e > MAX_INPUT_ACCUMULATORS:
-        return f"{H} heads of {E} features do not fit into registers"
-    return None
+    return f"embed_dim {E} is over {widest}" if widest < E else None
 
 
 @lru_cache(maxsize=1024)
 def input_plan(
-    N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None, splits: int = 0
+    N: int,
+    E: int,
+    H: int,
+    L: int,
+    itemsize: int,
+    codes: bool = False,
+    path: str | None = None,
+    splits: int = 0,
 ) -> InputPlan:
-    """The plan of a step of `N` streams over inputs; `path` and `splits` override the table."""
-    block_h, block_e = _input_blocks(E, H)
+    """The plan of a step of `N` streams over inputs, which are `codes` if the ring is of 8 bits.
+
+    `path` and `splits` override the table.
+    """
+    block_e = max(64, triton.next_power_of_2(E))
+    most = MAX_INPUT_ACCUMULATORS_16 if itemsize == 2 else MAX_INPUT_ACCUMULATORS_32
+    block_h = min(max(8, triton.next_power_of_2(H)), most // block_e, MAX_INPUT_HEADS)
     for rule in INPUT_RULES:
         fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
-        fits = fits and rule.max_embed_dim >= E
+        fits = fits and rule.max_embed_dim >= E and block_h >= H
         if rule.path == path or (path is None and fits):
             break
     rows = (INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)[block_e]
@@ -283,7 +295,8 @@ def input_plan(
         splits = 1
     if not splits:
         splits = 1
-        while N * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
+        streams = N * triton.cdiv(H, block_h)
+        while streams * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
             splits *= 2
     block_d = max(16, triton.next_power_of_2(E // H))
     warps = 8 if block_e >= 512 else 4
@@ -293,9 +306,11 @@ def input_plan(
         block_n=16,
         block_d=block_d,
         block_c=max(16, min(128, 8192 // block_d, block_e)),
+        block_q=min(block_e, (4096 if block_e * block_h > 8192 else 8192) // block_h),
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
+        one_load=not codes and (itemsize == 2 or block_e <= ONE_LOAD_FEATURES_32),
         num_warps=warps,
         stages=2,
     )

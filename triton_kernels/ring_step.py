@@ -213,6 +213,8 @@ def _hold(
     held = cast(x, dtype)
     if scale_ptr is not None:
         held, scale = quantise(held, ring_ptr.dtype.element_ty)
+        if len(x.shape) > 1:
+            scale = tl.expand_dims(scale, 1)
         if UPDATE:
             tl.store(scale_ptr + row, scale, mask=there)
     if UPDATE:

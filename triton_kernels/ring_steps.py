@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
+from .eight_bits import decode, quantise_tokens, uncovered_codes, unit_of
 from .launch import constants_of, launch
 from .pieces import LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
 from .plan import invariant_step_plan, steps_plan
@@ -31,15 +32,17 @@ def ring_tile(
     k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen,
     L: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a ring's slots, who sees them [BLOCK_T, BLOCK_S], and their tokens."""
+    """Keys and values of a ring's slots, who sees them [BLOCK_T, BLOCK_S], their tokens, and
+    which slots were read [BLOCK_S].
+    """
     keys = token_in_slot(slots, newest, L)
     there = (slots < L) & (keys >= -seen) & (keys > begin - L)
     visible = there[None, :] & (keys[None, :] > offs_t[:, None] - L)
     offsets = slots[:, None] * D + offs_d[None, :]
     mask = there[:, None] & mask_d[None, :]
-    k = tl.load(k_ring_ptr + offsets, mask=mask, other=0.0)
-    v = tl.load(v_ring_ptr + offsets, mask=mask, other=0.0)
-    return k, v, visible, keys
+    k = tl.load(k_ring_ptr + offsets, mask=mask, other=0)
+    v = tl.load(v_ring_ptr + offsets, mask=mask, other=0)
+    return k, v, visible, keys, there
 
 
 @triton.jit
@@ -47,25 +50,46 @@ def clip_tile(
     key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end,
     L: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a clip's tokens, and who sees them [BLOCK_T, BLOCK_S]."""
+    """Keys and values of a clip's tokens, who sees them [BLOCK_T, BLOCK_S], and which were read."""
     there = keys < clip_end
     past = keys[None, :] <= offs_t[:, None]
     visible = there[None, :] & past & (keys[None, :] > offs_t[:, None] - L)
     rows = keys.to(tl.int64)[:, None]
     mask = there[:, None] & mask_d[None, :]
-    k = tl.load(key_ptr + rows * stride_kt + offs_d[None, :], mask=mask, other=0.0)
-    v = tl.load(value_ptr + rows * stride_vt + offs_d[None, :], mask=mask, other=0.0)
-    return k, v, visible
+    k = tl.load(key_ptr + rows * stride_kt + offs_d[None, :], mask=mask, other=0)
+    v = tl.load(value_ptr + rows * stride_vt + offs_d[None, :], mask=mask, other=0)
+    return k, v, visible, there
+
+
+@triton.jit
+def _scales(k_scale_ptr, v_scale_ptr, tokens, there, unit: tl.constexpr):
+    """What the codes of a tile's keys and values stand for, None twice where they are no codes."""
+    if k_scale_ptr is None:
+        return None, None
+    else:
+        k_scale = tl.load(k_scale_ptr + tokens, mask=there, other=0.0) * unit
+        v_scale = tl.load(v_scale_ptr + tokens, mask=there, other=0.0) * unit
+        return k_scale, v_scale
 
 
 @triton.jit
 def _attend_tile(
-    q, k, v, visible, keys, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head, dropout_p,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    q, k, v, k_scale, v_scale, visible, keys, offs_t, m_i, l_i, acc, factor, scale, seed_ptr,
+    stream, head, dropout_p, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one tile of keys: k, v [BLOCK_S, BLOCK_D], visible [BLOCK_T, BLOCK_S]."""
+    """Online softmax over one tile of keys: k, v [BLOCK_S, BLOCK_D], visible [BLOCK_T, BLOCK_S].
+
+    The scales of codes, [BLOCK_S], go into scores and weights: into these over the largest one
+    seen, `factor`, so that no weight underflows; `acc` has that factor taken out.
+    """
+    if k_scale is not None:
+        k = decode(k, q.dtype)
+        v = decode(v, q.dtype)
     scores = tl.zeros((q.shape[0], k.shape[0]), ACC)
-    scores = tl.where(visible, dot(q, tl.trans(k), scores, PRECISION) * scale, float("-inf"))
+    scores = dot(q, tl.trans(k), scores, PRECISION) * scale
+    if k_scale is not None:
+        scores *= k_scale.to(ACC)[None, :]
+    scores = tl.where(visible, scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, axis=1))
     shift = finite_or_zero(m_new)
     alpha = tl.exp2(m_i - shift)
@@ -75,15 +99,25 @@ def _attend_tile(
         row = offs_t[:, None] + keys[None, :] * 0
         key = keys[None, :] + offs_t[:, None] * 0
         weight *= keep_scale(seed_ptr, stream, head, key, row, dropout_p).to(ACC)
-    acc = dot(cast(weight, v.dtype), v, acc * alpha[:, None], PRECISION)
-    return m_new, l_i, acc
+    if v_scale is not None:
+        # a value that is not finite reaches those alone who see it
+        finite = v_scale < float("inf")
+        larger = tl.maximum(factor, tl.max(tl.where(finite, v_scale, 0.0), axis=0))
+        divisor = tl.where(larger > 0.0, larger, 1.0)
+        share = tl.where(finite, v_scale / divisor, float("nan"))
+        weight = tl.where(visible, weight * share.to(ACC)[None, :], 0.0)
+        alpha *= (factor / divisor).to(ACC)
+        factor = larger
+    acc = dot(cast(weight, q.dtype), v, acc * alpha[:, None], PRECISION)
+    return m_new, l_i, acc, factor
 
 
 @triton.jit
 def ring_steps_kernel(
-    query_ptr, key_ptr, value_ptr, bias_k_ptr, bias_v_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr,
-    position_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, stride_qn, stride_qt, stride_kn, stride_kt,
-    stride_vn, stride_vt, T, first, dropout_p,
+    query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, bias_k_ptr, bias_v_ptr,
+    k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr, q_ring_ptr, position_ptr, sink_ptr, seed_ptr,
+    out_ptr, lse_ptr, stride_qn, stride_qt, stride_kn, stride_kt, stride_vn, stride_vt, T, first,
+    dropout_p,
     H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
@@ -93,7 +127,8 @@ def ring_steps_kernel(
     Reads those slots of the ring and tokens of the clip that its tokens see: about
     2 * D * (L + BLOCK_T) elements. BLOCK_T rows share every key, which makes the products matter
     more than the bytes, so the blocks are those of the matrix unit. Slots without a value come as
-    the score of `sink_ptr`, and what a backward needs goes to `lse_ptr`, where they are given.
+    the score of `sink_ptr`, and what a backward needs goes to `lse_ptr`, where they are given. Keys
+    and values may be codes, of ring and clip alike, whose scales stand in `*_scale_ptr`.
     """
     E: tl.constexpr = H * D
     blocks = tl.cdiv(T - first, BLOCK_T)
@@ -113,6 +148,12 @@ def ring_steps_kernel(
     value_ptr += stream * stride_vn + head * D
     k_ring_ptr += (stream * H + head) * (L * D)
     v_ring_ptr += (stream * H + head) * (L * D)
+    if k_scale_ptr is not None:
+        key_scale_ptr += (stream * H + head) * T
+        value_scale_ptr += (stream * H + head) * T
+        k_scale_ptr += (stream * H + head) * L
+        v_scale_ptr += (stream * H + head) * L
+    UNIT: tl.constexpr = unit_of(k_ring_ptr.dtype.element_ty)
 
     # With a delay of R - 1 the query is that of an earlier token, of this clip or of the ring.
     DELAY: tl.constexpr = R - 1 if R > 0 else 0
@@ -134,28 +175,33 @@ def ring_steps_kernel(
     m_i = tl.full((BLOCK_T,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_T,), ACC)
     acc = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+    factor = tl.full((), 0.0, tl.float32)
     ring_end = tl.where(begin < L - 1, L, 0)
     newest = ((position + L - 1) % L).to(tl.int32)
     seen = tl.minimum(position, L).to(tl.int32)
     for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
-        k, v, visible, keys = ring_tile(
-            k_ring_ptr, v_ring_ptr, start + offs_s, offs_t, offs_d, mask_d, begin, newest, seen, L,
-            D,
-        )  # fmt: skip
-        m_i, l_i, acc = _attend_tile(
-            q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
-            dropout_p, PRECISION, ACC,
+        slots = start + offs_s
+        k, v, visible, keys, there = ring_tile(
+            k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen, L, D
+        )
+        k_scale, v_scale = _scales(k_scale_ptr, v_scale_ptr, slots, there, UNIT)
+        m_i, l_i, acc, factor = _attend_tile(
+            q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
+            seed_ptr, stream, head, dropout_p, PRECISION, ACC,
         )  # fmt: skip
     clip_end = tl.minimum(begin + BLOCK_T, T)
     for start in tl.range(tl.maximum(begin - L + 1, 0), clip_end, BLOCK_S, num_stages=STAGES):
         keys = start + offs_s
-        k, v, visible = clip_tile(
+        k, v, visible, there = clip_tile(
             key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end, L
         )
-        m_i, l_i, acc = _attend_tile(
-            q, k, v, visible, keys + L, offs_t, m_i, l_i, acc, scale, seed_ptr, stream, head,
-            dropout_p, PRECISION, ACC,
+        k_scale, v_scale = _scales(key_scale_ptr, value_scale_ptr, keys, there, UNIT)
+        m_i, l_i, acc, factor = _attend_tile(
+            q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
+            seed_ptr, stream, head, dropout_p, PRECISION, ACC,
         )  # fmt: skip
+    if k_scale_ptr is not None:
+        acc *= factor.to(ACC)
 
     if bias_k_ptr is not None:
         k_bias = tl.load(bias_k_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
@@ -199,14 +245,16 @@ def ring_steps_kernel(
 
 @triton.jit
 def _write_rings_kernel(
-    query_ptr, key_ptr, value_ptr, k_ring_ptr, v_ring_ptr, q_ring_ptr, position_ptr,
-    stride_qn, stride_qt, stride_kn, stride_kt, stride_vn, stride_vt, T,
+    query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, k_ring_ptr, v_ring_ptr,
+    k_scale_ptr, v_scale_ptr, q_ring_ptr, position_ptr, stride_qn, stride_qt, stride_kn, stride_kt,
+    stride_vn, stride_vt, T,
     H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T of the last tokens of one stream, BLOCK_E features, into their slots.
 
-    Reads and writes 2 * BLOCK_T * BLOCK_E elements, 3 where queries wait; a plain copy.
+    Reads and writes 2 * BLOCK_T * BLOCK_E elements, 3 where queries wait; a plain copy. Whoever
+    copies the first feature of a head copies its scales too.
     """
     E: tl.constexpr = H * D
     kept = tl.minimum(T, L if L > R else R)
@@ -224,6 +272,13 @@ def _write_rings_kernel(
     value = tl.load(value_ptr + stream * stride_vn + rows * stride_vt + offs_e[None, :], mask_ring)
     tl.store(k_ring_ptr + to, key, mask_ring)
     tl.store(v_ring_ptr + to, value, mask_ring)
+    if k_scale_ptr is not None:
+        mask_head = mask_ring & (offs_e % D == 0)[None, :]
+        row = (stream * H + offs_e // D)[None, :]
+        token = row * T + rows
+        to = row * L + slot[:, None]
+        tl.store(k_scale_ptr + to, tl.load(key_scale_ptr + token, mask_head), mask_head)
+        tl.store(v_scale_ptr + to, tl.load(value_scale_ptr + token, mask_head), mask_head)
     if R > 0:
         mask_wait = mask & (offs_t >= T - R)[:, None]
         to = (stream * R + (position + offs_t) % R)[:, None] * E + offs_e[None, :]
@@ -236,7 +291,15 @@ def why_not(name: str, *args: Any) -> str | None:
     """None if this module covers a call of the operator `name`, else the reason why not."""
     if name != "ring_steps_":
         return f"no kernel for {name} here"
-    return uncovered(*args[:14])
+    query, rings = args[0], args[11:13]
+    if all(scale is None for scale in args[19:21]):
+        return uncovered(*args[:14])
+    for ring, scale in zip(rings, args[19:21], strict=True):
+        if reason := uncovered_codes(ring, scale):
+            return reason
+    # but for their dtype, codes are to be what numbers are
+    numbers = (ring.new_empty(ring.shape, dtype=query.dtype, device="meta") for ring in rings)
+    return uncovered(*args[:11], *numbers, args[13])
 
 
 def ring_steps_(
@@ -266,8 +329,9 @@ def ring_steps_(
     """T steps of N streams at once: the outputs (N, T - first, E) of the tokens from `first` on.
 
     Shapes: `query` (N, T, E), `key` (N, T, Ek), `value` (N, T, Ev), any strides; the others as in
-    `ring_step_`. If `update`, the last tokens are written into the rings and `position` advances
-    by T. Covered: what `why_not` answers None to.
+    `ring_step_`; `k_scale` and `v_scale` (N, H, L, 1) fp32 if the rings are of 8 bits. If `update`,
+    the last tokens are written into the rings and `position` advances by T. Covered: what `why_not`
+    answers None to.
     """
     (N, H, L, D), T, R = k_ring.shape, query.shape[1], q_ring.shape[1]
     E = H * D
@@ -277,11 +341,16 @@ def ring_steps_(
     query, key, value = project_inputs(
         query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
     )
+    key_scale = value_scale = None
+    if k_scale is not None:
+        key, key_scale = quantise_tokens(key, H, k_ring.dtype)
+        value, value_scale = quantise_tokens(value, H, v_ring.dtype)
+    clip, rings = (key, value, key_scale, value_scale), (k_ring, v_ring, k_scale, v_scale)
     plan = steps_plan(T - first, D, query.element_size(), dropout_p > 0.0)
     out = query.new_empty((N, T - first, E))
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     args = (
-        query, key, value, bias_k, bias_v, k_ring, v_ring, q_ring, position, None,
+        query, *clip, bias_k, bias_v, *rings, q_ring, position, None,
         dropout_seed(dropout_p, query.device), out, None, *strides, T, first, dropout_p,
     )  # fmt: skip
     constants = constants_of(
@@ -292,7 +361,7 @@ def ring_steps_(
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     if update and T:
         blocks = triton.cdiv(min(T, max(L, R)), WRITE_TOKENS)
-        args = (query, key, value, k_ring, v_ring, q_ring, position, *strides, T)
+        args = (query, *clip, *rings, q_ring, position, *strides, T)
         constants = constants_of(H, D, L, R, WRITE_TOKENS, WRITE_FEATURES)
         grid = (N * blocks, triton.cdiv(E, WRITE_FEATURES), 1)
         launch(_write_rings_kernel, grid, args, constants, num_warps=4)
