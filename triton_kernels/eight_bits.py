@@ -103,8 +103,8 @@ def scale_of(x, dtype: tl.constexpr):
     """
     AXIS: tl.constexpr = len(x.shape) - 1
     x = x.to(tl.float32)
-    size = tl.max(tl.abs(x), axis=AXIS)
-    scale = tl.div_rn(size, size * 0.0 + (448.0 if dtype == tl.uint8 else 127.0))
+    largest = tl.full((), 448.0 if dtype == tl.uint8 else 127.0, tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(x), axis=AXIS), largest)
     not_a_number = tl.sum((x != x).to(tl.int32), axis=AXIS) > 0
     return tl.where(not_a_number, float("nan"), scale)
 
