@@ -44,6 +44,7 @@ wheel: $(VENV)/.dev
 # The CPU library with sanitizers, in a copy of the tree so that the plain one stays where it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitize
+SANITIZED_TESTS := tests/test_native_cpu.py tests/test_quantized.py tests/test_repeat.py
 sanitize: $(VENV)/.dev
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -R continual_mha triton_kernels csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
@@ -51,7 +52,7 @@ sanitize: $(VENV)/.dev
 		$(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(PY) -m pytest -p no:cacheprovider tests/test_native_cpu.py
+		$(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(SANITIZED_TESTS)
 
 # One wheel under the oldest and the newest torch. It downloads both.
 abi-check: wheel

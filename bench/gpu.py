@@ -1,8 +1,8 @@
 """``python3 -m bench.gpu``: everything that only a machine with a GPU can tell, in one go.
 
 Builds the native libraries in the tree, calls every kernel of each backend, runs the tests of the
-kernels on CUDA tensors, measures, runs all other tests and the sanitizer on small shapes, and
-prints a short table last. It installs nothing and takes whatever Python, torch and nvcc are there.
+kernels on CUDA tensors, measures, runs all other tests, finds how many streams are served in real
+time, runs the sanitizer on small shapes, and prints a short table last. It installs nothing and takes whatever Python, torch and nvcc are there.
 Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
 benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
 pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
@@ -89,6 +89,7 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     build = [python, "setup.py", "build_ext", "--inplace"]
     bench = [python, "-m", "bench", "--device", "cuda", "--size", size, "--out", str(folder)]
     bench += ["--resume", "--limit", LEFT, *bench_arguments]
+    load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--out", str(folder)]
     exercise = [python, "-m", "bench.exercise"]
     found = [Stage("build", build, 0.2, _build_environment())]
     # This also leaves compiled kernels behind for the sanitizer, under which compiling is slow.
@@ -100,6 +101,7 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
         _tests("kernels", folder, files, 0.18),
         Stage("bench", bench, 0.25),
         _tests("tests", folder, ["tests", *ignored], 0.1),
+        Stage("load", load, 0.08),
     ]
     sanitizer = _tool("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
