@@ -2,7 +2,8 @@
 
 Builds the native libraries in the tree, calls every kernel of each backend, runs the tests of the
 kernels on CUDA tensors, measures, runs all other tests, finds how many streams are served in real
-time, runs the sanitizer on small shapes, and prints a short table last. It installs nothing and takes whatever Python, torch and nvcc are there.
+time, runs the sanitizer on small shapes, and prints a short table last. It installs nothing and
+takes whatever Python, torch and nvcc are there.
 Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
 benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
 pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.

@@ -401,7 +401,7 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_tool", lambda name: f"/tools/{name}")
     found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
     exercises = ["exercise-triton", "exercise-cuda"]
-    assert list(found) == ["build", *exercises, "kernels", "bench", "tests", *gpu.TOOLS]
+    assert list(found) == ["build", *exercises, "kernels", "bench", "tests", "load", *gpu.TOOLS]
     for tool in gpu.TOOLS:
         watched = found[tool].command
         assert watched[:5] == [
