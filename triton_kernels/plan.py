@@ -47,6 +47,7 @@ class StepRule(NamedTuple):
     max_streams: int
     max_programs: int  # streams, or groups of them, * heads
     max_head_weight_bytes: int  # of all four projections, per head
+    max_slots: int  # of a window
     min_split_slots: int  # a window is not cut into parts shorter than this
     max_parts: int  # heads * splits of a stream, where one program merges them all
     pdl: bool  # programmatic dependent launch between the path's launches
@@ -54,12 +55,15 @@ class StepRule(NamedTuple):
 
 _NO_LIMIT = 1 << 62
 ONE_LAUNCH = ("fused", "group")
+# Streams of a program of path "group". With more, a tile has fewer slots of each, and a program
+# waits for more tiles; with fewer, more programs read the same weights.
+GROUP = 4
 STEP_RULES = (
-    StepRule("fused", 64, MULTIPROCESSORS, 96 * 1024, 128, 32, False),
-    StepRule("group", 256, 2 * MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, _NO_LIMIT, False),
-    StepRule("fused", 4, MULTIPROCESSORS, 256 * 1024, 128, 32, False),
-    StepRule("chain", 32, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
-    StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
+    StepRule("fused", 64, MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, 128, 64, False),
+    StepRule("group", 256, 2 * MULTIPROCESSORS, 64 * 1024, 128, _NO_LIMIT, _NO_LIMIT, False),
+    StepRule("fused", 4, MULTIPROCESSORS, 256 * 1024, 256, 128, 64, False),
+    StepRule("chain", 32, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
+    StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
 )
 
 # Rows of the ring in one tile and warps, by padded head_dim, for 16-bit elements: 32 elements of k
@@ -68,14 +72,6 @@ RING_TILES = {8: (512, 4), 16: (256, 4), 32: (256, 8), 64: (64, 4), 128: (32, 4)
 # The same for one byte per number. From 16 features on a tile has at most as many rows as threads:
 # with more, the rows' scales come through shared memory, with a barrier in the loop.
 RING_TILES_8 = {8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (32, 4)}
-
-
-def _streams_of_a_program(N: int, H: int) -> int:
-    """Of path "group": the fewest of 4, 8 and 16 with which one wave of programs does it."""
-    group = 4
-    while group < 16 and triton.cdiv(N, group) * H > 2 * MULTIPROCESSORS:
-        group *= 2
-    return group
 
 
 @lru_cache(maxsize=1024)
@@ -96,9 +92,9 @@ def step_plan(
     head_dim = E // H
     block_d = max(triton.next_power_of_2(head_dim), 8)
     for rule in STEP_RULES:
-        group = _streams_of_a_program(N, H) if rule.path == "group" else 1
-        sizes = (N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize)
-        limits = (rule.max_streams, rule.max_programs, rule.max_head_weight_bytes)
+        group = GROUP if rule.path == "group" else 1
+        sizes = (N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
+        limits = (rule.max_streams, rule.max_programs, rule.max_head_weight_bytes, rule.max_slots)
         fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if rule.path == path or (path is None and fits):
             break
@@ -116,8 +112,8 @@ def step_plan(
     rows, warps = (RING_TILES_8 if slot_itemsize == 1 else RING_TILES)[block_d]
     if rule.path == "fused":  # the projections want all eight warps, the ring has few rows
         rows, warps = rows * 4 // warps, 8
-    elif rule.path == "group":  # as many, and half as much of a tile for the streams together
-        rows, warps = max(rows * 2 // (warps * group), 1), 8
+    elif rule.path == "group":  # 16 elements per thread; 8 of narrow heads, which have more rows
+        rows, warps = max((4096 if block_d > 16 else 2048) // (block_d * group), 1), 8
     rows = max(rows * 2 // max(slot_itemsize, 2), 1)
     part = triton.next_power_of_2(triton.cdiv(L, splits))
     while rows > part:

@@ -58,7 +58,9 @@ def predicted_step(
         per_program += weights / H / (2 if plan.spread else 1)
         merged = plan.group * H * (plan.splits + plan.spread) * E * 4
     busiest = -(-programs // MULTIPROCESSORS) * per_program
-    latency = CHAIN[plan.path] * ROUND_TRIP + (busiest + merged) / PROGRAM_BANDWIDTH
+    tiles = -(-L // (plan.splits * plan.block_l))  # one after the other, the next on its way
+    latency = (CHAIN[plan.path] + tiles - 1) * ROUND_TRIP
+    latency += (busiest + merged) / PROGRAM_BANDWIDTH
     throughput = (weights + ring) / READ_BANDWIDTH + N * 8 * E * E / MATRIX_RATE
     throughput = max(throughput, programs * per_program / CACHE_BANDWIDTH)
     seconds = LAUNCHES[plan.path] * GRAPH_NODE + max(latency, throughput)
