@@ -148,20 +148,25 @@ def has_kernel(name: str, args: tuple[Any, ...]) -> bool:
 
 def order(device_type: str) -> tuple[str, ...]:
     """The backends to ask for tensors on such a device, the preferred first."""
-    forced = _forced_last if torch.compiler.is_compiling() else _forced.get()
-    return (forced,) if forced else _BY_DEVICE.get(device_type, ("torch",))
+    name = forced()
+    return (name,) if name else _BY_DEVICE.get(device_type, ("torch",))
+
+
+def forced() -> str | None:
+    """The backend that ``use_backend`` or the environment forces, or None."""
+    return _forced_last if torch.compiler.is_compiling() else _forced.get()
 
 
 def same_surroundings(device_type: str) -> Callable[[], bool]:
     """A function that says whether what decides, besides the arguments, how an operator runs on
     tensors on such a device is what it is now."""
-    forced, autocast = _forced.get(), autocast_dtype(device_type)
+    name, autocast = _forced.get(), autocast_dtype(device_type)
     inference, forward_mode = torch.is_inference_mode_enabled(), differentiates_forward()
     casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
 
     def unchanged() -> bool:
         return (
-            _forced.get() == forced
+            _forced.get() == name
             and torch.is_inference_mode_enabled() is inference
             and differentiates_forward() is forward_mode
             and (not casts or current_autocast_dtype(device_type) is autocast)

@@ -327,6 +327,9 @@ def attend_clip(
 ) -> tuple[Tensor, Tensor | None]:
     """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
     query, key, value = tokens
+    if backends.forced() and not torch.compiler.is_compiling():
+        # raises if that backend runs no such call, part of which may be left to plain PyTorch
+        backends.choose("attend_shared", (query.unsqueeze(1), key, value, mask, None))
     sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
     moved = input_formulation_is_cheaper(num_heads, *sizes)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, need_weights)

@@ -29,10 +29,13 @@ class GraphedStep:
         active: bool ``(N,)``, all True; write to it between replays to pause streams.
 
     Raises:
+        TypeError: ``example`` is not a tensor.
         ValueError: ``example`` is not on a CUDA device, or the model keeps no streams.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
+        if not isinstance(example, Tensor):
+            raise TypeError(f"example must be a tensor of tokens, but got {type(example).__name__}")
         if example.device.type != "cuda":
             raise ValueError(f"CUDA graphs need tokens on a CUDA device, not on {example.device}")
         self._stateful = [m for m in model.modules() if isinstance(m, StatefulStreams)]

@@ -177,8 +177,10 @@ class StreamPool:
 
         Raises:
             PoolFull: no slot became free in that time.
+            TypeError: ``states`` is no mapping from modules' names to states.
             ValueError: the state does not fit the model. Nothing has changed.
         """
+        storage.check_states(states)
         return self._admit(lambda slot: self._slots.put(slot, states), _age(states), timeout)
 
     def _admit(self, prepare: Callable[[int], None], seen: int, timeout: float | None) -> int:

@@ -126,13 +126,24 @@ def _on(state: State, device: torch.device | str) -> Any:
     return ring.rebuilt(state, (part.detach().to(device) for part in state[:-1]))
 
 
+def check_states(states: object) -> None:
+    """Raise a TypeError if ``states`` is no mapping, as a model's states are."""
+    if not isinstance(states, Mapping):
+        raise TypeError(
+            "states must be what export returned, a mapping from modules' names to states, "
+            f"but got {type(states).__name__}"
+        )
+
+
 def states_to_bytes(states: States) -> bytes:
     """A model's state as the bytes of a file.
 
     Raises:
         ImportError: safetensors is not installed.
+        TypeError: ``states`` is not a mapping from module names to states.
         ValueError: a state is of a kind that this package does not know.
     """
+    check_states(states)
     tensors, about = {}, []
     for number, (name, state) in enumerate(sorted(states.items())):
         if type(state) not in _NAMES:

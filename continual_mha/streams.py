@@ -211,7 +211,13 @@ class StatefulStreams(nn.Module):
         return Mark(state, self._rings_are_shared, state.position.clone())
 
     def return_to(self, mark: Mark) -> None:
-        """Undo what happened since ``mark``: nothing, or one ``forward_step``."""
+        """Undo what happened since ``mark``: nothing, or one ``forward_step``.
+
+        Raises:
+            TypeError: ``mark`` is not what ``mark()`` returned.
+        """
+        if not isinstance(mark, Mark):
+            raise TypeError(f"return_to takes what mark() returned, but got {type(mark).__name__}")
         self._rings_are_shared = mark.shared
         if mark.state is None:
             self.clean_state()

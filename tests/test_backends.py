@@ -9,10 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from oracles import build, draw_tokens
 
 import continual_mha as co
 from continual_mha import backends
+
+
+@pytest.mark.skipif("triton" not in co.backends.available(), reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="Triton runs here")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_on_a_forced_backend_that_cannot_run_raises(grad, need_weights):
+    mha = co.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
+    expected = pytest.raises(RuntimeError, match=r"attend_shared; triton: .* are on cpu")
+    with torch.set_grad_enabled(grad), co.use_backend("triton"), expected:
+        mha(torch.randn(1, 4, 8), need_weights=need_weights)
 
 
 def test_plain_pytorch_is_always_available():
@@ -136,6 +148,8 @@ def test_graphed_step_needs_a_cuda_device():
     module = build(sequence_len=3)
     with pytest.raises(ValueError, match="on a CUDA device, not on cpu"):
         co.GraphedStep(module, torch.zeros(2, module.embed_dim))
+    with pytest.raises(TypeError, match="example must be a tensor"):
+        co.GraphedStep(module, None)
 
 
 @pytest.mark.gpu

@@ -162,6 +162,9 @@ def test_bad_tokens_and_numbers_are_refused():
     for sizes in ({"capacity": 0}, {"capacity": 1, "queue_size": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             co.StreamPool(build(), token_shape=(EMBED,), **sizes)
+    for call in (pool.restore, co.states_to_bytes):
+        with pytest.raises(TypeError, match=r"what export returned.* got NoneType"):
+            call(None)
     with pytest.raises(ValueError, match="no module that keeps streams"):
         co.StreamPool(nn.Linear(2, 2), 1, (2,))
     module = build()

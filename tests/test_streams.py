@@ -393,6 +393,9 @@ def test_stream_that_does_not_fit_is_refused_and_nothing_changes(kind):
         with pytest.raises(error):
             module.set_stream(1, stream)
         assert_same_state(module.get_state(), before)
+    with pytest.raises(TypeError, match="what mark"):
+        module.return_to(None)
+    assert_same_state(module.get_state(), before)
     for index in (-1, N):
         with pytest.raises(ValueError, match="streams 0 to 3"):
             module.get_stream(index)

@@ -72,6 +72,18 @@ def test_whatever_changes_the_machine_code_takes_the_binder(kernel: StandIn, cha
     assert kernel.calls == ["triton", "triton"]
 
 
+def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: StandIn) -> None:
+    weight, token = torch.zeros(4, 4), torch.zeros(4)
+    constants = constants_of(1)
+    launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
+    again = module.relaunch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4, vary=(1,))
+    assert again is not None
+    assert again(token)
+    weight.data = weight.data.t()
+    assert not again(token)
+    assert kernel.calls == ["triton", "compiled"]
+
+
 def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel: StandIn) -> None:
     x = torch.zeros(8)
     for argument in (x, x[1:], x[1:], x):

@@ -104,7 +104,8 @@ def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tu
 class Relaunch:
     """A launch that has been made, to be made again with other tensors in some places.
 
-    It asks only what may have changed since: the device, and the alignment and dtypes of tensors.
+    It asks only what may have changed since, as by setting a parameter's `data`: the device, and
+    alignment, dtypes and layout of the tensors, of which those that stay must be contiguous.
     """
 
     __slots__ = ("_args", "_constants", "_device", "_fixed", "_run", "_vary")
@@ -114,8 +115,8 @@ class Relaunch:
     ) -> None:
         self._run, self._args, self._constants = run, list(args), constants
         self._vary, self._device = vary, device
-        tensors = [(i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
-        self._fixed = tuple((x, x.dtype) for i, x in tensors if i not in vary)
+        fixed = [x for i, x in enumerate(args) if isinstance(x, torch.Tensor) and i not in vary]
+        self._fixed = tuple((x, x.dtype) for x in fixed)
         for place in vary:
             self._args[place] = None  # keep nothing of the call alive
 
@@ -125,7 +126,7 @@ class Relaunch:
             return False
         pointers = 0
         for tensor, dtype in self._fixed:
-            if tensor.dtype is not dtype:
+            if tensor.dtype is not dtype or not tensor.is_contiguous():
                 return False
             pointers |= tensor.data_ptr()
         args = self._args.copy()
