@@ -135,15 +135,6 @@ def _load_ring(
 
 
 @triton.jit
-def _load_scale(scale_ptr, rows, valid):
-    """The scales of these rows, or None where numbers need none."""
-    if scale_ptr is None:
-        return None
-    else:
-        return tl.load(scale_ptr + rows, mask=valid, other=0.0)
-
-
-@triton.jit
 def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexpr):
     """A tile of `_load_ring` as numbers over their scales."""
     if PER_LOAD == 4:
@@ -186,8 +177,8 @@ def _attend_ring(
         k_next = _load_ring(k_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         v_next = _load_ring(v_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         if k_scale_ptr is not None:
-            k_scale_next = _load_scale(k_scale_ptr, first_row + slots, valid)
-            v_scale_next = _load_scale(v_scale_ptr, first_row + slots, valid)
+            k_scale_next = tl.load(k_scale_ptr + first_row + slots, mask=valid, other=0.0)
+            v_scale_next = tl.load(v_scale_ptr + first_row + slots, mask=valid, other=0.0)
         m_new = tl.maximum(m_i, score)
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
@@ -355,8 +346,11 @@ def _ring_step_kernel(
     valid = (slots < end) & (slots != new_slot)
     k_next = _load_ring(k_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
     v_next = _load_ring(v_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
-    k_scale_next = _load_scale(k_scale_ptr, slots, valid)
-    v_scale_next = _load_scale(v_scale_ptr, slots, valid)
+    k_scale_next = k_scale_ptr  # None where there is no scale
+    v_scale_next = v_scale_ptr
+    if k_scale_ptr is not None:
+        k_scale_next = tl.load(k_scale_ptr + slots, mask=valid, other=0.0)
+        v_scale_next = tl.load(v_scale_ptr + slots, mask=valid, other=0.0)
 
     dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
@@ -534,8 +528,11 @@ def _group_step_kernel(
     valid = (slots < end_of) & (slots != new_of)
     k_next = _load_ring(k_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
     v_next = _load_ring(v_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
-    k_scale_next = _load_scale(k_scale_ptr, row_of + slots, valid)
-    v_scale_next = _load_scale(v_scale_ptr, row_of + slots, valid)
+    k_scale_next = k_scale_ptr  # None where there is no scale
+    v_scale_next = v_scale_ptr
+    if k_scale_ptr is not None:
+        k_scale_next = tl.load(k_scale_ptr + row_of + slots, mask=valid, other=0.0)
+        v_scale_next = tl.load(v_scale_ptr + row_of + slots, mask=valid, other=0.0)
 
     dtype = out_ptr.dtype.element_ty
     k_part_ptr = k_weight_ptr
