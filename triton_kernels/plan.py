@@ -271,7 +271,7 @@ def input_plan(
         block_n=16,
         block_d=block_d,
         block_c=max(16, min(128, 8192 // block_d, block_e)),
-        block_q=min(block_e, (4096 if block_e * block_h > 8192 else 8192) // block_h),
+        block_q=min(block_e // 2, 4096 // block_h),
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
@@ -279,6 +279,14 @@ def input_plan(
         num_warps=warps,
         stages=2,
     )
+
+
+INVARIANT_PART = 1024  # slots: merging parts costs a few hundredths of their bytes
+
+
+def invariant_input_plan(E: int, H: int, L: int, itemsize: int, codes: bool) -> InputPlan:
+    """The plan of a step over inputs whose bits do not depend on the number of streams."""
+    return input_plan(1, E, H, L, itemsize, codes, "gemm", max(1, L // INVARIANT_PART))
 
 
 class StepsPlan(NamedTuple):
