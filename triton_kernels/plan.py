@@ -315,9 +315,17 @@ WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 
 
 @lru_cache(maxsize=1024)
 def steps_plan(
-    tokens: int, head_dim: int, itemsize: int, dropout: bool, backward: bool = False
+    tokens: int,
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    backward: bool = False,
+    codes: bool = False,
 ) -> StepsPlan:
-    """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream."""
+    """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream.
+
+    `codes`: keys and values are of 8 bits.
+    """
     if backward:
         table = WINDOW_BACKWARD_BLOCKS_16 if itemsize == 2 else WINDOW_BACKWARD_BLOCKS_32
     else:
@@ -326,5 +334,7 @@ def steps_plan(
     block_t, block_s, warps = table[block_d]
     if dropout and not (backward and itemsize > 2):  # Philox keeps five numbers per weight
         block_t = max(16, block_t // 2)
+    if codes and itemsize > 2 and block_d in (64, 128):  # decoded tiles are in registers whole
+        block_t, warps = max(16, block_t // 2), 2 * warps
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
     return StepsPlan(block_t, block_s, block_d, warps, 2)
