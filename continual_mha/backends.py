@@ -32,7 +32,6 @@ _BATCH_INVARIANT = {
     "input_steps_": slice(16, 17),
 }
 _ROUNDS_BY_BATCH = {
-    "triton": ("input_step_",),
     "cuda": tuple(_BATCH_INVARIANT),
     "torch": tuple(_BATCH_INVARIANT),
 }

@@ -10,6 +10,7 @@ import torch
 from continual_mha.triton_kernels import aot, plan
 from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch
+from continual_mha.triton_kernels.ring_steps import ring_steps_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 HALF, FULL = torch.bfloat16, torch.float32
@@ -24,13 +25,6 @@ GROUPS = [
     (128, 256, 8, 64, HALF, torch.int8),
     (64, 256, 2, 64, HALF, torch.uint8),
     (64, 256, 8, 64, FULL, None),
-]
-WINDOWS = [
-    (32, HALF, True),
-    (64, HALF, True),
-    (64, HALF, False),
-    (256, HALF, True),
-    (64, FULL, True),
 ]
 
 
@@ -60,39 +54,60 @@ def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for dtype, rows in ((HALF, plan.INPUT_ROWS_16), (FULL, plan.INPUT_ROWS_32)):
         for E in rows:
             yield f"inputs-E{E}-{dtype}", aot.input_step_launches(4096, E, 8, 4096, dtype)
-    for codes in (torch.int8, torch.uint8):
-        for E in (512, 1024):
-            launches = aot.input_step_launches(4096, E, 8, 4096, HALF, codes=codes)
-            yield f"inputs-E{E}-{codes}", launches
+    for E in plan.INPUT_ROWS_16:
+        launches = aot.input_step_launches(4096, E, 8, 4096, HALF, codes=torch.uint8)
+        yield f"inputs-E{E}-e4m3", launches
+    for E, dtype in ((2048, HALF), (1024, FULL)):
+        launches = aot.input_step_launches(4096, E, 8, 4096, dtype, codes=torch.int8)
+        yield f"inputs-E{E}-{dtype}-int8", launches
+    for E, H in ((512, 32), (1024, 16), (2048, 16)):  # as many accumulators as a program may have
+        yield f"inputs-E{E}-H{H}", aot.input_step_launches(512, E, H, 250, HALF)
+    yield "inputs-H16-float32", aot.input_step_launches(512, 512, 16, 250, FULL)
+    yield "inputs-invariant", aot.input_step_launches(64, 512, 8, 4096, HALF, path="invariant")
     yield "inputs-split", aot.input_step_launches(1, 512, 8, 4096, HALF)
-    yield "inputs-many-heads", aot.input_step_launches(512, 512, 16, 250, HALF)
     yield "inputs-fused", aot.input_step_launches(8192, 512, 8, 32, HALF, path="fused")
     yield "inputs-fused-int8", aot.input_step_launches(8192, 512, 8, 32, HALF, "fused", torch.int8)
 
 
-def other_configurations() -> Iterator[tuple[str, list[Launch]]]:
+def steps_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for dtype, blocks in ((HALF, plan.STEPS_BLOCKS_16), (FULL, plan.STEPS_BLOCKS_32)):
-        for head_dim in blocks:
-            yield (
-                f"steps-D{head_dim}-{dtype}",
-                aot.steps_launches(8, 256, 2 * head_dim, 2, 64, dtype),
-            )
-    # The rows that need most registers; steps with dropout are the same kernel as the forward here.
-    for head_dim, dtype, full in WINDOWS:
-        launches = aot.window_launches(8, 256, 2, head_dim, 64, dtype, full)
-        yield f"window-D{head_dim}-{dtype}-{full}", launches
-    for E in plan.SHARED_ROWS:
-        yield f"shared-E{E}", aot.shared_launches(256, 8, 64, E, HALF)
+        for D in blocks:
+            for full in (False, True):  # with dropout there are rows of their own
+                name = f"D{D}-{dtype}" + ("-dropout" if full else "")
+                # the forward of a window is the kernel of steps, with more results
+                yield f"window-{name}", aot.window_launches(8, 256, 2, D, 64, dtype, full)
+                if (D, dtype) == (256, FULL):
+                    continue  # decoding such heads takes registers that there are not
+                dropout_p = 0.1 if full else 0.0
+                sizes = (8, 256, 2 * D, 2, 64, dtype)
+                launches = aot.steps_launches(*sizes, torch.uint8, dropout_p)
+                attends = [x for x in launches if x.kernel is ring_steps_kernel]
+                yield f"steps-{name}-e4m3", attends
+        yield f"steps-{dtype}", aot.steps_launches(8, 256, 128, 2, 64, dtype)
+        yield f"steps-{dtype}-int8", aot.steps_launches(8, 256, 128, 2, 64, dtype, torch.int8)
+
+
+def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
+    for E in plan.SHARED_ROWS:  # the backward's blocks are those of any width
+        for full in (False, True):
+            name = f"shared-E{E}" + ("-full" if full else "")
+            yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
     yield "shared-split", aot.shared_launches(1, 16, 4096, 1024, HALF)
-    yield "shared-two-tensors", aot.shared_launches(256, 8, 64, 1024, HALF, one_tensor=False)
-    yield "shared-many-heads", aot.shared_launches(256, 64, 64, 1024, HALF, one_tensor=False)
-    yield "shared-fp32", aot.shared_launches(256, 8, 64, 1024, FULL)
-    yield "shared-full", aot.shared_launches(256, 8, 64, 1024, HALF, full=True)
-    yield "shared-full-heads", aot.shared_launches(256, 64, 64, 1024, HALF, False, full=True)
-    yield "shared-full-fp32", aot.shared_launches(256, 8, 64, 1024, FULL, full=True)
+    for full in (False, True):
+        for dtype in (HALF, FULL):
+            for H in (8, 64):
+                name = f"shared-two-tensors-H{H}-{dtype}" + ("-full" if full else "")
+                yield name, aot.shared_launches(256, H, 64, 1024, dtype, False, full)
 
 
-CONFIGURATIONS = dict([*step_configurations(), *input_configurations(), *other_configurations()])
+CONFIGURATIONS = dict(
+    [
+        *step_configurations(),
+        *input_configurations(),
+        *steps_configurations(),
+        *shared_configurations(),
+    ]
+)
 
 
 @pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
@@ -111,6 +126,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert loads.count(wide) >= len(loads) / 2
         if report.kernel == "_input_step_kernel":  # narrower ones are queries, scales and parts
             assert report.loads_in_loops().count("128") >= 4
-        copies = report.kernel == "_write_rings_kernel" or (reads_ring and "fused" not in name)
+        copies = report.kernel in ("_write_rings_kernel", "_quantise_tokens_kernel")
+        copies = copies or (reads_ring and "fused" not in name)
         if not copies and launch.args[0].dtype == HALF:
             assert report.has_matrix_instructions(), report.kernel

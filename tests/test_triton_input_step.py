@@ -341,3 +341,25 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "embed_dim" in (
         why_not("input_step_", *wide.arguments(wide.state, wide.token()[0])) or ""
     )
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
+def test_batch_invariant_steps_give_a_stream_the_same_bits_alone_and_among_others(
+    codes: torch.dtype | None,
+) -> None:
+    case = InputCase(N=70, H=9, D=12, L=5, extra_slot=True).warm()
+    case = case if codes is None else case.quantised(codes)
+    alone = [x[66:67].clone() for x in case.state]
+    token = case.token()[0]
+    plain, exact = (
+        inputs.input_step_(*(in_float64(args) if wide else args))
+        for wide in (False, True)
+        for args in [case.arguments(case.copied_state(), token, add_zero_attn=True)]
+    )
+    together, single = (
+        input_step_(*case.arguments(state, x, add_zero_attn=True), batch_invariant=True)
+        for state, x in ((case.state, token), (alone, token[66:67]))
+    )
+    assert torch.equal(together[66:67], single)
+    assert all(torch.equal(x[66:67], y) for x, y in zip(case.state, alone, strict=True))
+    assert_as_exact_as_torch(together, plain, exact)

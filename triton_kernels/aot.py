@@ -37,6 +37,7 @@ _TYPES = {
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)")
 _LOAD = re.compile(r"\bLDG(?:STS)?\.(\S*)")  # into registers or shared memory
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma|tcgen05\.mma)")
 
 
 class Report(NamedTuple):
@@ -46,9 +47,15 @@ class Report(NamedTuple):
     programs: int
     threads: int
     registers: int
-    spills: int  # loads and stores of local memory in the machine code
+    spills: int  # bytes of local memory, where registers go that were too many
     shared_bytes: int
-    sass: str
+    ptx: str
+    cubin: bytes
+
+    @property
+    def sass(self) -> str:
+        """The machine code."""
+        return tool("nvdisasm", self.cubin, "-c")
 
     def loads_in_loops(self) -> list[str]:
         """Widths of the global loads inside loops: "128", "64", or "32" and less."""
@@ -64,7 +71,7 @@ class Report(NamedTuple):
 
     def has_matrix_instructions(self) -> bool:
         """Whether any multiplication runs on the tensor cores."""
-        return re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", self.sass) is not None
+        return _MATRIX.search(self.ptx) is not None
 
     def resident_programs(self, shared_memory: int) -> int:
         """Programs that fit on one multiprocessor at a time."""
@@ -100,16 +107,16 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     kernel = triton.compile(source(launch), target=target, options=options)
     cubin = kernel.asm["cubin"]
     usage = tool("cuobjdump", cubin, "-res-usage")
-    sass = tool("nvdisasm", cubin, "-c")
     fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return Report(
         kernel=kernel.metadata.name,
         programs=launch.grid[0] * launch.grid[1] * launch.grid[2],
         threads=32 * kernel.metadata.num_warps,
         registers=fields["REG"],
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        spills=fields["STACK"] + fields["LOCAL"],
         shared_bytes=kernel.metadata.shared,
-        sass=sass,
+        ptx=kernel.asm["ptx"],
+        cubin=cubin,
     )
 
 
@@ -176,7 +183,10 @@ def input_step_launches(
     path: str | None = None,
     codes: torch.dtype | None = None,
 ) -> list[Launch]:
-    """Our launches of one step over inputs; `codes` is the dtype of a ring of 8 bits."""
+    """Our launches of one step over inputs; `codes` is the dtype of a ring of 8 bits.
+
+    `path` as in `input_plan`, or "invariant".
+    """
     weights, bias = _meta(dtype, 3 * E, E), _meta(dtype, 3 * E)
     ring = _meta(codes or dtype, N, L, E)
     scale = None if codes is None else _meta(torch.float32, N, L, 1)
@@ -190,9 +200,11 @@ def input_step_launches(
         None,
     ]
     args += [ring, _meta(torch.int64, N)]
-    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, path)
+    invariant = path == "invariant"
+    given = None if invariant else path
+    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, given)
     with record() as launches:
-        input_step_(*[*args, H, 0, None, False, 0.0, True, scale, False, plan])
+        input_step_(*[*args, H, 0, None, False, 0.0, True, scale, invariant, plan])
     return launches
 
 

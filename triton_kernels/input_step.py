@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from .pieces import (
     is_last,
     keep_scale,
 )
-from .plan import InputPlan, input_plan, input_step_covers
+from .plan import (
+    INVARIANT_FEATURES,
+    INVARIANT_TOKENS,
+    InputPlan,
+    input_plan,
+    input_step_covers,
+    invariant_input_plan,
+    invariant_step_plan,
+)
+from .project import linear as tiled_linear
 
 
 @triton.jit
@@ -432,6 +442,69 @@ def _asked_kernel(
     tl.store(out_ptr + stream * E + offs_e, cast(token, out_ptr.dtype.element_ty), offs_e < E)
 
 
+@triton.jit
+def _by_head_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, N, stride_xn, stride_xh, stride_xk, stride_wh, stride_wo,
+    stride_wk, stride_on, stride_oh, stride_oo,
+    OUTPUTS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_O outputs of one head for BLOCK_N streams.
+
+    Reads BLOCK_O * K weights once for all its streams. The blocks do not depend on how many streams
+    there are, and so neither do the bits of a stream.
+    """
+    head = tl.program_id(2)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    mask_o = offs_o < OUTPUTS
+    x_ptr += head.to(tl.int64) * stride_xh
+    weight_ptr += head.to(tl.int64) * stride_wh
+    acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        x = tl.load(
+            x_ptr + offs_n[:, None] * stride_xn + (k + offs_k)[None, :] * stride_xk,
+            mask=mask_n[:, None] & mask_k[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_K]
+        weight = tl.load(
+            weight_ptr + offs_o[None, :] * stride_wo + (k + offs_k)[:, None] * stride_wk,
+            mask=mask_o[None, :] & mask_k[:, None],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_O]
+        acc = dot(x, weight, acc, PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + head * OUTPUTS + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
+    tl.store(
+        out_ptr + head.to(tl.int64) * stride_oh + offs_n[:, None] * stride_on
+        + offs_o[None, :] * stride_oo,
+        cast(acc, out_ptr.dtype.element_ty),
+        mask=mask_n[:, None] & mask_o[None, :],
+    )  # fmt: skip
+
+
+def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write `x` (N, H, K) times each head's `weight` (H, O, K), plus `bias` (H, O), to `out`.
+
+    `out` (N, H, O) is returned; its strides are free, as are those of `x` and `weight`. A stream's
+    bits depend on that stream alone.
+    """
+    N, H, K = x.shape
+    args = (x, weight, bias, out, N, *x.stride(), *weight.stride(), *out.stride())
+    constants = constants_of(
+        out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES,
+        max(16, min(128, triton.next_power_of_2(K))), dot_precision(),
+        tl.float64 if x.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    blocks = triton.cdiv(out.shape[2], INVARIANT_FEATURES)
+    grid = (triton.cdiv(N, INVARIANT_TOKENS), blocks, H)
+    launch(_by_head_kernel, grid, args, constants, num_warps=4)
+    return out
+
+
 def why_not(
     name: str,
     query: Tensor,
@@ -491,10 +564,15 @@ def input_step_(
 
     Shapes: `query` (N, E), any strides; `in_proj_weight` (3E, E); `x_ring` (N, L, E); `x_scale`
     (N, L, 1) fp32 if the ring is of 8 bits; `position` (N,) int64; `active` (N,) bool.
-    Covered: what `why_not` answers None to, and not `batch_invariant`. `plan` overrides the table.
+    Covered: what `why_not` answers None to. `batch_invariant` or `plan` overrides the table.
     """
     N, L, E = x_ring.shape
-    plan = plan or input_plan(N, E, num_heads, L, query.element_size(), x_scale is not None)
+    shape = (E, num_heads, L, query.element_size())
+    linear = F.linear
+    if batch_invariant:
+        plan = invariant_input_plan(*shape, x_scale is not None)
+        linear = functools.partial(tiled_linear, plan=invariant_step_plan(*shape))
+    plan = plan or input_plan(N, *shape, x_scale is not None)
     query = query if query.stride(1) == 1 else query.contiguous()
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
     q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
@@ -504,9 +582,10 @@ def input_step_(
         constants = constants_of(E, L, delay, plan.block_e)
         args: tuple = (x_ring, x_scale, position, asked)
         launch(_asked_kernel, (N, 1, 1), args, constants, num_warps=4)
-    q = F.linear(asked, q_weight, q_bias)
+    q = linear(asked, q_weight, q_bias)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    extra = _extra_scores(q.view(N, num_heads, -1), k_bias, bias_k, add_zero_attn, wide)
+    queries = q.view(N, num_heads, -1)
+    extra = _extra_scores(queries, k_bias, bias_k, add_zero_attn, wide, batch_invariant)
     share = on_bias = None
     if extra is not None or dropout_p > 0.0:
         share = torch.empty((N, num_heads), dtype=wide, device=query.device)
@@ -525,9 +604,13 @@ def input_step_(
         constants = constants_of(num_heads, E, L, plan.block_n, plan.block_d, *sizes, *options)
         grid = (triton.cdiv(N, plan.block_n), 1, 1)
         launch(_input_group_kernel, grid, args, constants, num_warps=plan.num_warps)
-        return F.linear(out, out_proj_weight, out_proj_bias)
-    moved = torch.bmm(q.view(N, num_heads, -1).transpose(0, 1), k_weight.view(num_heads, -1, E))
-    mixed = torch.empty_like(moved)  # (H, N, E)
+        return linear(out, out_proj_weight, out_proj_bias)
+    moved, mixed = (query.new_empty((num_heads, N, E)) for _ in range(2))
+    k_weight, v_weight = (x.view(num_heads, -1, E) for x in (k_weight, v_weight))
+    if batch_invariant:
+        by_head(queries, k_weight.transpose(1, 2), None, moved.transpose(0, 1))
+    else:
+        torch.bmm(queries.transpose(0, 1), k_weight, out=moved)
     partial = ml = counter = None
     groups = N * triton.cdiv(num_heads, plan.block_h)
     if plan.splits > 1:
@@ -542,20 +625,28 @@ def input_step_(
     if update and groups > N:  # no program of a stream knows when the others have read it
         position.add_(1 if active is None else active)
     out = query.new_empty((N, num_heads, E // num_heads))
-    by_head, v_weight = out.transpose(0, 1), v_weight.view(num_heads, -1, E).transpose(1, 2)
-    if v_bias is not None and share is None:  # one rounding less than adding it to the product
-        torch.baddbmm(v_bias.view(num_heads, 1, -1), mixed, v_weight, out=by_head)
+    alone = v_bias if share is None else None  # one rounding less than adding it to the product
+    if batch_invariant:
+        by_head(mixed.transpose(0, 1), v_weight, alone, out)
+    elif alone is not None:
+        alone = alone.view(num_heads, 1, -1)
+        torch.baddbmm(alone, mixed, v_weight.transpose(1, 2), out=out.transpose(0, 1))
     else:
-        torch.bmm(mixed, v_weight, out=by_head)
+        torch.bmm(mixed, v_weight.transpose(1, 2), out=out.transpose(0, 1))
     if v_bias is not None and share is not None:
         out += v_bias.view(num_heads, -1) * share.unsqueeze(-1)
     if on_bias is not None and bias_v is not None:
         out += bias_v.view(num_heads, -1) * on_bias.unsqueeze(-1)
-    return F.linear(out.view(N, E), out_proj_weight, out_proj_bias)
+    return linear(out.view(N, E), out_proj_weight, out_proj_bias)
 
 
 def _extra_scores(
-    q: Tensor, k_bias: Tensor | None, bias_k: Tensor | None, add_zero_attn: bool, wide: torch.dtype
+    q: Tensor,
+    k_bias: Tensor | None,
+    bias_k: Tensor | None,
+    add_zero_attn: bool,
+    wide: torch.dtype,
+    batch_invariant: bool,
 ) -> Tensor | None:
     """Scores (N, H, X) of the slots that `add_bias_kv` and `add_zero_attn` add, or None.
 
@@ -564,10 +655,17 @@ def _extra_scores(
     if bias_k is None and not add_zero_attn:
         return None
     q = q.to(wide) * q.shape[2] ** -0.5
+
+    def scores_of(key: Tensor) -> Tensor:
+        key = key.view(q.shape[1:])
+        if not batch_invariant:
+            return (q * key).sum(-1)
+        return by_head(q, key.unsqueeze(1).to(wide), None, q.new_empty((*q.shape[:2], 1)))[..., 0]
+
     scores = []
     if bias_k is not None:
-        scores.append((q * bias_k.view(q.shape[1:])).sum(-1))
+        scores.append(scores_of(bias_k))
     if add_zero_attn:
         scores.append(q.new_zeros(q.shape[:2]))
     extra = torch.stack(scores, -1)
-    return extra if k_bias is None else extra - (q * k_bias.view(q.shape[1:])).sum(-1, keepdim=True)
+    return extra if k_bias is None else extra - scores_of(k_bias).unsqueeze(-1)

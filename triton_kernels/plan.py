@@ -302,7 +302,7 @@ def input_plan(
         block_n=16,
         block_d=block_d,
         block_c=max(16, min(128, 8192 // block_d, block_e)),
-        block_q=min(block_e, (4096 if block_e * block_h > 8192 else 8192) // block_h),
+        block_q=min(block_e // 2, 4096 // block_h),
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
@@ -310,6 +310,14 @@ def input_plan(
         num_warps=warps,
         stages=2,
     )
+
+
+INVARIANT_PART = 1024  # slots: merging parts costs a few hundredths of their bytes
+
+
+def invariant_input_plan(E: int, H: int, L: int, itemsize: int, codes: bool) -> InputPlan:
+    """The plan of a step over inputs whose bits do not depend on the number of streams."""
+    return input_plan(1, E, H, L, itemsize, codes, "gemm", max(1, L // INVARIANT_PART))
 
 
 class StepsPlan(NamedTuple):
@@ -338,9 +346,17 @@ WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 
 
 @lru_cache(maxsize=1024)
 def steps_plan(
-    tokens: int, head_dim: int, itemsize: int, dropout: bool, backward: bool = False
+    tokens: int,
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    backward: bool = False,
+    codes: bool = False,
 ) -> StepsPlan:
-    """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream."""
+    """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream.
+
+    `codes`: keys and values are of 8 bits.
+    """
     if backward:
         table = WINDOW_BACKWARD_BLOCKS_16 if itemsize == 2 else WINDOW_BACKWARD_BLOCKS_32
     else:
@@ -349,5 +365,7 @@ def steps_plan(
     block_t, block_s, warps = table[block_d]
     if dropout and not (backward and itemsize > 2):  # Philox keeps five numbers per weight
         block_t = max(16, block_t // 2)
+    if codes and itemsize > 2 and block_d in (64, 128):  # decoded tiles are in registers whole
+        block_t, warps = max(16, block_t // 2), 2 * warps
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
     return StepsPlan(block_t, block_s, block_d, warps, 2)

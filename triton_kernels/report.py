@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
 
 from . import aot
 from .launch import Launch
-from .plan import MULTIPROCESSORS, ONE_LAUNCH, SHARED_MEMORY, StepPlan, step_plan
+from .plan import (
+    MULTIPROCESSORS,
+    ONE_LAUNCH,
+    SHARED_MEMORY,
+    StepPlan,
+    input_plan,
+    shared_plan,
+    step_plan,
+    steps_plan,
+)
 
 CAPABILITY = 90
 # What the predictions assume of an H100 SXM: seconds, bytes and operations per second.
@@ -26,6 +37,14 @@ MATRIX_RATE = 500e12
 # counter, the shares and the parts.
 CHAIN = {"fused": 7, "group": 7, "chain": 9, "gemm": 8}
 LAUNCHES = {"fused": 1, "group": 1, "chain": 3, "gemm": 4}
+INPUT_CHAIN = {"fused": 9, "gemm": 13}
+INPUT_LAUNCHES = {"fused": 3, "gemm": 5}
+# Of a clip: the query's projection, its move to the tokens, attention, values, output; two of each
+# matrix product's gradients and the attention's; sums of the biases' and of the tokens' gradients.
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 5, 13
+STEPS_LAUNCHES = 5  # projection, attention, ring, position, output
+PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, their successors
+CLIP_TOKENS = 256
 SHAPES = (
     (512, 8, 32),
     (1024, 8, 64),
@@ -38,6 +57,24 @@ STREAMS = (1, 8, 64, 512, 4096)
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
+class Prediction(NamedTuple):
+    """What a call moves and computes, and how long that should take."""
+
+    bytes: float
+    flops: float
+    seconds: float
+
+
+def seconds_of(launches: int, chain: int, drawn: float, size: float, matrix_flops: float) -> float:
+    """Launches, and the larger of latency and throughput.
+
+    Latency: `chain` dependent accesses, and `drawn` bytes that the busiest multiprocessor takes
+    from the second-level cache. Throughput: bytes from memory, and work of the matrix unit.
+    """
+    latency = chain * ROUND_TRIP + drawn / PROGRAM_BANDWIDTH
+    return launches * GRAPH_NODE + max(latency, size / READ_BANDWIDTH + matrix_flops / MATRIX_RATE)
+
+
 def _programs(plan: StepPlan, N: int, H: int) -> int:
     """Programs of the kernel that reads the ring."""
     return -(-N // plan.group) * H * (plan.splits + 2 * plan.spread)
@@ -45,8 +82,8 @@ def _programs(plan: StepPlan, N: int, H: int) -> int:
 
 def predicted_step(
     N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None
-) -> tuple[float, float, float]:
-    """Bytes moved, floating-point operations and seconds of one step of `N` streams."""
+) -> Prediction:
+    """One step of `N` streams over keys and values."""
     plan = step_plan(N, E, H, L, itemsize, path)
     weights = 4 * E * E * itemsize
     ring = 2 * N * L * E * itemsize
@@ -64,7 +101,63 @@ def predicted_step(
     throughput = (weights + ring) / READ_BANDWIDTH + N * 8 * E * E / MATRIX_RATE
     throughput = max(throughput, programs * per_program / CACHE_BANDWIDTH)
     seconds = LAUNCHES[plan.path] * GRAPH_NODE + max(latency, throughput)
-    return weights + ring, flops, seconds
+    return Prediction(weights + ring, flops, seconds)
+
+
+def predicted_input_step(
+    N: int, E: int, H: int, L: int, itemsize: int, codes: bool = False
+) -> Prediction:
+    """One step of `N` streams over inputs, of 8 bits if `codes`."""
+    plan = input_plan(N, E, H, L, itemsize, codes)
+    fused = plan.path == "fused"
+    blocks = triton.cdiv(H, plan.block_h)
+    ring = N * L * (E + 4 if codes else E * itemsize)
+    size = 4 * E * E * itemsize + ring
+    if not fused:  # moved queries and mixed inputs, each written and read
+        size += 4 * N * H * E * itemsize
+    flops = N * (8 * E * E + 4 * H * L * E)
+    programs = triton.cdiv(N, plan.block_n) if fused else N * blocks * plan.splits
+    per_program = ring * (1 if fused else blocks) / programs
+    if fused:
+        per_program += 2 * E * E * itemsize
+    drawn = triton.cdiv(programs, MULTIPROCESSORS) * per_program
+    launches = INPUT_LAUNCHES[plan.path] + (blocks > 1)
+    seconds = seconds_of(launches, INPUT_CHAIN[plan.path], drawn, size, flops)
+    return Prediction(size, flops, seconds)
+
+
+def predicted_clip(
+    N: int, E: int, H: int, S: int, itemsize: int, backward: bool = False
+) -> Prediction:
+    """One query over a clip of `S` tokens, whose key is its value; with all gradients."""
+    plan = shared_plan(N, H, S, E, E, itemsize, True)
+    weights, clip, rows = 4 * E * E, N * S * E, 4 * N * H * E
+    size, flops = weights + clip + rows, N * (8 * E * E + 4 * H * S * E)
+    launches = FORWARD_LAUNCHES
+    programs = N * plan.splits * triton.cdiv(E, plan.block_v)
+    drawn = triton.cdiv(programs, MULTIPROCESSORS) * clip / (N * plan.splits)
+    if backward:
+        # the clip once more, the gradients of key and value, their sum; weights read and written
+        size += 2 * weights + 6 * clip + 2 * rows
+        flops += N * (16 * E * E + 10 * H * S * E)
+        launches += BACKWARD_LAUNCHES
+    chain = launches * PER_LAUNCH
+    seconds = seconds_of(launches, chain, drawn * itemsize, size * itemsize, flops)
+    return Prediction(size * itemsize, flops, seconds)
+
+
+def predicted_steps(N: int, T: int, E: int, H: int, L: int, itemsize: int) -> Prediction:
+    """`T` tokens of `N` streams at once, over keys and values."""
+    plan = steps_plan(T, E // H, itemsize, False)
+    clip, kept = N * T * E, N * min(T, L) * E
+    # token, query, key and value, and output, each written and read; the ring read and written
+    size = (4 * E * E + 10 * clip + 2 * N * L * E + 2 * kept) * itemsize
+    flops = N * T * (8 * E * E + 4 * L * E)
+    blocks = triton.cdiv(T, plan.block_t)
+    seen = 2 * (L + plan.block_t) * (E // H) * itemsize  # keys and values of one program
+    drawn = triton.cdiv(N * H * blocks, 2 * MULTIPROCESSORS) * seen
+    seconds = seconds_of(STEPS_LAUNCHES, STEPS_LAUNCHES * PER_LAUNCH, drawn, size, flops)
+    return Prediction(size, flops, seconds)
 
 
 def step_table(dtype: torch.dtype = torch.bfloat16) -> str:
@@ -87,19 +180,81 @@ def step_table(dtype: torch.dtype = torch.bfloat16) -> str:
     return "\n".join(rows)
 
 
+def input_table(dtype: torch.dtype = torch.bfloat16) -> str:
+    """One row per shape: the step over inputs, beside that over keys and values."""
+    rows = [
+        "| E, H, L | N | path | bytes | flops | predicted µs | int8, µs | keys and values, µs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for E, H, L in SHAPES:
+        for N in STREAMS:
+            shape = (N, E, H, L, dtype.itemsize)
+            plain, codes, kv = (
+                predicted_input_step(*shape),
+                predicted_input_step(*shape, codes=True),
+                predicted_step(*shape),
+            )
+            rows.append(
+                f"| {E}, {H}, {L} | {N} | {input_plan(*shape).path} | {plain.bytes:.3g} "
+                f"| {plain.flops:.3g} | {plain.seconds * 1e6:.1f} | {codes.seconds * 1e6:.1f} "
+                f"| {kv.seconds * 1e6:.1f} |"
+            )
+    return "\n".join(rows)
+
+
+def clip_table(dtype: torch.dtype = torch.bfloat16) -> str:
+    """One row per shape: `forward` without and with gradients, and many tokens at once."""
+    calls = ("forward", "forward and backward", f"{CLIP_TOKENS} tokens")
+    rows = [
+        "| E, H, L | N |" + "".join(f" {call}: bytes | flops | µs |" for call in calls),
+        "|---|---|" + 3 * len(calls) * "---|",
+    ]
+    for E, H, L in SHAPES:
+        for N in STREAMS:
+            if N * max(L, CLIP_TOKENS) * E * dtype.itemsize > 8e9:
+                continue  # with its gradients it would not fit into memory
+            shape = (N, E, H, L, dtype.itemsize)
+            predictions = (
+                predicted_clip(*shape),
+                predicted_clip(*shape, backward=True),
+                predicted_steps(N, CLIP_TOKENS, E, H, L, dtype.itemsize),
+            )
+            cells = "".join(
+                f" {p.bytes:.3g} | {p.flops:.3g} | {p.seconds * 1e6:.1f} |" for p in predictions
+            )
+            rows.append(f"| {E}, {H}, {L} | {N} |{cells}")
+    return "\n".join(rows)
+
+
+# Of these the resident programs can each have a whole tile under way.
+STREAMING = (
+    "_ring_step_kernel", "_group_step_kernel", "_input_step_kernel", "_attend_shared_kernel",
+)  # fmt: skip
+
+
 def kernel_rows(name: str, launches: list[Launch], tile_bytes: int = 0) -> list[str]:
     """One row per kernel: what the compiler made of it, and the bytes it keeps in flight."""
     rows = []
     for launch in launches:
         report = aot.compile_launch(launch, CAPABILITY)
         resident = report.resident_programs(SHARED_MEMORY[CAPABILITY])
-        ring = report.kernel in ("_ring_step_kernel", "_group_step_kernel") and tile_bytes
-        in_flight = f"{resident * tile_bytes / 1024:.0f} KiB" if ring else ""
+        streams = report.kernel in STREAMING and tile_bytes
+        in_flight = f"{resident * tile_bytes / 1024:.0f} KiB" if streams else ""
         rows.append(
             f"| {name} | `{report.kernel}` | {report.programs} | {report.threads} "
             f"| {report.registers} | {report.shared_bytes} | {resident} | {in_flight} |"
         )
     return rows
+
+
+INPUT_CASES = (
+    (1, 512, 8, 32, None),
+    (512, 512, 8, 250, None),
+    (512, 512, 8, 250, torch.int8),
+    (8192, 512, 8, 32, None),
+    (512, 1024, 8, 64, None),
+    (512, 2048, 16, 64, None),
+)
 
 
 def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
@@ -114,10 +269,24 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
         tile = 2 * plan.group * min(plan.block_l, L) * (E // H) * dtype.itemsize
         name = f"step N={N} E={E} H={H} L={L}"
         rows += kernel_rows(name, aot.step_launches(N, E, H, L, dtype), tile)
+    for N, E, H, L, codes in INPUT_CASES:
+        input_ = input_plan(N, E, H, L, dtype.itemsize, codes is not None)
+        tile = min(input_.block_s, L) * E * dtype.itemsize if input_.one_load else 0
+        name = f"inputs N={N} E={E} H={H} L={L}" + (", int8" if codes else "")
+        rows += kernel_rows(name, aot.input_step_launches(N, E, H, L, dtype, codes=codes), tile)
     rows += kernel_rows("256 tokens, E=512", aot.steps_launches(8, 256, 512, 8, 64, dtype))
+    for full in (False, True):
+        name = "256 tokens, E=512, gradients" + (", dropout" if full else "")
+        rows += kernel_rows(name, aot.window_launches(8, 256, 8, 64, 64, dtype, full))
+    eight_bits = aot.steps_launches(8, 256, 512, 8, 64, dtype, torch.int8)
+    rows += kernel_rows("256 tokens, E=512, int8", eight_bits[1:])
     for E in (512, 1024, 2048):
+        shared = shared_plan(256, 8, 64, E, E, dtype.itemsize, True)
+        tile = min(shared.block_s, 64) * E * dtype.itemsize
         name = f"single query N=256 L=64 E={E}"
-        rows += kernel_rows(name, aot.shared_launches(256, 8, 64, E, dtype))
+        rows += kernel_rows(name, aot.shared_launches(256, 8, 64, E, dtype), tile)
+    full_launches = aot.shared_launches(256, 8, 64, 1024, dtype, full=True)
+    rows += kernel_rows("the same with dropout and weights, E=1024", full_launches)
     return "\n".join(rows)
 
 
@@ -126,9 +295,16 @@ def main(path: str = "docs/triton.md") -> None:
     page = Path(path)
     before, rest = page.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    tables = (
-        f"\n\n### Kernels, bf16, sm_90\n\n{kernel_table()}\n\n### Steps, bf16\n\n{step_table()}\n\n"
+    tables = "".join(
+        f"\n\n### {title}\n\n{table}"
+        for title, table in (
+            ("Kernels, bf16, sm_90", kernel_table()),
+            ("Steps, bf16", step_table()),
+            ("Steps over inputs, bf16", input_table()),
+            ("Clips, bf16", clip_table()),
+        )
     )
+    tables += "\n\n"
     page.write_text(before + BEGIN + tables + END + after)
 
 

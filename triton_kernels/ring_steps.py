@@ -62,13 +62,13 @@ def clip_tile(
 
 
 @triton.jit
-def _scales(k_scale_ptr, v_scale_ptr, tokens, there, unit: tl.constexpr):
+def _scales(k_scale_ptr, v_scale_ptr, tokens, there, codes: tl.constexpr):
     """What the codes of a tile's keys and values stand for, None twice where they are no codes."""
     if k_scale_ptr is None:
         return None, None
     else:
-        k_scale = tl.load(k_scale_ptr + tokens, mask=there, other=0.0) * unit
-        v_scale = tl.load(v_scale_ptr + tokens, mask=there, other=0.0) * unit
+        k_scale = tl.load(k_scale_ptr + tokens, mask=there, other=0.0) * unit_of(codes)
+        v_scale = tl.load(v_scale_ptr + tokens, mask=there, other=0.0) * unit_of(codes)
         return k_scale, v_scale
 
 
@@ -153,7 +153,7 @@ def ring_steps_kernel(
         value_scale_ptr += (stream * H + head) * T
         k_scale_ptr += (stream * H + head) * L
         v_scale_ptr += (stream * H + head) * L
-    UNIT: tl.constexpr = unit_of(k_ring_ptr.dtype.element_ty)
+    CODES: tl.constexpr = k_ring_ptr.dtype.element_ty
 
     # With a delay of R - 1 the query is that of an earlier token, of this clip or of the ring.
     DELAY: tl.constexpr = R - 1 if R > 0 else 0
@@ -184,7 +184,7 @@ def ring_steps_kernel(
         k, v, visible, keys, there = ring_tile(
             k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen, L, D
         )
-        k_scale, v_scale = _scales(k_scale_ptr, v_scale_ptr, slots, there, UNIT)
+        k_scale, v_scale = _scales(k_scale_ptr, v_scale_ptr, slots, there, CODES)
         m_i, l_i, acc, factor = _attend_tile(
             q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
             seed_ptr, stream, head, dropout_p, PRECISION, ACC,
@@ -195,7 +195,7 @@ def ring_steps_kernel(
         k, v, visible, there = clip_tile(
             key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end, L
         )
-        k_scale, v_scale = _scales(key_scale_ptr, value_scale_ptr, keys, there, UNIT)
+        k_scale, v_scale = _scales(key_scale_ptr, value_scale_ptr, keys, there, CODES)
         m_i, l_i, acc, factor = _attend_tile(
             q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
             seed_ptr, stream, head, dropout_p, PRECISION, ACC,
@@ -346,7 +346,8 @@ def ring_steps_(
         key, key_scale = quantise_tokens(key, H, k_ring.dtype)
         value, value_scale = quantise_tokens(value, H, v_ring.dtype)
     clip, rings = (key, value, key_scale, value_scale), (k_ring, v_ring, k_scale, v_scale)
-    plan = steps_plan(T - first, D, query.element_size(), dropout_p > 0.0)
+    sizes = (T - first, D, query.element_size())
+    plan = steps_plan(*sizes, dropout_p > 0.0, codes=k_scale is not None)
     out = query.new_empty((N, T - first, E))
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     args = (
