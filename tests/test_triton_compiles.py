@@ -87,6 +87,7 @@ SPILLS = {
     "steps-D32-torch.bfloat16-dropout-e4m3": 96,
     "inputs-E128-e4m3": 8,
     "inputs-E2048-H16": 56,
+    "window-D128-torch.float32": 8,
 }
 CONFIGURATIONS = dict(
     [
