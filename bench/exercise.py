@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     failures = 0
     for backend in options.backend or ("triton", "cuda"):
         if backend not in continual_mha.backends.available():
-            print(f"{backend}: {continual_mha.backends.why_not(backend, 'ring_step_', ())}")
+            print(f"{backend}: {continual_mha.backends.why_missing(backend)}")
             failures += 1
             continue
         for streams, embed_dim, heads, length, dtype in SHAPES:

@@ -126,6 +126,12 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in NAMES if isinstance(_load(name), _Operators))
 
 
+def why_missing(backend: str) -> str | None:
+    """Why ``backend`` does not load on this machine; None if it does."""
+    loaded = _load(backend)
+    return loaded if isinstance(loaded, str) else None
+
+
 def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why ``backend`` cannot run the operator ``name`` with these arguments; None if it can."""
     loaded = _load(backend)

@@ -81,6 +81,7 @@ def ring_calls() -> Iterator[tuple[str, Any, list[Any]]]:
         ("fused", RingCase(N=2, H=2, D=16, L=5, dtype=HALF)),
         ("chain", RingCase(N=3, H=2, D=16, L=5, dtype=FULL, delay=2, extra_slot=True)),
         ("gemm", RingCase(N=3, H=2, D=16, L=5, dtype=FULL, bias=False)),
+        ("group", RingCase(N=3, H=2, D=16, L=5, dtype=HALF, delay=1)),
     ):
         active = torch.tensor([True] + [False] * (case.N - 1))
         how = plan.step_plan(case.N, case.H * case.D, case.H, case.L, case.dtype.itemsize, path)
@@ -89,17 +90,21 @@ def ring_calls() -> Iterator[tuple[str, Any, list[Any]]]:
     case = RingCase(N=2, H=2, D=16, L=5, dtype=HALF, delay=1)
     args = [*case.clip(3), *case.weights, *case.state, 1, True, 0.0, True]
     yield "steps", triton_kernels.ring_steps_, args
+    rings = [torch.zeros(2, 2, 5, 16, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.ones(2, 2, 5, 1) for _ in range(2)]
+    yield "steps-8-bits", triton_kernels.ring_steps_, [*args[:11], *rings, *args[13:], *scales]
 
 
 def input_calls() -> Iterator[tuple[str, Any, list[Any]]]:
     N, E, H, L = 2, 32, 2, 5
     weights = [torch.randn(3 * E, E), torch.randn(3 * E), torch.randn(E, E), torch.randn(E)]
     for path, splits in (("fused", 1), ("gemm", 2)):
-        how = plan.input_plan(N, E, H, L, 4, path)._replace(splits=splits)
+        how = plan.input_plan(N, E, H, L, 4, False, path)._replace(splits=splits)
         bias = [torch.randn(1, 1, E)] * 2 if path == "gemm" else [None, None]
         state = [torch.randn(N, L, E), torch.zeros(N, dtype=torch.int64), H, 1]
         args = [torch.randn(N, E), *weights, *bias, *state, None, False, 0.0, True, None, False]
         yield f"inputs-{path}", triton_kernels.input_step_, [*args, how]
+    yield "inputs-invariant", triton_kernels.input_step_, [*args[:-1], True]
 
 
 def attention_calls() -> Iterator[tuple[str, Any, list[Any]]]:

@@ -185,8 +185,9 @@ def shared_plan(
     if one_tile:
         block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
     else:
-        block_v = min(width, 256 if itemsize == 2 else 64, 8192 // block_h)
         # Philox keeps five numbers per weight, which more warps share.
+        accumulators = 2048 if dropout and itemsize > 2 else 8192
+        block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
         block_s, warps = 64 if itemsize == 2 else 32, 8 if dropout else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
@@ -203,7 +204,8 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
     block_e = 128 if itemsize == 2 else 32
-    return SharedPlan(1, block_h, block_s, block_e, block_e, False, 4, 2)
+    warps = 8 if itemsize > 2 and block_h >= 64 else 4
+    return SharedPlan(1, block_h, block_s, block_e, block_e, False, warps, 2)
 
 
 class InputPlan(NamedTuple):
