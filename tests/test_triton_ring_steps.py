@@ -219,19 +219,27 @@ def test_small_scales_do_not_make_weights_underflow() -> None:
     check_codes(case, quantised(case, torch.int8), 3, 0)
 
 
-@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("codes", [None, *CODES], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["clip", "clip's values", "ring's values"])
 def test_a_token_that_is_not_finite_reaches_those_alone_who_see_it(
-    bad: float, codes: torch.dtype
+    where: str, bad: float, codes: torch.dtype | None
 ) -> None:
-    case = RingCase(N=2, L=3, bias=False)
-    clip = case.clip(9)[0]
-    clip[0, 2, 1] = bad
-    state = quantised(case, codes)
-    out = ring_steps_(*with_scales((clip,) * 3, case, state, 0, False, 0.0, True))
-    assert torch.equal(out[0].isnan().all(-1).cpu(), torch.arange(9).sub(2).div(3).floor() == 0)
-    assert torch.equal(out[0].isfinite().all(-1), ~out[0].isnan().any(-1))
-    assert out[1].isfinite().all()
+    case = RingCase(N=2, L=4, bias=False).warm()
+    clip, outs = [case.random(2, 37, case.H * case.D)] * 3, []
+    for spoilt in (False, True):
+        if spoilt and where == "ring's values":  # of the token before the last
+            case.state[1][0, 1, (case.state[3][0] - 2) % case.L, 3] = bad
+        elif spoilt:
+            clip[2] = clip[2].clone()
+            clip[2][0, 30, 1] = bad  # in the first block of queries and seen from the next
+            clip[:2] = [clip[2]] * 2 if where == "clip" else clip[:2]
+        state = case.state if codes is None else quantised(case, codes)
+        outs.append(ring_steps_(*with_scales(tuple(clip), case, state, 0, False, 0.0, False)))
+    seen = torch.zeros(2, 37, dtype=torch.bool, device=DEVICE)
+    seen[0, slice(0, 2) if where == "ring's values" else slice(30, 34)] = True
+    assert not outs[1][seen].isfinite().any()
+    torch.testing.assert_close(outs[1][~seen], outs[0][~seen])
 
 
 def test_dropout_over_rings_of_8_bits_drops_what_it_drops_elsewhere() -> None:

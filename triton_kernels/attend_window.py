@@ -268,8 +268,9 @@ def attend_window(
     )  # fmt: skip
     block_t, block_s, block_d, stages, precision, acc = _constants(plan, query.dtype)
     constants = constants_of(
-        H, D, L, 0, block_t, block_s, block_d, False, stages, precision, D**-0.5, acc
-    )
+        H, D, L, 0, block_t, block_s, block_d, plan.block_one, False, stages, precision, D**-0.5,
+        acc,
+    )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     return out, lse

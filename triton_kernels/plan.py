@@ -251,11 +251,15 @@ INPUT_RULES = (
 # Slots of a tile by padded embed_dim: 64 KiB at most, as much as the accumulators leave room for.
 INPUT_ROWS_16 = SHARED_ROWS
 INPUT_ROWS_32 = {64: 64, 128: 32, 256: 16, 512: 16, 1024: 16}
+INPUT_ROWS_8 = INPUT_ROWS_16 | {128: 64}  # under 16-bit tokens: decoded tiles are in registers
 # Accumulators of a program, heads * padded embed_dim; fp32 wants the registers for its products.
 MAX_INPUT_ACCUMULATORS_16 = 16384
 MAX_INPUT_ACCUMULATORS_32 = 8192
 MAX_INPUT_HEADS = 32  # of a program, for the scores of its tile
-ONE_LOAD_FEATURES_32 = 512  # of wider fp32 tiles the two products take copies of their own
+# Of wider tiles the two products take copies of their own; the former where blocks of heads share
+# a stream, which takes registers besides.
+ONE_LOAD_FEATURES_16 = 1024
+ONE_LOAD_FEATURES_32 = 512
 
 
 def input_step_covers(E: int, H: int, itemsize: int) -> str | None:
@@ -287,7 +291,12 @@ def input_plan(
         fits = fits and rule.max_embed_dim >= E and block_h >= H
         if rule.path == path or (path is None and fits):
             break
-    rows = (INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)[block_e]
+    if itemsize == 2:
+        rows = (INPUT_ROWS_8 if codes else INPUT_ROWS_16)[block_e]
+        one_load = block_h >= H or block_e <= ONE_LOAD_FEATURES_16
+    else:
+        rows = INPUT_ROWS_32[block_e]
+        one_load = block_e <= ONE_LOAD_FEATURES_32
     block_s = max(16, min(rows, triton.next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
@@ -308,7 +317,7 @@ def input_plan(
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
-        one_load=not codes and (itemsize == 2 or block_e <= ONE_LOAD_FEATURES_32),
+        one_load=one_load and not codes,
         num_warps=warps,
         stages=2,
     )
@@ -323,11 +332,15 @@ def invariant_input_plan(E: int, H: int, L: int, itemsize: int, codes: bool) -> 
 
 
 class StepsPlan(NamedTuple):
-    """Blocks of tokens, of keys and of features in the many-token kernel."""
+    """Blocks of tokens, of keys and of features in the many-token kernel.
+
+    block_one: keys of a tile that a single token has to itself.
+    """
 
     block_t: int
     block_s: int
     block_d: int
+    block_one: int
     num_warps: int
     stages: int
 
@@ -336,13 +349,16 @@ class StepsPlan(NamedTuple):
 STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                    256: (32, 32, 8)}  # fmt: skip
 STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
-                   256: (16, 16, 8)}  # fmt: skip
+                   256: (16, 16, 4)}  # fmt: skip
+
+# Keys of a tile for a single token, by padded head_dim: what needs no registers beside the others.
+ONE_TOKEN_BLOCKS = {16: 32, 32: 16, 64: 32, 128: 4, 256: 8}
 
 
 # The backward holds two tiles of accumulators where the forward holds one.
 WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                              256: (32, 32, 8)}  # fmt: skip
-WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
+WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4),
                              256: (16, 16, 8)}  # fmt: skip
 
 
@@ -367,7 +383,15 @@ def steps_plan(
     block_t, block_s, warps = table[block_d]
     if dropout and not (backward and itemsize > 2):  # Philox keeps five numbers per weight
         block_t = max(16, block_t // 2)
-    if codes and itemsize > 2 and block_d in (64, 128):  # decoded tiles are in registers whole
-        block_t, warps = max(16, block_t // 2), 2 * warps
+        if itemsize > 2 and block_d == 256:
+            warps *= 2
+    if dropout and backward and itemsize > 2:
+        block_s = min(block_s, block_t)
+    stages = 2
+    if codes and itemsize > 2 and block_d >= 64:  # decoded tiles are in registers whole
+        block_t, warps = max(16, block_t // 2), 8
+        stages = 1 if block_d > 128 else 2  # two such tiles at once are too many
+    if codes and dropout and itemsize == 2 and block_d == 32:  # as they are beside Philox's numbers
+        block_s //= 2
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
-    return StepsPlan(block_t, block_s, block_d, warps, 2)
+    return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages)

@@ -62,14 +62,9 @@ def clip_tile(
 
 
 @triton.jit
-def _scales(k_scale_ptr, v_scale_ptr, tokens, there, codes: tl.constexpr):
-    """What the codes of a tile's keys and values stand for, None twice where they are no codes."""
-    if k_scale_ptr is None:
-        return None, None
-    else:
-        k_scale = tl.load(k_scale_ptr + tokens, mask=there, other=0.0) * unit_of(codes)
-        v_scale = tl.load(v_scale_ptr + tokens, mask=there, other=0.0) * unit_of(codes)
-        return k_scale, v_scale
+def _scale(scale_ptr, tokens, there, codes: tl.constexpr):
+    """What the codes of a tile's rows stand for  # [BLOCK_S]"""
+    return tl.load(scale_ptr + tokens, mask=there, other=0.0) * unit_of(codes)
 
 
 @triton.jit
@@ -80,13 +75,18 @@ def _attend_tile(
     """Online softmax over one tile of keys: k, v [BLOCK_S, BLOCK_D], visible [BLOCK_T, BLOCK_S].
 
     The scales of codes, [BLOCK_S], go into scores and weights: into these over the largest one
-    seen, `factor`, so that no weight underflows; `acc` has that factor taken out.
+    seen, `factor`, so that no weight underflows; `acc` has that factor taken out. On the matrix
+    unit numbers that are not finite reach queries that do not see them, whose weight of zero does
+    not help; codes do not, and nothing does where a single query has a tile to itself.
     """
     if k_scale is not None:
         k = decode(k, q.dtype)
         v = decode(v, q.dtype)
-    scores = tl.zeros((q.shape[0], k.shape[0]), ACC)
-    scores = dot(q, tl.trans(k), scores, PRECISION) * scale
+    if q.shape[0] == 1:
+        scores = tl.sum(q.to(ACC) * k.to(ACC), axis=1)[None, :] * scale
+    else:
+        scores = tl.zeros((q.shape[0], k.shape[0]), ACC)
+        scores = dot(q, tl.trans(k), scores, PRECISION) * scale
     if k_scale is not None:
         scores *= k_scale.to(ACC)[None, :]
     scores = tl.where(visible, scores, float("-inf"))
@@ -100,7 +100,6 @@ def _attend_tile(
         key = keys[None, :] + offs_t[:, None] * 0
         weight *= keep_scale(seed_ptr, stream, head, key, row, dropout_p).to(ACC)
     if v_scale is not None:
-        # a value that is not finite reaches those alone who see it
         finite = v_scale < float("inf")
         larger = tl.maximum(factor, tl.max(tl.where(finite, v_scale, 0.0), axis=0))
         divisor = tl.where(larger > 0.0, larger, 1.0)
@@ -108,61 +107,30 @@ def _attend_tile(
         weight = tl.where(visible, weight * share.to(ACC)[None, :], 0.0)
         alpha *= (factor / divisor).to(ACC)
         factor = larger
-    acc = dot(cast(weight, q.dtype), v, acc * alpha[:, None], PRECISION)
+    acc *= alpha[:, None]
+    if q.shape[0] == 1:
+        acc += tl.sum(tl.trans(weight) * v.to(ACC), axis=0)[None, :]
+    else:
+        acc = dot(cast(weight, q.dtype), v, acc, PRECISION)
     return m_new, l_i, acc, factor
 
 
 @triton.jit
-def ring_steps_kernel(
-    query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, bias_k_ptr, bias_v_ptr,
-    k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr, q_ring_ptr, position_ptr, sink_ptr, seed_ptr,
-    out_ptr, lse_ptr, stride_qn, stride_qt, stride_kn, stride_kt, stride_vn, stride_vt, T, first,
-    dropout_p,
-    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+def _load_query(
+    query_ptr, q_ring_ptr, position, stride_qt, T, offs_t, offs_d, mask_d, stream, head,
+    R: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One program: the outputs of BLOCK_T tokens of one head of one stream.
+    """The queries asked at the tokens `offs_t`  # [BLOCK_T, BLOCK_D]
 
-    Reads those slots of the ring and tokens of the clip that its tokens see: about
-    2 * D * (L + BLOCK_T) elements. BLOCK_T rows share every key, which makes the products matter
-    more than the bytes, so the blocks are those of the matrix unit. Slots without a value come as
-    the score of `sink_ptr`, and what a backward needs goes to `lse_ptr`, where they are given. Keys
-    and values may be codes, of ring and clip alike, whose scales stand in `*_scale_ptr`.
+    With a delay of R - 1 such a query is that of an earlier token, of this clip or of the ring.
     """
-    E: tl.constexpr = H * D
-    blocks = tl.cdiv(T - first, BLOCK_T)
-    program = tl.program_id(0)
-    block = program % blocks
-    head = program // blocks % H
-    stream = (program // (blocks * H)).to(tl.int64)
-    begin = first + block * BLOCK_T
-    offs_t = begin + tl.arange(0, BLOCK_T)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    position = tl.load(position_ptr + stream)
-    scale = tl.full((), SCALE * LOG2E, ACC)
-    query_ptr += stream * stride_qn + head * D
-    key_ptr += stream * stride_kn + head * D
-    value_ptr += stream * stride_vn + head * D
-    k_ring_ptr += (stream * H + head) * (L * D)
-    v_ring_ptr += (stream * H + head) * (L * D)
-    if k_scale_ptr is not None:
-        key_scale_ptr += (stream * H + head) * T
-        value_scale_ptr += (stream * H + head) * T
-        k_scale_ptr += (stream * H + head) * L
-        v_scale_ptr += (stream * H + head) * L
-    CODES: tl.constexpr = k_ring_ptr.dtype.element_ty
-
-    # With a delay of R - 1 the query is that of an earlier token, of this clip or of the ring.
     DELAY: tl.constexpr = R - 1 if R > 0 else 0
     source = offs_t - DELAY
     q = tl.load(
         query_ptr + source.to(tl.int64)[:, None] * stride_qt + offs_d[None, :],
         mask=((source >= 0) & (offs_t < T))[:, None] & mask_d[None, :],
         other=0.0,
-    )  # [BLOCK_T, BLOCK_D]
+    )
     if R > 0:
         slot = (position + offs_t + 1) % R
         waiting = tl.load(
@@ -171,7 +139,33 @@ def ring_steps_kernel(
             other=0.0,
         )
         q = tl.where((source < 0)[:, None], waiting, q)
+    return q
 
+
+@triton.jit
+def _attend_block(
+    query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, bias_k_ptr, bias_v_ptr,
+    k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr, q_ring_ptr, sink_ptr, seed_ptr, out_ptr,
+    lse_ptr, position, stride_qt, stride_kt, stride_vt, T, first, begin, stream, head, dropout_p,
+    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The outputs of BLOCK_T tokens, from token `begin` on, and whether they were stored.
+
+    They are not if something that is not finite may have reached too many of them; that of a single
+    token is always. The pointers are those of one head of one stream, but for outputs and sink.
+    """
+    E: tl.constexpr = H * D
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    q = _load_query(
+        query_ptr, q_ring_ptr, position, stride_qt, T, offs_t, offs_d, mask_d, stream, head, R, E, D
+    )
+    CODES: tl.constexpr = k_ring_ptr.dtype.element_ty
+    offs_s = tl.arange(0, BLOCK_S)
+    scale = tl.full((), SCALE * LOG2E, ACC)
     m_i = tl.full((BLOCK_T,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_T,), ACC)
     acc = tl.zeros((BLOCK_T, BLOCK_D), ACC)
@@ -184,7 +178,11 @@ def ring_steps_kernel(
         k, v, visible, keys, there = ring_tile(
             k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen, L, D
         )
-        k_scale, v_scale = _scales(k_scale_ptr, v_scale_ptr, slots, there, CODES)
+        k_scale = None
+        v_scale = None
+        if k_scale_ptr is not None:
+            k_scale = _scale(k_scale_ptr, slots, there, CODES)
+            v_scale = _scale(v_scale_ptr, slots, there, CODES)
         m_i, l_i, acc, factor = _attend_tile(
             q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
             seed_ptr, stream, head, dropout_p, PRECISION, ACC,
@@ -195,13 +193,22 @@ def ring_steps_kernel(
         k, v, visible, there = clip_tile(
             key_ptr, value_ptr, keys, offs_t, offs_d, mask_d, stride_kt, stride_vt, clip_end, L
         )
-        k_scale, v_scale = _scales(key_scale_ptr, value_scale_ptr, keys, there, CODES)
+        k_scale = None
+        v_scale = None
+        if key_scale_ptr is not None:
+            k_scale = _scale(key_scale_ptr, keys, there, CODES)
+            v_scale = _scale(value_scale_ptr, keys, there, CODES)
         m_i, l_i, acc, factor = _attend_tile(
             q, k, v, k_scale, v_scale, visible, keys + L, offs_t, m_i, l_i, acc, factor, scale,
             seed_ptr, stream, head, dropout_p, PRECISION, ACC,
         )  # fmt: skip
     if k_scale_ptr is not None:
         acc *= factor.to(ACC)
+    trusted = True
+    mask_t = offs_t < T
+    if BLOCK_T > 1 and k_scale_ptr is None:
+        trusted = tl.sum(tl.abs(acc)) < float("inf")
+        mask_t = offs_t < tl.where(trusted, T, 0)
 
     if bias_k_ptr is not None:
         k_bias = tl.load(bias_k_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
@@ -226,7 +233,7 @@ def ring_steps_kernel(
 
     rows = stream * (T - first) + offs_t - first
     if sink_ptr is not None:
-        sink = tl.load(sink_ptr + rows * H + head, mask=offs_t < T, other=0.0).to(ACC)
+        sink = tl.load(sink_ptr + rows * H + head, mask=mask_t, other=0.0).to(ACC)
         sink *= tl.full((), LOG2E, ACC)
         m_new = tl.maximum(m_i, sink)
         alpha = tl.exp2(m_i - m_new)
@@ -235,12 +242,69 @@ def ring_steps_kernel(
         acc = acc * alpha[:, None]
     if lse_ptr is not None:
         lse = m_i * tl.full((), LN2, ACC) + tl.log(l_i)
-        tl.store(lse_ptr + rows * H + head, lse, mask=offs_t < T)
+        tl.store(lse_ptr + rows * H + head, lse, mask=mask_t)
     tl.store(
         out_ptr + rows[:, None] * E + (head * D + offs_d)[None, :],
         cast(acc / l_i[:, None], out_ptr.dtype.element_ty),
-        mask=(offs_t < T)[:, None] & mask_d[None, :],
+        mask=mask_t[:, None] & mask_d[None, :],
     )
+    return trusted
+
+
+@triton.jit
+def ring_steps_kernel(
+    query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, bias_k_ptr, bias_v_ptr,
+    k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr, q_ring_ptr, position_ptr, sink_ptr, seed_ptr,
+    out_ptr, lse_ptr, stride_qn, stride_qt, stride_kn, stride_kt, stride_vn, stride_vt, T, first,
+    dropout_p,
+    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ONE: tl.constexpr,
+    ADD_ZERO_ATTN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: the outputs of BLOCK_T tokens of one head of one stream.
+
+    Reads those slots of the ring and tokens of the clip that its tokens see: about
+    2 * D * (L + BLOCK_T) elements. BLOCK_T rows share every key, which makes the products matter
+    more than the bytes, so the blocks are those of the matrix unit. Slots without a value come as
+    the score of `sink_ptr`, and what a backward needs goes to `lse_ptr`, where they are given. Keys
+    and values may be codes, of ring and clip alike, whose scales stand in `*_scale_ptr`. Tokens
+    that something not finite may have reached in vain are computed again one by one: slow, but
+    little for those whose numbers are finite.
+    """
+    blocks = tl.cdiv(T - first, BLOCK_T)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = program // blocks % H
+    stream = (program // (blocks * H)).to(tl.int64)
+    begin = first + block * BLOCK_T
+    position = tl.load(position_ptr + stream)
+    query_ptr += stream * stride_qn + head * D
+    key_ptr += stream * stride_kn + head * D
+    value_ptr += stream * stride_vn + head * D
+    k_ring_ptr += (stream * H + head) * (L * D)
+    v_ring_ptr += (stream * H + head) * (L * D)
+    if k_scale_ptr is not None:
+        key_scale_ptr += (stream * H + head) * T
+        value_scale_ptr += (stream * H + head) * T
+        k_scale_ptr += (stream * H + head) * L
+        v_scale_ptr += (stream * H + head) * L
+    stored = _attend_block(
+        query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, bias_k_ptr, bias_v_ptr,
+        k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr, q_ring_ptr, sink_ptr, seed_ptr, out_ptr,
+        lse_ptr, position, stride_qt, stride_kt, stride_vt, T, first, begin, stream, head,
+        dropout_p, H, D, L, R, BLOCK_T, BLOCK_S, BLOCK_D, ADD_ZERO_ATTN, STAGES, PRECISION, SCALE,
+        ACC,
+    )  # fmt: skip
+    if k_scale_ptr is None:
+        end = tl.where(stored, begin, tl.minimum(begin + BLOCK_T, T))
+        for t in range(begin, end):
+            _attend_block(
+                query_ptr, key_ptr, value_ptr, None, None, bias_k_ptr, bias_v_ptr, k_ring_ptr,
+                v_ring_ptr, None, None, q_ring_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, position,
+                stride_qt, stride_kt, stride_vt, T, first, t, stream, head, dropout_p, H, D, L, R,
+                1, BLOCK_ONE, BLOCK_D, ADD_ZERO_ATTN, 1, PRECISION, SCALE, ACC,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -355,8 +419,9 @@ def ring_steps_(
         dropout_seed(dropout_p, query.device), out, None, *strides, T, first, dropout_p,
     )  # fmt: skip
     constants = constants_of(
-        H, D, L, R, plan.block_t, plan.block_s, plan.block_d, bool(add_zero_attn), plan.stages,
-        dot_precision(), D**-0.5, tl.float64 if query.dtype == torch.float64 else tl.float32,
+        H, D, L, R, plan.block_t, plan.block_s, plan.block_d, plan.block_one, bool(add_zero_attn),
+        plan.stages, dot_precision(), D**-0.5,
+        tl.float64 if query.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, plan.block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
