@@ -169,8 +169,8 @@ class SharedPlan(NamedTuple):
     stages: int
 
 
-# Slots of a tile by padded embed_dim, for 16-bit elements: 16 to 64 KiB are asked for at a time, and
-# the accumulator of all features stays under 64 registers a thread.
+# Slots of a tile by padded embed_dim, for 16-bit elements: 16 to 64 KiB are asked for at a time,
+# and the accumulator of all features stays under 64 registers a thread.
 SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 32, 1024: 32, 2048: 16}
 
 
