@@ -153,10 +153,15 @@ def test_blocks_of_heads_and_features_add_up_in_other_dtypes(dtype: torch.dtype)
 
 
 def test_a_plan_divides_what_registers_do_not_hold() -> None:
-    for E, H, itemsize, block_h in ((2048, 8, 2, 8), (2048, 16, 2, 8), (1024, 32, 4, 8)):
+    for E, H, itemsize, block_h, one_load in (
+        (2048, 8, 2, 8, True),
+        (2048, 16, 2, 8, False),
+        (1024, 16, 2, 16, True),
+        (1024, 32, 4, 8, False),
+    ):
         plan = input_plan(4096, E, H, 4, itemsize)
         assert plan.path == "gemm"
-        assert (plan.block_h, plan.one_load) == (block_h, itemsize == 2)
+        assert (plan.block_h, plan.one_load) == (block_h, one_load)
         assert not input_plan(1, E, H, 4096, itemsize, codes=True).one_load
 
 
