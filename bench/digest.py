@@ -55,6 +55,12 @@ def _backend_of(test: str) -> str:
     return next((name for name in BACKENDS if name in parameters), "other")
 
 
+def passed(path: Path) -> int:
+    """How many tests passed."""
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return sum(row["outcome"] == "passed" for row in rows)
+
+
 def account(path: Path) -> str:
     """Outcomes by backend, and the causes of failures from the most frequent on."""
     if not path.exists():

@@ -1,8 +1,9 @@
 """``python3 -m bench.gpu``: everything that only a machine with a GPU can tell, in one go.
 
 Builds the native libraries in the tree, calls every kernel of each backend, runs the tests of the
-kernels on CUDA tensors, measures, runs all other tests, finds how many streams are served in real
-time, runs the sanitizer on small shapes, and prints a short table last. It installs nothing and
+kernels on CUDA tensors, measures the grid and then every way that the dispatcher could choose, runs
+all other tests, finds how many streams are served in real time, runs the sanitizer on small shapes,
+and prints a short table last. It installs nothing and
 takes whatever Python, torch and nvcc are there.
 Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
 benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
@@ -26,9 +27,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .digest import account
+from .digest import account, passed
 from .ratios import OURS, Results
-from .records import ROWS, read
+from .records import CHOICES, ROWS, read
 
 ROOT = Path(__file__).parent.parent
 LEFT = "{seconds left}"  # stands for a number that is known when the stage begins
@@ -88,8 +89,9 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     """All stages, in their order."""
     python = sys.executable
     build = [python, "setup.py", "build_ext", "--inplace"]
-    bench = [python, "-m", "bench", "--device", "cuda", "--size", size, "--out", str(folder)]
-    bench += ["--resume", "--limit", LEFT, *bench_arguments]
+    going_on = ["--size", size, "--out", str(folder), "--resume", "--limit", LEFT]
+    bench = [python, "-m", "bench", "--device", "cuda", *going_on, *bench_arguments]
+    choices = [python, "-m", "bench.choices", *going_on]
     load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--out", str(folder)]
     exercise = [python, "-m", "bench.exercise"]
     found = [Stage("build", build, 0.2, _build_environment())]
@@ -101,6 +103,7 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     found += [
         _tests("kernels", folder, files, 0.18),
         Stage("bench", bench, 0.25),
+        Stage("choices", choices, 0.2),
         _tests("tests", folder, ["tests", *ignored], 0.1),
         Stage("load", load, 0.08),
     ]
@@ -117,7 +120,7 @@ def _tests(name: str, folder: Path, which: Sequence[str], share: float) -> Stage
     """Tests on the backends of a GPU, every outcome into a file."""
     command = [sys.executable, "-m", "pytest", *which, "-q", "--tb=short", "--show-capture=no"]
     command += ["-p", "no:cacheprovider", "--backends", "triton,cuda"]
-    command += ["-p", "bench.digest", "--digest", str(folder / f"{name}.jsonl")]
+    command += ["-p", "bench.digest", "--digest", str(outcomes_of(folder / f"{name}.log"))]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
     if importlib.util.find_spec("pytest_timeout"):  # no signal ends a wait for the device
@@ -160,6 +163,19 @@ def run(stage: Stage, log: Path, limit: float) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return Outcome(stage.name, result, time.monotonic() - started)
+
+
+def outcomes_of(log: Path) -> Path:
+    """Where a stage of tests keeps every test's outcome, beside its log."""
+    return log.with_name(f"{log.stem}-outcomes.jsonl")
+
+
+def judged(outcome: Outcome, log: Path) -> Outcome:
+    """The outcome; that of tests which were all skipped, as without a GPU, is no success."""
+    outcomes = outcomes_of(log)
+    if outcome.result == "passed" and outcomes.exists() and not passed(outcomes):
+        return outcome._replace(result="passed no test")
+    return outcome
 
 
 def _tail(log: Path, count: int) -> str:
@@ -207,8 +223,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     folder = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if options.go_on_from is not None and not (folder / ROWS).exists():
-        shutil.copy(options.go_on_from / ROWS, folder / ROWS)
+    for name in (ROWS, CHOICES):
+        earlier = options.go_on_from and options.go_on_from / name
+        if earlier and earlier.exists() and not (folder / name).exists():
+            shutil.copy(earlier, folder / name)
     end = time.monotonic() + options.limit
     chosen = [s for s in stages(folder, options.size, options.bench) if s.name in options.stages]
     outcomes: list[Outcome] = []
@@ -217,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
         for i, stage in enumerate(chosen):
             log = folder / f"{stage.name}.log"
             left = max(5.0, end - time.monotonic())
-            outcomes.append(run(stage, log, limit_of(stage, chosen[i + 1 :], left)))
+            outcomes.append(judged(run(stage, log, limit_of(stage, chosen[i + 1 :], left)), log))
             _say(outcomes[-1], log)
             done = [outcome._asdict() for outcome in outcomes]
             (folder / "stages.json").write_text(json.dumps(done, indent=1))
@@ -233,8 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _say(outcome: Outcome, log: Path) -> None:
     print(f"== {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
-    passed = outcome.result == "passed"
-    print(account(log.with_suffix(".jsonl")) or _tail(log, 3 if passed else 15), flush=True)
+    lines = 3 if outcome.result == "passed" else 15
+    print(account(outcomes_of(log)) or _tail(log, lines), flush=True)
 
 
 if __name__ == "__main__":

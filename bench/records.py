@@ -11,26 +11,27 @@ from .grid import Case
 
 Row = dict[str, Any]
 ROWS = "rows.jsonl"
+CHOICES = "choices.jsonl"  # of ``bench.choices``
 
 
-def read(folder: Path) -> list[Row]:
-    """All rows of a results folder; none if it has none."""
-    path = folder / ROWS
+def read(folder: Path, name: str = ROWS) -> list[Row]:
+    """All rows of a file of a results folder; none if there is none."""
+    path = folder / name
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def append(folder: Path, rows: Iterable[Row]) -> None:
+def append(folder: Path, rows: Iterable[Row], name: str = ROWS) -> None:
     """Add rows at once, so that a run that is cut short leaves whole cases."""
     text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ROWS).open("a") as file:
+    with (folder / name).open("a") as file:
         file.write(text)
 
 
 def case_of(row: Row) -> Case:
-    """The case that a row of kind ``time`` belongs to."""
+    """The case that a row belongs to."""
     return Case(**row["case"])
 
 

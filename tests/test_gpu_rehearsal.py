@@ -19,7 +19,19 @@ from pretended_cuda import DEVICE, PretendedCuda
 
 import continual_mha as co
 from bench import __main__ as command
-from bench import ceilings, digest, exercise, gpu, grid, machine, measure, peers, records, timing
+from bench import (
+    ceilings,
+    choices,
+    digest,
+    exercise,
+    gpu,
+    grid,
+    machine,
+    measure,
+    peers,
+    records,
+    timing,
+)  # fmt: skip
 from bench.grid import Case
 from continual_mha.triton_kernels import launch as launcher
 from continual_mha.triton_kernels import project, ring_step, ring_steps
@@ -401,7 +413,8 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_tool", lambda name: f"/tools/{name}")
     found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
     exercises = ["exercise-triton", "exercise-cuda"]
-    assert list(found) == ["build", *exercises, "kernels", "bench", "tests", "load", *gpu.TOOLS]
+    measured = ["kernels", "bench", "choices", "tests", "load"]
+    assert list(found) == ["build", *exercises, *measured, *gpu.TOOLS]
     for tool in gpu.TOOLS:
         watched = found[tool].command
         assert watched[:5] == [
@@ -410,6 +423,8 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
         assert watched[5:] == [sys.executable, "-m", "bench.exercise"]
     options = command.parse([*found["bench"].command[3:-4], "--mode", "step"])
     assert (options.out, options.mode, options.resume) == (tmp_path, ("step",), True)
+    options = choices.parse([x if x != gpu.LEFT else "9" for x in found["choices"].command[3:]])
+    assert (options.out, options.size, options.resume) == (tmp_path, "quick", True)
     assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
     ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
     files = [part for part in found["kernels"].command if part.endswith(".py")]
@@ -497,11 +512,12 @@ def test_unknown_stages_are_refused(capsys):
 
 def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys):
     row = {"kind": "case", "case": CASES[0]._asdict(), "machine": {"sources": "x"}}
-    records.append(tmp_path / "earlier", [row])
+    for name in (records.ROWS, records.CHOICES):
+        records.append(tmp_path / "earlier", [row], name)
     monkeypatch.setattr(gpu, "stages", lambda *args: [gpu.Stage("bench", ["true"], 1.0)])
     folder = tmp_path / "later"
     gpu.main(["--out", str(folder), "--go-on-from", str(tmp_path / "earlier")])
-    assert records.read(folder) == [row]
+    assert records.read(folder) == records.read(folder, records.CHOICES) == [row]
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("bench: passed")
 
 
@@ -513,6 +529,24 @@ def test_tool_that_is_missing_fails_its_stage_only(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "memcheck: could not be started" in said
     assert "bench: passed" in said
+
+
+@pytest.mark.parametrize("outcome", ["passed", "skipped"])
+def test_tests_that_were_all_skipped_are_no_success(outcome, tmp_path, monkeypatch, capsys):
+    row = json.dumps({"test": "test_it[triton]", "outcome": outcome, "error": None})
+    gpu.outcomes_of(tmp_path / "kernels.log").write_text(row)
+    monkeypatch.setattr(gpu, "stages", lambda *args: [gpu.Stage("kernels", ["true"], 1.0)])
+    with contextlib.nullcontext() if outcome == "passed" else pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    result = "passed, " if outcome == "passed" else "passed no test, "
+    assert f"kernels: {result}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in gpu.stages(Path(), "quick")])
+def test_what_a_stage_measures_is_not_taken_for_outcomes_of_tests(name, tmp_path, monkeypatch):
+    (tmp_path / f"{name}.jsonl").write_text('{"kind": "load"}\n')
+    monkeypatch.setattr(gpu, "stages", lambda *args: [gpu.Stage(name, ["true"], 1.0)])
+    gpu.main(["--out", str(tmp_path)])
 
 
 _KILLED = """

@@ -1,0 +1,337 @@
+"""``python -m bench.choices``: every way in which Triton could run a step, beside the one it takes.
+
+The tables of ``triton_kernels/plan.py`` choose by shape, and nothing tunes itself at run time. On a
+GPU this measures, for every step of the grid, what a table could have chosen: other paths, other
+divisions of the window, other tiles, dependent launch. Kernels are compiled by all cores first.
+Rows go to ``choices.jsonl`` beside the benchmark's. Printed is, for every shape, the way that the
+tables choose now, the fastest one, and their ratio; with ``--report`` that alone, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from continual_mha import triton_kernels as kernels
+from continual_mha.triton_kernels.launch import record
+from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, step_plan
+
+from . import grid, machine, records
+from .measure import free_memory
+from .problem import TOLERANCE, Problem
+from .progress import bar, say
+from .ratios import OURS, Results
+from .records import CHOICES, Row
+from .timing import GpuTimer, Summary
+
+RESULTS = Path(__file__).parent / "results"
+FORMULATIONS = ("kv", "input")
+TIMERS = ("graph", "cold")
+TOLERATED = 1.05  # how many times the fastest way's time the tables may take
+_MEMORY_SHARE = 0.7
+
+Plan = StepPlan | InputPlan
+
+
+def plan_of(case: grid.Case, formulation: str, path: str | None = None, splits: int = 0) -> Plan:
+    """What the tables choose for a step, or what belongs to a path and a number of parts."""
+    sizes = (case.batch_size, case.embed_dim, case.num_heads, case.sequence_len)
+    itemsize = grid.BYTES[case.dtype]
+    if formulation == "kv":
+        return step_plan(*sizes, itemsize, path, splits)
+    return input_plan(*sizes, itemsize, path=path, splits=splits)
+
+
+def _paths(case: grid.Case, formulation: str) -> list[str]:
+    """Paths that are not out of the question for a shape."""
+    n, e, h, length = case.batch_size, case.embed_dim, case.num_heads, case.sequence_len
+    head_weights = 4 * e * (e // h) * grid.BYTES[case.dtype]
+    if formulation == "input":
+        fused = n >= 64 and e <= 512 and length <= 64 * h
+        return ["gemm", *["fused"] * fused]
+    found = ["gemm"]
+    if n <= 256:
+        found.append("chain")
+    if n <= 64 and head_weights <= 512 << 10:
+        found.append("fused")
+    if 2 <= n <= 512 and head_weights <= 256 << 10 and length <= 512:
+        found.append("group")
+    return found
+
+
+def ways(case: grid.Case, formulation: str) -> list[Plan]:
+    """Ways to run a step, the one that the tables choose first, each once."""
+    found = [plan_of(case, formulation)]
+    for path in _paths(case, formulation):
+        usual = plan_of(case, formulation, path)
+        found.append(usual)
+        if path not in ("group", "fused") or (path == "fused" and formulation == "kv"):
+            for splits in {usual.splits // 2, 2 * usual.splits} - {0}:
+                if case.sequence_len >= 16 * splits:
+                    found.append(plan_of(case, formulation, path, splits))
+        found += _with_other_tiles(usual)
+        if isinstance(usual, StepPlan):
+            found += [usual._replace(pdl=not usual.pdl)] if path == "chain" else []
+            found += [usual._replace(spread=not usual.spread)] if path == "fused" else []
+            found += _with_other_groups(usual)
+    return list(dict.fromkeys(found))
+
+
+def _with_other_tiles(plan: Plan) -> Iterator[Plan]:
+    """Half and twice as many slots in a tile, and as many warps."""
+    slots = "block_l" if isinstance(plan, StepPlan) else "block_s"
+    least = 1 if isinstance(plan, StepPlan) else 16
+    for rows in (getattr(plan, slots) // 2, 2 * getattr(plan, slots)):
+        if rows >= least:
+            yield plan._replace(**{slots: rows})
+    for warps in (plan.num_warps // 2, 2 * plan.num_warps):
+        if 1 <= warps <= 8:
+            yield plan._replace(num_warps=warps)
+
+
+def _with_other_groups(plan: StepPlan) -> Iterator[StepPlan]:
+    """Half and twice as many streams in a program, whose tiles keep their size."""
+    if plan.path == "group":
+        yield plan._replace(group=plan.group // 2, block_l=2 * plan.block_l)
+        if plan.block_l > 1:
+            yield plan._replace(group=2 * plan.group, block_l=plan.block_l // 2)
+
+
+def _step(
+    formulation: str,
+    mha: nn.MultiheadAttention,
+    token: Tensor,
+    rings: tuple[Tensor, ...],
+    position: Tensor,
+    plan: Any,
+) -> Tensor:
+    """A step of self-attention by the launcher itself."""
+    ins, outs = (mha.in_proj_weight, mha.in_proj_bias), (mha.out_proj.weight, mha.out_proj.bias)
+    if formulation == "input":
+        return kernels.input_step_(
+            token, *ins, *outs, None, None, *rings, position, mha.num_heads, 0, None, False, 0.0,
+            True, plan=plan,
+        )  # fmt: skip
+    waiting = token.new_empty((token.shape[0], 0, token.shape[1]))
+    return kernels.ring_step_(
+        token, token, token, ins[0], None, None, ins[1], *outs, None, None, *rings, waiting,
+        position, None, False, 0.0, True, plan=plan,
+    )  # fmt: skip
+
+
+def compile_way(case: grid.Case, formulation: str, plan: Plan) -> None:
+    """Compile the kernels of a way into Triton's cache on disk, and launch nothing."""
+    n, e, h, length = case.batch_size, case.embed_dim, case.num_heads, case.sequence_len
+    options: dict[str, Any] = {"device": "meta", "dtype": getattr(torch, case.dtype)}
+    mha = nn.MultiheadAttention(e, h, **options).requires_grad_(False)
+    sizes = [(n, length, e)] if formulation == "input" else 2 * [(n, h, length, e // h)]
+    rings = tuple(torch.empty(size, **options) for size in sizes)
+    position = torch.empty(n, dtype=torch.int64, device="meta")
+    with record() as launches:
+        _step(formulation, mha, torch.empty(n, e, **options), rings, position, plan)
+    for launch in launches:
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+
+
+def compile_all(work: Iterable[tuple[grid.Case, str, Plan]], processes: int) -> None:
+    """``compile_way`` of all, by several processes; what fails there will say so when it is run."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        jobs = [pool.submit(compile_way, *each) for each in work]
+        for job in bar(jobs, "way compiled"):
+            job.exception()
+
+
+class Race:
+    """The ways of one case against each other, on one device.
+
+    Args:
+        about: the machine, which goes into every row.
+        budget: seconds that a timer may take for a way, about.
+    """
+
+    def __init__(self, device: torch.device, about: dict[str, Any], budget: float) -> None:
+        self.device = device
+        self.about = about
+        self.timer = GpuTimer(device, budget)
+
+    def rows(self, case: grid.Case) -> list[Row]:
+        """A row for every way and timer, or for every way that failed or was wrong."""
+        end: Row = {"kind": "case", "case": case._asdict(), "machine": self.about}
+        if 2.5 * case.state_bytes > _MEMORY_SHARE * free_memory(self.device):
+            return [end | {"reason": f"the state alone takes {case.state_bytes / 1e9:.1f} GB"}]
+        problem = Problem(case, self.device)
+        found = [row for each in FORMULATIONS for row in self._rows(problem, each)]
+        return [*found, end]
+
+    def _rows(self, problem: Problem, formulation: str) -> Iterator[Row]:
+        case = problem.case
+        kept = problem.past_kv if formulation == "kv" else (problem.past,)
+        rings = tuple(ring.clone() for ring in kept)
+        token = problem.tokens[:, 0].contiguous()
+        position = torch.empty(case.batch_size, dtype=torch.int64, device=self.device)
+        for plan in ways(case, formulation):
+            for ring, past in zip(rings, kept, strict=True):
+                ring.copy_(past)
+            position.fill_(case.sequence_len)
+            run = partial(_step, formulation, problem.mha, token, rings, position, plan)
+            about = {"kind": "way", "case": case._asdict(), "formulation": formulation,
+                     "plan": plan._asdict(), "machine": self.about}  # fmt: skip
+            try:
+                with torch.inference_mode():
+                    error = problem.error(run())
+                    if not error <= TOLERANCE[case.dtype]:
+                        yield about | {"status": "wrong", "error": error}
+                        continue
+                    for timer in TIMERS:
+                        summary = getattr(self.timer, timer)(run)
+                        yield about | {"status": "ok", "error": error} | _times(timer, summary)
+            except Exception as reason:  # a tile that does not fit is a result, too
+                yield about | {
+                    "status": "failed",
+                    "reason": f"{type(reason).__name__}: {reason}"[:200],
+                }
+
+
+def _times(timer: str, summary: Summary) -> Row:
+    medians = {"median_us": summary.median, "p20_us": summary.p20, "p80_us": summary.p80}
+    rounded = {name: round(value, 4) for name, value in medians.items()}
+    return {"timer": timer, "samples": summary.samples, **rounded}
+
+
+class Choice(NamedTuple):
+    """The way that the tables choose for a step, and the fastest one that was measured.
+
+    Attributes:
+        chosen: its row; None if it was not measured.
+        best: that of the fastest.
+    """
+
+    case: grid.Case
+    formulation: str
+    chosen: Row | None
+    best: Row
+
+    @property
+    def loss(self) -> float:
+        """How many times the fastest way's time the chosen one takes; infinite if unmeasured."""
+        if self.chosen is None:
+            return float("inf")
+        return self.chosen["median_us"] / self.best["median_us"]
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        label = f"{self.case.label}, {self.formulation}"
+        best = f"{self.best['median_us']:.2f} us by {_words(self.best['plan'])}"
+        if self.chosen is None:
+            return f"{label}: what the tables choose was not measured; best {best}"
+        chosen = f"{self.chosen['median_us']:.2f} us by {_words(self.chosen['plan'])}"
+        return f"{label}: {chosen}; best {best}: {self.loss:.2f}x"
+
+
+def _words(plan: dict[str, Any]) -> str:
+    tile = f"{plan.get('block_l', plan.get('block_s'))} slots, {plan['num_warps']} warps"
+    more = [name for name in ("spread", "pdl") if plan.get(name)]
+    group = [f"{plan['group']} streams"] if plan.get("group", 1) > 1 else []
+    return ", ".join([f"{plan['path']} in {plan['splits']} parts", tile, *group, *more])
+
+
+def choices(rows: Iterable[Row], timer: str = TIMERS[0]) -> list[Choice]:
+    """For every case and formulation, what today's tables choose beside the fastest way."""
+    found: dict[tuple[grid.Case, str], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "way" and row["status"] == "ok" and row["timer"] == timer:
+            found.setdefault((records.case_of(row), row["formulation"]), []).append(row)
+    made = []
+    for (case, formulation), measured in found.items():
+        now = plan_of(case, formulation)._asdict()
+        chosen = [row for row in measured if row["plan"] == now]
+        best = min(measured, key=lambda row: row["median_us"])
+        made.append(Choice(case, formulation, chosen[-1] if chosen else None, best))
+    return made
+
+
+def losses(results: Results) -> list[str]:
+    """Cases in which the automatic choice loses to a backend or formulation asked for by name."""
+    lost = []
+    for case in results.cases:
+        names = [name for name in results.implementations(case.mode) if name.startswith(f"{OURS}:")]
+        for name in names:
+            ratio = results.ratio(case, OURS, name)
+            if ratio is not None and ratio.value > TOLERATED:
+                lost.append(f"{case.label}: {ratio.value:.2f} times {name} ({ratio.timer})")
+    return lost
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.choices", description=__doc__)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--size", choices=grid.SIZES, default="standard", help="of the grid")
+    parser.add_argument("--dtype", action="append", choices=sorted(grid.BYTES), default=None)
+    parser.add_argument("--out", type=Path, default=None, help="results folder")
+    parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds for a way and timer")
+    parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
+    processes = max(1, (os.cpu_count() or 1) - 2)
+    parser.add_argument("--processes", type=int, default=processes, help="that compile")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure; every finished case is on disk before the next begins."""
+    options = parse(arguments)
+    if options.report:
+        folders = [options.out] if options.out else sorted(RESULTS.iterdir())
+        for folder in folders:
+            _print(folder)
+        return
+    started = time.monotonic()
+    about = machine.describe("cuda")
+    folder = options.out or RESULTS / machine.slug(about)
+    cases = list(grid.cases("cuda", options.size, ("step",), options.dtype))
+    if options.resume:
+        done = records.finished(records.read(folder, CHOICES), about["sources"])
+        cases = [case for case in cases if case not in done]
+    else:
+        (folder / CHOICES).unlink(missing_ok=True)
+    work = [
+        (case, each, way) for case in cases for each in FORMULATIONS for way in ways(case, each)
+    ]
+    say(f"{about['device']}: {len(work)} ways of {len(cases)} cases, into {folder}")
+    compile_all(work, options.processes)
+    race = Race(torch.device("cuda"), about, options.budget)
+    for case in bar(cases, "case"):
+        if options.limit is not None and time.monotonic() - started > options.limit:
+            say("stopped at the time limit; --resume measures the rest")
+            break
+        records.append(folder, race.rows(case), CHOICES)
+        torch.cuda.empty_cache()
+    _print(folder)
+
+
+def _print(folder: Path) -> None:
+    made = choices(records.read(folder, CHOICES))
+    for choice in sorted(made, key=lambda choice: -choice.loss):
+        print(choice.line)
+    lost = sum(choice.loss > TOLERATED for choice in made)
+    if made:
+        print(f"{lost} of {len(made)} choices take over {TOLERATED} times the fastest way's time")
+    results = Results(records.read(folder))
+    if results.rows and results.rows[-1]["machine"]["device_type"] == "cuda":
+        print("\n".join(losses(results)) or "the automatic choice is nowhere slower than another")
+
+
+if __name__ == "__main__":
+    main()
