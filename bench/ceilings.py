@@ -56,14 +56,20 @@ def _readers(x: Tensor) -> list[Callable[[], object]]:
     return ways
 
 
+def read_bandwidth(size: int, device: torch.device) -> Ceiling:
+    """How fast ``size`` bytes are read again and again."""
+    x = torch.ones(size // 4, dtype=torch.float32, device=device)
+    seconds = min(_best_seconds(way, device) for way in _readers(x))
+    return Ceiling("read bandwidth", str(size), size / seconds / 1e9, "GB/s")
+
+
 def _bandwidths(device: torch.device) -> list[Ceiling]:
     found = []
     for size in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
+        found.append(read_bandwidth(size, device))
         x = torch.ones(size // 4, dtype=torch.float32, device=device)
         y = torch.empty_like(x)
-        read = min(_best_seconds(way, device) for way in _readers(x))
         copy = _best_seconds(lambda x=x, y=y: y.copy_(x), device)
-        found.append(Ceiling("read bandwidth", str(size), size / read / 1e9, "GB/s"))
         found.append(Ceiling("copy bandwidth", str(size), 2 * size / copy / 1e9, "GB/s"))
     return found
 

@@ -17,7 +17,7 @@ import torch
 
 from continual_mha import SingleOutputMultiheadAttention
 
-from .grid import FAMILIES, Case, Family, work
+from .grid import FAMILIES, Case, Family, case_of, work
 from .machine import ROOT
 
 PAGE = ROOT / "docs" / "formulations.md"
@@ -26,11 +26,6 @@ FORMULATIONS = ("kv", "input")
 _MARKED = re.compile(r"(<!-- formulations -->\n).*?(<!-- /formulations -->)", re.S)
 _ROUNDS = 8
 _LARGEST_TIMED = 1 << 24  # elements of a key-value ring
-
-
-def case_of(family: Family, streams: int, dtype: str) -> Case:
-    """A step of ``streams`` streams."""
-    return Case(family.name, streams, *family[1:], 1, dtype, "step")
 
 
 def crossover(family: Family, dtype: str, ridge: float) -> int | None:
@@ -42,7 +37,7 @@ def crossover(family: Family, dtype: str, ridge: float) -> int | None:
         ridge: operations that the machine does in the time of moving one byte.
     """
     for exponent in range(21):
-        costs = (work(case_of(family, 1 << exponent, dtype), f) for f in FORMULATIONS)
+        costs = (work(case_of(family, 1 << exponent, "step", dtype), f) for f in FORMULATIONS)
         kv, inputs = (max(cost.bytes, cost.flops / ridge) for cost in costs)
         if inputs < kv / 1.05:  # not a mere rounding of the weights' share
             return 1 << exponent
@@ -82,7 +77,7 @@ def table(dtype: str, ridge: float, timed: bool) -> str:
     for family in FAMILIES:
         meets = crossover(family, dtype, ridge)
         for streams in STREAMS:
-            case = case_of(family, streams, dtype)
+            case = case_of(family, streams, "step", dtype)
             costs = [work(case, formulation) for formulation in FORMULATIONS]
             line = [f"{family.name} E={family.embed_dim} H={family.num_heads}"]
             line[0] += f" L={family.sequence_len}"

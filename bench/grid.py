@@ -68,7 +68,8 @@ class Case(NamedTuple):
         return 2 * self.batch_size * self.sequence_len * self.embed_dim * BYTES[self.dtype]
 
 
-def _case(family: Family, batch_size: int, mode: str, dtype: str, tokens: int = 1) -> Case:
+def case_of(family: Family, batch_size: int, mode: str, dtype: str, tokens: int = 1) -> Case:
+    """A family with so many streams."""
     return Case(
         family.name,
         batch_size,
@@ -197,13 +198,13 @@ def cases(
 def _cases_of_mode(device_type: str, size: str, mode: str, dtype: str) -> Iterator[Case]:
     if mode == "step":
         for family, batch_sizes in _STEP_POINTS[device_type][size]:
-            yield from (_case(family, n, mode, dtype) for n in batch_sizes)
+            yield from (case_of(family, n, mode, dtype) for n in batch_sizes)
     elif mode == "steps":
         for family, n, tokens in _STEPS_POINTS[device_type][size]:
-            yield _case(family, n, mode, dtype, tokens)
+            yield case_of(family, n, mode, dtype, tokens)
     else:
         for family, n in _FORWARD_POINTS[device_type][size]:
-            yield _case(family, n, mode, dtype)
+            yield case_of(family, n, mode, dtype)
 
 
 class Work(NamedTuple):

@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import ceilings, compare, gpu, grid, machine, measure, paper, ratios, records, report
+from bench import (
+    ceilings,
+    compare,
+    floor,
+    gpu,
+    grid,
+    machine,
+    measure,
+    paper,
+    ratios,
+    records,
+    report,
+)  # fmt: skip
 from bench.ceilings import Ceiling, Roofline
 from bench.grid import Case
 from bench.peers import Peer, Ready, all_peers
@@ -517,3 +529,33 @@ def test_a_stage_that_hangs_or_fails_does_not_stop_the_others(tmp_path, monkeypa
         "fails",
         "works",
     ]
+
+
+# -- the floor of a step ---------------------------------------------------------------------------
+
+
+def test_floor_is_the_projections_and_the_rings_at_the_measured_bandwidth(monkeypatch, capsys):
+    monkeypatch.setattr(floor, "POINTS", floor.POINTS[:1])
+    monkeypatch.setattr(floor, "microseconds", lambda case, budget: (30.0, 90.0, 10.0))
+    monkeypatch.setattr(floor, "read_bandwidth", lambda size, device: Ceiling("", "", 2.0, "GB/s"))
+    threads = torch.get_num_threads()
+    floor.main(["--threads", "1"])
+    torch.set_num_threads(threads)
+    ring = 4 * 2 * 128 * 32 / 2.0 / 1e3  # microseconds at 2 GB/s
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].split("|")[1:-1]]
+    assert cells == [
+        "1",
+        "1, 128, 4, 32",
+        "30",
+        "90",
+        "3",
+        f"{10 + ring:.3g}",
+        f"{30 / (10 + ring):.3g}",
+    ]
+
+
+def test_step_reference_and_projections_are_all_timed():
+    case = grid.case_of(grid.NARROW, 2, "step", "float32")
+    step, reference, projections = floor.microseconds(case, 0.01)
+    assert 0 < step < reference
+    assert 0 < projections < reference
