@@ -108,7 +108,8 @@ def _fake_single_query(
     query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
     bias_k, (add_zero_attn, need_weights) = args[6], args[10:]
-    slots = key.shape[1] + (bias_k is not None) + add_zero_attn
+    extra_slots = int(bias_k is not None) + int(add_zero_attn)  # numbers: a bool is no size
+    slots = key.shape[1] + extra_slots
     shape = (query.shape[0], slots) if need_weights else (0,)
     return query.new_empty(query.shape), query.new_empty(shape, dtype=wide(query.dtype))
 

@@ -665,7 +665,7 @@ def test_explanation_names_the_formulation_in_use():
 def test_inputs_overtake_only_where_bandwidth_and_not_arithmetic_decides():
     assert 1 < bench.crossover(grid.EXAMPLE, "bfloat16", ridge=200.0) <= 64
     assert bench.crossover(grid.EXAMPLE, "bfloat16", ridge=0.1) is None
-    case = bench.case_of(grid.LONG_1024, 4096, "bfloat16")
+    case = grid.case_of(grid.LONG_1024, 4096, "step", "bfloat16")
     kv, inputs = (grid.work(case, formulation).bytes for formulation in ("kv", "input"))
     assert 1.9 < kv / inputs < 2
 
