@@ -199,21 +199,49 @@ class OnDevice:
         type = "cuda"
 
 
-def test_each_captured_call_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    capturing = False
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device without any counters yet, which captures while this list is not empty."""
+    capturing: list[int] = []
     zeros = torch.zeros
     monkeypatch.setattr(module, "_arenas", {})
     monkeypatch.setattr(module, "_captured", {})
+    monkeypatch.setattr(module, "_CAPTURE_ARENA", 64)
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7})
     )
+    return capturing
+
+
+def test_each_captured_call_has_counters_of_its_own(capture: list[int]) -> None:
     eager = [counters(OnDevice, 8) for _ in range(2)]  # type: ignore[arg-type]
     assert eager[0].data_ptr() == eager[1].data_ptr()
-    capturing = True
+    capture.append(1)
     captured = [counters(OnDevice, 7) for _ in range(3)]  # type: ignore[arg-type]
     pointers = {x.data_ptr() for x in (*eager, *captured)}
     assert len(pointers) == 4
     assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
     assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
+
+
+def test_counters_of_captured_calls_are_zeroed_between_the_captures(
+    capture: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *args, **options: made.append(1) or zeros(*args, **options)
+    )
+    taken = []
+    for _ in range(8):
+        capture.clear()
+        counters(OnDevice, 8)  # type: ignore[arg-type]
+        before = len(made)
+        capture.append(1)
+        taken += [counters(OnDevice, 8) for _ in range(4)]  # type: ignore[arg-type]
+        assert len(made) == before
+    assert len({x.data_ptr() for x in taken}) == len(taken)
+    counters(OnDevice, 8)  # type: ignore[arg-type]
+    assert len(made) == before + 1  # a capture that finds no room has to make some

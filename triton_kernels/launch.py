@@ -25,7 +25,9 @@ class Launch(NamedTuple):
 _recorder: list[Launch] | None = None
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _arenas: dict[tuple, torch.Tensor] = {}
-_captured: dict[torch.device, tuple[torch.Tensor, int]] = {}
+# For each device, arrays for captured calls, and how much of the last one is taken. Graphs hold no
+# reference to them, so none is ever freed: 4 bytes for each counter of each captured call.
+_captured: dict[torch.device, tuple[list[torch.Tensor], int]] = {}
 _CAPTURE_ARENA = 1 << 18
 
 
@@ -165,22 +167,24 @@ def counters(like: torch.Tensor, count: int) -> torch.Tensor:
     """Zeroed int32 counters on the device of `like`; a kernel leaves them zero when it ends.
 
     One array per CUDA stream, since kernels of one stream never overlap. A captured graph may
-    be replayed beside anything, so each captured call gets counters of its own.
+    be replayed beside anything, so each captured call gets counters of its own, from an array which
+    a call outside of captures has zeroed: within, that would be one more node of the graph.
     """
     if like.device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=like.device)
     if torch.cuda.is_current_stream_capturing():
-        arena, used = _captured.get(like.device, (None, 0))
-        if arena is None or used + count > arena.numel():
+        arenas, used = _captured.get(like.device, ([], _CAPTURE_ARENA))
+        if used + count > _CAPTURE_ARENA:
             return torch.zeros(count, dtype=torch.int32, device=like.device)
-        _captured[like.device] = (arena, used + (count + 3) // 4 * 4)  # keeps 16-byte alignment
-        return arena[used : used + count]
+        _captured[like.device] = (arenas, used + (count + 3) // 4 * 4)  # keeps 16-byte alignment
+        return arenas[-1][used : used + count]
     key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
     arena = _arenas.get(key)
     if arena is None or arena.numel() < count:
         arena = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
         _arenas[key] = arena
-    if like.device not in _captured:
-        zeros = torch.zeros(_CAPTURE_ARENA, dtype=torch.int32, device=like.device)
-        _captured[like.device] = (zeros, 0)
+    arenas, used = _captured.get(like.device, ([], _CAPTURE_ARENA))
+    if 2 * used > _CAPTURE_ARENA:
+        arenas.append(torch.zeros(_CAPTURE_ARENA, dtype=torch.int32, device=like.device))
+        _captured[like.device] = (arenas, 0)
     return arena
