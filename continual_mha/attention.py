@@ -139,7 +139,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.batch_invariant = batch_invariant
         sizes = (num_heads, self.head_dim, sequence_len, self.delay, cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
-        self._init_streams(*(layout.state_type for layout in self._layouts.values()))
+        self._init_streams(*(layout.state_type() for layout in self._layouts.values()))
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     def _layout_of_given(self, state: object) -> ring.Layout:
         inputs = self._layouts["input"]
         left_open = self._formulation == "auto" and self.embed_dim == self.kdim == self.vdim
-        sized = isinstance(state, (tuple, list)) and len(state) == len(inputs.state_type._fields)
+        sized = isinstance(state, (tuple, list)) and len(state) == len(inputs.state_type()._fields)
         return inputs if left_open and sized else self._layout_with(self._formulation)
 
     def _like(self) -> Tensor:

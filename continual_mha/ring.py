@@ -109,9 +109,11 @@ class Layout(NamedTuple):
     delay: int
     cache_dtype: torch.dtype | None = None
 
-    @property
     def state_type(self) -> Any:
-        """The class of the states laid out so."""
+        """The class of the states laid out so.
+
+        No property, for torch.compile of torch 2.10 could not call what that gives.
+        """
         if self.cache_dtype is not None:
             return QuantizedInputState if self.formulation == "input" else QuantizedRingState
         return InputState if self.formulation == "input" else RingState
@@ -131,7 +133,7 @@ class Layout(NamedTuple):
             "q": (batch_size, self.delay + 1 if self.delay else 0, embed_dim),
             "position": (batch_size,),
         }
-        return {name: shapes[name] for name in self.state_type._fields[:-1]}
+        return {name: shapes[name] for name in self.state_type()._fields[:-1]}
 
     def dtype(self, part: str, tokens: torch.dtype) -> torch.dtype:
         """That of the part of a state called so, if the tokens are of dtype ``tokens``."""
@@ -158,7 +160,7 @@ def new_state(layout: Layout, batch_size: int, like: Tensor) -> State:
         torch.zeros(size, dtype=layout.dtype(name, like.dtype), device=like.device)
         for name, size in layout.sizes(batch_size).items()
     ]
-    state: State = layout.state_type(*parts, new_clock(0))
+    state: State = layout.state_type()(*parts, new_clock(0))
     return state
 
 
@@ -262,7 +264,7 @@ def check_parts(
         TypeError: it is not a state of that formulation, or a dtype differs.
         ValueError: a shape or device differs.
     """
-    expected = layout.state_type
+    expected = layout.state_type()
     if not isinstance(state, (tuple, list)) or len(state) != len(expected._fields):
         raise TypeError(
             f"with formulation={layout.formulation!r} a state is ({', '.join(expected._fields)}), "

@@ -209,7 +209,7 @@ def _window_key_gradient_kernel(
     tl.store(grad_key_ptr + clip_offsets, grad_k, mask=mask)
     tl.store(grad_value_ptr + clip_offsets, grad_v, mask=mask)
     if RINGS:
-        mask = (in_ring & (slots < L))[:, None] & mask_d[None, :]
+        mask = (slots < tl.where(in_ring, L, 0))[:, None] & mask_d[None, :]
         tl.store(grad_k_ring_ptr + ring_offsets, grad_k, mask=mask)
         tl.store(grad_v_ring_ptr + ring_offsets, grad_v, mask=mask)
 

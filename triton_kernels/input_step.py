@@ -433,7 +433,7 @@ def _asked_kernel(
     at = tl.load(position_ptr + stream) - DELAY
     row = stream * L + (at + L) % L
     offs_e = tl.arange(0, BLOCK_E)
-    there = (offs_e < E) & (at >= 0)
+    there = offs_e < tl.where(at >= 0, E, 0)
     token = tl.load(x_ring_ptr + row * E + offs_e, mask=there, other=0)
     if x_scale_ptr is not None:
         scale = tl.load(x_scale_ptr + row, mask=at >= 0, other=0.0)

@@ -200,7 +200,10 @@ def _hold(
     x, ring_ptr, scale_ptr, row, there, offs_d, mask_d, dtype: tl.constexpr, D: tl.constexpr,
     UPDATE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The new token's key or value as the ring will hold it; written to that row if UPDATE."""
+    """The new token's key or value as the ring will hold it; written to that row if UPDATE.
+
+    `there` says of several rows which of them are; None of a single one, which is.
+    """
     held = cast(x, dtype)
     if scale_ptr is not None:
         held, scale = quantise(held, ring_ptr.dtype.element_ty)
@@ -209,7 +212,10 @@ def _hold(
         if UPDATE:
             tl.store(scale_ptr + row, scale, mask=there)
     if UPDATE:
-        tl.store(ring_ptr + row * D + offs_d, held, mask=there & mask_d)
+        mask = mask_d
+        if there is not None:
+            mask &= there
+        tl.store(ring_ptr + row * D + offs_d, held, mask=mask)
     if scale_ptr is not None:
         return decode(held, ACC).to(ACC) * factor_of(scale, ring_ptr.dtype.element_ty).to(ACC)
     else:
@@ -388,7 +394,7 @@ def _ring_step_kernel(
         v_new = _token_part(value_ptr + stream * stride_vn, stride_ve, v_part_ptr, v_bias_ptr,
                             head, PROJECT, EV, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
                             ACC)  # fmt: skip
-        v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, True, offs_d, mask_d, dtype, D,
+        v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
                       UPDATE, ACC)  # fmt: skip
         if seed_ptr is not None:
             keep = keep_scale(seed_ptr, stream, head, new_slot, new_slot * 0, dropout_p).to(ACC)
@@ -405,7 +411,7 @@ def _ring_step_kernel(
         k_new = _token_part(key_ptr + stream * stride_kn, stride_ke, k_part_ptr, k_bias_ptr, head,
                             PROJECT, EK, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
                             ACC)  # fmt: skip
-        k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, True, offs_d, mask_d, dtype, D,
+        k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
                       UPDATE, ACC)  # fmt: skip
         score = tl.sum(q * k_new, axis=0) * scale
         if SPREAD:
