@@ -54,13 +54,17 @@ sanitize: $(VENV)/.dev
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(SANITIZED_TESTS)
 
-# One wheel under the oldest and the newest torch. It downloads both.
+# One wheel under the oldest and the newest torch: the documented example, and the tests of what
+# torch's versions treat differently. It downloads both.
+ABI_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile operators reference_table state))
 abi-check: wheel
 	for torch in 'torch==2.10.*' torch; do \
-		rm -rf build/abi && $(PYTHON) -m venv build/abi && \
-		build/abi/bin/pip install --quiet "$$torch" && \
+		rm -rf build/abi && $(PYTHON) -m venv build/abi && cp -R tests pyproject.toml build/abi && \
+		build/abi/bin/pip install --quiet "$$torch" numpy hypothesis pytest-timeout safetensors \
+			continual-inference && \
 		build/abi/bin/pip install --quiet --no-deps dist/*.whl && \
-		CONTINUAL_MHA_BACKEND=cpu build/abi/bin/python examples/quickstart.py || exit 1; \
+		CONTINUAL_MHA_BACKEND=cpu build/abi/bin/python examples/quickstart.py && \
+		(cd build/abi && bin/python -m pytest -p no:cacheprovider $(ABI_TESTS)) || exit 1; \
 	done
 
 clean:
