@@ -33,6 +33,22 @@ _OWN_WEIGHTS = (
     "bias_k",
     "bias_v",
 )
+_OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")
+# Arguments that are checked together.
+_CHECKED = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "sequence_len", "query_index")
+
+
+def _deciding_shape(name: str, doc: str) -> Any:
+    """An attribute of the module on which the shape of its state depends."""
+    held = "_" + name
+
+    def read(module: SingleOutputMultiheadAttention) -> Any:
+        return getattr(module, held)
+
+    def write(module: SingleOutputMultiheadAttention, value: Any) -> None:
+        module._set_size(name, value)
+
+    return property(read, write, doc=doc)
 
 
 class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
@@ -74,6 +90,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             way of computing for all batch sizes, and raise a RuntimeError where there is none. An
             attribute of the same name may be set at any time.
 
+    The arguments are attributes, too. ``num_heads``, ``sequence_len``, ``query_index`` and
+    ``cache_dtype``, on which the shape of the state depends, may be set while there is none, as
+    before the first step or after ``clean_state``; what the weights fix may not be set.
+
     Raises:
         ValueError: a size or an index is out of its range.
         TypeError: a size is not an integer.
@@ -83,6 +103,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     padding = (0,)
     _state_shape = len(RingState._fields)
     _dynamic_state_inds: ClassVar[list[bool]] = [True, True, True, True, False]
+
+    embed_dim = _deciding_shape("embed_dim", "Features of a query token and of the output.")
+    num_heads = _deciding_shape("num_heads", "Heads.")
+    head_dim = _deciding_shape("head_dim", "Features of a head.")
+    kdim = _deciding_shape("kdim", "Features of a key token.")
+    vdim = _deciding_shape("vdim", "Features of a value token.")
+    sequence_len = _deciding_shape("sequence_len", "Tokens in the window.")
+    query_index = _deciding_shape("query_index", "Which token of the window asks.")
+    cache_dtype = _deciding_shape("cache_dtype", "The 8 bits that rings are kept in, or None.")
 
     def __init__(
         self,
@@ -128,7 +157,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             dtype,
         )
         assert sequence_len is not None
-        self.sequence_len = sequence_len = operator.index(sequence_len)
+        self.sequence_len = operator.index(sequence_len)
         self.query_index = operator.index(query_index)
         self.forward_returns_attn_mask = forward_returns_attn_mask
         self.embed_dim_second = embed_dim_second
@@ -137,9 +166,40 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._formulation = formulation
         self.cache_dtype = cache_dtype
         self.batch_invariant = batch_invariant
-        sizes = (num_heads, self.head_dim, sequence_len, self.delay, cache_dtype)
+        self._init_streams()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Know how states look, from what they depend on."""
+        sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay, self.cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
-        self._init_streams(*(layout.state_type for layout in self._layouts.values()))
+        self._state_types = tuple(layout.state_type for layout in self._layouts.values())
+
+    def _set_size(self, name: str, value: Any) -> None:
+        """Set an attribute that decides the shape of the state, if it can be that now.
+
+        Raises:
+            ValueError: there is a state of another shape; the weights fix it; it is out of range.
+            TypeError: a size or an index is not an integer.
+        """
+        held = self.__dict__
+        if "_layouts" not in held:  # under construction, where all of them are checked together
+            held["_" + name] = value
+            return
+        before = held["_" + name]
+        if value == before:
+            return
+        checks.check_change(name, before, value, name in _OF_WEIGHTS, self._clock is not None)
+        if name == "cache_dtype":
+            checks.check_cache_dtype(value)
+        else:
+            checks.check_arguments(
+                **{size: getattr(self, size) for size in _CHECKED} | {name: value}
+            )
+            value = operator.index(value)
+        held["_" + name] = value
+        held["_head_dim"] = self.embed_dim // self.num_heads
+        self._lay_out()
 
     # -- what it is ------------------------------------------------------------------------------
 

@@ -45,13 +45,13 @@ class StatefulStreams(nn.Module):
     ``state_dict``. A module that uses this says what its state looks like by ``_layout``.
     """
 
+    _state_types: tuple[Any, ...]  # of a state with keys and values, and of one with inputs
     _clock: Tensor | None
     _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
     _ring_position: Tensor  # None, as all parts, before the first step
 
-    def _init_streams(self, with_keys: type, with_inputs: type) -> None:
-        """Be ready for states of these classes, the one with keys and values, the other without."""
-        self._state_types = with_keys, with_inputs
+    def _init_streams(self) -> None:
+        """Keep no streams yet."""
         for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
