@@ -13,7 +13,7 @@ from . import checks, formulations, functional, ring
 from .functional import Tokens
 from .modes import (
     checked_mode,
-    differentiates_forward,
+    is_transformed,
     surrounding_active,
     surrounding_mode,
 )
@@ -571,8 +571,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             kept = f"cache_dtype={self.cache_dtype}"
             option = "batch_invariant=True" if self.cache_dtype is None else kept
             raise RuntimeError(
-                f"steps with {option} have no gradient; call them under torch.no_grad() or "
-                "torch.inference_mode()"
+                f"steps with {option} have no gradient, nor can torch.func transform them; call "
+                "them under torch.no_grad() or torch.inference_mode()"
             )
         call = functional.StepCall(
             self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
@@ -602,7 +602,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     # -- helpers ---------------------------------------------------------------------------------
 
     def _needs_grad(self, tokens: Tokens, state: State) -> bool:
-        if differentiates_forward():
+        if is_transformed():
             return True
         if not torch.is_grad_enabled():
             return False

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import differentiates_forward
+from .modes import is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -166,14 +166,14 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
     """A function that says whether what decides, besides the arguments, how an operator runs on
     tensors on such a device is what it is now."""
     name, autocast = _forced.get(), autocast_dtype(device_type)
-    inference, forward_mode = torch.is_inference_mode_enabled(), differentiates_forward()
+    inference, transformed = torch.is_inference_mode_enabled(), is_transformed()
     casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
 
     def unchanged() -> bool:
         return (
             _forced.get() == name
             and torch.is_inference_mode_enabled() is inference
-            and differentiates_forward() is forward_mode
+            and is_transformed() is transformed
             and (not casts or current_autocast_dtype(device_type) is autocast)
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, inputs, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .dropout import dropout_seed
 from .inputs import Inputs, Mix
-from .modes import differentiates_forward
+from .modes import is_transformed
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing
 from .reference import Options, Rings, Weights
@@ -197,7 +197,7 @@ def _attend_window(
     heads = rings.k.shape[1:4:2]
     q, k, v = (x.unflatten(-1, heads) for x in clip)
     given = (q, k, v, *rings[:2], rings.position)
-    plain = autocast_dtype(q.device.type) or differentiates_forward()
+    plain = autocast_dtype(q.device.type) or is_transformed()
     fused = backends.order(q.device.type)[0] == "triton" and not plain
     if not fused or not _triton_covers("attend_window", *given):
         return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
@@ -345,7 +345,7 @@ def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or backends.order(query.device.type)[0] != "cpu":
         return False
     needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    if differentiates_forward() or (needs_grad and torch.is_grad_enabled()):
+    if is_transformed() or (needs_grad and torch.is_grad_enabled()):
         return False
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
@@ -425,7 +425,7 @@ def wants_fused(
     """
     if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
         return False
-    if differentiates_forward():
+    if is_transformed():
         return False
     first = backends.order(query.device.type)[0]
     if full:
