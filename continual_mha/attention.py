@@ -397,7 +397,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
         checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
-        wants_attn = need_weights and self.forward_returns_attn_mask
+        # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
+        wants_attn = need_weights and (self.forward_returns_attn_mask or mask is not None)
         asked = query[:, self.query_index]
         out, attn = functional.attend_clip(
             (asked, key, value), self._weights(), self.num_heads, self._options(), mask, wants_attn
@@ -671,6 +672,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
+        functional.check_all_queries()
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
         out, attn = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)

@@ -58,10 +58,14 @@ _forced_last = _asked_for  # in whichever context came last, for torch.compile w
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator in the ``with`` block on the backend ``name``; ``auto`` is no force.
+    """Run every attention in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
-    A forced backend that cannot run a call raises a RuntimeError that says why. Other threads and
-    asynchronous tasks see nothing of it. Nor do they where compiled modules run; but while
+    A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
+    training, too, where products with weights are PyTorch's in all of them: ``triton`` has kernels
+    for the gradients of all three forwards, ``cuda`` for that of ``forward`` without returned
+    weights and dropout, ``cpu`` for none. Attention of all queries, as with
+    ``single_output_forward=False``, has ``torch`` only. Other threads and asynchronous tasks see
+    nothing of it. Nor do they where compiled modules run; but while
     ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
 
     Raises:
@@ -143,6 +147,17 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
+
+
+def leave_to_pytorch(name: str, reason: str) -> None:
+    """Say that plain PyTorch will do what the operator ``name`` does, and for what ``reason``.
+
+    Raises:
+        RuntimeError: another backend is forced.
+    """
+    asked = forced()
+    if asked not in (None, "torch"):
+        raise RuntimeError(f"no backend can run {name}; {asked}: {reason}")
 
 
 def has_kernel(name: str, args: tuple[Any, ...]) -> bool:
