@@ -512,27 +512,33 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return self._advance(tokens, state, None, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
-        """``_take``; if that raises, the streams are where they were."""
+        """Take tokens from the module's state; if that raises, the streams are where they were."""
+        state, call = self._plan(tokens, self._state(), update)
         if torch.compiler.is_compiling():
-            return self._take(tokens, update, active)
-        mark = self._mark_before(tokens[0].shape[1] if tokens[0].dim() == 3 else None)
+            return self._take(tokens, state, active, call)
+        new_rings = (
+            not update or call.differentiable or self._must_copy(state, differentiable=False)
+        )
+        many = tokens[0].dim() == 3 and not new_rings
+        mark = self._mark_before(tokens[0].shape[1] if many else 0)
         try:
-            return self._take(tokens, update, active)
+            return self._take(tokens, state, active, call)
         except BaseException:
             self.return_to(mark)
             raise
 
-    def _take(self, tokens: Tokens, update: bool, active: Tensor | None) -> Tensor | None:
-        """``_advance`` from the module's state, and to it if ``update``."""
-        state, call = self._plan(tokens, self._state(), update)
+    def _take(
+        self, tokens: Tokens, state: State, active: Tensor | None, call: functional.StepCall
+    ) -> Tensor | None:
+        """``_advance`` from the module's state, or a new one, and to it if ``call`` says so."""
         if self._must_copy(state, call.differentiable):
             state = ring.snapshot(ring.detach(state))
         out, after = self._advance(tokens, state, active, call)
-        if update:
+        if call.update:
             self._store(after)
-        if update or call.differentiable:
+        if call.update or call.differentiable:
             self._rings_are_shared = call.differentiable
-        if update and tokens[0].dim() == 2 and functional.is_shared(tokens):
+        if call.update and tokens[0].dim() == 2 and functional.is_shared(tokens):
             self._remember(tokens[0], state, active, call)
         return out
 

@@ -227,6 +227,15 @@ def _run(name: str, args: tuple[Any, ...]) -> Any:
     return backends.choose(name, args)(*args)
 
 
+def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:
+    """``reference.take_slots``, in one call where that serves."""
+    args = (ring, position, first, count)
+    if ring.is_cpu and "cpu" in backends.order("cpu") and not backends.why_missing("cpu"):
+        taken: Tensor = torch.ops.continual_mha.cpu_take_slots.default(*args)
+        return taken
+    return reference.take_slots(*args)
+
+
 def operands(
     tokens: Tokens, state: State, extra: Tensor | int | None, call: StepCall
 ) -> tuple[Any, ...]:
