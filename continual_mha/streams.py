@@ -165,7 +165,7 @@ class StatefulStreams(nn.Module):
 
     def _forget(self, state: State, streams: Tensor) -> None:
         in_place = not self._must_copy(state, differentiable=False)
-        with torch.no_grad():
+        with torch.set_grad_enabled(not in_place):  # a graph goes on for the streams that do
             self._store(ring.forget(state, streams, in_place))
         self._mix_ages()
 
@@ -314,9 +314,9 @@ class StatefulStreams(nn.Module):
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""
-        if torch.compiler.is_compiling() or not state.position.is_inference():
-            return self._rings_are_shared and not differentiable
-        return not torch.is_inference_mode_enabled()
+        if not torch.compiler.is_compiling() and any(part.is_inference() for part in state[:-1]):
+            return not torch.is_inference_mode_enabled()
+        return self._rings_are_shared and not differentiable
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, but a change of the module's dtype leaves the scales of rings in fp32."""
