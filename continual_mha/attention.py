@@ -13,7 +13,7 @@ from . import checks, formulations, functional, ring
 from .functional import Tokens
 from .modes import (
     checked_mode,
-    differentiates_forward,
+    is_transformed,
     surrounding_active,
     surrounding_mode,
 )
@@ -33,6 +33,22 @@ _OWN_WEIGHTS = (
     "bias_k",
     "bias_v",
 )
+_OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")
+# Arguments that are checked together.
+_CHECKED = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "sequence_len", "query_index")
+
+
+def _deciding_shape(name: str, doc: str) -> Any:
+    """An attribute of the module on which the shape of its state depends."""
+    held = "_" + name
+
+    def read(module: SingleOutputMultiheadAttention) -> Any:
+        return getattr(module, held)
+
+    def write(module: SingleOutputMultiheadAttention, value: Any) -> None:
+        module._set_size(name, value)
+
+    return property(read, write, doc=doc)
 
 
 class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
@@ -74,6 +90,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             way of computing for all batch sizes, and raise a RuntimeError where there is none. An
             attribute of the same name may be set at any time.
 
+    The arguments are attributes, too. ``num_heads``, ``sequence_len``, ``query_index`` and
+    ``cache_dtype``, on which the shape of the state depends, may be set while there is none, as
+    before the first step or after ``clean_state``; what the weights fix may not be set.
+
     Raises:
         ValueError: a size or an index is out of its range.
         TypeError: a size is not an integer.
@@ -83,6 +103,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     padding = (0,)
     _state_shape = len(RingState._fields)
     _dynamic_state_inds: ClassVar[list[bool]] = [True, True, True, True, False]
+
+    embed_dim = _deciding_shape("embed_dim", "Features of a query token and of the output.")
+    num_heads = _deciding_shape("num_heads", "Heads.")
+    head_dim = _deciding_shape("head_dim", "Features of a head.")
+    kdim = _deciding_shape("kdim", "Features of a key token.")
+    vdim = _deciding_shape("vdim", "Features of a value token.")
+    sequence_len = _deciding_shape("sequence_len", "Tokens in the window.")
+    query_index = _deciding_shape("query_index", "Which token of the window asks.")
+    cache_dtype = _deciding_shape("cache_dtype", "The 8 bits that rings are kept in, or None.")
 
     def __init__(
         self,
@@ -128,7 +157,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             dtype,
         )
         assert sequence_len is not None
-        self.sequence_len = sequence_len = operator.index(sequence_len)
+        self.sequence_len = operator.index(sequence_len)
         self.query_index = operator.index(query_index)
         self.forward_returns_attn_mask = forward_returns_attn_mask
         self.embed_dim_second = embed_dim_second
@@ -137,9 +166,40 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._formulation = formulation
         self.cache_dtype = cache_dtype
         self.batch_invariant = batch_invariant
-        sizes = (num_heads, self.head_dim, sequence_len, self.delay, cache_dtype)
+        self._init_streams()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Know how states look, from what they depend on."""
+        sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay, self.cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
-        self._init_streams(*(layout.state_type() for layout in self._layouts.values()))
+        self._state_types = tuple(layout.state_type() for layout in self._layouts.values())
+
+    def _set_size(self, name: str, value: Any) -> None:
+        """Set an attribute that decides the shape of the state, if it can be that now.
+
+        Raises:
+            ValueError: there is a state of another shape; the weights fix it; it is out of range.
+            TypeError: a size or an index is not an integer.
+        """
+        held = self.__dict__
+        if "_layouts" not in held:  # under construction, where all of them are checked together
+            held["_" + name] = value
+            return
+        before = held["_" + name]
+        if value == before:
+            return
+        checks.check_change(name, before, value, name in _OF_WEIGHTS, self._clock is not None)
+        if name == "cache_dtype":
+            checks.check_cache_dtype(value)
+        else:
+            checks.check_arguments(
+                **{size: getattr(self, size) for size in _CHECKED} | {name: value}
+            )
+            value = operator.index(value)
+        held["_" + name] = value
+        held["_head_dim"] = self.embed_dim // self.num_heads
+        self._lay_out()
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -337,7 +397,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
         checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
-        wants_attn = need_weights and self.forward_returns_attn_mask
+        # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
+        wants_attn = need_weights and (self.forward_returns_attn_mask or mask is not None)
         asked = query[:, self.query_index]
         out, attn = functional.attend_clip(
             (asked, key, value), self._weights(), self.num_heads, self._options(), mask, wants_attn
@@ -451,27 +512,33 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return self._advance(tokens, state, None, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
-        """``_take``; if that raises, the streams are where they were."""
+        """Take tokens from the module's state; if that raises, the streams are where they were."""
+        state, call = self._plan(tokens, self._state(), update)
         if torch.compiler.is_compiling():
-            return self._take(tokens, update, active)
-        mark = self._mark_before(tokens[0].shape[1] if tokens[0].dim() == 3 else None)
+            return self._take(tokens, state, active, call)
+        new_rings = (
+            not update or call.differentiable or self._must_copy(state, differentiable=False)
+        )
+        many = tokens[0].dim() == 3 and not new_rings
+        mark = self._mark_before(tokens[0].shape[1] if many else 0)
         try:
-            return self._take(tokens, update, active)
+            return self._take(tokens, state, active, call)
         except BaseException:
             self.return_to(mark)
             raise
 
-    def _take(self, tokens: Tokens, update: bool, active: Tensor | None) -> Tensor | None:
-        """``_advance`` from the module's state, and to it if ``update``."""
-        state, call = self._plan(tokens, self._state(), update)
+    def _take(
+        self, tokens: Tokens, state: State, active: Tensor | None, call: functional.StepCall
+    ) -> Tensor | None:
+        """``_advance`` from the module's state, or a new one, and to it if ``call`` says so."""
         if self._must_copy(state, call.differentiable):
             state = ring.snapshot(ring.detach(state))
         out, after = self._advance(tokens, state, active, call)
-        if update:
+        if call.update:
             self._store(after)
-        if update or call.differentiable:
+        if call.update or call.differentiable:
             self._rings_are_shared = call.differentiable
-        if update and tokens[0].dim() == 2 and functional.is_shared(tokens):
+        if call.update and tokens[0].dim() == 2 and functional.is_shared(tokens):
             self._remember(tokens[0], state, active, call)
         return out
 
@@ -511,8 +578,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             kept = f"cache_dtype={self.cache_dtype}"
             option = "batch_invariant=True" if self.cache_dtype is None else kept
             raise RuntimeError(
-                f"steps with {option} have no gradient; call them under torch.no_grad() or "
-                "torch.inference_mode()"
+                f"steps with {option} have no gradient, nor can torch.func transform them; call "
+                "them under torch.no_grad() or torch.inference_mode()"
             )
         call = functional.StepCall(
             self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
@@ -542,7 +609,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     # -- helpers ---------------------------------------------------------------------------------
 
     def _needs_grad(self, tokens: Tokens, state: State) -> bool:
-        if differentiates_forward():
+        if is_transformed():
             return True
         if not torch.is_grad_enabled():
             return False
@@ -611,6 +678,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
+        functional.check_all_queries()
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
         out, attn = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)

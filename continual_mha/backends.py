@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import differentiates_forward
+from .modes import is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -58,10 +58,14 @@ _forced_last = _asked_for  # in whichever context came last, for torch.compile w
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator in the ``with`` block on the backend ``name``; ``auto`` is no force.
+    """Run every attention in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
-    A forced backend that cannot run a call raises a RuntimeError that says why. Other threads and
-    asynchronous tasks see nothing of it. Nor do they where compiled modules run; but while
+    A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
+    training, too, where products with weights are PyTorch's in all of them: ``triton`` has kernels
+    for the gradients of all three forwards, ``cuda`` for that of ``forward`` without returned
+    weights and dropout, ``cpu`` for none. Attention of all queries, as with
+    ``single_output_forward=False``, has ``torch`` only. Other threads and asynchronous tasks see
+    nothing of it. Nor do they where compiled modules run; but while
     ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
 
     Raises:
@@ -145,6 +149,17 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return loaded.why_not(name, *args)
 
 
+def leave_to_pytorch(name: str, reason: str) -> None:
+    """Say that plain PyTorch will do what the operator ``name`` does, and for what ``reason``.
+
+    Raises:
+        RuntimeError: another backend is forced.
+    """
+    asked = forced()
+    if asked not in (None, "torch"):
+        raise RuntimeError(f"no backend can run {name}; {asked}: {reason}")
+
+
 def has_kernel(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a backend other than plain PyTorch runs the operator ``name`` on ``args``."""
     kernels = (backend for backend in order(args[0].device.type) if backend != "torch")
@@ -166,14 +181,14 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
     """A function that says whether what decides, besides the arguments, how an operator runs on
     tensors on such a device is what it is now."""
     name, autocast = _forced.get(), autocast_dtype(device_type)
-    inference, forward_mode = torch.is_inference_mode_enabled(), differentiates_forward()
+    inference, transformed = torch.is_inference_mode_enabled(), is_transformed()
     casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
 
     def unchanged() -> bool:
         return (
             _forced.get() == name
             and torch.is_inference_mode_enabled() is inference
-            and differentiates_forward() is forward_mode
+            and is_transformed() is transformed
             and (not casts or current_autocast_dtype(device_type) is autocast)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,6 +61,23 @@ def check_arguments(
         )
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
+
+
+def check_change(name: str, before: Any, value: Any, of_weights: bool, streams: bool) -> None:
+    """Check that an attribute that decides the shape of the state may become another now.
+
+    Raises:
+        ValueError: the weights fix it, or there are streams.
+    """
+    if of_weights:
+        raise ValueError(
+            f"{name}={before} is that of the weights and cannot become {value!r}; make a new module"
+        )
+    if streams:
+        raise ValueError(
+            f"the state is that of {name}={before}; call clean_state() before setting it to "
+            f"{value!r}"
+        )
 
 
 def check_tokens(

@@ -65,4 +65,6 @@ def _with_gradient(query: Tensor) -> str:
             "torch: projects, because a gradient is needed; "
             "triton: attends, where it covers sizes and dtype, or else torch"
         )
+    if backends.forced() not in (None, "torch"):
+        return f"{backends.forced()}: {functional.NO_GRADIENT}"
     return "torch: runs it, because a gradient is needed"

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, inputs, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .dropout import dropout_seed
 from .inputs import Inputs, Mix
-from .modes import differentiates_forward
+from .modes import is_transformed
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing
 from .reference import Options, Rings, Weights
@@ -29,6 +29,8 @@ from .ring import (
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 32
+
+NO_GRADIENT = "a gradient is needed, for which it has no kernel"
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
@@ -173,6 +175,7 @@ def _differentiable_step(
 ) -> tuple[Tensor, Rings]:
     """``step`` to rings of its own: a clip of one token where Triton attends to clips."""
     if backends.order(tokens[0].device.type)[0] != "triton":
+        backends.leave_to_pytorch("ring_step_", NO_GRADIENT)
         return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
     query, key, value = (x.unsqueeze(1) for x in tokens)
     if is_shared(tokens):  # keep it one tensor for those who ask
@@ -197,9 +200,9 @@ def _attend_window(
     heads = rings.k.shape[1:4:2]
     q, k, v = (x.unflatten(-1, heads) for x in clip)
     given = (q, k, v, *rings[:2], rings.position)
-    plain = autocast_dtype(q.device.type) or differentiates_forward()
-    fused = backends.order(q.device.type)[0] == "triton" and not plain
-    if not fused or not _triton_covers("attend_window", *given):
+    reason = _why_not_window(*given)
+    if reason is not None:
+        backends.leave_to_pytorch("attend_window", reason)
         return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
     extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device)
@@ -209,13 +212,28 @@ def _attend_window(
     return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
 
 
-def _run(name: str, args: tuple[Any, ...]) -> Tensor:
+def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
+    """Why the fused operator does not serve; None if it does."""
+    reason = _why_plain(query)
+    if reason is None and backends.order(query.device.type)[0] != "triton":
+        reason = NO_GRADIENT
+    return reason or _why_not_triton("attend_window", query, *args)
+
+
+def _run(name: str, args: tuple[Any, ...]) -> Any:
     """Run an operator: as one under the compiler, which cannot look into it, else directly."""
     if torch.compiler.is_compiling():
-        out: Tensor = getattr(torch.ops.continual_mha, name)(*args)
-    else:
-        out = backends.choose(name, args)(*args)
-    return out
+        return getattr(torch.ops.continual_mha, name)(*args)
+    return backends.choose(name, args)(*args)
+
+
+def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:
+    """``reference.take_slots``, in one call where that serves."""
+    args = (ring, position, first, count)
+    if ring.is_cpu and "cpu" in backends.order("cpu") and not backends.why_missing("cpu"):
+        taken: Tensor = torch.ops.continual_mha.cpu_take_slots.default(*args)
+        return taken
+    return reference.take_slots(*args)
 
 
 def operands(
@@ -327,14 +345,13 @@ def attend_clip(
 ) -> tuple[Tensor, Tensor | None]:
     """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
     query, key, value = tokens
-    if backends.forced() and not torch.compiler.is_compiling():
-        # raises if that backend runs no such call, part of which may be left to plain PyTorch
-        backends.choose("attend_shared", (query.unsqueeze(1), key, value, mask, None))
     sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
-    moved = input_formulation_is_cheaper(num_heads, *sizes)
+    # all kernels are for moved projections: who forces them means them whatever they cost
+    kernels = backends.forced() not in (None, "torch")
+    moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, need_weights)
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
-        out, attn = backends.choose("single_query", args)(*args)
+        out, attn = _run("single_query", args)
         return out, attn if need_weights else None
     return inputs.attend_clip(tokens, weights, num_heads, options, mask, need_weights, moved, _mix)
 
@@ -342,10 +359,14 @@ def attend_clip(
 def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
     """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
     query, key, num_heads = args[0], args[1], args[12]
-    if torch.compiler.is_compiling() or backends.order(query.device.type)[0] != "cpu":
+    if backends.order(query.device.type)[0] != "cpu":
         return False
     needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    if differentiates_forward() or (needs_grad and torch.is_grad_enabled()):
+    if is_transformed() or (needs_grad and torch.is_grad_enabled()):
+        return False
+    if backends.forced():
+        return True  # or it says why not
+    if torch.compiler.is_compiling():
         return False
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
@@ -364,9 +385,12 @@ def _mix(
     need_weights: bool,
 ) -> Mix:
     """Attention over inputs, fused where that serves and gains."""
-    full = need_weights or dropout_p > 0.0
-    mixing = _fused_mix if wants_fused(moved, key, value, mask, full) else inputs.plain_mix
-    return mixing(moved, key, value, mask, extra, dropout_p, need_weights)
+    args = (moved, key, value, mask, extra, dropout_p, need_weights)
+    reason = why_not_fused(*args[:4], full=need_weights or dropout_p > 0.0)
+    if reason is None:
+        return _fused_mix(*args)
+    backends.leave_to_pytorch("attend_shared", reason)
+    return inputs.plain_mix(*args)
 
 
 def _fused_mix(
@@ -416,31 +440,47 @@ def _weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Te
     return F.dropout(on_extra, dropout_p) if dropout_p > 0.0 else on_extra
 
 
-def wants_fused(
+def why_not_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, full: bool = False
-) -> bool:
-    """Whether the fused operator serves, and gains over plain PyTorch.
+) -> str | None:
+    """Why the fused operator does not serve, or gains nothing; None if it is to run.
 
     ``full`` asks for the operator that also knows dropout and returns weights.
     """
-    if autocast_dtype(query.device.type) or (mask is not None and mask.requires_grad):
-        return False
-    if differentiates_forward():
-        return False
+    reason = _why_plain(query)
+    if reason is None and mask is not None and mask.requires_grad:
+        reason = "the mask needs a gradient"
+    if reason is not None:
+        return reason
     first = backends.order(query.device.type)[0]
-    if full:
-        return first == "triton" and _triton_covers(
-            "attend_shared_full", query, key, value, mask, None, None, 0.0, True
-        )
-    if first != "cpu":
-        return first in ("triton", "cuda")
+    if first == "triton":
+        # what is not `full`, every backend of a GPU is asked for when the operator runs
+        asked = (query, key, value, mask, None, None, 0.0, True)
+        return _why_not_triton("attend_shared_full", *asked) if full else None
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if first == "cpu" and needs_grad:
+        return NO_GRADIENT
+    if first == "torch" or full:
+        return "it has no kernel for dropout on the weights, nor for weights that are returned"
+    if first == "cuda":
+        return None
     if torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return False  # there is no kernel for the gradient
-    return backends.why_not("cpu", "attend_shared", (query, key, value, mask, None)) is None
+        return "it cannot be asked under torch.compile"
+    return backends.why_not("cpu", "attend_shared", (query, key, value, mask, None))
 
 
-def _triton_covers(name: str, *args: Any) -> bool:
-    """Whether Triton runs an operator; under the compiler, which cannot ask, let it be so."""
-    return torch.compiler.is_compiling() or backends.why_not("triton", name, args) is None
+def _why_plain(query: Tensor) -> str | None:
+    """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
+    if autocast_dtype(query.device.type):
+        return "autocast is on, and the kernels run in one dtype"
+    return "a transform of torch.func looks into its operators" if is_transformed() else None
+
+
+def _why_not_triton(name: str, *args: Any) -> str | None:
+    """Why Triton does not run an operator; under the compiler, which cannot ask, let it be so."""
+    return None if torch.compiler.is_compiling() else backends.why_not("triton", name, args)
+
+
+def check_all_queries() -> None:
+    """Raise a RuntimeError if a backend is forced that does not attend with all queries."""
+    backends.leave_to_pytorch("a forward of all queries", "it attends with one query")

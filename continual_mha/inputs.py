@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
-from .quantized import QuantizedRing, as_kept, tensors
+from .quantized import QuantizedRing, as_kept
 from .reference import (
     Options,
     Put,
@@ -25,9 +25,10 @@ from .reference import (
     last_positions,
     put,
     put_,
+    put_slots_,
     ring_steps,
+    saved_slots,
     shared_scores,
-    slots_of_next_tokens,
     split_heads,
     take,
     token_before,
@@ -177,15 +178,15 @@ def input_step_(query: Tensor, *args: Any) -> Tensor:
     weights, inputs = _arguments(args)
     position = inputs.position
     num_heads, delay, active, add_zero_attn, dropout_p, update = args[8:14]
-    saved = None if update else slots_of_next_tokens(tensors([inputs.x]), position, 1)
+    saved = None if update else saved_slots([inputs.x], position)
     out, new = input_step(
         query, weights, inputs, num_heads, delay, active, add_zero_attn, dropout_p, put_
     )
     if saved is None:
         position.copy_(new.position)
         return out
-    for ring, slot, old in saved:
-        put_(ring, slot, old)
+    for ring, old in saved:
+        put_slots_(ring, position, 0, old)
     return out
 
 

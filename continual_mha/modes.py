@@ -97,10 +97,15 @@ def surrounding_active(compiling: bool) -> Tensor | None:
     return _active if compiling else _here.active
 
 
-def differentiates_forward() -> bool:
-    """Whether forward-mode differentiation goes on, as in ``torch.func.jvp``.
+# Private to torch: where it is not there, transforms take the operators as they find them.
+_transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
-    It looks into every operator, knows no formula for those of this package, and takes what they
-    return for constant. It goes on where gradients are disabled, too.
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation goes on.
+
+    They look into every operator and know no formula for those of this package: ``grad`` refuses
+    them, ``vmap`` runs a step once for every sample on one and the same state, and forward mode,
+    which goes on where gradients are disabled, too, takes what they return for constant.
     """
-    return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or _transforms_are_active()

@@ -72,15 +72,16 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
-# Of the CPU library alone: a step as these arguments describe it is kept under a number, and runs
-# for any token and mask. It writes to the rings behind the number, of which torch is told nothing:
-# for callers that are not compiled.
-_BOUND = {
+# Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
+# is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
+# of which torch is told nothing. And `reference.take_slots` in one call.
+_OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
         for n in ("ring_step_", "input_step_")
     },
     "cpu_bound_step_": "(int bound, Tensor query, Tensor? active) -> Tensor",
+    "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -320,7 +321,7 @@ def _register() -> None:
             torch.library.register_fake(fake, _FAKES[name], lib=_library)
         for key in ("CPU", "CUDA"):
             _library.impl(name, partial(_run, name), key)
-    for name, schema in _BOUND.items():
+    for name, schema in _OF_CPU.items():
         _library.define(name + schema)
     for name, (differentiate, save) in _DIFFERENTIABLE.items():
         torch.library.register_autograd(

@@ -294,13 +294,13 @@ def ring_step_(
     """Operator ``ring_step_``: ``ring_step`` in place. ``update=False`` puts the old slots back."""
     weights, rings = Weights(*args[:8]), _rings(args)
     active, add_zero_attn, dropout_p, update = args[12:16]
-    saved = None if update else slots_of_next_tokens(tensors(rings[:3]), rings.position, 1)
+    saved = None if update else saved_slots(rings[:3], rings.position)
     out, new = ring_step(query, key, value, weights, rings, active, add_zero_attn, dropout_p, put_)
     if saved is None:
         rings.position.copy_(new.position)
         return out
-    for ring, slot, old in saved:
-        put_(ring, slot, old)
+    for ring, old in saved:
+        put_slots_(ring, rings.position, 0, old)
     return out
 
 
@@ -342,16 +342,25 @@ def last_positions(position: Tensor, steps: int, ring_len: int) -> Tensor:
     return position[:, None] + kept
 
 
-def slots_of_next_tokens(
-    rings: Iterable[Tensor], position: Tensor, steps: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each ring the slots ``(N, T)`` that its next tokens overwrite, and what is in them."""
-    saved = []
-    for ring in rings:
-        length = ring.shape[-2]
-        slot = last_positions(position, steps if length else 0, length) % max(length, 1)
-        saved.append((ring, slot, take(ring, slot)))
-    return saved
+def next_slots(position: Tensor, first: int, count: int, ring_len: int) -> Tensor:
+    """Slots ``(N, count)`` from that of the token ``first`` after a stream's position on."""
+    ahead = torch.arange(first, first + count, device=position.device)
+    return (position[:, None] + ahead) % max(ring_len, 1)
+
+
+def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:
+    """A copy of what is in ``next_slots`` of a ring."""
+    return take(ring, next_slots(position, first, count, ring.shape[-2]))
+
+
+def put_slots_(ring: Tensor, position: Tensor, first: int, taken: Tensor) -> None:
+    """Put back what ``take_slots`` took."""
+    put_(ring, next_slots(position, first, taken.shape[-2], ring.shape[-2]), taken)
+
+
+def saved_slots(rings: Iterable[Ring], position: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that rings are made of, each with a copy of what its next token overwrites."""
+    return [(x, take_slots(x, position, 0, min(1, x.shape[-2]))) for x in tensors(rings)]
 
 
 def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slots:

@@ -161,13 +161,17 @@ def states_to_bytes(states: States) -> bytes:
     return data
 
 
-def states_from_bytes(data: bytes) -> dict[str, State]:
+def states_from_bytes(data: bytes | bytearray | memoryview) -> dict[str, State]:
     """A model's state from what ``states_to_bytes`` made of it.
 
     Raises:
         ImportError: safetensors is not installed.
+        TypeError: ``data`` is not bytes, nor a bytearray or memoryview.
         ValueError: the bytes are damaged, cut short, of another format or of a later version.
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"stored streams are bytes, but got {type(data).__name__}")
+    data = bytes(data)
     metadata = _metadata(data)
     try:
         about = json.loads(metadata["states"])
@@ -232,11 +236,12 @@ def stream_to_bytes(model: nn.Module, index: int) -> bytes:
     return states_to_bytes(export_stream(model, index))
 
 
-def stream_from_bytes(model: nn.Module, index: int, data: bytes) -> None:
+def stream_from_bytes(model: nn.Module, index: int, data: bytes | bytearray | memoryview) -> None:
     """Put a stream from ``stream_to_bytes`` in the place ``index``, or change nothing.
 
     Raises:
         ImportError: safetensors is not installed.
+        TypeError: ``data`` is not bytes, nor a bytearray or memoryview.
         ValueError: the bytes are damaged, foreign, or of a model of other sizes or dtype.
     """
     import_stream(model, index, states_from_bytes(data))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, reference, ring
+from . import checks, functional, reference, ring
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
@@ -29,13 +29,14 @@ class Mark(NamedTuple):
         state: the module's own tensors, not copies; None before the first step.
         shared: whether someone else needs them as they are, so that nobody writes to them.
         position: a copy of the positions, or None where the clock tells them.
-        slots: copies of what will be overwritten and is still needed, with ring and slot indices.
+        slots: rings, each with a copy of what will be overwritten and is still needed: the slots
+            from that after the next on.
     """
 
     state: State | None
     shared: bool
     position: Tensor | None = None
-    slots: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    slots: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class StatefulStreams(nn.Module):
@@ -45,13 +46,13 @@ class StatefulStreams(nn.Module):
     ``state_dict``. A module that uses this says what its state looks like by ``_layout``.
     """
 
+    _state_types: tuple[Any, ...]  # of a state with keys and values, and of one with inputs
     _clock: Tensor | None
     _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
     _ring_position: Tensor  # None, as all parts, before the first step
 
-    def _init_streams(self, with_keys: type, with_inputs: type) -> None:
-        """Be ready for states of these classes, the one with keys and values, the other without."""
-        self._state_types = with_keys, with_inputs
+    def _init_streams(self) -> None:
+        """Keep no streams yet."""
         for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
@@ -164,7 +165,7 @@ class StatefulStreams(nn.Module):
 
     def _forget(self, state: State, streams: Tensor) -> None:
         in_place = not self._must_copy(state, differentiable=False)
-        with torch.no_grad():
+        with torch.set_grad_enabled(not in_place):  # a graph goes on for the streams that do
             self._store(ring.forget(state, streams, in_place))
         self._mix_ages()
 
@@ -227,31 +228,40 @@ class StatefulStreams(nn.Module):
         if self._must_copy(state, differentiable=False):
             return  # so nobody wrote to it
         with torch.no_grad():
-            for part, slot, old in mark.slots:
-                reference.put_(part, slot, old)
             if mark.position is not None:
                 state.position.copy_(mark.position)
             elif state.clock.shape[0] < self._layout().sequence_len:
                 state.position.fill_(state.clock.shape[0])
+            for part, old in mark.slots:
+                reference.put_slots_(part, state.position, 1, old)
 
-    def _mark_before(self, tokens: int | None) -> Mark:
-        """A mark that costs nothing before one step (None), and copies some slots before many.
+    def _mark_before(self, tokens: int) -> Mark:
+        """A mark before so many tokens are written in place; it costs nothing for none of them.
 
-        The slot that one step writes is that which the next step overwrites unread, so that only
-        the position tells whether it happened. Operators advance that last. Once streams differ in
-        age an interrupted step may therefore have happened, for all of them, or not.
+        None stands for one step, too: the slot that it writes is that which the next step
+        overwrites unread, so that only the position tells whether it happened. Operators advance
+        that last. Once streams differ in age an interrupted step may therefore have happened, for
+        all of them, or not. Many tokens overwrite what is still needed, unless the streams march
+        together and their rings have room.
         """
         state = self._state()
-        if tokens is None or state is None:
+        if tokens == 0 or state is None:
             return Mark(state, self._rings_are_shared)
+        seen = state.clock.shape[0]
+        together = seen < self._layout().sequence_len
+        slots = []
         with torch.no_grad():
-            slots = reference.slots_of_next_tokens(ring.rings(state), state.position, tokens)
-            return Mark(state, self._rings_are_shared, state.position.clone(), slots)
+            for part in ring.rings(state):
+                lost = min(tokens, part.shape[-2]) - 1
+                if lost > 0 and not (together and seen + tokens <= part.shape[-2]):
+                    slots.append((part, functional.take_slots(part, state.position, 1, lost)))
+            position = None if together else state.position.clone()
+        return Mark(state, self._rings_are_shared, position, slots)
 
     @contextmanager
     def _or_as_before(self) -> Iterator[None]:
         """Inside the block the state changes as a whole or, if something raises, not at all."""
-        mark = self._mark_before(None)
+        mark = self._mark_before(0)
         try:
             yield
         except BaseException:
@@ -304,9 +314,9 @@ class StatefulStreams(nn.Module):
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""
-        if torch.compiler.is_compiling() or not state.position.is_inference():
-            return self._rings_are_shared and not differentiable
-        return not torch.is_inference_mode_enabled()
+        if not torch.compiler.is_compiling() and any(part.is_inference() for part in state[:-1]):
+            return not torch.is_inference_mode_enabled()
+        return self._rings_are_shared and not differentiable
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, but a change of the module's dtype leaves the scales of rings in fp32."""

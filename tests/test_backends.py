@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import INTERPRETED
-from oracles import build, draw_tokens
+from oracles import LENGTH, build, draw_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import continual_mha as co
 from continual_mha import backends
@@ -25,6 +26,99 @@ def test_forward_on_a_forced_backend_that_cannot_run_raises(grad, need_weights):
     expected = pytest.raises(RuntimeError, match=r"attend_shared; triton: .* are on cpu")
     with torch.set_grad_enabled(grad), co.use_backend("triton"), expected:
         mha(torch.randn(1, 4, 8), need_weights=need_weights)
+
+
+class Operators(TorchDispatchMode):
+    """The operators of the CPU library that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname.startswith("cpu_"):
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+# name: (constructor's arguments, call with a clip, whether a gradient is needed,
+# whether the CPU library does it)
+ENTRIES = {
+    "forward": ({}, lambda m, x: m(x), False, True),
+    "forward without weights": ({}, lambda m, x: m(x, need_weights=False), False, True),
+    "forward with heads of one feature": ({"num_heads": 12}, lambda m, x: m(x), False, True),
+    "forward of bfloat16": (
+        {"dtype": torch.bfloat16, "embed_dim": 64},
+        lambda m, x: m(x[:1, :2].expand(33, 2, -1)),
+        False,
+        True,
+    ),
+    "forward of all queries": ({"single_output_forward": False}, lambda m, x: m(x), False, False),
+    "forward with dropout": ({"dropout": 0.5}, lambda m, x: m(x), False, False),
+    "forward with a gradient": ({}, lambda m, x: m(x), True, False),
+    "forward with a gradient, heads of one feature": (
+        {"num_heads": 12},
+        lambda m, x: m(x, need_weights=False),
+        True,
+        False,
+    ),
+    "step": ({}, lambda m, x: m.forward_step(x[:, 0]), False, True),
+    "step over inputs": (
+        {"formulation": "input"},
+        lambda m, x: m.forward_step(x[:, 0]),
+        False,
+        True,
+    ),
+    "functional step": ({}, lambda m, x: m._forward_step(x[:, 0]), False, True),
+    "steps": ({}, lambda m, x: m.forward_steps(x), False, True),
+    "steps over inputs": ({"formulation": "input"}, lambda m, x: m.forward_steps(x), False, True),
+    "step with dropout": ({"dropout": 0.5}, lambda m, x: m.forward_step(x[:, 0]), False, False),
+    "step with a gradient": ({}, lambda m, x: m.forward_step(x[:, 0]), True, False),
+    "step over inputs with a gradient": (
+        {"formulation": "input"},
+        lambda m, x: m.forward_step(x[:, 0]),
+        True,
+        False,
+    ),
+    "steps with a gradient": ({}, lambda m, x: m.forward_steps(x), True, False),
+    "steps over inputs with a gradient": (
+        {"formulation": "input"},
+        lambda m, x: m.forward_steps(x),
+        True,
+        False,
+    ),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="more of them run here")
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton", "torch"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_forced_backend_runs_any_call_or_says_why_not(entry, name):
+    arguments, call, grad, on_cpu = ENTRIES[entry]
+    runs = name == "torch" or (name == "cpu" and on_cpu and "cpu" in backends.available())
+    module = build(**arguments)
+    x = torch.randn(2, LENGTH, module.embed_dim, dtype=module.out_proj.weight.dtype)
+    with torch.set_grad_enabled(grad), co.use_backend(name), Operators() as ran:
+        if runs:
+            call(module, x)
+        else:
+            with pytest.raises(RuntimeError, match=rf"no backend can run .*; {name}: .+"):
+                call(module, x)
+    assert bool(ran.names) == (runs and name == "cpu")
+    assert module.get_state() is None or runs
+
+
+def test_forced_backend_under_the_compiler_runs_or_says_why_not():
+    module = build()
+    x = torch.randn(2, LENGTH, module.embed_dim)
+    call = torch.compile(module, backend="eager")
+    if "cpu" in backends.available():
+        with torch.no_grad(), co.use_backend("cpu"), Operators() as ran:
+            compiled = call(x)
+        assert "cpu_single_query" in ran.names
+        torch.testing.assert_close(compiled[0], module(x)[0])
+    with co.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: "):
+        call(x)
 
 
 def test_plain_pytorch_is_always_available():

@@ -11,6 +11,8 @@ from oracles import EMBED, LENGTH, assert_same_state, build, draw_tokens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from continual_mha import functional
+
 N = 3
 KINDS = {
     "kv": {"formulation": "kv"},
@@ -79,7 +81,7 @@ def each_failure(run, prepare, level, when):
 
 def aged(kind, ages):
     """A module with a stream of each age, or with streams that march together if ages agree."""
-    module = build(**KINDS[kind])
+    module = build(**(KINDS | EIGHT_BITS)[kind]).requires_grad_(False)
     x = draw_tokens(module, N, 40, seed=5)[0]
     if len(set(ages)) > 1:
         module.start_streams(N)
@@ -89,6 +91,10 @@ def aged(kind, ages):
     return module
 
 
+EIGHT_BITS = {
+    "kv_delayed": {"formulation": "kv", "query_index": 1, "cache_dtype": torch.int8},
+    "input": {"formulation": "input", "cache_dtype": torch.float8_e4m3fn},
+}
 AGES = {"together_cold": (2,) * N, "together_warm": (LENGTH + 3,) * N, "mixed": (0, 3, LENGTH + 2)}
 
 
@@ -126,7 +132,7 @@ def check_failing_call(kind, call, ages, gradients, when):
     state = template.get_state()
 
     def prepare():
-        module = build(**KINDS[kind])
+        module = build(**(KINDS | EIGHT_BITS)[kind])
         with torch.no_grad():
             module.set_state(state)
             if not gradients:
@@ -165,6 +171,29 @@ class TestFailingCall:
 
     def test_differentiable_leaves_every_stream_at_a_complete_tick(self, kind, call, ages, when):
         check_failing_call(kind, call, ages, True, when)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("ages", AGES)
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_failing_call_puts_back_rings_of_8_bits(kind, ages, when, backend):
+    check_failing_call(kind, "forward_steps", ages, False, when)
+
+
+def test_tokens_that_the_rings_have_room_for_cost_no_copy(monkeypatch):
+    """Nothing is lost by tokens that overwrite nothing, nor where nothing is overwritten."""
+    taken = []
+    take = functional.take_slots
+    monkeypatch.setattr(functional, "take_slots", lambda *args: taken.append(args) or take(*args))
+    module = build().requires_grad_(False)
+    x = draw_tokens(module, N, LENGTH)[0]
+    module.forward_steps(x[:, :2])
+    module.forward_steps(x[:, 2:])
+    module.forward_steps(x, update_state=False)
+    module.forward_steps(x[:, :1])
+    assert taken == []
+    module.forward_steps(x[:, :3])
+    assert [count for *_, count in taken] == [2, 2]  # of keys and values
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,22 +151,28 @@ def test_mask_over_a_long_clip(backend):
             assert_forward_equals_torch(module, tokens, need_weights=False, **masks)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("construction", ["defaults", "head_dim_one", "kdim_and_vdim", "zero_attn"])
+@pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_fully_masked_stream_answers_as_torch_and_spoils_no_other(need_weights, backend):
-    module = build()
+def test_fully_masked_stream_answers_as_torch_and_spoils_no_other(
+    need_weights, returned, construction, mode, backend
+):
+    """Which is NaN where weights are asked for, returned or not, and else the output's bias."""
+    module = build(**CONSTRUCTIONS[construction], forward_returns_attn_mask=returned)
     tokens = draw_tokens(module, 3, LENGTH)
     mask = torch.zeros(3, LENGTH, dtype=torch.bool)
     mask[1] = True
-    with torch.no_grad():
-        output, weights = module(*tokens, key_padding_mask=mask, need_weights=need_weights)
+    asked = {"key_padding_mask": mask, "need_weights": need_weights}
+    with mode():
+        answer = module(*tokens, **asked)
         expected, expected_weights = torch_attention(module)(
-            select_query(module, tokens[0]),
-            *tokens[1:],
-            key_padding_mask=mask,
-            need_weights=need_weights,
+            select_query(module, tokens[0]), *tokens[1:], **asked
         )
+    output, weights = answer if returned else (answer, None)
+    assert expected[1].isnan().all() == (need_weights and not module.add_zero_attn)
     torch.testing.assert_close(output, expected, equal_nan=True)
-    if need_weights:
+    if need_weights and returned:
         torch.testing.assert_close(weights, expected_weights, equal_nan=True)
 
 

@@ -20,6 +20,8 @@ from oracles import (
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
+import continual_mha as co
+
 pytestmark = pytest.mark.usefixtures("backend")
 
 WIDTH = 6
@@ -489,6 +491,59 @@ def test_forward_mode_reaches_the_tokens_while_nothing_needs_a_gradient(way, for
         difference = answer(module, x + 1e-5 * direction) - answer(module, x - 1e-5 * direction)
         _, derivative = torch.func.jvp(lambda x: answer(module, x), (x,), (direction,))
     torch.testing.assert_close(derivative, difference / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.fixture
+def _no_fallback():
+    """vmap runs what it has no formula for once for every sample; here it is an error."""
+    before = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(before)
+
+
+@pytest.mark.usefixtures("_no_fallback")
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_vmap_takes_each_sample_by_itself(way, formulation):
+    answer, length = FORWARD_MODE[way]
+    module = build(**SMALL, formulation=formulation, sequence_len=length).requires_grad_(False)
+    samples = torch.stack(draw_tokens(module, 2, LENGTH + 2))
+    with torch.no_grad():
+        together = torch.func.vmap(lambda x: answer(module, x))(samples)
+        module.clean_state()
+        alone = torch.stack([answer(module, x) for x in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_no_fallback")
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_vmap_of_a_warm_step_is_one_step_of_every_sample(formulation):
+    module = build(**SMALL, formulation=formulation).requires_grad_(False)
+    x = draw_tokens(module, 2, LENGTH + 4)[0]
+    with torch.no_grad():
+        step_through(module, x[:, : LENGTH + 1])
+        state, samples = module.get_state(), x[:, LENGTH + 1 :].unbind(1)
+        together = torch.func.vmap(module.forward_step)(torch.stack(samples))
+        assert (module._ring_position == LENGTH + 2).all()
+        for sample, output in zip(samples, together, strict=True):
+            module.set_state(state)
+            torch.testing.assert_close(module.forward_step(sample), output, rtol=1e-9, atol=1e-12)
+
+
+def test_transforms_differentiate_what_fused_operators_would_serve(monkeypatch):
+    """The order is that of a CUDA device; its operators know nothing of transforms."""
+    monkeypatch.setattr(co.backends, "order", lambda device_type: ("triton", "torch"))
+    module = build(**SMALL)
+    x = draw_tokens(module, 1, LENGTH)[0]
+
+    def answer(x):
+        return module(x, need_weights=False)[0].square().sum()
+
+    derivative = torch.func.grad(answer)(x)
+    monkeypatch.undo()
+    x.requires_grad_()
+    torch.testing.assert_close(derivative, torch.autograd.grad(answer(x), x)[0])
 
 
 @pytest.mark.parametrize("with_sink", [False, True])

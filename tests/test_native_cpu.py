@@ -755,3 +755,31 @@ def test_tokens_at_once_take_the_cheapest_way_that_keeps_the_promises(arguments,
     for line, part in zip(lines, said, strict=False):
         assert part in line
     assert len(lines) >= len(said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 5, 6), (2, 7, 4), (2, 0, 4), (0, 3, 5, 2)], ids=str)
+def test_slots_are_taken_as_by_plain_pytorch(shape, dtype):
+    ring = torch.randint(-100, 100, shape).to(dtype)
+    position = torch.tensor([0, 13, 2**62])[: shape[0]]
+    take = torch.ops.continual_mha.cpu_take_slots
+    for kept in (ring, ring.transpose(0, -1).contiguous().transpose(0, -1)):
+        for count in range(shape[-2] + 1):
+            for first in (0, 1, 2):
+                expected = reference.take_slots(ring, position, first, count)
+                assert torch.equal(take(kept, position, first, count), expected)
+
+
+def test_more_slots_than_there_are_cannot_be_taken():
+    take = torch.ops.continual_mha.cpu_take_slots
+    ring, position = torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64)
+    for arguments in (
+        (ring, position, 0, 4),
+        (ring, position, -1, 1),
+        (ring, position, 0, -1),
+        (ring, position[:1], 0, 1),
+        (ring, position.int(), 0, 1),
+        (ring[0], position, 0, 1),
+    ):
+        with pytest.raises(RuntimeError, match="cpu_take_slots"):
+            take(*arguments)

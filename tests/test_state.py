@@ -354,3 +354,60 @@ def test_factory_arguments_reach_parameters_and_state():
     x = draw_tokens(real, 2, 3)[0].cpu()
     with torch.no_grad():
         assert_equals_window(stack(step_through(real, x), real), real, x)
+
+
+SIZES = {"sequence_len": LENGTH + 2, "query_index": 1, "num_heads": 3, "cache_dtype": torch.int8}
+
+
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("name", SIZES)
+def test_size_that_is_set_between_streams_is_that_of_those_that_begin_then(name, past):
+    module, made_so = build(), build(**{name: SIZES[name]})
+    tokens = draw_tokens(module, 2, 2 * LENGTH + 5)
+    outputs_of(module, tokens, 0, past)
+    module.clean_state()
+    setattr(module, name, SIZES[name])
+    assert getattr(module, name) == SIZES[name]
+    expected = outputs_of(made_so, tokens, 0, 2 * LENGTH + 5)
+    assert_same_outputs(outputs_of(module, tokens, 0, 2 * LENGTH + 5), expected)
+    assert_same_state(module.get_state(), made_so.get_state())
+    clone = copy.deepcopy(module)
+    assert_same_outputs(outputs_of(clone, tokens, 0, 3), outputs_of(made_so, tokens, 0, 3))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size_of_streams_that_go_on_cannot_be_set(name):
+    module = build()
+    tokens = draw_tokens(module, 2, 4)
+    outputs_of(module, tokens, 0, 4)
+    before = module.get_state()
+    setattr(module, name, getattr(module, name))
+    with pytest.raises(ValueError, match=rf"{name}=.*clean_state\(\)"):
+        setattr(module, name, SIZES[name])
+    assert getattr(module, name) != SIZES[name]
+    assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("sequence_len", 0, ValueError, "at least 1"),
+        ("sequence_len", 2.5, TypeError, "an integer"),
+        ("query_index", LENGTH, ValueError, "query_index must be from"),
+        ("num_heads", 5, ValueError, "divisible by num_heads"),
+        ("cache_dtype", torch.float16, ValueError, "cache_dtype must be"),
+        ("embed_dim", 24, ValueError, "embed_dim=12 is that of the weights"),
+        ("head_dim", 3, ValueError, "head_dim=6 is that of the weights"),
+        ("kdim", 7, ValueError, "kdim=12 is that of the weights"),
+        ("vdim", 7, ValueError, "vdim=12 is that of the weights"),
+    ],
+)
+def test_size_that_cannot_be_is_refused_and_changes_nothing(name, value, error, words):
+    module, twin = build(), build()
+    before = getattr(module, name)
+    with pytest.raises(error, match=words):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
+    for each in (module, twin):
+        outputs_of(each, draw_tokens(twin, 2, LENGTH), 0, LENGTH)
+    assert_same_state(module.get_state(), twin.get_state())

@@ -96,6 +96,19 @@ def test_bytes_say_what_they_are():
     assert state["module"] == ""
 
 
+def test_bytes_may_come_in_any_buffer_and_nothing_else_is_taken_for_them():
+    module = streaming()
+    data = co.stream_to_bytes(module, 1)
+    for buffer in (bytearray(data), memoryview(data)):
+        for state, again in zip(
+            co.states_from_bytes(buffer).values(), co.states_from_bytes(data).values(), strict=True
+        ):
+            assert_same_state(state, again)
+    for other in (None, "stream", 3):
+        with pytest.raises(TypeError, match=f"bytes, but got {type(other).__name__}"):
+            co.stream_from_bytes(module, 0, other)
+
+
 def with_metadata(data, **changes):
     """The same file with other metadata."""
     size = int.from_bytes(data[:8], "little")

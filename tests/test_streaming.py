@@ -30,8 +30,6 @@ from oracles import (
     window_attention,
 )
 
-import continual_mha
-
 LENGTHS = [1, 2, 63, 64, 120]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MODES = {
@@ -529,7 +527,7 @@ class SlidingWindow(RuleBasedStateMachine):
     def step(self, update, mode):
         tokens = self.draw(1)
         before = self.module.get_state()
-        with continual_mha.use_backend(self.backend), MODES[mode]():
+        with MODES[mode]():
             output = self.module.forward_step(*(x[:, 0] for x in tokens), update_state=update)
         whole = self.check(tokens, None if output is None else output[:, None])
         self.settle(update, whole, before)
@@ -542,7 +540,7 @@ class SlidingWindow(RuleBasedStateMachine):
     def steps(self, count, update, mode):
         tokens = self.draw(count)
         before = self.module.get_state()
-        with continual_mha.use_backend(self.backend), MODES[mode]():
+        with MODES[mode]():
             output = run_steps(self.module, *tokens, update_state=update)
         self.settle(update, self.check(tokens, output), before)
 
@@ -586,17 +584,12 @@ class SlidingWindow(RuleBasedStateMachine):
     @rule()
     def run_a_clip(self):
         before = self.module.get_state()
-        with continual_mha.use_backend(self.backend), torch.no_grad():
+        with torch.no_grad():
             self.module.forward(*(to_layout(self.module, x) for x in self.draw(4 + 8)))
         assert_same_state(self.module.get_state(), before)
 
 
 def test_any_order_of_calls_equals_the_window_at_every_token(backend):
-    def machine():
-        instance = SlidingWindow()
-        instance.backend = backend
-        return instance
-
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+        SlidingWindow, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
     )

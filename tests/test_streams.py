@@ -13,6 +13,7 @@ from oracles import (
     assert_same_state,
     build,
     draw_tokens,
+    step_through,
     window_attention,
 )
 
@@ -447,3 +448,41 @@ def test_streams_of_great_age_go_on_as_young_ones(kind, at_once, start, backend)
     close(output, window_attention(module, x)[:, 1:].float())
     assert module._ring_position.tolist() == [start + 30] * N
     assert module.ready.all()
+
+
+@pytest.mark.parametrize("then", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_streams_go_on_after_a_reset_outside_of_the_inference_mode_they_began_in(
+    formulation, then, backend
+):
+    module, twin = (build(formulation=formulation, query_index=-2) for _ in range(2))
+    x = draw_tokens(module, 2, LENGTH + 4)[0]
+    with torch.inference_mode():
+        step_through(module, x[:, :LENGTH])
+    with torch.no_grad():
+        step_through(twin, x[:, :LENGTH])
+        for each in (module, twin):
+            each.reset([1])
+        expected = step_through(twin, x[:, LENGTH:])
+    with then():
+        outputs = step_through(module, x[:, LENGTH:])
+    for output, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_gradient_reaches_the_past_of_streams_that_a_reset_leaves_alone(formulation, mode):
+    grads = []
+    for resets in (True, False):
+        module = build(formulation=formulation, query_index=-2)
+        x = draw_tokens(module, 2, LENGTH + 2)[0].requires_grad_()
+        step_through(module, x[:, :LENGTH])
+        if resets:
+            with mode():
+                module.reset([1])
+        last = step_through(module, x[:, LENGTH:])[-1]
+        grads.append(torch.autograd.grad(last.sum(), x)[0])
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    assert (grads[0][1, :LENGTH] == 0).all()
+    assert (grads[1][1, 2:LENGTH] != 0).any()
