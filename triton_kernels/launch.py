@@ -67,12 +67,11 @@ def launch(
     """
     if 0 in grid:
         return
-    if _recorder is not None or INTERPRETED:
-        options = {"num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})
-        if _recorder is not None:
-            _recorder.append(Launch(kernel, grid, args + constants, options))
-        else:
-            kernel[grid](*args, *constants, **options)
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, args + constants, _options(num_warps, pdl)))
+        return
+    if INTERPRETED:
+        kernel[grid](*args, *constants, **_options(num_warps, pdl))
         return
     device = args[0].device.index
     if device is not None and device != torch.cuda.current_device():
@@ -84,10 +83,15 @@ def launch(
     if known is not None and aligned:
         known[0][grid](*args, *constants)
         return
-    options = {"num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})
-    compiled = kernel[grid](*args, *constants, **options)
+    compiled = kernel[grid](*args, *constants, **_options(num_warps, pdl))
     if aligned:
         _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
+
+
+def _options(num_warps: int, pdl: bool) -> dict[str, Any]:
+    """Triton's options; that products and sums are fused has been the default up to triton 3.9."""
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return options | {"launch_pdl": True} if pdl else options
 
 
 def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tuple[tuple, bool]:
