@@ -97,15 +97,18 @@ def surrounding_active(compiling: bool) -> Tensor | None:
     return _active if compiling else _here.active
 
 
-# Private to torch: where it is not there, transforms take the operators as they find them.
+# Private to torch: where one is not there, operators are taken as they are found.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation goes on.
+    """Whether ``torch.func`` transforms, forward mode differentiates, or ``torch.jit`` traces.
 
     They look into every operator and know no formula for those of this package: ``grad`` refuses
     them, ``vmap`` runs a step once for every sample on one and the same state, and forward mode,
-    which goes on where gradients are disabled, too, takes what they return for constant.
+    which goes on where gradients are disabled, too, takes what they return for constant. A trace
+    may go to where this package is not.
     """
-    return forward_ad._current_level >= 0 or _transforms_are_active()
+    transformed = forward_ad._current_level >= 0 or _transforms_are_active()
+    return transformed or _tracing_state() is not None
