@@ -516,11 +516,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         state, call = self._plan(tokens, self._state(), update)
         if torch.compiler.is_compiling():
             return self._take(tokens, state, active, call)
-        new_rings = (
-            not update or call.differentiable or self._must_copy(state, differentiable=False)
-        )
-        many = tokens[0].dim() == 3 and not new_rings
-        mark = self._mark_before(tokens[0].shape[1] if many else 0)
+        in_place = tokens[0].dim() == 3 and update and not call.differentiable
+        in_place = in_place and not self._must_copy(state, differentiable=False)
+        mark = self._mark_before(tokens[0].shape[1] if in_place else 0)
         try:
             return self._take(tokens, state, active, call)
         except BaseException:
