@@ -76,7 +76,8 @@ _active: Tensor | None = None  # of whichever thread came last, for compiled cod
 def active_streams(active: Tensor | None) -> Iterator[None]:
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
-    For models whose inner modules cannot be handed the ``active`` of ``forward_step``. Other
+    For models whose inner modules cannot be handed the ``active`` of ``forward_step``;
+    ``forward_steps``, which moves all streams, raises a RuntimeError there. Other
     threads see nothing of it, but for compiled modules: ``torch.compile`` cannot read what is a
     thread's own, so that only one thread at a time may use those inside such a block.
 
