@@ -480,11 +480,17 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: a shape or device does not fit, or the batch size is not that of the state.
             TypeError: a dtype does not fit.
             RuntimeError: a gradient is needed, but there is a ``cache_dtype``; or no backend can do
-                what ``batch_invariant`` asks for.
+                what ``batch_invariant`` asks for; or it is to remember tokens inside an
+                ``active_streams`` block.
         """
         tokens = self._many_tokens(query, key, value)
         if tokens[0].shape[1] == 0:
             return None
+        if update_state and surrounding_active(torch.compiler.is_compiling()) is not None:
+            raise RuntimeError(
+                "forward_steps moves all streams, but active_streams says that only some have "
+                "tokens; call forward_step for each token"
+            )
         out = self._go_on(tokens, update_state)
         return None if out is None else self._to_layout(out)
 
@@ -499,9 +505,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
         Neither ``prev_state`` (None for streams that have seen nothing) nor the module's own state
         changes. Shapes and errors are those of ``forward_step`` and, for the state, of
-        ``set_state``, but that nothing is asked of its values.
+        ``set_state``, but that nothing is asked of its values. Who advances is said by
+        ``active_streams``.
         """
         tokens = self._tokens(query, key, value)
+        active = surrounding_active(torch.compiler.is_compiling())
+        if active is not None:
+            checks.check_active(active, query)
         state = prev_state
         if state is not None:
             layout, weight = self._layout_of_given(state), self.out_proj.weight
@@ -509,18 +519,16 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             state = ring.check_parts(state, layout, dtypes, weight.device)
         state, call = self._plan(tokens, state, update=True)
         state = state if call.differentiable else ring.snapshot(state)
-        return self._advance(tokens, state, None, call)
+        return self._advance(tokens, state, active, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
         """Take tokens from the module's state; if that raises, the streams are where they were."""
         state, call = self._plan(tokens, self._state(), update)
         if torch.compiler.is_compiling():
             return self._take(tokens, state, active, call)
-        new_rings = (
-            not update or call.differentiable or self._must_copy(state, differentiable=False)
-        )
-        many = tokens[0].dim() == 3 and not new_rings
-        mark = self._mark_before(tokens[0].shape[1] if many else 0)
+        in_place = tokens[0].dim() == 3 and update and not call.differentiable
+        in_place = in_place and not self._must_copy(state, differentiable=False)
+        mark = self._mark_before(tokens[0].shape[1] if in_place else 0)
         try:
             return self._take(tokens, state, active, call)
         except BaseException:

@@ -473,7 +473,7 @@ def _why_plain(query: Tensor) -> str | None:
     """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
     if autocast_dtype(query.device.type):
         return "autocast is on, and the kernels run in one dtype"
-    return "a transform of torch.func looks into its operators" if is_transformed() else None
+    return "torch.func or torch.jit looks into its operators" if is_transformed() else None
 
 
 def _why_not_triton(name: str, *args: Any) -> str | None:

@@ -76,7 +76,8 @@ _active: Tensor | None = None  # of whichever thread came last, for compiled cod
 def active_streams(active: Tensor | None) -> Iterator[None]:
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
-    For models whose inner modules cannot be handed the ``active`` of ``forward_step``. Other
+    For models whose inner modules cannot be handed the ``active`` of ``forward_step``;
+    ``forward_steps``, which moves all streams, raises a RuntimeError there. Other
     threads see nothing of it, but for compiled modules: ``torch.compile`` cannot read what is a
     thread's own, so that only one thread at a time may use those inside such a block.
 
@@ -97,15 +98,18 @@ def surrounding_active(compiling: bool) -> Tensor | None:
     return _active if compiling else _here.active
 
 
-# Private to torch: where it is not there, transforms take the operators as they find them.
+# Private to torch: where one is not there, operators are taken as they are found.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation goes on.
+    """Whether ``torch.func`` transforms, forward mode differentiates, or ``torch.jit`` traces.
 
     They look into every operator and know no formula for those of this package: ``grad`` refuses
     them, ``vmap`` runs a step once for every sample on one and the same state, and forward mode,
-    which goes on where gradients are disabled, too, takes what they return for constant.
+    which goes on where gradients are disabled, too, takes what they return for constant. A trace
+    may go to where this package is not.
     """
-    return forward_ad._current_level >= 0 or _transforms_are_active()
+    transformed = forward_ad._current_level >= 0 or _transforms_are_active()
+    return transformed or _tracing_state() is not None

@@ -219,3 +219,15 @@ def test_compiled_step_runs_on_the_backend_of_its_block(monkeypatch):
             with backends.use_backend(name):
                 step(torch.ones(2, module.embed_dim))
             assert asked == [name]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_trace_holds_no_operator_of_this_package(mode):
+    """It may be run, or exported, where the package is not."""
+    module = build().eval()
+    query, other, _ = draw_tokens(module, 2, LENGTH)
+    with mode():
+        traced = torch.jit.trace(module, (query,))
+        torch.testing.assert_close(traced(other), module(other))
+    assert "continual_mha::" not in str(traced.inlined_graph)

@@ -81,7 +81,7 @@ def each_failure(run, prepare, level, when):
 
 def aged(kind, ages):
     """A module with a stream of each age, or with streams that march together if ages agree."""
-    module = build(**(KINDS | EIGHT_BITS)[kind]).requires_grad_(False)
+    module = build(**(KINDS | EIGHT_BITS)[kind]).requires_grad_(kind in KINDS)
     x = draw_tokens(module, N, 40, seed=5)[0]
     if len(set(ages)) > 1:
         module.start_streams(N)
@@ -92,8 +92,8 @@ def aged(kind, ages):
 
 
 EIGHT_BITS = {
-    "kv_delayed": {"formulation": "kv", "query_index": 1, "cache_dtype": torch.int8},
-    "input": {"formulation": "input", "cache_dtype": torch.float8_e4m3fn},
+    "kv_of_8_bits": {"formulation": "kv", "query_index": 1, "cache_dtype": torch.int8},
+    "input_of_8_bits": {"formulation": "input", "cache_dtype": torch.float8_e4m3fn},
 }
 AGES = {"together_cold": (2,) * N, "together_warm": (LENGTH + 3,) * N, "mixed": (0, 3, LENGTH + 2)}
 

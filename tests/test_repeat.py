@@ -198,7 +198,7 @@ def replicate(module):
     return replica
 
 
-COPIES = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), replicate]
+COPIES = [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), replicate]
 
 
 @pytest.mark.parametrize("via", COPIES)

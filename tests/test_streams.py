@@ -486,3 +486,26 @@ def test_gradient_reaches_the_past_of_streams_that_a_reset_leaves_alone(formulat
     torch.testing.assert_close(grads[0][0], grads[1][0])
     assert (grads[0][1, :LENGTH] == 0).all()
     assert (grads[1][1, 2:LENGTH] != 0).any()
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_no_call_inside_a_block_moves_a_paused_stream(formulation, backend):
+    module = build(formulation=formulation).requires_grad_(False)
+    x = draw_tokens(module, 2, LENGTH + 3)[0]
+    step_through(module, x[:, :LENGTH])
+    before, answers = module.get_state(), module.forward_steps(x[:, LENGTH:], update_state=False)
+    with co.active_streams(torch.tensor([True, False])):
+        with pytest.raises(RuntimeError, match="forward_steps moves all streams"):
+            module.forward_steps(x[:, LENGTH:])
+        assert module.forward_steps(x[:, :0]) is None
+        assert torch.equal(module.forward_steps(x[:, LENGTH:], update_state=False), answers)
+        assert_same_state(module.get_state(), before)
+        output, after = module._forward_step(x[:, LENGTH], prev_state=before)
+    torch.testing.assert_close(output, answers[:, 0])
+    assert after.position.tolist() == [LENGTH + 1, LENGTH]
+    assert_same_state(module.get_state(), before)
+    with (
+        co.active_streams(torch.ones(3, dtype=torch.bool)),
+        pytest.raises(ValueError, match="active"),
+    ):
+        module._forward_step(x[:, LENGTH], prev_state=before)
