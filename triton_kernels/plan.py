@@ -169,9 +169,9 @@ class SharedPlan(NamedTuple):
     stages: int
 
 
-# Slots of a tile by padded embed_dim, for 16-bit elements: 16 to 64 KiB are asked for at a time,
-# and the accumulator of all features stays under 64 registers a thread.
-SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
+# beside the queries, on every architecture; once of the widest.
+SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
 
 
 @lru_cache(maxsize=1024)
@@ -179,7 +179,8 @@ def shared_plan(
     N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool, dropout: bool = False
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
-    block_h = max(8, triton.next_power_of_2(H))
+    # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
+    block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
     one_tile = one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16
     if one_tile:
@@ -188,13 +189,15 @@ def shared_plan(
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
         block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
-        block_s, warps = 64 if itemsize == 2 else 32, 8 if dropout else 4
+        block_s = 64 if itemsize == 2 else 32
+        warps = 8 if (itemsize == 2) + dropout + (block_h > 16) > 1 else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
     splits = 1
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
-    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, 2)
+    stages = 3 if one_tile and width <= 1024 else 2
+    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, stages)
 
 
 @lru_cache(maxsize=1024)
@@ -249,9 +252,8 @@ INPUT_RULES = (
     InputRule("fused", 2 * 16 * MULTIPROCESSORS, 8, 512),
     InputRule("gemm", 0, _NO_LIMIT, _NO_LIMIT),
 )
-# Slots of a tile by padded embed_dim: what fits into shared memory twice, beside the queries, on
-# every architecture; of 8 bits, what fits decoded into registers.
-INPUT_ROWS_16 = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# Slots of a tile by padded embed_dim; of 8 bits, what fits decoded into registers.
+INPUT_ROWS_16 = SHARED_ROWS
 INPUT_ROWS_32 = {64: 64, 128: 32, 256: 32, 512: 16, 1024: 16}
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
 # Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
