@@ -58,8 +58,8 @@ def decode(codes, dtype: tl.constexpr):
     written likewise, is subtracted: two at a time, where a conversion takes registers for each.
     """
     if codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        codes = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        bits = codes.to(tl.uint16) << 7
+        codes = (bits + (bits & 0x4000)).to(tl.float16, bitcast=True)
     elif dtype.primitive_bitwidth == 16:
         bits = codes.to(tl.uint8, bitcast=True).to(tl.uint16)
         if dtype == tl.bfloat16 and not _IN_INTERPRETER:
