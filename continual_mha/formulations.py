@@ -8,10 +8,10 @@ from torch import Tensor
 # reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
 _CUDA_RING_BYTES = 64 << 20
 _CUDA_MAX_EMBED_DIM = 2048  # what the Triton kernel covers
-# Features times heads, up to which at most two programs of that kernel read a stream. Four would
-# ask more of the second-level cache than keys and values ask of the memory.
-_CUDA_MAX_ACCUMULATORS = 32768
-_CUDA_MAX_HEADS = 32  # more want more arithmetic for a byte than there is
+# Up to so many heads at most two programs of that kernel read a stream, where four would ask more
+# of the second-level cache than keys and values ask of the memory; and more heads want more
+# arithmetic for a byte than there is.
+_CUDA_MAX_HEADS = 32
 
 
 def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, like: Tensor) -> str:
@@ -19,14 +19,5 @@ def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, l
     if like.device.type != "cuda" or like.element_size() != 2:
         return "kv"
     kv_bytes = 2 * batch_size * sequence_len * embed_dim * like.element_size()
-    fits = (
-        embed_dim <= _CUDA_MAX_EMBED_DIM
-        and num_heads <= _CUDA_MAX_HEADS
-        and _padded(embed_dim) * _padded(num_heads) <= _CUDA_MAX_ACCUMULATORS
-    )
+    fits = embed_dim <= _CUDA_MAX_EMBED_DIM and num_heads <= _CUDA_MAX_HEADS
     return "input" if fits and kv_bytes >= _CUDA_RING_BYTES else "kv"
-
-
-def _padded(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()

@@ -61,11 +61,11 @@ class InputCase(RingCase):
 
 
 def plan_of(case: InputCase, path: str, splits: int) -> InputPlan:
-    """The table's plan; "wide" is the path of shapes too large for one program or one load."""
+    """The table's plan; "wide" is the path of shapes too large for one program."""
     E, codes = case.H * case.D, len(case.state) > 2
     given = "gemm" if path == "wide" else path
     plan = input_plan(case.N, E, case.H, case.L, case.dtype.itemsize, codes, given, splits)
-    wide = {"block_h": 8, "block_c": 16, "block_q": 16, "one_load": False}
+    wide = {"block_h": 8, "block_q": 16}
     return plan._replace(**wide) if path == "wide" else plan
 
 
@@ -137,9 +137,7 @@ def test_every_option_at_once(path: str, splits: int, codes: torch.dtype | None)
 
 @pytest.mark.parametrize("codes", [None, *CODES], ids=str)
 @pytest.mark.parametrize(("path", "splits"), WIDE)
-def test_blocks_of_heads_and_features_add_up(
-    path: str, splits: int, codes: torch.dtype | None
-) -> None:
+def test_blocks_of_heads_add_up(path: str, splits: int, codes: torch.dtype | None) -> None:
     case = InputCase(N=3, H=9, D=8, L=20, delay=2, extra_slot=True).warm()
     case.state[1].copy_(torch.tensor([0, 18, 70]))
     case = case if codes is None else case.quantised(codes)
@@ -148,21 +146,23 @@ def test_blocks_of_heads_and_features_add_up(
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_blocks_of_heads_and_features_add_up_in_other_dtypes(dtype: torch.dtype) -> None:
+def test_blocks_of_heads_add_up_in_other_dtypes(dtype: torch.dtype) -> None:
     check_steps(InputCase(N=2, H=9, D=8, L=20, dtype=dtype).warm(), "wide", 2, steps=2)
 
 
 def test_a_plan_divides_what_registers_do_not_hold() -> None:
-    for E, H, itemsize, block_h, one_load in (
-        (2048, 8, 2, 8, True),
-        (2048, 16, 2, 8, False),
-        (1024, 16, 2, 16, True),
-        (1024, 32, 4, 8, False),
+    for E, H, itemsize, block_h in (
+        (2048, 32, 2, 16),
+        (1024, 64, 2, 16),
+        (512, 64, 2, 32),
+        (64, 64, 2, 32),
+        (1024, 16, 4, 8),
+        (512, 32, 4, 16),
     ):
         plan = input_plan(4096, E, H, 4, itemsize)
-        assert plan.path == "gemm"
-        assert (plan.block_h, plan.one_load) == (block_h, one_load)
-        assert not input_plan(1, E, H, 4096, itemsize, codes=True).one_load
+        assert (plan.path, plan.block_h) == ("gemm", block_h)
+    for itemsize, rows in ((2, 16), (4, 8)):  # the matrix unit's, which few heads do not fill
+        assert input_plan(1, 512, 2, 64, itemsize).block_h == rows
 
 
 @pytest.mark.parametrize(("L", "splits"), [(1, 1), (2, 1), (63, 2), (64, 1), (120, 4)])

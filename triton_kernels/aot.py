@@ -36,7 +36,11 @@ _TYPES = {
 
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)")
-_LOAD = re.compile(r"\bLDG(?:STS)?\.(\S*)")  # into registers or shared memory
+_LOADS = {
+    "anywhere": re.compile(r"\bLDG(?:STS)?\.(\S*)"),
+    "shared memory": re.compile(r"\bLDGSTS\.(\S*)"),
+}
+_SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma|tcgen05\.mma)")
 
 
@@ -57,8 +61,19 @@ class Report(NamedTuple):
         """The machine code."""
         return tool("nvdisasm", self.cubin, "-c")
 
-    def loads_in_loops(self) -> list[str]:
-        """Widths of the global loads inside loops: "128", "64", or "32" and less."""
+    def loads_in_loops(self, into: str = "anywhere") -> list[str]:
+        """Widths of the global loads inside loops: "128", "64", or "32" and less.
+
+        `into="shared memory"`: of those alone that copy a later tile while one is worked on.
+        """
+        loads = [m for line in self._in_loops() if (m := _LOADS[into].search(line))]
+        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
+
+    def spills_in_loops(self) -> int:
+        """Instructions inside loops that read or write what registers did not hold."""
+        return sum(bool(_SPILL.search(line)) for line in self._in_loops())
+
+    def _in_loops(self) -> list[str]:
         lines = self.sass.splitlines()
         labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
         looped: set[int] = set()
@@ -66,8 +81,7 @@ class Report(NamedTuple):
             target = _BRANCH.search(line)
             if target and labels.get(target[1], i) < i:
                 looped.update(range(labels[target[1]], i))
-        loads = [m for i in sorted(looped) if (m := _LOAD.search(lines[i]))]
-        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
+        return [lines[i] for i in sorted(looped)]
 
     def has_matrix_instructions(self) -> bool:
         """Whether any multiplication runs on the tensor cores."""

@@ -52,28 +52,29 @@ def _scores(
         query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
         key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
         scores = dot(key, tl.trans(query), scores, PRECISION)
-    return _masked(scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H, ACC)
+    heads, slots = offs_h[None, :], offs_s[:, None]
+    return _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
 
 
 @triton.jit
 def _masked(
-    scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H: tl.constexpr, ACC: tl.constexpr
+    scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H: tl.constexpr, ACC: tl.constexpr
 ):
+    """Scores plus the mask's, and -inf behind the window's end; `heads` and `slots` span them."""
     if mask_ptr is not None:
         scores += tl.load(
-            mask_ptr + offs_s.to(tl.int64)[:, None] * stride_ms + offs_h[None, :] * stride_mh,
-            mask=(offs_s < S)[:, None] & (offs_h < H)[None, :],
+            mask_ptr + slots.to(tl.int64) * stride_ms + heads * stride_mh,
+            mask=(slots < S) & (heads < H),
             other=0.0,
         ).to(ACC)
-    return tl.where((offs_s < S)[:, None], scores, float("-inf"))
+    return tl.where(slots < S, scores, float("-inf"))
 
 
 @triton.jit
-def _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC: tl.constexpr):
-    """What dropout multiplies the weights of a tile with  # [BLOCK_S, BLOCK_H]"""
-    slots = offs_s[:, None] + offs_h[None, :] * 0
-    heads = offs_h[None, :] + offs_s[:, None] * 0
-    return keep_scale(seed_ptr, stream, heads, slots, slots * 0, dropout_p).to(ACC)
+def _keep(seed_ptr, stream, heads, slots, dropout_p, ACC: tl.constexpr):
+    """What dropout multiplies the weights of a tile with; `heads` and `slots` span it."""
+    at = slots + heads * 0
+    return keep_scale(seed_ptr, stream, heads + slots * 0, at, at * 0, dropout_p).to(ACC)
 
 
 @triton.jit
@@ -89,8 +90,8 @@ def _attend_shared_kernel(
     """One program: BLOCK_V value features of all heads over one part of a stream's window.
 
     Reads its part of key and value once; with ONE_TILE they are one tensor and BLOCK_V spans it,
-    so that both products use one load. The tile is the left operand of both products: its rows
-    and features fill the matrix unit, which the few heads could not.
+    so that both products use one load. That tile is the right operand of both: where it is the left
+    one of either, Triton copies no tile ahead.
     """
     V_BLOCKS: tl.constexpr = (EV + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
@@ -110,7 +111,7 @@ def _attend_shared_kernel(
     m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_H,), ACC)
     kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
-    acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
+    acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
     part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
     if ONE_TILE:
         query = _load_tile(query_ptr, offs_h, stride_qh, offs_v, stride_qe, H, EK)
@@ -120,31 +121,30 @@ def _attend_shared_kernel(
         offs_s = start + tl.arange(0, BLOCK_S)
         if ONE_TILE:
             value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
-            scores = dot(value, tl.trans(query), tl.zeros((BLOCK_S, BLOCK_H), ACC), PRECISION)
-            scores = _masked(scores, mask_ptr, offs_h, offs_s, stride_mh, stride_ms, S, H, ACC)
+            scores = dot(query, tl.trans(value), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
+            scores = _masked(
+                scores, mask_ptr, offs_h[:, None], offs_s[None, :], stride_mh, stride_ms, S, H, ACC
+            )
         else:
             scores = _scores(
                 query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks,
                 stride_ke, stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION,
                 ACC,
             )  # fmt: skip
+            scores = tl.trans(scores)
             value = _load_tile(value_ptr, offs_s, stride_vs, offs_v, stride_ve, S, EV)
         scores *= log2e
-        m_new = tl.maximum(m_i, tl.max(scores, axis=0))
+        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
-        weight = tl.exp2(scores - shift[None, :])
+        weight = tl.exp2(scores - shift[:, None])
         m_i = m_new
-        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            weight *= _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
-            kept_i = kept_i * alpha + tl.sum(weight, axis=0)
-        acc = dot(
-            tl.trans(value),
-            cast(weight, value_ptr.dtype.element_ty),
-            acc * alpha[None, :],
-            PRECISION,
-        )
+            weight *= _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            kept_i = kept_i * alpha + tl.sum(weight, axis=1)
+        weight = cast(weight, value_ptr.dtype.element_ty)
+        acc = dot(weight, value, acc * alpha[:, None], PRECISION)
 
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if split == 0:
@@ -155,15 +155,15 @@ def _attend_shared_kernel(
             alpha = tl.exp2(m_i - shift)
             l_i = l_i * alpha + tl.exp2(sink - shift)
             kept_i *= alpha
-            acc *= alpha[None, :]
+            acc *= alpha[:, None]
             m_i = m_new
 
-    out_offsets = offs_h[None, :] * EV + offs_v[:, None]
-    mask_out = (offs_h < H)[None, :] & (offs_v < EV)[:, None]
+    out_offsets = offs_h[:, None] * EV + offs_v[None, :]
+    mask_out = (offs_h < H)[:, None] & (offs_v < EV)[None, :]
     out_ptr += stream * (H * EV)
     if SPLITS == 1:
         tl.store(
-            out_ptr + out_offsets, cast(acc / l_i[None, :], out_ptr.dtype.element_ty), mask_out
+            out_ptr + out_offsets, cast(acc / l_i[:, None], out_ptr.dtype.element_ty), mask_out
         )
         if v_block == 0:
             tl.store(lse_ptr + stream * H + offs_h, m_i * ln2 + tl.log(l_i), mask=offs_h < H)
@@ -186,7 +186,7 @@ def _attend_shared_kernel(
             shift = finite_or_zero(top)
             total = tl.zeros((BLOCK_H,), ACC)
             kept = tl.zeros((BLOCK_H,), ACC)
-            acc = tl.zeros((BLOCK_V, BLOCK_H), ACC)
+            acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
             for s in range(SPLITS):
                 m = tl.load(ml_ptr + s * 3 * BLOCK_H + offs_h, cache_modifier=".cg")
                 l_sum = tl.load(ml_ptr + (s * 3 + 1) * BLOCK_H + offs_h, cache_modifier=".cg")
@@ -199,8 +199,8 @@ def _attend_shared_kernel(
                 if seed_ptr is not None:
                     kept_ptr_s = ml_ptr + (s * 3 + 2) * BLOCK_H
                     kept += tl.load(kept_ptr_s + offs_h, cache_modifier=".cg") * scale
-                acc += rows * scale[None, :]
-            out = cast(acc / total[None, :], out_ptr.dtype.element_ty)
+                acc += rows * scale[:, None]
+            out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
             tl.store(out_ptr + out_offsets, out, mask_out)
             if v_block == 0:
                 tl.store(lse_ptr + stream * H + offs_h, top * ln2 + tl.log(total), mask=offs_h < H)
@@ -237,7 +237,7 @@ def _shared_weights_kernel(
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     weight = tl.exp2((scores - lse[None, :]) * tl.full((), LOG2E, ACC))
     if seed_ptr is not None:
-        weight *= _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
+        weight *= _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
     if grad_ptr is None:
         average = tl.sum(tl.where(mask_h[None, :], weight, 0.0), axis=1) / H
         tl.store(out_ptr + stream * S + offs_s, average, mask=offs_s < S)
@@ -306,7 +306,7 @@ def _attend_shared_backward_kernel(
         grad_weight += grad_kept.to(ACC)[None, :]
     applied = weight
     if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, offs_h, offs_s, dropout_p, ACC)
+        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
         applied = weight * keep
         grad_weight *= keep
     dtype = grad_key_ptr.dtype.element_ty

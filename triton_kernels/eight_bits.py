@@ -53,11 +53,21 @@ def decode(codes, dtype: tl.constexpr):
     """The numbers over `unit_of` their dtype, which every floating-point dtype holds exactly.
 
     The bits of e4m3 are those of a half with another bias: shifted into place they stand for a
-    256th of the number, subnormal or not. NaN is not told apart; its scale is not finite.
+    256th of the number, subnormal or not. NaN is not told apart; its scale is not finite. The low
+    bits of an integer become those of a number whose last place is one, from which its sign bit,
+    written likewise, is subtracted: two at a time, where a conversion takes registers for each.
     """
     if codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        codes = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        bits = codes.to(tl.uint16) << 7
+        codes = (bits + (bits & 0x4000)).to(tl.float16, bitcast=True)
+    elif dtype.primitive_bitwidth == 16:
+        bits = codes.to(tl.uint8, bitcast=True).to(tl.uint16)
+        if dtype == tl.bfloat16 and not _IN_INTERPRETER:
+            low = ((bits & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+            codes = low - ((bits & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
+        else:
+            low = ((bits & 0x7F) | 0x6400).to(tl.float16, bitcast=True)
+            codes = low - ((bits & 0x80) | 0x6400).to(tl.float16, bitcast=True)
     if _IN_INTERPRETER:  # which truncates where it makes bfloat16
         return codes.to(tl.float32)
     return codes.to(dtype)

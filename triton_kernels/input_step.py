@@ -43,7 +43,7 @@ def _one_more(m, l_sum, kept, acc, score, keep):
     shift = finite_or_zero(m_new)
     alpha = tl.exp2(m - shift)
     weight = tl.exp2(score - shift)
-    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[None, :], weight * keep
+    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[:, None], weight * keep
 
 
 @triton.jit
@@ -78,68 +78,62 @@ def _attend_part(
     query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, begin, end, new_slot,
     dropout_p, dtype: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, ONE_LOAD: tl.constexpr, STAGES: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
 
-    The tile is the left operand of both products: its rows and features fill the matrix unit,
-    which the few heads could not. With ONE_LOAD it is loaded once for both. Wide tiles of fp32, and
-    those of 8 bits, do not fit into registers as the first product wants them, so that one takes
-    them by blocks of features, and the second finds them in the cache. The scales go into the
-    weights over the largest one seen, so that no weight underflows; the sum has that factor taken
-    out.
+    A tile is the right operand of both products; where it is the left one of either, Triton copies
+    no tile ahead. Of tokens STAGES - 1 tiles are under way into shared memory, of codes
+    one into registers. The scales go into the weights over the largest one seen, so that no weight
+    underflows; the sum has that factor taken out.
     """
     offs_e = tl.arange(0, BLOCK_E)
     scale = tl.full((), SCALE * LOG2E, ACC)
-    if ONE_LOAD:
-        query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
+    query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
     m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_H,), ACC)
     kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
-    acc = tl.zeros((BLOCK_E, BLOCK_H), ACC)
+    acc = tl.zeros((BLOCK_H, BLOCK_E), ACC)
     factor = tl.full((), 0.0, tl.float32)
+    if x_scale_ptr is not None:
+        slots = begin + tl.arange(0, BLOCK_S)
+        valid = (slots < end) & (slots != new_slot)
+        next_codes = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_S)
         valid = (slots < end) & (slots != new_slot)
-        scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-        if ONE_LOAD:
+        if x_scale_ptr is None:
             tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
-            scores = dot(tile, tl.trans(query), scores, PRECISION) * scale
         else:
-            for c in range(0, E, BLOCK_C):
-                offs_c = c + tl.arange(0, BLOCK_C)
-                part = _load_tile(x_ring_ptr, slots, valid, offs_c, E)
-                if x_scale_ptr is not None:
-                    part = decode(part, dtype)
-                query = _load_query(query_ptr, stride_qh, offs_h, offs_c, H, E)
-                scores = dot(part, tl.trans(query), scores, PRECISION)
-            scores *= scale
-            tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
-        if x_scale_ptr is not None:
-            tile = decode(tile, dtype)
+            tile = decode(next_codes, dtype)
             by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
             by_slot *= unit_of(x_ring_ptr.dtype.element_ty)
-            scores *= by_slot.to(ACC)[:, None]
-        scores = tl.where(valid[:, None], scores, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(scores, axis=0))
+        scores = dot(query, tl.trans(tile), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION) * scale
+        if x_scale_ptr is not None:
+            scores *= by_slot.to(ACC)[None, :]
+            after = slots + BLOCK_S
+            there = (after < end) & (after != new_slot)
+            next_codes = _load_tile(x_ring_ptr, after, there, offs_e, E)
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
-        weight = tl.exp2(scores - shift[None, :])
+        weight = tl.exp2(scores - shift[:, None])
         m_i = m_new
-        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            at = slots[:, None] + offs_h[None, :] * 0
-            heads = offs_h[None, :] + slots[:, None] * 0
+            at = slots[None, :] + offs_h[:, None] * 0
+            heads = offs_h[:, None] + slots[None, :] * 0
             weight *= keep_scale(seed_ptr, stream, heads, at, at * 0, dropout_p).to(ACC)
-            kept_i = kept_i * alpha + tl.sum(weight, axis=0)
+            kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         if x_scale_ptr is not None:
             larger = tl.maximum(factor, tl.max(by_slot, axis=0))
             divisor = tl.where(larger > 0.0, larger, 1.0)
-            weight *= (by_slot / divisor).to(ACC)[:, None]
+            weight *= (by_slot / divisor).to(ACC)[None, :]
             alpha *= (factor / divisor).to(ACC)
             factor = larger
-        acc = dot(tl.trans(tile), cast(weight, dtype), acc * alpha[None, :], PRECISION)
+        acc = dot(cast(weight, dtype), tile, acc * alpha[:, None], PRECISION)
     if x_scale_ptr is not None:
         acc *= factor.to(ACC)
     if seed_ptr is None:
@@ -164,10 +158,8 @@ def _add_token(
     if x_scale_ptr is not None:
         size = scale_of(token, codes)
         token = encode(token, size, codes)
-        if write:
-            tl.store(x_scale_ptr + new_slot, size)
-    if write:
-        tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e)
+        tl.store(x_scale_ptr + new_slot, size, mask=write)
+    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e & write)
     if x_scale_ptr is not None:
         token = decode(token, tl.float32) * (size * unit_of(codes))
     token = token.to(ACC)
@@ -184,17 +176,17 @@ def _add_token(
     if seed_ptr is not None:
         keep = _keep(seed_ptr, stream, offs_h, new_slot, dropout_p, ACC)
     m, l_sum, kept, acc, weight = _one_more(m, l_sum, kept, acc, score, keep)
-    return m, l_sum, kept + weight, acc + token[:, None] * weight[None, :]
+    return m, l_sum, kept + weight, acc + weight[:, None] * token[None, :]
 
 
 @triton.jit
 def _finish(
-    m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_oh, share_ptr, on_bias_ptr, stream,
+    m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, rows, share_ptr, on_bias_ptr, stream,
     offs_h, dropout_p, H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Add the extra slots' scores, normalise, and store what one stream's heads found."""
+    """Add the extra slots' scores, normalise, and store what a stream's heads found in `rows`."""
     offs_e = tl.arange(0, BLOCK_E)
     mask_h = offs_h < H
     log2e = tl.full((), LOG2E, ACC)
@@ -209,9 +201,9 @@ def _finish(
         score = tl.load(extra_ptr + HAS_BIAS_SLOT, mask=mask_h, other=0.0) * log2e
         m, l_sum, kept, acc, _ = _one_more(m, l_sum, kept, acc, score, one)
     tl.store(
-        out_ptr + offs_h[None, :] * stride_oh + offs_e[:, None],
-        cast(acc / l_sum[None, :], out_ptr.dtype.element_ty),
-        mask=mask_h[None, :] & (offs_e < E)[:, None],
+        out_ptr + rows[:, None] * E + offs_e[None, :],
+        cast(acc / l_sum[:, None], out_ptr.dtype.element_ty),
+        mask=mask_h[:, None] & (offs_e < E)[None, :],
     )
     if share_ptr is not None:
         tl.store(share_ptr + stream * H + offs_h, kept / l_sum, mask=mask_h)
@@ -236,8 +228,7 @@ def _input_step_kernel(
     query_ptr, token_ptr, x_ring_ptr, x_scale_ptr, position_ptr, active_ptr, seed_ptr, extra_ptr,
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, ONE_LOAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +258,7 @@ def _input_step_kernel(
     m, l_sum, kept, acc = _attend_part(
         query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, split * PART,
         tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E, BLOCK_H, BLOCK_S,
-        BLOCK_E, BLOCK_C, ONE_LOAD, STAGES, SCALE, PRECISION, ACC,
+        BLOCK_E, STAGES, SCALE, PRECISION, ACC,
     )  # fmt: skip
     if split == 0:
         m, l_sum, kept, acc = _add_token(
@@ -275,17 +266,17 @@ def _input_step_kernel(
             stream, offs_h, new_slot, dropout_p, m, l_sum, kept, acc, UPDATE and h_block == 0, H, E,
             BLOCK_H, BLOCK_E, BLOCK_Q, SCALE, ACC,
         )  # fmt: skip
-    out_ptr += stream * E
+    rows = offs_h.to(tl.int64) * N + stream
     if SPLITS == 1:
-        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
+        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, rows, share_ptr,
                 on_bias_ptr, stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
                 ADD_ZERO_ATTN, ACC)  # fmt: skip
         _advance(position_ptr, active_ptr, stream, position, UPDATE and H_BLOCKS == 1)
     else:
         in_block = tl.arange(0, BLOCK_H)
         offs_e = tl.arange(0, BLOCK_E)
-        offsets = offs_h[None, :] * E + offs_e[:, None]
-        mask = (offs_h < H)[None, :] & (offs_e < E)[:, None]
+        offsets = offs_h[:, None] * E + offs_e[None, :]
+        mask = (offs_h < H)[:, None] & (offs_e < E)[None, :]
         partial_ptr += stream * (SPLITS * H * E)
         group = stream * H_BLOCKS + h_block
         ml_ptr += group * (SPLITS * 3 * BLOCK_H)
@@ -301,17 +292,17 @@ def _input_step_kernel(
                 top = tl.maximum(top, tl.load(part_ptr, cache_modifier=".cg"))
             l_sum = tl.zeros((BLOCK_H,), ACC)
             kept = tl.zeros((BLOCK_H,), ACC)
-            acc = tl.zeros((BLOCK_E, BLOCK_H), ACC)
+            acc = tl.zeros((BLOCK_H, BLOCK_E), ACC)
             for s in range(SPLITS):
                 part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
                 weight = tl.exp2(tl.load(part_ptr, cache_modifier=".cg") - finite_or_zero(top))
                 l_sum += tl.load(part_ptr + BLOCK_H, cache_modifier=".cg") * weight
                 kept += tl.load(part_ptr + 2 * BLOCK_H, cache_modifier=".cg") * weight
-                rows = tl.load(
+                found = tl.load(
                     partial_ptr + s * (H * E) + offsets, mask=mask, other=0.0, cache_modifier=".cg"
                 )
-                acc += rows * weight[None, :]
-            _finish(top, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, stride_h, share_ptr,
+                acc += found * weight[:, None]
+            _finish(top, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, rows, share_ptr,
                     on_bias_ptr, stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E,
                     HAS_BIAS_SLOT, ADD_ZERO_ATTN, ACC)  # fmt: skip
             _advance(position_ptr, active_ptr, stream, position, UPDATE and H_BLOCKS == 1)
@@ -324,7 +315,7 @@ def _input_group_kernel(
     out_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ONE_LOAD: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -378,7 +369,7 @@ def _input_group_kernel(
         m, l_sum, kept, acc = _attend_part(
             rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, offs_h, 0,
             tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
-            BLOCK_S, BLOCK_E, BLOCK_C, ONE_LOAD, STAGES, SCALE, PRECISION, ACC,
+            BLOCK_S, BLOCK_E, STAGES, SCALE, PRECISION, ACC,
         )  # fmt: skip
         m, l_sum, kept, acc = _add_token(
             rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
@@ -386,7 +377,7 @@ def _input_group_kernel(
             BLOCK_Q, SCALE, ACC,
         )  # fmt: skip
         tl.debug_barrier()  # all have read the queries that the results overwrite
-        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, rows_ptr, E, share_ptr, on_bias_ptr,
+        _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, rows_ptr, offs_h, share_ptr, on_bias_ptr,
                 stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
                 ADD_ZERO_ATTN, ACC)  # fmt: skip
         _advance(position_ptr, active_ptr, stream, position, UPDATE)
@@ -596,12 +587,13 @@ def input_step_(
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, dot_precision(),
                tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip
-    sizes = (plan.block_c, plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.one_load)
+    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
         args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,
                 N, query.stride(0), dropout_p)  # fmt: skip
-        constants = constants_of(num_heads, E, L, plan.block_n, plan.block_d, *sizes, *options)
+        blocks = (plan.block_n, plan.block_d, plan.block_c)
+        constants = constants_of(num_heads, E, L, *blocks, *sizes, *options)
         grid = (triton.cdiv(N, plan.block_n), 1, 1)
         launch(_input_group_kernel, grid, args, constants, num_warps=plan.num_warps)
         return linear(out, out_proj_weight, out_proj_bias)

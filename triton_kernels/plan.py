@@ -169,9 +169,9 @@ class SharedPlan(NamedTuple):
     stages: int
 
 
-# Slots of a tile by padded embed_dim, for 16-bit elements: 16 to 64 KiB are asked for at a time,
-# and the accumulator of all features stays under 64 registers a thread.
-SHARED_ROWS = {64: 128, 128: 128, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
+# beside the queries, on every architecture; once of the widest.
+SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
 
 
 @lru_cache(maxsize=1024)
@@ -179,7 +179,8 @@ def shared_plan(
     N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool, dropout: bool = False
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
-    block_h = max(8, triton.next_power_of_2(H))
+    # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
+    block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
     one_tile = one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16
     if one_tile:
@@ -188,13 +189,15 @@ def shared_plan(
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
         block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
-        block_s, warps = 64 if itemsize == 2 else 32, 8 if dropout else 4
+        block_s = 64 if itemsize == 2 else 32
+        warps = 8 if (itemsize == 2) + dropout + (block_h > 16) > 1 else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
     splits = 1
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
-    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, 2)
+    stages = 3 if one_tile and width <= 1024 else 2
+    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, stages)
 
 
 @lru_cache(maxsize=1024)
@@ -212,9 +215,11 @@ class InputPlan(NamedTuple):
     """How a step over a ring of inputs runs.
 
     path: "gemm", matrix products per head around the kernel; "fused", in it, by groups of streams.
-    one_load: of a tile, for both products; otherwise the first takes block_c features at a time.
+    block_c: features of the weights that "fused" takes at a time.
     block_q: features of the queries that are in registers for the new token's scores.
     block_h: heads of a program; of more, each block is a program.
+    stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
+    for fewer; codes are fetched ahead into registers, without.
     """
 
     path: str
@@ -226,7 +231,6 @@ class InputPlan(NamedTuple):
     block_h: int
     block_s: int
     block_e: int
-    one_load: bool
     num_warps: int
     stages: int
 
@@ -248,18 +252,15 @@ INPUT_RULES = (
     InputRule("fused", 2 * 16 * MULTIPROCESSORS, 8, 512),
     InputRule("gemm", 0, _NO_LIMIT, _NO_LIMIT),
 )
-# Slots of a tile by padded embed_dim: 64 KiB at most, as much as the accumulators leave room for.
+# Slots of a tile by padded embed_dim; of 8 bits, what fits decoded into registers.
 INPUT_ROWS_16 = SHARED_ROWS
-INPUT_ROWS_32 = {64: 64, 128: 32, 256: 16, 512: 16, 1024: 16}
-INPUT_ROWS_8 = INPUT_ROWS_16 | {128: 64}  # under 16-bit tokens: decoded tiles are in registers
-# Accumulators of a program, heads * padded embed_dim; fp32 wants the registers for its products.
+INPUT_ROWS_32 = {64: 64, 128: 32, 256: 32, 512: 16, 1024: 16}
+INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
+# Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
+# The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
 MAX_INPUT_ACCUMULATORS_16 = 16384
 MAX_INPUT_ACCUMULATORS_32 = 8192
-MAX_INPUT_HEADS = 32  # of a program, for the scores of its tile
-# Of wider tiles the two products take copies of their own; the former where blocks of heads share
-# a stream, which takes registers besides.
-ONE_LOAD_FEATURES_16 = 1024
-ONE_LOAD_FEATURES_32 = 512
+MAX_INPUT_HEADS = 32
 
 
 def input_step_covers(E: int, H: int, itemsize: int) -> str | None:
@@ -284,19 +285,20 @@ def input_plan(
     `path` and `splits` override the table.
     """
     block_e = max(64, triton.next_power_of_2(E))
-    most = MAX_INPUT_ACCUMULATORS_16 if itemsize == 2 else MAX_INPUT_ACCUMULATORS_32
-    block_h = min(max(8, triton.next_power_of_2(H)), most // block_e, MAX_INPUT_HEADS)
+    least, most = 8, MAX_INPUT_ACCUMULATORS_32
+    if itemsize == 2:
+        least, most = 16, MAX_INPUT_ACCUMULATORS_16
+    block_h = min(max(least, triton.next_power_of_2(H)), MAX_INPUT_HEADS)
+    block_h = max(least, min(block_h, most // block_e))
     for rule in INPUT_RULES:
         fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
         fits = fits and rule.max_embed_dim >= E and block_h >= H
         if rule.path == path or (path is None and fits):
             break
-    if itemsize == 2:
-        rows = (INPUT_ROWS_8 if codes else INPUT_ROWS_16)[block_e]
-        one_load = block_h >= H or block_e <= ONE_LOAD_FEATURES_16
-    else:
+    if itemsize > 2:
         rows = INPUT_ROWS_32[block_e]
-        one_load = block_e <= ONE_LOAD_FEATURES_32
+    else:
+        rows = (INPUT_ROWS_8 if codes else INPUT_ROWS_16)[block_e]
     block_s = max(16, min(rows, triton.next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
@@ -306,20 +308,20 @@ def input_plan(
         while streams * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
             splits *= 2
     block_d = max(16, triton.next_power_of_2(E // H))
-    warps = 8 if block_e >= 512 else 4
     return InputPlan(
         path=rule.path,
         splits=splits,
         block_n=16,
         block_d=block_d,
-        block_c=max(16, min(128, 8192 // block_d, block_e)),
-        block_q=min(block_e // 2, 4096 // block_h),
+        block_c=max(16, min(64, 8192 // block_d, block_e)),
+        block_q=min(
+            block_e // 2, (4096 if itemsize == 2 else 1024) // block_h, (1 << 18) // block_e
+        ),
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
-        one_load=one_load and not codes,
-        num_warps=warps,
-        stages=2,
+        num_warps=8 if block_h * block_e >= most or (itemsize > 2 and rule.path == "fused") else 4,
+        stages=1 if codes else 3 if block_e <= 1024 else 2,
     )
 
 

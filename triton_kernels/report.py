@@ -226,20 +226,23 @@ def clip_table(dtype: torch.dtype = torch.bfloat16) -> str:
     return "\n".join(rows)
 
 
-# Of these the resident programs can each have a whole tile under way.
+# Of these the resident programs can each have whole tiles under way.
 STREAMING = (
     "_ring_step_kernel", "_group_step_kernel", "_input_step_kernel", "_attend_shared_kernel",
 )  # fmt: skip
 
 
-def kernel_rows(name: str, launches: list[Launch], tile_bytes: int = 0) -> list[str]:
-    """One row per kernel: what the compiler made of it, and the bytes it keeps in flight."""
+def kernel_rows(name: str, launches: list[Launch], ahead: int = 0) -> list[str]:
+    """One row per kernel: what the compiler made of it, and the bytes it keeps in flight.
+
+    `ahead`: bytes that a program asks for before it needs them.
+    """
     rows = []
     for launch in launches:
         report = aot.compile_launch(launch, CAPABILITY)
         resident = report.resident_programs(SHARED_MEMORY[CAPABILITY])
-        streams = report.kernel in STREAMING and tile_bytes
-        in_flight = f"{resident * tile_bytes / 1024:.0f} KiB" if streams else ""
+        streams = report.kernel in STREAMING and ahead
+        in_flight = f"{resident * ahead / 1024:.0f} KiB" if streams else ""
         rows.append(
             f"| {name} | `{report.kernel}` | {report.programs} | {report.threads} "
             f"| {report.registers} | {report.shared_bytes} | {resident} | {in_flight} |"
@@ -271,7 +274,8 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
         rows += kernel_rows(name, aot.step_launches(N, E, H, L, dtype), tile)
     for N, E, H, L, codes in INPUT_CASES:
         input_ = input_plan(N, E, H, L, dtype.itemsize, codes is not None)
-        tile = min(input_.block_s, L) * E * dtype.itemsize if input_.one_load else 0
+        tiles = min(max(input_.stages - 1, 1), triton.cdiv(L, input_.block_s))
+        tile = tiles * min(input_.block_s, L) * E * (codes or dtype).itemsize
         name = f"inputs N={N} E={E} H={H} L={L}" + (", int8" if codes else "")
         rows += kernel_rows(name, aot.input_step_launches(N, E, H, L, dtype, codes=codes), tile)
     rows += kernel_rows("256 tokens, E=512", aot.steps_launches(8, 256, 512, 8, 64, dtype))
