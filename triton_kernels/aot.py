@@ -40,7 +40,6 @@ _LOADS = {
     "anywhere": re.compile(r"\bLDG(?:STS)?\.(\S*)"),
     "shared memory": re.compile(r"\bLDGSTS\.(\S*)"),
 }
-_SPILL = re.compile(r"\b(?:LDL|STL)\b")
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma|tcgen05\.mma)")
 
 
@@ -66,14 +65,6 @@ class Report(NamedTuple):
 
         `into="shared memory"`: of those alone that copy a later tile while one is worked on.
         """
-        loads = [m for line in self._in_loops() if (m := _LOADS[into].search(line))]
-        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
-
-    def spills_in_loops(self) -> int:
-        """Instructions inside loops that read or write what registers did not hold."""
-        return sum(bool(_SPILL.search(line)) for line in self._in_loops())
-
-    def _in_loops(self) -> list[str]:
         lines = self.sass.splitlines()
         labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
         looped: set[int] = set()
@@ -81,7 +72,8 @@ class Report(NamedTuple):
             target = _BRANCH.search(line)
             if target and labels.get(target[1], i) < i:
                 looped.update(range(labels[target[1]], i))
-        return [lines[i] for i in sorted(looped)]
+        loads = [m for i in sorted(looped) if (m := _LOADS[into].search(lines[i]))]
+        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
 
     def has_matrix_instructions(self) -> bool:
         """Whether any multiplication runs on the tensor cores."""
