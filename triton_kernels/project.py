@@ -94,7 +94,7 @@ def project(
     constants = constants_of(
         features, plan.block_n, plan.block_o,
         max(16, min(block_k, triton.next_power_of_2(features))),
-        2, plan.pdl, dot_precision(),
+        3 if x.element_size() == 2 else 2, plan.pdl, dot_precision(),
         tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
