@@ -68,7 +68,7 @@ STEP_RULES = (
 
 # Rows of the ring in one tile and warps, by padded head_dim, for 16-bit elements: 32 elements of k
 # and of v per thread, so that with the next tile's loads a thread stays under 200 registers.
-RING_TILES = {8: (512, 4), 16: (256, 4), 32: (256, 8), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
+RING_TILES = {8: (512, 4), 16: (256, 4), 32: (256, 8), 64: (64, 4), 128: (32, 4), 256: (32, 8)}
 # The same for one byte per number. From 16 features on a tile has at most as many rows as threads:
 # with more, the rows' scales come through shared memory, with a barrier in the loop.
 RING_TILES_8 = {8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (64, 4), 128: (64, 4), 256: (32, 4)}

@@ -21,6 +21,9 @@ def project_rows(
     """Rows of x times rows of the weight, plus bias  # [BLOCK_N, BLOCK_O]"""
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
+    bias = tl.zeros((BLOCK_O,), ACC)
+    if bias_ptr is not None:  # ahead of the loop, behind which it would be a round trip more
+        bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         mask_k = k + offs_k < K
         x = tl.load(
@@ -34,9 +37,7 @@ def project_rows(
             other=0.0,
         )  # [BLOCK_O, BLOCK_K]
         acc = dot(x, tl.trans(weight), acc, PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
-    return acc
+    return acc + bias[None, :]
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def project(
     constants = constants_of(
         features, plan.block_n, plan.block_o,
         max(16, min(block_k, triton.next_power_of_2(features))),
-        2, plan.pdl, dot_precision(),
+        3 if x.element_size() == 2 else 2, plan.pdl, dot_precision(),
         tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)

@@ -286,7 +286,8 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
     rows += kernel_rows("256 tokens, E=512, int8", eight_bits[1:])
     for E in (512, 1024, 2048):
         shared = shared_plan(256, 8, 64, E, E, dtype.itemsize, True)
-        tile = min(shared.block_s, 64) * E * dtype.itemsize
+        tiles = min(shared.stages - 1, triton.cdiv(64, shared.block_s))
+        tile = tiles * min(shared.block_s, 64) * E * dtype.itemsize
         name = f"single query N=256 L=64 E={E}"
         rows += kernel_rows(name, aot.shared_launches(256, 8, 64, E, dtype), tile)
     full_launches = aot.shared_launches(256, 8, 64, 1024, dtype, full=True)

@@ -38,30 +38,30 @@ def _project_head(
 ):  # fmt: skip
     """This head's rows of weight @ x + bias  # [BLOCK_D]"""
     offs_d = tl.arange(0, BLOCK_D)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_d = offs_d < D
-    row_ptr = weight_ptr + (head * D + offs_d)[:, None] * K
-    if USE_DOT:
-        acc = tl.zeros((16, BLOCK_D), ACC)
+    rows = head * D + offs_d
+    if USE_DOT:  # the token as the only one of 16 rows: its blocks are then copied ahead as well
+        offs_n = tl.arange(0, 16)
+        projected = project_rows(x_ptr, 0, stride_xe, weight_ptr, bias_ptr, offs_n, offs_n == 0,
+                                 rows, mask_d, K, 16, BLOCK_D, BLOCK_K, STAGES, PRECISION,
+                                 ACC)  # fmt: skip
+        projected = tl.sum(tl.where((offs_n == 0)[:, None], projected, 0.0), axis=0)
     else:
+        bias = tl.zeros((BLOCK_D,), ACC)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + rows, mask=mask_d, other=0.0).to(ACC)
+        offs_k = tl.arange(0, BLOCK_K)
         acc = tl.zeros((BLOCK_D, BLOCK_K), ACC)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        mask_k = k + offs_k < K
-        weight = tl.load(
-            row_ptr + (k + offs_k)[None, :], mask=mask_d[:, None] & mask_k[None, :], other=0.0
-        )  # [BLOCK_D, BLOCK_K]
-        x = tl.load(x_ptr + (k + offs_k).to(tl.int64) * stride_xe, mask=mask_k, other=0.0)
-        if USE_DOT:
-            acc = dot(tl.broadcast_to(x[None, :], (16, BLOCK_K)), tl.trans(weight), acc, PRECISION)
-        else:
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            mask_k = k + offs_k < K
+            weight = tl.load(
+                weight_ptr + rows[:, None] * K + (k + offs_k)[None, :],
+                mask=mask_d[:, None] & mask_k[None, :],
+                other=0.0,
+            )  # [BLOCK_D, BLOCK_K]
+            x = tl.load(x_ptr + (k + offs_k).to(tl.int64) * stride_xe, mask=mask_k, other=0.0)
             acc += x.to(ACC)[None, :] * weight.to(ACC)
-    if USE_DOT:
-        first = tl.arange(0, 16) == 0
-        projected = tl.sum(tl.where(first[:, None], acc, 0.0), axis=0)
-    else:
-        projected = tl.sum(acc, axis=1)
-    if bias_ptr is not None:
-        projected += tl.load(bias_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
+        projected = tl.sum(acc, axis=1) + bias
     return tl.where(mask_d, projected, 0.0)  # whose padding is NaN if the token is not finite
 
 
@@ -155,7 +155,7 @@ def _attend_ring(
     """Online softmax of each row of a tile over the slots that it passes in steps of BLOCK_L.
 
     Queries are (1, BLOCK_D) or one for every row; so are `first_row` of a row's ring, its `end`,
-    and the slot that is left out. The first tile is loaded already.
+    and the slot that is left out. The first tile is loaded already, whatever its slots hold.
     """
     scale = tl.full((), SCALE * LOG2E, ACC)
     # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
@@ -163,6 +163,10 @@ def _attend_ring(
     l_i = tl.zeros((ROWS,), ACC)
     acc = tl.zeros((ROWS, BLOCK_D), ACC)
     valid = (slots < end) & (slots != new_slot)
+    if v_scale_ptr is None:  # what is not finite would make NaN of a weight of zero
+        v_next = tl.where(valid[:, None], v_next, 0)
+    else:
+        v_scale_next = tl.where(valid, v_scale_next, 0.0)
     for _ in range(begin, stop, BLOCK_L):
         k = _numbers(k_next, k_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
         v = _numbers(v_next, v_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
@@ -237,28 +241,30 @@ def _merge_parts(
     offs_s = tl.arange(0, BLOCK_S)
     part = tl.arange(0, BLOCK_H)[:, None] * SPLITS + offs_s[None, :]
     there = (offs_s < SPLITS)[None, :] & (part < HEADS * SPLITS)
-    if ml_ptr is None:
-        share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
-    else:
-        m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
-        share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
-    share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
-    part = tl.reshape(part, (BLOCK_H * BLOCK_S,))
-    there = tl.reshape(there, (BLOCK_H * BLOCK_S,))
+    row = tl.reshape(part, (BLOCK_H * BLOCK_S,))
+    row_there = tl.reshape(there, (BLOCK_H * BLOCK_S,))
     offs_w = tl.arange(0, BLOCK_W)
     for w in range(0, WIDTH, BLOCK_W):
+        # All that a block needs is asked for at once: the rows do not wait for their shares.
         mask_w = w + offs_w < limit
         rows = tl.load(
-            partial_ptr + part[:, None] * WIDTH + (w + offs_w)[None, :],
-            mask=there[:, None] & mask_w[None, :],
+            partial_ptr + row[:, None] * WIDTH + (w + offs_w)[None, :],
+            mask=row_there[:, None] & mask_w[None, :],
             other=0.0,
             cache_modifier=".cg",
         )  # [BLOCK_H * BLOCK_S, BLOCK_W]
-        out = tl.sum(rows * share[:, None], axis=0)
+        bias = tl.zeros((BLOCK_W,), ACC)
         if bias_ptr is not None:
-            out += tl.load(bias_ptr + (w + offs_w) % E, mask=mask_w, other=0.0).to(ACC)
+            bias = tl.load(bias_ptr + (w + offs_w) % E, mask=mask_w, other=0.0).to(ACC)
+        if ml_ptr is None:
+            share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
+        else:
+            m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+            l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
+            share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
+        share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
+        out = tl.sum(rows * share[:, None], axis=0) + bias
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
@@ -331,8 +337,9 @@ def _ring_step_kernel(
     start_after_previous_launch(PDL)
 
     position = tl.load(position_ptr + stream)
-    new_slot = (position % L).to(tl.int32)
-    last_slot = tl.minimum(position, L - 1).to(tl.int32)
+    advance = tl.full((), 1, tl.int64)
+    if active_ptr is not None:
+        advance = tl.load(active_ptr + stream).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     head_d = head * D + offs_d
@@ -344,19 +351,18 @@ def _ring_step_kernel(
     query_ptr += stream * stride_qn
     scale = tl.full((), SCALE * LOG2E, ACC)
 
-    # The new token's own slot is left out of the ring: its key and value come from registers.
+    # The new token's own slot is left out of the ring: its key and value come from registers. The
+    # first tile does not wait for the position; what of it is not there is left out below.
     PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_L - 1) // BLOCK_L * BLOCK_L
     begin = role * PART
-    end = tl.minimum(begin + PART, last_slot + 1)
     slots = begin + tl.arange(0, BLOCK_L)
-    valid = (slots < end) & (slots != new_slot)
-    k_next = _load_ring(k_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
-    v_next = _load_ring(v_ring_ptr, slots, valid, D, BLOCK_D, PER_LOAD)
+    k_next = _load_ring(k_ring_ptr, slots, slots < L, D, BLOCK_D, PER_LOAD)
+    v_next = _load_ring(v_ring_ptr, slots, slots < L, D, BLOCK_D, PER_LOAD)
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + slots, mask=valid, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + slots, mask=valid, other=0.0)
+        k_scale_next = tl.load(k_scale_ptr + slots, mask=slots < L, other=0.0)
+        v_scale_next = tl.load(v_scale_ptr + slots, mask=slots < L, other=0.0)
 
     dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
@@ -372,6 +378,8 @@ def _ring_step_kernel(
         q = _token_part(query_ptr, stride_qe, q_weight_ptr, in_bias_ptr, head, PROJECT, E, D,
                         BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
 
+    new_slot = (position % L).to(tl.int32)
+    end = tl.minimum(begin + PART, tl.minimum(position, L - 1).to(tl.int32) + 1)
     m_i, l_i, acc = _attend_ring(
         q[None, :], k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
         v_scale_ptr, seed_ptr, stream, head, 0, slots, end, new_slot, begin, end, dropout_p,
@@ -447,10 +455,7 @@ def _ring_step_kernel(
             _merge_parts(partial_ptr, ml_ptr, o_bias_ptr, out_ptr + stream * E, E, H, PARTS, E, E,
                          BLOCK_M, BLOCK_H, BLOCK_S, ACC)  # fmt: skip
             if UPDATE:
-                step = tl.full((), 1, tl.int64)
-                if active_ptr is not None:
-                    step = tl.load(active_ptr + stream).to(tl.int64)
-                tl.store(position_ptr + stream, position + step)
+                tl.store(position_ptr + stream, position + advance)
     elif SPLITS > 1:
         group = stream * H + head
         partial_ptr += group * (SPLITS * (D + 4))
@@ -524,21 +529,21 @@ def _group_step_kernel(
     head_d = head * D + offs_d
 
     position = tl.load(position_ptr + streams, mask=there, other=0)
-    new_slot = (position % L).to(tl.int32)
-    end = tl.where(there, tl.minimum(position, L - 1).to(tl.int32) + 1, 0)
+    advance = tl.full((GROUP,), 1, tl.int64)
+    if active_ptr is not None:
+        advance = tl.load(active_ptr + streams, mask=there, other=0).to(tl.int64)
     first_row = (streams * H + head) * L
     slots = _by_row(tl.arange(0, BLOCK_L)[None, :], GROUP, BLOCK_L)
     row_of = _by_row(first_row[:, None], GROUP, BLOCK_L)
-    end_of = _by_row(end[:, None], GROUP, BLOCK_L)
-    new_of = _by_row(new_slot[:, None], GROUP, BLOCK_L)
-    valid = (slots < end_of) & (slots != new_of)
-    k_next = _load_ring(k_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
-    v_next = _load_ring(v_ring_ptr, row_of + slots, valid, D, BLOCK_D, PER_LOAD)
+    # The first tile does not wait for the positions; what of it is not there is left out below.
+    held = _by_row(tl.where(there, L, 0)[:, None], GROUP, BLOCK_L) > slots
+    k_next = _load_ring(k_ring_ptr, row_of + slots, held, D, BLOCK_D, PER_LOAD)
+    v_next = _load_ring(v_ring_ptr, row_of + slots, held, D, BLOCK_D, PER_LOAD)
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + row_of + slots, mask=valid, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + row_of + slots, mask=valid, other=0.0)
+        k_scale_next = tl.load(k_scale_ptr + row_of + slots, mask=held, other=0.0)
+        v_scale_next = tl.load(v_scale_ptr + row_of + slots, mask=held, other=0.0)
 
     dtype = out_ptr.dtype.element_ty
     k_part_ptr = k_weight_ptr
@@ -568,6 +573,10 @@ def _group_step_kernel(
 
     q_of = tl.reshape(tl.broadcast_to(q[:, None, :], (GROUP, BLOCK_L, BLOCK_D)), (ROWS, BLOCK_D))
     stream_of = _by_row(streams[:, None], GROUP, BLOCK_L)
+    new_slot = (position % L).to(tl.int32)
+    end = tl.where(there, tl.minimum(position, L - 1).to(tl.int32) + 1, 0)
+    end_of = _by_row(end[:, None], GROUP, BLOCK_L)
+    new_of = _by_row(new_slot[:, None], GROUP, BLOCK_L)
     m_i, l_i, acc = _attend_ring(
         q_of, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
         v_scale_ptr, seed_ptr, stream_of, head, row_of, slots, end_of, new_of, 0,
@@ -608,10 +617,7 @@ def _group_step_kernel(
         _merge_parts(partial_ptr, None, o_bias_ptr, out_ptr + first * E, limit, H, 1, GROUP * E, E,
                      BLOCK_M, BLOCK_H, 1, ACC)  # fmt: skip
         if UPDATE:
-            step = tl.full((GROUP,), 1, tl.int64)
-            if active_ptr is not None:
-                step = tl.load(active_ptr + streams, mask=there, other=0).to(tl.int64)
-            tl.store(position_ptr + streams, position + step, mask=there)
+            tl.store(position_ptr + streams, position + advance, mask=there)
 
 
 def project_inputs(
