@@ -383,8 +383,9 @@ def steps_plan(
         table = STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_t, block_s, warps = table[block_d]
-    if dropout and not (backward and itemsize > 2):  # Philox keeps five numbers per weight
-        block_t = max(16, block_t // 2)
+    of_few_weights = block_d == 256 and codes and itemsize == 2  # eight warps share them
+    if dropout and not (backward and itemsize > 2) and not of_few_weights:
+        block_t = max(16, block_t // 2)  # Philox keeps five numbers per weight
         if itemsize > 2 and block_d == 256:
             warps *= 2
     if dropout and backward and itemsize > 2:
