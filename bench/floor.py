@@ -18,7 +18,7 @@ from .peers import libraries, ours
 from .peers.base import Ready
 from .problem import Problem
 from .ratios import geometric_mean
-from .tables import markdown
+from .tables import figures, markdown
 from .timing import Contestant, time_on_host
 
 # The points for which the design has figures of the reference package.
@@ -67,8 +67,8 @@ def table(threads: int, budget: float) -> str:
         step, reference, projections = microseconds(case, budget)
         floor = projections + case.state_bytes / bandwidth / 1e3
         sizes = f"{streams}, {case.embed_dim}, {case.num_heads}, {case.sequence_len}"
-        figures = (step, reference, reference / step, floor, step / floor)
-        lines.append([str(threads), sizes, *(f"{figure:.3g}" for figure in figures)])
+        found = (step, reference, reference / step, floor, step / floor)
+        lines.append([str(threads), sizes, *map(figures, found)])
         ratios.append(reference / step)
     header = ["threads", "N, E, H, L", "step, µs", "continual-inference, µs", "ratio", "floor, µs"]
     made = markdown([*header, "step / floor"], lines)

@@ -22,17 +22,18 @@ def microseconds(row: Row | None) -> str:
     """Median and percentiles at three figures."""
     if row is None:
         return ""
-    spread = f"{_figures(row['p20_us'])}–{_figures(row['p80_us'])}"
-    return f"{_figures(row['median_us'])} ({spread})"
+    spread = f"{figures(row['p20_us'])}–{figures(row['p80_us'])}"
+    return f"{figures(row['median_us'])} ({spread})"
 
 
-def _figures(value: float) -> str:
+def figures(value: float) -> str:
+    """A number at three figures, or all before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def times_as(ratio: Ratio | None) -> str:
     """A speed-up: ``4.2×``."""
-    return "" if ratio is None else f"{_figures(ratio.value)}×"
+    return "" if ratio is None else f"{figures(ratio.value)}×"
 
 
 def _sizes(case: Case) -> list[str]:
@@ -84,7 +85,7 @@ def summary(results: Results) -> str:
             ]
             if found:
                 numbers = (geometric_mean(found), min(found), max(found))
-                cells = [f"{_figures(x)}×" for x in numbers]
+                cells = [f"{figures(x)}×" for x in numbers]
                 lines.append([f"{mode}: {rival}", str(len(found)), *cells])
     header = ["over", "shapes", "geometric mean", "least", "most"]
     return markdown(header, lines) if lines else ""
@@ -100,7 +101,7 @@ def dispatch(results: Results) -> str:
         if known:
             best = max(known, key=lambda name: known[name].value)
             lost = known[best].value
-            judged = "noise" if lost < 1 + 2 * known[best].noise else f"{_figures(lost)}×"
+            judged = "noise" if lost < 1 + 2 * known[best].noise else f"{figures(lost)}×"
             lines.append([f"{case.mode} {_sizes(case)[0]}", _sizes(case)[1], best, judged])
     return markdown(["shape", "N", "our fastest", "automatic takes"], lines) if lines else ""
 
@@ -109,7 +110,7 @@ def ceilings(results: Results) -> str:
     """What the machine can do."""
     found = {(r["name"], r["of"]): r for r in results.rows if r["kind"] == "ceiling"}
     lines = [
-        [f"{name}, {of}", f"{_figures(r['value'])} {r['unit']}"] for (name, of), r in found.items()
+        [f"{name}, {of}", f"{figures(r['value'])} {r['unit']}"] for (name, of), r in found.items()
     ]
     return markdown(["ceiling, on bytes or dtype", "measured"], lines) if lines else ""
 
