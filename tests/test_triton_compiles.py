@@ -9,6 +9,7 @@ import torch
 
 from continual_mha.triton_kernels import aot, plan
 from continual_mha.triton_kernels.eight_bits import CODES
+from continual_mha.triton_kernels.input_step import _asked_kernel
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch
 from continual_mha.triton_kernels.ring_steps import ring_steps_kernel
 
@@ -48,6 +49,27 @@ def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for N, E, H, L, dtype, codes in GROUPS:
         launches = aot.step_launches(N, E, H, L, dtype, path="group", codes=codes)
         yield f"group-{N}-{E}-{H}-{L}-{dtype}-{codes}", launches
+
+
+def full_configurations() -> Iterator[tuple[str, list[Launch]]]:
+    """Steps with every option at once, which take registers besides; not what copies alone."""
+    for path, shape in (
+        ("fused", (1, 512, 8, 32)), ("group", (64, 256, 8, 64)), ("gemm", (4096, 1024, 4, 250)),
+    ):  # fmt: skip
+        for dtype in (HALF, FULL):
+            yield f"full-{path}-{dtype}", aot.step_launches(*shape, dtype, path, full=True)
+    launches = aot.step_launches(64, 256, 8, 64, HALF, "group", torch.int8, full=True)
+    yield "full-group-int8", launches
+    for path, shape, dtype, codes in (
+        ("gemm", (512, 512, 8, 250), HALF, None),
+        ("gemm", (512, 1024, 8, 250), HALF, None),
+        ("gemm", (512, 512, 8, 250), FULL, None),
+        ("gemm", (512, 512, 8, 250), HALF, torch.int8),
+        ("fused", (8192, 512, 8, 32), HALF, None),
+    ):
+        launches = aot.input_step_launches(*shape, dtype, path, codes, full=True)
+        name = f"full-inputs-{path}-{shape[1]}-{dtype}-{codes}"
+        yield name, [x for x in launches if x.kernel is not _asked_kernel]
 
 
 def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
@@ -104,6 +126,7 @@ CONFIGURATIONS = dict(
     [
         *step_configurations(),
         *input_configurations(),
+        *full_configurations(),
         *steps_configurations(),
         *shared_configurations(),
     ]
@@ -124,7 +147,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         assert report.spills == 0, report.kernel
         assert report.resident_programs(plan.SHARED_MEMORY[capability]) >= 1, report.kernel
         reads_ring = report.kernel == "_ring_step_kernel"
-        if reads_ring and not name.startswith("fused"):
+        if reads_ring and "fused" not in name:
             loads = report.loads_in_loops()
             eight_bits = launch.args[11].dtype in CODES  # with a scale for every row
             wide = "64" if eight_bits and name.startswith("ring-D8-") else "128"

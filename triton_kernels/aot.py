@@ -141,6 +141,9 @@ def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+_DELAY = 3  # of steps with every option
+
+
 def _ring_arguments(N: int, E: int, H: int, L: int, dtype: torch.dtype) -> list[Any]:
     """Self-attention's weights with biases, and the state without a delay."""
     ring = _meta(dtype, N, H, L, E // H)
@@ -158,10 +161,11 @@ def step_launches(
     dtype: torch.dtype,
     path: str | None = None,
     codes: torch.dtype | None = None,
+    full: bool = False,
 ) -> list[Launch]:
     """Our launches of one step; `path` as in `step_plan`, or "invariant".
 
-    `codes` is the dtype of rings of 8 bits.
+    `codes` is the dtype of rings of 8 bits; `full`: a delay, extra slots, paused streams, dropout.
     """
     token = _meta(dtype, N, E)
     slot = (codes or dtype).itemsize
@@ -174,9 +178,13 @@ def step_launches(
     if codes is not None:
         args[8] = args[9] = _meta(codes, N, H, L, E // H)
         scale = _meta(torch.float32, N, H, L, 1)
+    options: list[Any] = [None, False, 0.0]
+    if full:
+        args[6:8] = 2 * [_meta(dtype, 1, 1, E)]
+        args[10] = _meta(dtype, N, _DELAY + 1, E)
+        options = [_meta(torch.bool, N), True, 0.1]
     with record() as launches:
-        options = [None, False, 0.0, True, scale, scale, False, plan]
-        ring_step_(*[token, token, token, *args, *options])
+        ring_step_(*[token, token, token, *args, *options, True, scale, scale, False, plan])
     return launches
 
 
@@ -188,29 +196,26 @@ def input_step_launches(
     dtype: torch.dtype,
     path: str | None = None,
     codes: torch.dtype | None = None,
+    full: bool = False,
 ) -> list[Launch]:
     """Our launches of one step over inputs; `codes` is the dtype of a ring of 8 bits.
 
-    `path` as in `input_plan`, or "invariant".
+    `path` as in `input_plan`, or "invariant"; `full` as in `step_launches`.
     """
-    weights, bias = _meta(dtype, 3 * E, E), _meta(dtype, 3 * E)
-    ring = _meta(codes or dtype, N, L, E)
-    scale = None if codes is None else _meta(torch.float32, N, L, 1)
-    args: list[Any] = [
-        _meta(dtype, N, E),
-        weights,
-        bias,
-        _meta(dtype, E, E),
-        _meta(dtype, E),
-        None,
-        None,
-    ]
-    args += [ring, _meta(torch.int64, N)]
+    ring, scale = _meta(codes or dtype, N, L, E), None
+    if codes is not None:
+        scale = _meta(torch.float32, N, L, 1)
+    extra: list[Any] = 2 * [_meta(dtype, 1, 1, E) if full else None]
+    args = [
+        _meta(dtype, N, E), _meta(dtype, 3 * E, E), _meta(dtype, 3 * E), _meta(dtype, E, E),
+        _meta(dtype, E), *extra, ring, _meta(torch.int64, N), H,
+    ]  # fmt: skip
+    options = [_DELAY, _meta(torch.bool, N), True, 0.1] if full else [0, None, False, 0.0]
     invariant = path == "invariant"
     given = None if invariant else path
     plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, given)
     with record() as launches:
-        input_step_(*[*args, H, 0, None, False, 0.0, True, scale, invariant, plan])
+        input_step_(*[*args, *options, True, scale, invariant, plan])
     return launches
 
 
