@@ -216,7 +216,7 @@ def test_a_launch_is_that_of_tritons_binder_whatever_was_launched_before(
     for _ in range(2):  # the second time all is known
         for args in ARGUMENTS:
             recorded.clear()
-            _scaled[1, 1, 1](*args, *constants, **launcher._options(1, False))
+            _scaled[1, 1, 1](*args, *constants, **launcher._options(1, False, None))
             launch(_scaled, (1, 1, 1), args, constants, num_warps=1)
             bound, launched = recorded
             assert launched == bound, args[2:]

@@ -56,8 +56,12 @@ def launch(
     *,
     num_warps: int,
     pdl: bool = False,
+    registers: int | None = None,
 ) -> None:
     """Run `kernel` over `grid`; `args` and `constants` are its parameters in order.
+
+    `registers` is how many a thread may have. The assembler, where it is not told, may spill some
+    for the sake of more programs on a multiprocessor, even if there are none.
 
     After the first launch of a signature the compiled kernel is called directly, which skips
     Triton's binder. That is sound only while every pointer keeps the 16-byte alignment which the
@@ -67,31 +71,36 @@ def launch(
     """
     if 0 in grid:
         return
+    chosen = (num_warps, pdl, registers)
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args + constants, _options(num_warps, pdl)))
+        _recorder.append(Launch(kernel, grid, args + constants, _options(*chosen)))
         return
     if INTERPRETED:
-        kernel[grid](*args, *constants, **_options(num_warps, pdl))
+        kernel[grid](*args, *constants, **_options(*chosen))
         return
     device = args[0].device.index
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl)
+            launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl, registers=registers)
         return
     key, aligned = _signature(kernel, args, constants, num_warps)
     known = _compiled.get(key)
     if known is not None and aligned:
         known[0][grid](*args, *constants)
         return
-    compiled = kernel[grid](*args, *constants, **_options(num_warps, pdl))
+    compiled = kernel[grid](*args, *constants, **_options(*chosen))
     if aligned:
         _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
 
 
-def _options(num_warps: int, pdl: bool) -> dict[str, Any]:
+def _options(num_warps: int, pdl: bool, registers: int | None) -> dict[str, Any]:
     """Triton's options; that products and sums are fused has been the default up to triton 3.9."""
     options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    return options | {"launch_pdl": True} if pdl else options
+    if pdl:
+        options["launch_pdl"] = True
+    if registers is not None:
+        options["maxnreg"] = registers
+    return options
 
 
 def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tuple[tuple, bool]:

@@ -765,7 +765,10 @@ def ring_step_(
         position, active if update else None, dropout_seed(dropout_p, query.device), out, *scratch,
         *query.stride(), *key.stride(), *value.stride(), dropout_p, *ready.streams,
     )  # fmt: skip
-    launch(_kernel(plan), ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl)
+    launch(
+        _kernel(plan), ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl,
+        registers=_MOST_REGISTERS if plan.path == "fused" else None,
+    )  # fmt: skip
     if fused:
         return out
     if plan.path == "chain":
@@ -779,6 +782,9 @@ def ring_step_(
 def _kernel(plan: StepPlan) -> Any:
     return _group_step_kernel if plan.path == "group" else _ring_step_kernel
 
+
+# All that a thread can have: path "fused" has a program for a multiprocessor at most.
+_MOST_REGISTERS = 255
 
 # Of the kernels' arguments, those that differ from step to step of self-attention.
 _TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
