@@ -27,18 +27,17 @@ from continual_mha.triton_kernels.launch import record
 from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, step_plan
 
 from . import grid, machine, records
-from .measure import free_memory
+from .formulations import FORMULATIONS
+from .measure import line_of, times_of, why_too_large
 from .problem import TOLERANCE, Problem
 from .progress import bar, say
 from .ratios import OURS, Results
 from .records import CHOICES, Row
-from .timing import GpuTimer, Summary
+from .timing import GpuTimer
 
 RESULTS = Path(__file__).parent / "results"
-FORMULATIONS = ("kv", "input")
 TIMERS = ("graph", "cold")
 TOLERATED = 1.05  # how many times the fastest way's time the tables may take
-_MEMORY_SHARE = 0.7
 
 Plan = StepPlan | InputPlan
 
@@ -168,8 +167,9 @@ class Race:
     def rows(self, case: grid.Case) -> list[Row]:
         """A row for every way and timer, or for every way that failed or was wrong."""
         end: Row = {"kind": "case", "case": case._asdict(), "machine": self.about}
-        if 2.5 * case.state_bytes > _MEMORY_SHARE * free_memory(self.device):
-            return [end | {"reason": f"the state alone takes {case.state_bytes / 1e9:.1f} GB"}]
+        reason = why_too_large(case, self.device)
+        if reason is not None:
+            return [end | {"reason": reason}]
         problem = Problem(case, self.device)
         found = [row for each in FORMULATIONS for row in self._rows(problem, each)]
         return [*found, end]
@@ -195,18 +195,10 @@ class Race:
                         continue
                     for timer in TIMERS:
                         summary = getattr(self.timer, timer)(run)
-                        yield about | {"status": "ok", "error": error} | _times(timer, summary)
+                        found = {"status": "ok", "error": error, "timer": timer}
+                        yield about | found | times_of(summary)
             except Exception as reason:  # a tile that does not fit is a result, too
-                yield about | {
-                    "status": "failed",
-                    "reason": f"{type(reason).__name__}: {reason}"[:200],
-                }
-
-
-def _times(timer: str, summary: Summary) -> Row:
-    medians = {"median_us": summary.median, "p20_us": summary.p20, "p80_us": summary.p80}
-    rounded = {name: round(value, 4) for name, value in medians.items()}
-    return {"timer": timer, "samples": summary.samples, **rounded}
+                yield about | {"status": "failed", "reason": line_of(reason)}
 
 
 class Choice(NamedTuple):

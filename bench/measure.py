@@ -40,6 +40,13 @@ def free_memory(device: torch.device) -> int:
         return 4 << 30
 
 
+def why_too_large(case: Case, device: torch.device) -> str | None:
+    """Why a case does not fit into the memory that is free on ``device``; None if it does."""
+    if 2.5 * case.state_bytes > MEMORY_SHARE * free_memory(device):
+        return f"the state alone takes {case.state_bytes / 1e9:.1f} GB"
+    return None
+
+
 def groups(peers: list[Peer], case: Case, memory: int) -> Iterator[list[Peer]]:
     """Implementations that fit into memory together; those are timed in interleaved rounds.
 
@@ -94,15 +101,16 @@ class Bench:
             else:
                 found.append(self._row(case, peer, "absent", reason=reason))
         try:
-            if 2.5 * case.state_bytes > MEMORY_SHARE * free_memory(self.device):
-                raise MemoryError(f"the state alone takes {case.state_bytes / 1e9:.1f} GB")
+            reason = why_too_large(case, self.device)
+            if reason is not None:
+                raise MemoryError(reason)
             problem = Problem(case, self.device)
             problem.past_kv  # noqa: B018  (made now: it counts as taken below)
             memory = free_memory(self.device)
             for group in groups(present, case, int(MEMORY_SHARE * memory)):
                 found += self._rows_of_group(case, problem, group)
         except (RuntimeError, MemoryError) as error:
-            found += [self._row(case, peer, "failed", reason=_line(error)) for peer in present]
+            found += [self._row(case, peer, "failed", reason=line_of(error)) for peer in present]
         self._clean_up()
         return [*found, {"kind": "case", "case": case._asdict(), "machine": self.machine}]
 
@@ -134,7 +142,7 @@ class Bench:
             with ready.context():
                 error = problem.error(ready.run())
         except Exception as problem_with_it:  # whatever a third party raises is its result
-            return self._row(case, peer, "failed", reason=_line(problem_with_it))
+            return self._row(case, peer, "failed", reason=line_of(problem_with_it))
         if not error <= TOLERANCE[case.dtype]:
             reason = f"relative error {error:.1e} is over {TOLERANCE[case.dtype]:.0e}"
             return self._row(case, peer, "wrong", reason=reason, error=error)
@@ -149,7 +157,7 @@ class Bench:
                 summary = getattr(self.gpu, timer)(entry.ready.run)
         except Exception as error:
             torch.cuda.synchronize()
-            return self._row(case, entry.peer, "failed", timer, _line(error))
+            return self._row(case, entry.peer, "failed", timer, line_of(error))
         return self._timed(case, entry, timer, summary)
 
     def _timed(self, case: Case, entry: Entry, timer: str, summary: Summary) -> Row:
@@ -160,10 +168,7 @@ class Bench:
         return {
             **self._row(case, entry.peer, "ok", timer, error=entry.error),
             "formulation": formulation,
-            "median_us": round(summary.median, 4),
-            "p20_us": round(summary.p20, 4),
-            "p80_us": round(summary.p80, 4),
-            "samples": summary.samples,
+            **times_of(summary),
             "bytes": least.bytes,
             "flops": least.flops,
             "gb_per_s": round(least.bytes / summary.median / 1e3, 3),
@@ -198,7 +203,17 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def _line(error: BaseException) -> str:
+def times_of(summary: Summary) -> Row:
+    """The times of a summary as rows have them."""
+    return {
+        "median_us": round(summary.median, 4),
+        "p20_us": round(summary.p20, 4),
+        "p80_us": round(summary.p80, 4),
+        "samples": summary.samples,
+    }
+
+
+def line_of(error: BaseException) -> str:
     """The first line of an error, at a bearable length."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -12,11 +12,11 @@ from torch import Tensor
 import continual_mha
 from continual_mha import SingleOutputMultiheadAttention
 
+from ..formulations import FORMULATIONS
 from ..grid import MODES, Case
 from ..problem import Problem
 from .base import Outputs, Peer, Ready
 
-FORMULATIONS = ("kv", "input")
 _CHUNK_BYTES = 1 << 30  # of tokens at once while a stream is warmed up
 
 
