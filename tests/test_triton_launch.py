@@ -16,29 +16,39 @@ from continual_mha.triton_kernels.pieces import dot_precision
 
 
 class StandIn:
-    """Records who was called: Triton's own way in, or the compiled kernel."""
+    """Records what was asked: Triton's own way in, its compiler, or a compiled kernel."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.last: tuple[Any, ...] = ()
+        self.limits: list[int | None] = []  # of registers, with which it was compiled
+        self.taken = 128  # registers of a thread that it is left to the assembler to choose
+        self.needed = 0  # below which some are spilled
 
     def __getitem__(self, grid: Any) -> Any:
-        def run(*args: Any, **options: Any) -> StandIn:
-            self.calls.append("triton")
-            self.args = args
-            return Compiled(self)
+        return lambda *args, **options: self.calls.append("triton")
 
-        return run
+    def warmup(self, *args: Any, grid: Any, **options: Any) -> Compiled:
+        self.calls.append("compile")
+        self.args = args
+        self.limits.append(options.get("maxnreg"))
+        return Compiled(self, options.get("maxnreg", self.taken))
 
 
-class Compiled(StandIn):
-    def __init__(self, kernel: StandIn) -> None:
-        self.kernel = kernel
+class Compiled:
+    def __init__(self, kernel: StandIn, registers: int) -> None:
+        self.kernel, self.registers = kernel, registers
+
+    @property
+    def run(self) -> None:
+        self.n_regs = self.registers
+        self.n_spills = max(self.kernel.needed - self.registers, 0)
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*args: Any) -> None:
-            self.kernel.calls.append("compiled")
+            self.kernel.calls.append("run")
             self.kernel.last = args
+            self.kernel.ran = self
             assert len(args) == len(self.kernel.args)
 
         return run
@@ -55,11 +65,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 def test_a_launch_like_an_earlier_one_skips_the_binder(kernel: StandIn) -> None:
     for N in (4, 4, 5, 4):
         launch(kernel, (1, 1, 1), (torch.zeros(4), None, N), constants_of(1, 2), num_warps=4)
-    assert kernel.calls == ["triton", "compiled", "triton", "compiled"]
+    assert kernel.calls == ["compile", "run", "run", "compile", "run", "run"]
 
 
 @pytest.mark.parametrize("change", ["dtype", "constants", "none", "warps"])
-def test_whatever_changes_the_machine_code_takes_the_binder(kernel: StandIn, change: str) -> None:
+def test_whatever_changes_the_machine_code_is_compiled(kernel: StandIn, change: str) -> None:
     x = torch.zeros(4)
     launch(kernel, (1, 1, 1), (x, x, 3), constants_of(1, 2), num_warps=4)
     launch(
@@ -69,7 +79,26 @@ def test_whatever_changes_the_machine_code_takes_the_binder(kernel: StandIn, cha
         constants_of(1, 3 if change == "constants" else 2),
         num_warps=8 if change == "warps" else 4,
     )
-    assert kernel.calls == ["triton", "triton"]
+    assert kernel.calls == ["compile", "run"] * 2
+
+
+def test_what_spills_registers_gets_those_of_one_program_less_at_a_time(kernel: StandIn) -> None:
+    kernel.taken, kernel.needed = 80, 150
+    for _ in range(2):
+        launch(kernel, (1, 1, 1), (torch.zeros(4),), constants_of(), num_warps=4)
+    assert kernel.limits == [None, 96, 128, 168]  # of 64 Ki: for six programs, five, four, three
+    assert kernel.ran.registers == 168
+    assert kernel.calls == ["compile"] * 4 + ["run"] * 2
+
+
+@pytest.mark.parametrize(("warps", "most"), [(4, 255), (16, 128)])
+def test_what_spills_whatever_it_gets_is_launched_as_it_spills_least(
+    kernel: StandIn, warps: int, most: int
+) -> None:
+    kernel.needed = 1000
+    launch(kernel, (1, 1, 1), (torch.zeros(4),), constants_of(), num_warps=warps)
+    assert kernel.ran.registers == most
+    assert kernel.calls[-2:] == ["compile", "run"]
 
 
 def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: StandIn) -> None:
@@ -81,14 +110,14 @@ def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: 
     assert again(token)
     weight.data = weight.data.t()
     assert not again(token)
-    assert kernel.calls == ["triton", "compiled"]
+    assert kernel.calls == ["compile", "run", "run"]
 
 
 def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel: StandIn) -> None:
     x = torch.zeros(8)
     for argument in (x, x[1:], x[1:], x):
         launch(kernel, (1, 1, 1), (argument,), constants_of(), num_warps=4)
-    assert kernel.calls == ["triton", "triton", "triton", "compiled"]
+    assert kernel.calls == ["compile", "run", "triton", "triton", "run"]
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
@@ -147,7 +176,7 @@ def test_a_warm_step_is_launched_again_without_asking(step: Any, kernel: StandIn
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring_step, "ring_step_", None)
         out = step.forward_step(token)
-    assert kernel.calls == ["compiled"]
+    assert kernel.calls == ["run"]
     args = kernel.last
     assert args[:3] == (token,) * 3
     assert args[3] is step.in_proj_weight

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from .attend_shared import attend_shared_full, attend_shared_full_backward
 from .attend_window import attend_window, attend_window_backward
 from .input_step import input_step_
-from .launch import Launch, record
+from .launch import Launch, record, without_spills
 from .plan import input_plan, invariant_step_plan, step_plan
 from .ring_step import ring_step_
 from .ring_steps import ring_steps_
@@ -109,8 +109,16 @@ def source(launch: Launch) -> ASTSource:
 def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile for a CUDA compute capability such as 90, through Triton's cache."""
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_stages": 3} | launch.options
-    kernel = triton.compile(source(launch), target=target, options=options)
+
+    def compile_with(options: dict[str, Any]) -> tuple[Report, int, int]:
+        kernel = triton.compile(source(launch), target=target, options=options)
+        report = _report(launch, kernel)
+        return report, report.registers, report.spills
+
+    return without_spills(compile_with, {"num_stages": 3} | launch.options)
+
+
+def _report(launch: Launch, kernel: Any) -> Report:
     cubin = kernel.asm["cubin"]
     usage = tool("cuobjdump", cubin, "-res-usage")
     fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}

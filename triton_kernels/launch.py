@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+
+_Made = TypeVar("_Made")
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -60,8 +62,8 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid`; `args` and `constants` are its parameters in order.
 
-    `registers` is how many a thread may have. The assembler, where it is not told, may spill some
-    for the sake of more programs on a multiprocessor, even if there are none.
+    `registers` is how many a thread may have, for kernels that have no more than one program for
+    each multiprocessor: the assembler does not know that, and saves some for a second one.
 
     After the first launch of a signature the compiled kernel is called directly, which skips
     Triton's binder. That is sound only while every pointer keeps the 16-byte alignment which the
@@ -88,9 +90,45 @@ def launch(
     if known is not None and aligned:
         known[0][grid](*args, *constants)
         return
-    compiled = kernel[grid](*args, *constants, **_options(*chosen))
-    if aligned:
-        _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
+    if not aligned:
+        kernel[grid](*args, *constants, **_options(*chosen))
+        return
+
+    def compile_with(options: dict[str, Any]) -> tuple[Any, int, int]:
+        compiled = kernel.warmup(*args, *constants, grid=grid, **options)
+        _ = compiled.run  # loads it, which is when the driver tells what it takes
+        return compiled, compiled.n_regs, compiled.n_spills
+
+    compiled = without_spills(compile_with, _options(*chosen))
+    _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
+    compiled[grid](*args, *constants)
+
+
+_REGISTERS = 1 << 16  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
+
+
+def without_spills(
+    compile_with: Callable[[dict[str, Any]], tuple[_Made, int, int]], options: dict[str, Any]
+) -> _Made:
+    """What `compile_with(options)` makes when threads get the registers that they need.
+
+    It returns what it made, a thread's registers, and how much of them it spilled. Left alone, the
+    assembler may spill some to fit one more program onto a multiprocessor, by rules of its version.
+    So what spilled is compiled anew, for one program less at a time.
+    """
+    best, registers, least = compile_with(options)
+    threads = 32 * options["num_warps"]
+    while least:
+        programs = max(_REGISTERS // (registers * threads) - 1, 1)
+        more = min(_REGISTERS // (programs * threads) // 8 * 8, MOST_REGISTERS)
+        if more <= registers:
+            break
+        registers = more
+        made, _, spilled = compile_with({**options, "maxnreg": registers})
+        if spilled < least:
+            best, least = made, spilled
+    return best
 
 
 def _options(num_warps: int, pdl: bool, registers: int | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, decode_words, factor_of, quantise
-from .launch import INTERPRETED, counters, launch, record, relaunch
+from .launch import INTERPRETED, MOST_REGISTERS, counters, launch, record, relaunch
 from .pieces import (
     DTYPES,
     LOG2E,
@@ -767,7 +767,7 @@ def ring_step_(
     )  # fmt: skip
     launch(
         _kernel(plan), ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl,
-        registers=_MOST_REGISTERS if plan.path == "fused" else None,
+        registers=MOST_REGISTERS if plan.path == "fused" else None,
     )  # fmt: skip
     if fused:
         return out
@@ -782,9 +782,6 @@ def ring_step_(
 def _kernel(plan: StepPlan) -> Any:
     return _group_step_kernel if plan.path == "group" else _ring_step_kernel
 
-
-# All that a thread can have: path "fused" has a program for a multiprocessor at most.
-_MOST_REGISTERS = 255
 
 # Of the kernels' arguments, those that differ from step to step of self-attention.
 _TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
