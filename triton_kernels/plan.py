@@ -190,7 +190,7 @@ def shared_plan(
         accumulators = 2048 if dropout and itemsize > 2 else 8192
         block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
         block_s = 64 if itemsize == 2 else 32
-        warps = 8 if (itemsize == 2) + dropout + (block_h > 16) > 1 else 4
+        warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
     splits = 1
@@ -315,7 +315,7 @@ def input_plan(
         block_d=block_d,
         block_c=max(16, min(64, 8192 // block_d, block_e)),
         block_q=min(
-            block_e // 2, (4096 if itemsize == 2 else 1024) // block_h, (1 << 18) // block_e
+            block_e // 2, (4096 if itemsize == 2 else 1024) // block_h, ((1 << 14) // block_e) ** 2
         ),
         block_h=block_h,
         block_s=block_s,
@@ -394,7 +394,7 @@ def steps_plan(
     if codes and itemsize > 2 and block_d >= 64:  # decoded tiles are in registers whole
         block_t, warps = max(16, block_t // 2), 8
         stages = 1 if block_d > 128 else 2  # two such tiles at once are too many
-    if codes and dropout and itemsize == 2 and block_d == 32:  # as they are beside Philox's numbers
+    if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
         block_s //= 2
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
     return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages)
