@@ -351,7 +351,7 @@ class StepsPlan(NamedTuple):
 STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                    256: (32, 32, 8)}  # fmt: skip
 STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
-                   256: (16, 16, 4)}  # fmt: skip
+                   256: (16, 16, 8)}  # fmt: skip
 
 # Keys of a tile for a single token, by padded head_dim: what needs no registers beside the others.
 ONE_TOKEN_BLOCKS = {16: 32, 32: 16, 64: 32, 128: 4, 256: 8}
@@ -360,7 +360,7 @@ ONE_TOKEN_BLOCKS = {16: 32, 32: 16, 64: 32, 128: 4, 256: 8}
 # The backward holds two tiles of accumulators where the forward holds one.
 WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                              256: (32, 32, 8)}  # fmt: skip
-WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4),
+WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 8),
                              256: (16, 16, 8)}  # fmt: skip
 
 
@@ -386,10 +386,10 @@ def steps_plan(
     of_few_weights = block_d == 256 and codes and itemsize == 2  # eight warps share them
     if dropout and not (backward and itemsize > 2) and not of_few_weights:
         block_t = max(16, block_t // 2)  # Philox keeps five numbers per weight
-        if itemsize > 2 and block_d == 256:
-            warps *= 2
     if dropout and backward and itemsize > 2:
-        block_s = min(block_s, block_t)
+        block_s, warps = min(block_s, block_t), 8 if block_d >= 64 else warps
+    if dropout and backward and itemsize == 2 and block_d == 64:
+        block_s //= 2
     stages = 2
     if codes and itemsize > 2 and block_d >= 64:  # decoded tiles are in registers whole
         block_t, warps = max(16, block_t // 2), 8
