@@ -189,7 +189,7 @@ def shared_plan(
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
         block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
-        block_s = 64 if itemsize == 2 else 32
+        block_s = 64 if itemsize == 2 and not (dropout and block_h > 16) else 32
         warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v)
@@ -313,7 +313,7 @@ def input_plan(
         splits=splits,
         block_n=16,
         block_d=block_d,
-        block_c=max(16, min(64, 8192 // block_d, block_e)),
+        block_c=max(16, min(32, 8192 // block_d, block_e)),
         block_q=min(
             block_e // 2, (4096 if itemsize == 2 else 1024) // block_h, ((1 << 14) // block_e) ** 2
         ),
