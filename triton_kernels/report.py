@@ -33,9 +33,9 @@ READ_BANDWIDTH = 0.9 * 3.35e12
 PROGRAM_BANDWIDTH = 90e9  # what one multiprocessor draws from the second-level cache
 CACHE_BANDWIDTH = 5.5e12  # what that cache gives to all of them
 MATRIX_RATE = 500e12
-# Accesses that wait for one another: position, ring or weights, and where parts are merged the
-# counter, the shares and the parts.
-CHAIN = {"fused": 7, "group": 7, "chain": 9, "gemm": 8}
+# Accesses that wait for one another: the first loads, the output weights, and where parts are
+# merged what they store, the counter, the shares and the parts.
+CHAIN = {"fused": 6, "group": 6, "chain": 8, "gemm": 7}
 LAUNCHES = {"fused": 1, "group": 1, "chain": 3, "gemm": 4}
 INPUT_CHAIN = {"fused": 9, "gemm": 13}
 INPUT_LAUNCHES = {"fused": 3, "gemm": 5}
