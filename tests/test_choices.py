@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from pretended_cuda import PretendedCuda
 from recording_driver import recording_driver
 
-from bench import choices, grid, machine, records, report, timing
+from bench import choices, grid, lost, machine, records, report, timing
 from bench.grid import Case
 from bench.ratios import Results
 from continual_mha import inputs, reference
@@ -186,3 +188,42 @@ def test_ways_that_fail_or_are_wrong_are_not_timed_and_spoil_no_other(
     assert "shared memory" in next(row["reason"] for row in rows if row["status"] == "failed")
     (choice,) = [c for c in choices.choices(rows) if c.formulation == "kv"]
     assert choice.chosen is None
+
+
+@no_gpu
+def test_way_that_loses_the_device_is_left_out_when_the_run_goes_on(
+    pretended, tmp_path, monkeypatch
+):
+    step, synchronize = choices.kernels.ring_step_, torch.cuda.synchronize
+    broken, exits = [], []
+
+    def on_what_is_left(call):
+        if broken and not exits:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return call()
+
+    def breaking(*args, plan):
+        if plan.path == "chain" and not exits:
+            broken.append(plan._asdict())
+        return on_what_is_left(partial(step, *args, plan=plan))
+
+    def leave():
+        exits.append(None)
+        raise SystemExit(lost.LOST)
+
+    monkeypatch.setattr(choices.kernels, "ring_step_", breaking)
+    monkeypatch.setattr(torch.cuda, "synchronize", partial(on_what_is_left, synchronize))
+    monkeypatch.setattr(choices, "leave", leave)
+    arguments = ["--out", str(tmp_path), "--budget", "0.001", "--resume"]
+    with pytest.raises(SystemExit):
+        choices.main(arguments)
+    first = records.read(tmp_path, records.CHOICES)
+    assert first[-1]["reason"].startswith(lost.REASON)
+    assert first[-1]["plan"] == broken[0]
+    assert {row["status"] for row in first[:-1]} == {"ok"}
+    choices.main(arguments)
+    later = records.read(tmp_path, records.CHOICES)[len(first) :]
+    assert later[-1]["kind"] == "case"
+    measured = [row["plan"] for row in later[:-1] if row["formulation"] == "kv"]
+    assert broken[0] not in measured
+    assert {plan["path"] for plan in measured} == {"chain", "fused", "gemm", "group"}
