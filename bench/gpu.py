@@ -95,7 +95,8 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     going_on = ["--size", size, "--out", str(folder), "--resume", "--limit", LEFT]
     bench = [python, "-m", "bench", "--device", "cuda", *going_on, *bench_arguments]
     choices = [python, "-m", "bench.choices", *going_on]
-    load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--out", str(folder)]
+    load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--limit", LEFT]
+    load += ["--out", str(folder)]
     exercise = [python, "-m", "bench.exercise"]
     found = [Stage("build", build, 0.2, _build_environment())]
     # This also leaves compiled kernels behind for the sanitizer, under which compiling is slow.

@@ -499,6 +499,7 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     assert (options.out, options.mode, options.resume) == (tmp_path, ("step",), True)
     options = choices.parse([x if x != gpu.LEFT else "9" for x in found["choices"].command[3:]])
     assert (options.out, options.size, options.resume) == (tmp_path, "quick", True)
+    assert gpu.LEFT in found["load"].command
     assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
     ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
     files = [part for part in found["kernels"].command if part.endswith(".py")]
