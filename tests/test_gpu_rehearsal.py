@@ -291,7 +291,10 @@ def test_ceilings_of_a_gpu_are_all_measured(cuda, monkeypatch):
     monkeypatch.setattr(read_kernel, "_read", Read())
     monkeypatch.setattr(ceilings, "GPU_SIZES", (1 << 16, 1 << 18))
     monkeypatch.setattr(ceilings, "MATRIX_SIDES", {"cuda": 64})
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-4)
     found = ceilings.measure(DEVICE, ("float32",))
+    in_a_graph = [len(graph.operations) for graph in cuda.graphs]
+    assert sum(operations >= 20 for operations in in_a_graph) == 2 * 4 + 1 + 1
     assert {ceiling.name for ceiling in found} == {
         "read bandwidth",
         "copy bandwidth",
