@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,13 +143,23 @@ def compile_way(case: grid.Case, formulation: str, plan: Plan) -> None:
         launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
-def compile_all(work: Iterable[tuple[grid.Case, str, Plan]], processes: int) -> None:
-    """``compile_way`` of all, by several processes; what fails there will say so when it is run."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        jobs = [pool.submit(compile_way, *each) for each in work]
+def compile_all(
+    work: Iterable[tuple[grid.Case, str, Plan]], processes: int, seconds: float | None = None
+) -> None:
+    """``compile_way`` of all, by several processes; what fails there will say so when it is run.
+
+    What is not done in so many ``seconds`` is left to its first run, too.
+    """
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(compile_way, *each) for each in work]
+    try:
         for job in bar(jobs, "way compiled"):
-            job.exception()
+            job.exception(None if seconds is None else max(0.0, end - time.monotonic()))
+    except TimeoutError:
+        say(f"compiled {sum(job.done() for job in jobs)} of {len(jobs)} ways ahead")
+    # Those that are done leave the device before anything is measured.
+    pool.shutdown(wait=all(job.done() for job in jobs), cancel_futures=True)
 
 
 class Race:
@@ -334,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         (case, each, way) for case in cases for each in FORMULATIONS for way in ways(case, each)
     ]
     say(f"{about['device']}: {len(work)} ways of {len(cases)} cases, into {folder}")
-    compile_all(work, options.processes)
+    compile_all(work, options.processes, options.limit and options.limit / 2)
     keep = partial(records.append, folder, name=CHOICES)
     race = Race(torch.device("cuda"), about, options.budget, keep, left_out)
     for case in bar(cases, "case"):

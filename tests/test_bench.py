@@ -314,6 +314,16 @@ def test_a_run_writes_rows_with_machine_and_versions_inside(tiny_grid, tmp_path)
     assert {row["case"]["mode"] for row in rows if row["kind"] == "time"} == {"step", "forward"}
 
 
+def test_copy_of_a_tree_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    monkeypatch.setattr(machine, "_output", lambda *command: "fedcba987654")
+    assert machine.commit() == "fedcba987654+"  # git knows better
+    monkeypatch.setattr(machine, "_output", lambda *command: None)
+    assert machine.commit() == "0123456789ab"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() == "unknown"
+
+
 def test_a_run_goes_on_where_another_was_cut_short(tiny_grid, tmp_path, monkeypatch):
     _run(tmp_path, "--limit", "-1")
     assert records.finished(records.read(tmp_path), machine.describe("cpu")) == set()
