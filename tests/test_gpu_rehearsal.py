@@ -477,6 +477,17 @@ def test_wrong_output_fails_its_shape_and_not_the_others(capsys, monkeypatch):
     assert ["relative error" in line for line in lines] == [True, True, False, False]
 
 
+def test_what_comes_after_a_lost_device_is_not_called_wrong(capsys, monkeypatch):
+    def lose(*args, **options):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(co.SingleOutputMultiheadAttention, "forward_step", lose)
+    monkeypatch.setattr(exercise, "why_lost", lambda device: lost.REASON)
+    with pytest.raises(SystemExit, match=lost.REASON):
+        exercise.main(["--device", "cpu", "--backend", "torch"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_backend_that_does_not_load_fails(capsys, monkeypatch):
     monkeypatch.setattr(co.backends, "available", lambda: ("torch",))
     with pytest.raises(SystemExit, match="1 failed"):
