@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import ceilings, grid, machine, records
+from .lost import leave
 from .measure import Bench
-from .peers import all_peers
+from .peers import Peer, all_peers
 from .progress import bar, say
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,8 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine.describe(device.type)
     folder = options.out or RESULTS / machine.slug(about)
     cases = list(grid.cases(device.type, options.size, options.mode, options.dtype))
+    losers: set[str] = set()
     if options.resume:
-        done = records.finished(records.read(folder), about["sources"])
+        rows = records.read(folder)
+        done = records.finished(rows, about)
+        losers = {row["implementation"] for row in records.losers(rows, about)}
         cases = [case for case in cases if case not in done]
     else:
         (folder / records.ROWS).unlink(missing_ok=True)
@@ -68,14 +74,23 @@ def main(arguments: list[str] | None = None) -> None:
     compiled = device.type == "cpu" and options.size != "quick"
     peers = all_peers(device, compiled if options.compile is None else options.compile)
     peers = [p for p in peers if not options.only or p.name.startswith(options.only)]
-    bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget)
+    peers = [_excluded(p) if p.name in losers else p for p in peers]
+    keep = partial(records.append, folder)
+    bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget, keep)
     for case in bar(cases, "case"):
         if options.limit is not None and time.monotonic() - started > options.limit:
             say("stopped at the time limit; --resume measures the rest")
             break
         rows = bench.rows(case)
-        records.append(folder, rows)
+        keep(rows)
+        if rows[-1]["kind"] != "case":
+            say(f"{case.label}: {rows[-1]['implementation']}: {rows[-1]['reason']}")
+            leave()
         say(_line(case, rows))
+
+
+def _excluded(peer: Peer) -> Peer:
+    return replace(peer, why_absent=lambda case: "it had lost the device")
 
 
 def _line(case: grid.Case, rows: list[records.Row]) -> str:

@@ -13,8 +13,8 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, s
 
 from . import grid, machine, records
 from .formulations import FORMULATIONS
-from .measure import line_of, times_of, why_too_large
+from .lost import DeviceLostError, failing_alone, leave
+from .measure import times_of, why_too_large
 from .problem import TOLERANCE, Problem
 from .progress import bar, say
 from .ratios import OURS, Results
@@ -142,13 +143,23 @@ def compile_way(case: grid.Case, formulation: str, plan: Plan) -> None:
         launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
-def compile_all(work: Iterable[tuple[grid.Case, str, Plan]], processes: int) -> None:
-    """``compile_way`` of all, by several processes; what fails there will say so when it is run."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        jobs = [pool.submit(compile_way, *each) for each in work]
+def compile_all(
+    work: Iterable[tuple[grid.Case, str, Plan]], processes: int, seconds: float | None = None
+) -> None:
+    """``compile_way`` of all, by several processes; what fails there will say so when it is run.
+
+    What is not done in so many ``seconds`` is left to its first run, too.
+    """
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(compile_way, *each) for each in work]
+    try:
         for job in bar(jobs, "way compiled"):
-            job.exception()
+            job.exception(None if seconds is None else max(0.0, end - time.monotonic()))
+    except TimeoutError:
+        say(f"compiled {sum(job.done() for job in jobs)} of {len(jobs)} ways ahead")
+    # Those that are done leave the device before anything is measured.
+    pool.shutdown(wait=all(job.done() for job in jobs), cancel_futures=True)
 
 
 class Race:
@@ -157,48 +168,73 @@ class Race:
     Args:
         about: the machine, which goes into every row.
         budget: seconds that a timer may take for a way, about.
+        keep: takes the rows of a case that cannot be ended, before the process is.
+        left_out: case, formulation and plan of ways that have lost the device.
     """
 
-    def __init__(self, device: torch.device, about: dict[str, Any], budget: float) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        about: dict[str, Any],
+        budget: float,
+        keep: Callable[[list[Row]], None],
+        left_out: Collection[tuple[grid.Case, str, dict[str, Any]]],
+    ) -> None:
         self.device = device
         self.about = about
         self.timer = GpuTimer(device, budget)
+        self.keep = keep
+        self.left_out = left_out
+        self._found: list[Row] = []
 
     def rows(self, case: grid.Case) -> list[Row]:
-        """A row for every way and timer, or for every way that failed or was wrong."""
+        """A row for every way and timer, or for every way that failed or was wrong.
+
+        The last one says that the case is finished, unless the device was lost on the way.
+        """
         end: Row = {"kind": "case", "case": case._asdict(), "machine": self.about}
         reason = why_too_large(case, self.device)
         if reason is not None:
             return [end | {"reason": reason}]
         problem = Problem(case, self.device)
-        found = [row for each in FORMULATIONS for row in self._rows(problem, each)]
+        found = self._found = []
+        try:
+            for each in FORMULATIONS:
+                self._measure(problem, each)
+        except DeviceLostError:
+            return found
         return [*found, end]
 
-    def _rows(self, problem: Problem, formulation: str) -> Iterator[Row]:
+    def _measure(self, problem: Problem, formulation: str) -> None:
         case = problem.case
         kept = problem.past_kv if formulation == "kv" else (problem.past,)
         rings = tuple(ring.clone() for ring in kept)
         token = problem.tokens[:, 0].contiguous()
         position = torch.empty(case.batch_size, dtype=torch.int64, device=self.device)
         for plan in ways(case, formulation):
+            if (case, formulation, plan._asdict()) in self.left_out:
+                continue
             for ring, past in zip(rings, kept, strict=True):
                 ring.copy_(past)
             position.fill_(case.sequence_len)
             run = partial(_step, formulation, problem.mha, token, rings, position, plan)
             about = {"kind": "way", "case": case._asdict(), "formulation": formulation,
                      "plan": plan._asdict(), "machine": self.about}  # fmt: skip
-            try:
-                with torch.inference_mode():
-                    error = problem.error(run())
-                    if not error <= TOLERANCE[case.dtype]:
-                        yield about | {"status": "wrong", "error": error}
-                        continue
-                    for timer in TIMERS:
-                        summary = getattr(self.timer, timer)(run)
-                        found = {"status": "ok", "error": error, "timer": timer}
-                        yield about | found | times_of(summary)
-            except Exception as reason:  # a tile that does not fit is a result, too
-                yield about | {"status": "failed", "reason": line_of(reason)}
+            row_of = lambda reason, about=about: about | {"status": "failed", "reason": reason}
+            with (
+                failing_alone(self.device, self._found, row_of, self.keep),
+                torch.inference_mode(),
+            ):
+                self._found.extend(self._rows(problem, run, about))
+
+    def _rows(self, problem: Problem, run: Callable[[], Tensor], about: Row) -> Iterator[Row]:
+        error = problem.error(run())
+        if not error <= TOLERANCE[problem.case.dtype]:
+            yield about | {"status": "wrong", "error": error}
+            return
+        for timer in TIMERS:
+            summary = getattr(self.timer, timer)(run)
+            yield about | {"status": "ok", "error": error, "timer": timer} | times_of(summary)
 
 
 class Choice(NamedTuple):
@@ -293,8 +329,14 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine.describe("cuda")
     folder = options.out or RESULTS / machine.slug(about)
     cases = list(grid.cases("cuda", options.size, ("step",), options.dtype))
+    left_out = []
     if options.resume:
-        done = records.finished(records.read(folder, CHOICES), about["sources"])
+        rows = records.read(folder, CHOICES)
+        done = records.finished(rows, about)
+        left_out = [
+            (records.case_of(row), row["formulation"], row["plan"])
+            for row in records.losers(rows, about)
+        ]
         cases = [case for case in cases if case not in done]
     else:
         (folder / CHOICES).unlink(missing_ok=True)
@@ -302,13 +344,18 @@ def main(arguments: list[str] | None = None) -> None:
         (case, each, way) for case in cases for each in FORMULATIONS for way in ways(case, each)
     ]
     say(f"{about['device']}: {len(work)} ways of {len(cases)} cases, into {folder}")
-    compile_all(work, options.processes)
-    race = Race(torch.device("cuda"), about, options.budget)
+    compile_all(work, options.processes, options.limit and options.limit / 2)
+    keep = partial(records.append, folder, name=CHOICES)
+    race = Race(torch.device("cuda"), about, options.budget, keep, left_out)
     for case in bar(cases, "case"):
         if options.limit is not None and time.monotonic() - started > options.limit:
             say("stopped at the time limit; --resume measures the rest")
             break
-        records.append(folder, race.rows(case), CHOICES)
+        rows = race.rows(case)
+        keep(rows)
+        if rows[-1]["kind"] != "case":
+            say(f"{case.label}: {rows[-1]['plan']}: {rows[-1]['reason']}")
+            leave()
         torch.cuda.empty_cache()
     _print(folder)
 

@@ -32,22 +32,34 @@ def pytest_configure(config: Any) -> None:
 class _Writer:
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._uncollected: set[str] = set()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Of files that do not import; workers report each to all."""
+        if report.failed and report.nodeid not in self._uncollected:
+            self._uncollected.add(report.nodeid)
+            self._write(report)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome == "passed" and report.when != "call":
             return
+        self._write(report)
+
+    def _write(self, report: Any) -> None:
         row = {"test": report.nodeid, "outcome": report.outcome, "error": _error_of(report)}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def _error_of(report: Any) -> str | None:
-    """The first line of what went wrong."""
+    """The first line of what went wrong; where a file does not import, the cause."""
     if report.outcome != "failed":
         return None
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = str(crash.message if crash is not None else report.longrepr).strip()
-    return text.splitlines()[0] if text else ""
+    if crash is None:
+        causes = re.findall(r"^E\s+(.*)", str(report.longrepr), re.M)
+        return causes[-1] if causes else str(report.longrepr).strip().partition("\n")[0]
+    return crash.message.strip().partition("\n")[0]
 
 
 def _backend_of(test: str) -> str:

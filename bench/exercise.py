@@ -17,6 +17,7 @@ import torch
 import continual_mha
 from continual_mha import SingleOutputMultiheadAttention
 
+from .lost import why_lost
 from .problem import TOLERANCE
 
 # N, E, H, L, dtype
@@ -76,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
                 except Exception as error:  # the other shapes may tell more
                     failures += 1
                     print(f"{about}: {type(error).__name__}: {error}"[:400], flush=True)
+                    if reason := why_lost(torch.device(options.device)):
+                        raise SystemExit(reason) from error
     if failures:
         raise SystemExit(f"{failures} failed")
 

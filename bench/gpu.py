@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .digest import account, passed
+from .lost import LOST
 from .ratios import OURS, Results
 from .records import CHOICES, ROWS, read
 
@@ -46,6 +47,8 @@ ELSEWHERE = (
     "triton_driver", "triton_launch",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
+_LEAST = 30.0  # seconds that it takes to import all and measure something
+_GRACE = 5.0  # seconds that a killed process may take to be gone
 
 
 class Stage(NamedTuple):
@@ -92,7 +95,8 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     going_on = ["--size", size, "--out", str(folder), "--resume", "--limit", LEFT]
     bench = [python, "-m", "bench", "--device", "cuda", *going_on, *bench_arguments]
     choices = [python, "-m", "bench.choices", *going_on]
-    load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--out", str(folder)]
+    load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--limit", LEFT]
+    load += ["--out", str(folder)]
     exercise = [python, "-m", "bench.exercise"]
     found = [Stage("build", build, 0.2, _build_environment())]
     # This also leaves compiled kernels behind for the sanitizer, under which compiling is slow.
@@ -120,6 +124,7 @@ def _tests(name: str, folder: Path, which: Sequence[str], share: float) -> Stage
     """Tests on the backends of a GPU, every outcome into a file."""
     command = [sys.executable, "-m", "pytest", *which, "-q", "--tb=short", "--show-capture=no"]
     command += ["-p", "no:cacheprovider", "--backends", "triton,cuda"]
+    command += ["--continue-on-collection-errors"]  # a file may need a package that is not there
     command += ["-p", "bench.digest", "--digest", str(outcomes_of(folder / f"{name}.log"))]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
@@ -134,13 +139,36 @@ def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
 
 
 def run(stage: Stage, log: Path, limit: float) -> Outcome:
-    """Run a stage, with all that it says into ``log``; it and its children end at its limit."""
+    """Run a stage, with all that it says into ``log``; it and its children end at its limit.
+
+    What has lost its device is run again in the time that is left, and goes on without the cause.
+    """
     started = time.monotonic()
+    log.unlink(missing_ok=True)
+    losses = 0
+    while True:
+        result = _attempt(stage, log, limit - (time.monotonic() - started))
+        if result != _failed(LOST):
+            break
+        losses += 1
+        if limit - (time.monotonic() - started) < _LEAST:
+            break
+    if losses:
+        result += f"; devices lost: {losses}"
+    return Outcome(stage.name, result, time.monotonic() - started)
+
+
+def _failed(code: int) -> str:
+    return f"failed with code {code}"
+
+
+def _attempt(stage: Stage, log: Path, limit: float) -> str:
+    """Run a stage once; what became of it."""
     # The benchmark needs some seconds to finish the case that it is in when its time is up.
     left_text = str(max(1, round(limit - min(45, limit / 4))))
     command = [left_text if part == LEFT else part for part in stage.command]
     environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as file:
+    with log.open("a") as file:
         try:
             process = subprocess.Popen(
                 command,
@@ -152,17 +180,18 @@ def run(stage: Stage, log: Path, limit: float) -> Outcome:
             )
         except OSError as error:
             file.write(f"{error}\n")
-            return Outcome(stage.name, "could not be started", 0.0)
+            return "could not be started"
         try:
             code = process.wait(limit)
-            result = "passed" if code == 0 else f"failed with code {code}"
+            return "passed" if code == 0 else _failed(code)
         except subprocess.TimeoutExpired:
-            result = f"stopped after {limit:.0f} s"
+            return f"stopped after {limit:.0f} s"
         finally:  # children of a stage that ended, too, or was interrupted
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return Outcome(stage.name, result, time.monotonic() - started)
+            # A process may hang in the driver, where no signal reaches it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
 
 
 def outcomes_of(log: Path) -> Path:

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ RATE = 25.0  # tokens per second of each stream
 LEAVE = 0.001  # chance of a stream to leave in a tick: it stays for 40 s on average
 JOIN = 0.02  # chance of a free slot to get a stream
 PAUSE, RESUME = 0.01, 0.09  # chances of a stream to pause and to go on: a tenth of them pauses
+LEAST = 1.0  # seconds in real time that tell anything
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = {family.name: family for family in (grid.DETECTION, grid.SPEECH)}
 
@@ -212,31 +214,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--through", choices=sorted(SERVERS), action="append")
     parser.add_argument("--dtype", choices=sorted(grid.BYTES), default=None)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run in real time")
+    parser.add_argument("--limit", type=float, default=None, help="seconds for all runs, about")
     parser.add_argument("--threads", type=int, default=1, help="cores, on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="results folder")
     options = parser.parse_args(arguments)
+    end = float("inf") if options.limit is None else time.monotonic() + options.limit
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(options.threads)
     about = machine.describe(device.type)
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     folder = options.out or RESULTS / machine.slug(about)
     folder.mkdir(parents=True, exist_ok=True)
-    for family in options.family or FAMILIES:
-        for through in options.through or SERVERS:
-            dtype = getattr(torch, name)
-            load = measure(FAMILIES[family], through, device, dtype, options.seconds)
-            row = {"kind": "load", "through": through, "dtype": name, "rate": RATE}
-            row |= {"family": FAMILIES[family]._asdict(), **load._asdict()}
-            row |= {"threads": options.threads, "machine": about}
-            with (folder / "load.jsonl").open("a") as file:
-                file.write(json.dumps(row, sort_keys=True) + "\n")
-            unit = "GPU" if device.type == "cuda" else f"{options.threads} CPU core(s)"
-            print(
-                f"{family}, {name}, through the {through}: {load.slots} streams on {unit}; tick "
-                f"p50 {load.p50_ms:.1f}, p99 {load.p99_ms:.1f}, p99.9 {load.p999_ms:.1f} ms; "
-                f"{load.late} of {load.ticks} late",
-                flush=True,
-            )
+    runs = list(product(options.family or FAMILIES, options.through or SERVERS))
+    dtype = getattr(torch, name)
+    for number, (family, through) in enumerate(runs):
+        # The search takes its time too, and a run that fails is repeated.
+        share = (end - time.monotonic()) / (len(runs) - number) / 3
+        if share < LEAST:
+            print(f"stopped at the time limit before {family} through the {through}", flush=True)
+            break
+        seconds = min(options.seconds, share)
+        load = measure(FAMILIES[family], through, device, dtype, seconds)
+        row = {"kind": "load", "through": through, "dtype": name, "rate": RATE}
+        row |= {"family": FAMILIES[family]._asdict(), **load._asdict()}
+        row |= {"threads": options.threads, "machine": about}
+        with (folder / "load.jsonl").open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+        unit = "GPU" if device.type == "cuda" else f"{options.threads} CPU core(s)"
+        print(
+            f"{family}, {name}, through the {through}: {load.slots} streams on {unit}; tick "
+            f"p50 {load.p50_ms:.1f}, p99 {load.p99_ms:.1f}, p99.9 {load.p999_ms:.1f} ms; "
+            f"{load.late} of {load.ticks} late",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -47,10 +47,13 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit that is checked out, with ``+`` where the sources differ from it."""
+    """The commit that is checked out, with ``+`` where the sources differ from it.
+
+    A copy of a tree has no git to ask; whoever copies it may name its commit in ``COMMIT``.
+    """
     found = _output("git", "rev-parse", "--short=12", "HEAD")
     if found is None:
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     folders = ("continual_mha", "triton_kernels", "csrc")
     return found + ("+" if _output("git", "status", "--porcelain", "--", *folders) else "")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from .ceilings import Roofline
 from .grid import Case, work
+from .lost import DeviceLostError, failing_alone, line_of
 from .peers import Peer, Ready
 from .problem import TOLERANCE, Problem
 from .records import Row
@@ -71,6 +73,7 @@ class Bench:
     Args:
         machine: goes into every row.
         budget: seconds that an implementation may take per case, about.
+        keep: takes the rows of a case that cannot be ended, before the process is.
     """
 
     def __init__(
@@ -80,17 +83,23 @@ class Bench:
         roofline: Roofline,
         machine: dict[str, Any],
         budget: float = 0.4,
+        keep: Callable[[list[Row]], None] = lambda rows: None,
     ) -> None:
         self.device = device
         self.peers = peers
         self.roofline = roofline
         self.machine = machine
         self.budget = budget
+        self.keep = keep
         self.gpu = GpuTimer(device, budget / 4) if device.type == "cuda" else None
+        self._found: list[Row] = []
 
     def rows(self, case: Case) -> list[Row]:
-        """Rows for every implementation that knows the case's mode."""
-        found = []
+        """Rows for every implementation that knows the case's mode.
+
+        The last one says that the case is finished, unless the device was lost on the way.
+        """
+        found = self._found = []
         present = []
         for peer in self.peers:
             if case.mode not in peer.modes:
@@ -108,57 +117,58 @@ class Bench:
             problem.past_kv  # noqa: B018  (made now: it counts as taken below)
             memory = free_memory(self.device)
             for group in groups(present, case, int(MEMORY_SHARE * memory)):
-                found += self._rows_of_group(case, problem, group)
+                self._measure_group(case, problem, group)
+        except DeviceLostError:
+            return found
         except (RuntimeError, MemoryError) as error:
             found += [self._row(case, peer, "failed", reason=line_of(error)) for peer in present]
         self._clean_up()
         return [*found, {"kind": "case", "case": case._asdict(), "machine": self.machine}]
 
-    def _rows_of_group(self, case: Case, problem: Problem, group: list[Peer]) -> list[Row]:
-        entries, found = [], []
-        for peer in group:
-            entry = self._prepare(problem, peer)
-            if isinstance(entry, Entry):
-                entries.append(entry)
-            else:
-                found.append(entry)
+    def _measure_group(self, case: Case, problem: Problem, group: list[Peer]) -> None:
+        prepared = [self._prepare(problem, peer) for peer in group]
+        entries = [entry for entry in prepared if entry is not None]
         if self.gpu is None:
             contestants = [Contestant(e.ready.run, e.ready.context) for e in entries]
             summaries = time_on_host(contestants, self.budget)
             for entry, summary in zip(entries, summaries, strict=True):
-                found.append(self._timed(case, entry, "wall", summary))
+                self._found.append(self._timed(case, entry, "wall", summary))
         else:
             for timer in GPU_TIMERS:
-                found += [self._time_on_gpu(case, entry, timer) for entry in entries]
+                for entry in entries:
+                    self._time_on_gpu(case, entry, timer)
         entries.clear()
+        prepared.clear()
         self._clean_up()
-        return found
 
-    def _prepare(self, problem: Problem, peer: Peer) -> Entry | Row:
-        """Set up and check: the entry, or the row that says why there is none."""
+    def _failing_alone(
+        self, case: Case, peer: Peer, timer: str | None = None
+    ) -> AbstractContextManager[None]:
+        row_of = lambda reason: self._row(case, peer, "failed", timer, reason)
+        return failing_alone(self.device, self._found, row_of, self.keep)
+
+    def _prepare(self, problem: Problem, peer: Peer) -> Entry | None:
+        """Set up and check; a row says why there is no entry."""
         case = problem.case
-        try:
+        with self._failing_alone(case, peer):
             ready = peer.setup(problem)
             with ready.context():
                 error = problem.error(ready.run())
-        except Exception as problem_with_it:  # whatever a third party raises is its result
-            return self._row(case, peer, "failed", reason=line_of(problem_with_it))
-        if not error <= TOLERANCE[case.dtype]:
+            if error <= TOLERANCE[case.dtype]:
+                return Entry(peer, ready, error)
             reason = f"relative error {error:.1e} is over {TOLERANCE[case.dtype]:.0e}"
-            return self._row(case, peer, "wrong", reason=reason, error=error)
-        return Entry(peer, ready, error)
+            self._found.append(self._row(case, peer, "wrong", reason=reason, error=error))
+        return None
 
-    def _time_on_gpu(self, case: Case, entry: Entry, timer: str) -> Row:
+    def _time_on_gpu(self, case: Case, entry: Entry, timer: str) -> None:
         reason = entry.ready.why_no_graph if timer in ("graph", "cold") else None
         if reason is not None:
-            return self._row(case, entry.peer, "absent", timer, reason)
-        try:
+            self._found.append(self._row(case, entry.peer, "absent", timer, reason))
+            return
+        with self._failing_alone(case, entry.peer, timer):
             with entry.ready.context():
                 summary = getattr(self.gpu, timer)(entry.ready.run)
-        except Exception as error:
-            torch.cuda.synchronize()
-            return self._row(case, entry.peer, "failed", timer, line_of(error))
-        return self._timed(case, entry, timer, summary)
+            self._found.append(self._timed(case, entry, timer, summary))
 
     def _timed(self, case: Case, entry: Entry, timer: str, summary: Summary) -> Row:
         chosen = entry.ready.formulation
@@ -211,9 +221,3 @@ def times_of(summary: Summary) -> Row:
         "p80_us": round(summary.p80, 4),
         "samples": summary.samples,
     }
-
-
-def line_of(error: BaseException) -> str:
-    """The first line of an error, at a bearable length."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

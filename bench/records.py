@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .grid import Case
+from .lost import REASON
 
 Row = dict[str, Any]
 ROWS = "rows.jsonl"
@@ -45,10 +46,19 @@ def times(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
     return {key_of(row): row for row in rows if row["kind"] == "time" and row["status"] == "ok"}
 
 
-def finished(rows: Iterable[Row], sources: str) -> set[Case]:
-    """Cases that a run of the same sources has been through."""
+def _same_machine(row: Row, machine: dict[str, Any]) -> bool:
+    """Whether a row was measured with the same sources on the same kind of device."""
+    return all(row["machine"][name] == machine[name] for name in ("sources", "device"))
+
+
+def finished(rows: Iterable[Row], machine: dict[str, Any]) -> set[Case]:
+    """Cases that a run of the same sources on the same kind of device has been through."""
     return {
-        Case(**row["case"])
-        for row in rows
-        if row["kind"] == "case" and row["machine"]["sources"] == sources
+        Case(**row["case"]) for row in rows if row["kind"] == "case" and _same_machine(row, machine)
     }
+
+
+def losers(rows: Iterable[Row], machine: dict[str, Any]) -> list[Row]:
+    """Rows of what lost such a device to a run of the same sources."""
+    failed = (row for row in rows if row.get("status") == "failed" and _same_machine(row, machine))
+    return [row for row in failed if row["reason"].startswith(REASON)]

@@ -232,6 +232,18 @@ def time_in_loop(
     return summarise(taken)
 
 
+def time_in_graph(run: Run, budget: float = 0.1) -> Summary:
+    """Device time per call in a replayed graph of many calls, caches as the calls leave them.
+
+    Between calls in one graph there is no launch from the host, so this is the time of the work
+    itself.
+    """
+    samples, calls = share_out(budget, _seconds_of_one(run), 40, 50)
+    graph = capture(run, calls)
+    graph.replay()
+    return time_with_events(graph.replay, samples, calls)
+
+
 class GpuTimer:
     """The timers of a GPU; each gives a Summary, or raises what capturing raised.
 
@@ -252,15 +264,8 @@ class GpuTimer:
         return time_in_loop(run, self.budget, samples=40, most_calls=20, wait=False)
 
     def graph(self, run: Run) -> Summary:
-        """Device time per call in a replayed graph of many calls, caches as the calls leave them.
-
-        Between calls in one graph there is no launch from the host, so this is the time of the
-        work itself.
-        """
-        samples, calls = share_out(self.budget, _seconds_of_one(run), 40, 50)
-        graph = capture(run, calls)
-        graph.replay()
-        return time_with_events(graph.replay, samples, calls)
+        """``time_in_graph``."""
+        return time_in_graph(run, self.budget)
 
     def cold(self, run: Run) -> Summary:
         """Device time of one replayed call with nothing of its data in the level-2 cache."""

@@ -314,9 +314,19 @@ def test_a_run_writes_rows_with_machine_and_versions_inside(tiny_grid, tmp_path)
     assert {row["case"]["mode"] for row in rows if row["kind"] == "time"} == {"step", "forward"}
 
 
+def test_copy_of_a_tree_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    monkeypatch.setattr(machine, "_output", lambda *command: "fedcba987654")
+    assert machine.commit() == "fedcba987654+"  # git knows better
+    monkeypatch.setattr(machine, "_output", lambda *command: None)
+    assert machine.commit() == "0123456789ab"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() == "unknown"
+
+
 def test_a_run_goes_on_where_another_was_cut_short(tiny_grid, tmp_path, monkeypatch):
     _run(tmp_path, "--limit", "-1")
-    assert records.finished(records.read(tmp_path), machine.describe("cpu")["sources"]) == set()
+    assert records.finished(records.read(tmp_path), machine.describe("cpu")) == set()
     [first, second] = tiny_grid
     tiny_grid.remove(second)
     _run(tmp_path, "--resume")
@@ -328,8 +338,9 @@ def test_a_run_goes_on_where_another_was_cut_short(tiny_grid, tmp_path, monkeypa
     )
     rows = _run(tmp_path, "--resume")
     assert measured == [second]
-    assert records.finished(rows, machine.describe("cpu")["sources"]) == {first, second}
-    assert records.finished(rows, "other sources") == set()
+    assert records.finished(rows, machine.describe("cpu")) == {first, second}
+    for changed in ("sources", "device"):
+        assert records.finished(rows, machine.describe("cpu") | {changed: "other"}) == set()
 
 
 def test_a_run_without_resume_begins_anew(tiny_grid, tmp_path):

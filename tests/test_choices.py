@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from pretended_cuda import PretendedCuda
 from recording_driver import recording_driver
 
-from bench import choices, grid, machine, records, report, timing
+from bench import choices, grid, lost, machine, records, report, timing
 from bench.grid import Case
 from bench.ratios import Results
 from continual_mha import inputs, reference
@@ -137,6 +141,15 @@ def test_what_is_compiled_ahead_is_what_the_launch_takes(formulation, tmp_path, 
     assert set(tmp_path.rglob("*.cubin")) == compiled
 
 
+@pytest.mark.parametrize("seconds", [None, 0.3])
+def test_compiling_ahead_ends_in_time(seconds, monkeypatch, capsys):
+    monkeypatch.setattr(choices, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(choices, "compile_way", time.sleep)
+    choices.compile_all([(0.2,)] * 6, 1, seconds)
+    said = capsys.readouterr().out
+    assert ("compiled 1 of 6 ways ahead" in said) is (seconds is not None)
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """A pretended GPU, on which plain PyTorch stands in for the kernels, whatever the plan."""
@@ -144,7 +157,7 @@ def pretended(monkeypatch):
         step = getattr(module, name)
         monkeypatch.setattr(choices.kernels, name, lambda *args, plan, step=step: step(*args))
     monkeypatch.setattr(timing, "_LEAST_FLUSHED", 1 << 12)
-    monkeypatch.setattr(choices, "compile_all", lambda work, processes: None)
+    monkeypatch.setattr(choices, "compile_all", lambda *args: None)
     monkeypatch.setattr(grid, "cases", lambda *args: iter([TINY]))
     machine.describe.cache_clear()
     with PretendedCuda().in_place():
@@ -186,3 +199,42 @@ def test_ways_that_fail_or_are_wrong_are_not_timed_and_spoil_no_other(
     assert "shared memory" in next(row["reason"] for row in rows if row["status"] == "failed")
     (choice,) = [c for c in choices.choices(rows) if c.formulation == "kv"]
     assert choice.chosen is None
+
+
+@no_gpu
+def test_way_that_loses_the_device_is_left_out_when_the_run_goes_on(
+    pretended, tmp_path, monkeypatch
+):
+    step, synchronize = choices.kernels.ring_step_, torch.cuda.synchronize
+    broken, exits = [], []
+
+    def on_what_is_left(call):
+        if broken and not exits:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return call()
+
+    def breaking(*args, plan):
+        if plan.path == "chain" and not exits:
+            broken.append(plan._asdict())
+        return on_what_is_left(partial(step, *args, plan=plan))
+
+    def leave():
+        exits.append(None)
+        raise SystemExit(lost.LOST)
+
+    monkeypatch.setattr(choices.kernels, "ring_step_", breaking)
+    monkeypatch.setattr(torch.cuda, "synchronize", partial(on_what_is_left, synchronize))
+    monkeypatch.setattr(choices, "leave", leave)
+    arguments = ["--out", str(tmp_path), "--budget", "0.001", "--resume"]
+    with pytest.raises(SystemExit):
+        choices.main(arguments)
+    first = records.read(tmp_path, records.CHOICES)
+    assert first[-1]["reason"].startswith(lost.REASON)
+    assert first[-1]["plan"] == broken[0]
+    assert {row["status"] for row in first[:-1]} == {"ok"}
+    choices.main(arguments)
+    later = records.read(tmp_path, records.CHOICES)[len(first) :]
+    assert later[-1]["kind"] == "case"
+    measured = [row["plan"] for row in later[:-1] if row["formulation"] == "kv"]
+    assert broken[0] not in measured
+    assert {plan["path"] for plan in measured} == {"chain", "fused", "gemm", "group"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import upstream
 from oracles import build, draw_tokens
 from pretended_cuda import DEVICE, PretendedCuda
 
@@ -26,6 +27,7 @@ from bench import (
     exercise,
     gpu,
     grid,
+    lost,
     machine,
     measure,
     peers,
@@ -289,7 +291,10 @@ def test_ceilings_of_a_gpu_are_all_measured(cuda, monkeypatch):
     monkeypatch.setattr(read_kernel, "_read", Read())
     monkeypatch.setattr(ceilings, "GPU_SIZES", (1 << 16, 1 << 18))
     monkeypatch.setattr(ceilings, "MATRIX_SIDES", {"cuda": 64})
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-4)
     found = ceilings.measure(DEVICE, ("float32",))
+    in_a_graph = [len(graph.operations) for graph in cuda.graphs]
+    assert sum(operations >= 20 for operations in in_a_graph) == 2 * 4 + 1 + 1
     assert {ceiling.name for ceiling in found} == {
         "read bandwidth",
         "copy bandwidth",
@@ -376,6 +381,78 @@ def test_failure_of_one_implementation_on_the_gpu_leaves_the_others_rows(cuda, s
     assert rows["ours:torch", "cold"]["status"] == "ok"
 
 
+@pytest.fixture
+def breaking(cuda, monkeypatch):
+    """A peer whose second timer loses the device, and a list of the exits that this leads to."""
+    replays = itertools.count()
+    broken, exits = [], []
+
+    def synchronize(device=None):
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\n\nmore")
+        cuda.synchronize()
+
+    def setup(problem):
+        def run():
+            if torch.cuda.is_current_stream_capturing() and next(replays) > 0:
+                broken.append(True)
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return problem.expected[0][:, 0].float()
+
+        return peers.Ready(run)
+
+    def leave():
+        exits.append(lost.LOST)
+        broken.clear()
+        raise SystemExit(lost.LOST)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(command, "leave", leave)
+    monkeypatch.setattr(timing, "share_out", lambda *args: (5, 1))
+    right = [peer for peer in peers.all_peers(DEVICE) if peer.name == "ours:torch"]
+    found = [peers.Peer("breaks", ("step",), setup), *right]
+    monkeypatch.setattr(command, "all_peers", lambda *args: found)
+    return exits
+
+
+def test_lost_device_ends_the_run_which_goes_on_later_without_what_lost_it(tiny_bench, breaking):
+    arguments = ["--resume", "--only", "breaks,ours"]
+    with pytest.raises(SystemExit):
+        tiny_bench(*arguments)
+    rows = tiny_bench(*arguments)
+    assert breaking == [lost.LOST]
+    status = {(r["implementation"], r["timer"]): r for r in rows if r["kind"] == "time"}
+    assert status["breaks", "graph"]["status"] == "ok"
+    assert status["breaks", "cold"]["status"] == "failed"
+    assert "illegal memory access" in status["breaks", "cold"]["reason"]
+    assert status["breaks", None]["status"] == "absent"
+    assert status["ours:torch", "host"]["status"] == "ok"
+    finished = [row["case"]["mode"] for row in rows if row["kind"] == "case"]
+    assert finished == ["step", "forward_backward"]
+
+
+def test_call_that_does_not_end_leaves_the_rows_of_the_others(cuda, small_flush, monkeypatch):
+    kept, left = [], []
+    monkeypatch.setattr(lost, "PATIENCE", 0.2)
+    monkeypatch.setattr(lost, "leave", lambda: left.append(time.perf_counter()))
+    found = [peer for peer in peers.all_peers(DEVICE) if peer.name == "ours:torch"]
+    found.append(peers.Peer("hangs", ("step",), lambda problem: time.sleep(1.0)))
+    bench = measure.Bench(
+        DEVICE, found, ceilings.Roofline(CEILINGS), {}, budget=1e-3, keep=kept.append
+    )
+    monkeypatch.setattr(bench, "peers", [bench.peers[1]])
+    began = time.perf_counter()
+    bench.rows(CASES[0])
+    assert [row["implementation"] for row in kept[0]] == ["hangs"]
+    assert kept[0][0]["reason"].startswith(lost.REASON)
+    assert left[0] - began < 0.9
+    kept.clear()
+    monkeypatch.setattr(bench, "peers", found[:1])
+    bench.rows(CASES[0])
+    time.sleep(0.3)
+    assert not kept  # nobody is called to account after the end
+
+
 def test_what_the_sanitizer_watches_is_right(capsys, monkeypatch):
     monkeypatch.setattr(exercise, "SHAPES", exercise.SHAPES[:2])
     exercise.main(["--device", "cpu", "--backend", "torch"])
@@ -398,6 +475,17 @@ def test_wrong_output_fails_its_shape_and_not_the_others(capsys, monkeypatch):
         exercise.main(["--device", "cpu", "--backend", "torch"])
     lines = capsys.readouterr().out.splitlines()
     assert ["relative error" in line for line in lines] == [True, True, False, False]
+
+
+def test_what_comes_after_a_lost_device_is_not_called_wrong(capsys, monkeypatch):
+    def lose(*args, **options):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(co.SingleOutputMultiheadAttention, "forward_step", lose)
+    monkeypatch.setattr(exercise, "why_lost", lambda device: lost.REASON)
+    with pytest.raises(SystemExit, match=lost.REASON):
+        exercise.main(["--device", "cpu", "--backend", "torch"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_backend_that_does_not_load_fails(capsys, monkeypatch):
@@ -425,6 +513,7 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     assert (options.out, options.mode, options.resume) == (tmp_path, ("step",), True)
     options = choices.parse([x if x != gpu.LEFT else "9" for x in found["choices"].command[3:]])
     assert (options.out, options.size, options.resume) == (tmp_path, "quick", True)
+    assert gpu.LEFT in found["load"].command
     assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
     ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
     files = [part for part in found["kernels"].command if part.endswith(".py")]
@@ -479,6 +568,36 @@ def test_account_of_tests_has_every_outcome_and_each_cause_once(workers, tmp_pat
     assert digest.account(tmp_path / "none.jsonl") == ""
 
 
+@pytest.mark.parametrize("plugins", [True, False], ids=["plugins", "plain"])
+def test_file_that_does_not_import_is_told_and_costs_no_other(plugins, tmp_path, monkeypatch):
+    (tmp_path / "test_bad.py").write_text("import no_such_package")
+    (tmp_path / "test_good.py").write_text("def test_it(): pass")
+    if not plugins:
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    stage = gpu._tests("tests", tmp_path, [str(tmp_path)], 1.0)
+    monkeypatch.undo()
+    paths = [str(gpu.ROOT), str(gpu.ROOT / "tests")]
+    subprocess.run(
+        [*stage.command, "-p", "conftest", "--rootdir", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+    )
+    lines = digest.account(gpu.outcomes_of(tmp_path / "tests.log")).splitlines()
+    assert "other: 1 failed, 1 passed" in lines
+    assert any("no_such_package" in line for line in lines)
+
+
+def test_name_of_a_missing_package_skips_tests_and_no_file():
+    missing = upstream._Missing()
+    try:
+        getattr(missing, "__wrapped__", None)  # as pytest asks while it collects
+    except pytest.skip.Exception:
+        pytest.fail("the whole file is skipped")
+    with pytest.raises(pytest.skip.Exception):
+        missing.Sequential  # noqa: B018
+
+
 def test_device_that_is_lost_ends_the_process_that_lost_it(monkeypatch):
     import conftest
 
@@ -519,6 +638,43 @@ def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys)
     gpu.main(["--out", str(folder), "--go-on-from", str(tmp_path / "earlier")])
     assert records.read(folder) == records.read(folder, records.CHOICES) == [row]
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("bench: passed")
+
+
+_LOSES_DEVICES = """
+import sys
+from pathlib import Path
+attempts, left = Path(sys.argv[1]), sys.argv[2]
+attempts.open("a").write(left + "\\n")
+print("attempt")
+sys.exit(75 if len(attempts.read_text().split()) < 3 else 0)
+"""
+
+
+@pytest.mark.parametrize("least", [0.0, 100.0], ids=["time left", "no time left"])
+def test_stage_that_lost_its_device_goes_on_while_there_is_time(least, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_LEAST", least)
+    attempts, log = tmp_path / "attempts", tmp_path / "bench.log"
+    command = [sys.executable, "-c", _LOSES_DEVICES, str(attempts), gpu.LEFT]
+    outcome = gpu.run(gpu.Stage("bench", command, 1.0), log, 80)
+    made = 3 if least == 0 else 1
+    assert outcome.result.endswith(f"; devices lost: {min(made, 2)}")
+    assert outcome.result.startswith("passed" if made == 3 else "failed with code 75")
+    assert log.read_text() == made * "attempt\n"
+    left = [int(seconds) for seconds in attempts.read_text().split()]
+    assert len(left) == made
+    assert 50 < left[-1] <= left[0] == 60
+
+
+def test_process_that_cannot_be_killed_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(gpu, "_GRACE", 0.2)
+    monkeypatch.setattr(gpu.os, "killpg", lambda *args: killed.append(args))
+    began = time.monotonic()
+    outcome = gpu.run(gpu.Stage("bench", ["sleep", "4"], 1.0), tmp_path / "bench.log", 0.3)
+    assert outcome.result.startswith("stopped")
+    assert time.monotonic() - began < 2
+    monkeypatch.undo()
+    os.killpg(*killed[0])
 
 
 def test_tool_that_is_missing_fails_its_stage_only(tmp_path, monkeypatch, capsys):

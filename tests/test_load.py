@@ -45,3 +45,25 @@ def test_run_writes_a_row_that_says_what_it_served(through, tmp_path, monkeypatc
     assert row["late"] <= 10
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
     assert row["machine"]["commit"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, [60.0] * 4), (36.0, [3.0] * 4), (2.0, [])])
+def test_runs_share_the_time_that_there_is(limit, expected, tmp_path, monkeypatch, capsys):
+    """A third of a run's share is spent in real time, and the clock stands for the other two."""
+    now, spent = [0.0], []
+
+    def measure(family, through, device, dtype, seconds):
+        spent.append(seconds)
+        now[0] += 3 * seconds
+        return load.Load(1, 1, 0, 1.0, 0, 0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(load, "measure", measure)
+    monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
+    threads = torch.get_num_threads()
+    arguments = ["--device", "cpu", "--out", str(tmp_path)]
+    try:
+        load.main(arguments if limit is None else [*arguments, "--limit", str(limit)])
+    finally:
+        torch.set_num_threads(threads)
+    assert spent == pytest.approx(expected)
+    assert capsys.readouterr().out.startswith("stopped") is (not expected)

@@ -9,6 +9,8 @@ import pytest
 
 class _Missing:
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks while it collects, and would skip the whole file
+            raise AttributeError(name)
         pytest.skip("needs continual-inference")
 
 
