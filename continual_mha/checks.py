@@ -45,7 +45,7 @@ def check_arguments(
     optional = {"kdim": kdim, "vdim": vdim}
     given = required | {name: size for name, size in optional.items() if size is not None}
     for name, number in {**given, "query_index": query_index}.items():
-        if not _is_integer(number):
+        if not is_integer(number):
             raise TypeError(f"{name} must be an integer, but got {_shown(number)}")
     sizes = {name: operator.index(number) for name, number in given.items()}
     for name, size in sizes.items():
@@ -112,6 +112,8 @@ def _check_one(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
+    if not is_plain(x):
+        raise TypeError(f"{role} must be a plain dense tensor {layout}, but got {_stored(x)}")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{role} must have the shape {layout}, but got {tuple(x.shape)}")
     if x.shape[feature_axis] != width:
@@ -246,10 +248,21 @@ def check_batch_size(batch_size: int) -> None:
         ValueError: it is negative.
         TypeError: it is not an integer.
     """
-    if not _is_integer(batch_size):
-        raise TypeError(f"batch_size must be an integer, but got {batch_size!r}")
-    if batch_size < 0:
-        raise ValueError(f"batch_size must not be negative, but got {batch_size}")
+    check_count("batch_size", batch_size, 0)
+
+
+def check_count(name: str, count: int, least: int) -> None:
+    """Check a number of things.
+
+    Raises:
+        ValueError: there are less than ``least``.
+        TypeError: it is not an integer.
+    """
+    if not is_integer(count):
+        raise TypeError(f"{name} must be an integer, but got {_shown(count)}")
+    if count < least:
+        few = "not be negative" if least == 0 else f"be at least {least}"
+        raise ValueError(f"{name} must {few}, but got {count}")
 
 
 def check_step_shape(step_shape: Sequence[int], embed_dim: int) -> None:
@@ -271,7 +284,7 @@ def check_stream_index(index: int, state: State) -> None:
         ValueError: there is no such stream.
         TypeError: it is not an integer.
     """
-    if not _is_integer(index):
+    if not is_integer(index):
         raise TypeError(f"the number of a stream must be an integer, but got {index!r}")
     streams = state.position.shape[0]
     if not 0 <= index < streams:
@@ -288,11 +301,13 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
         TypeError: neither a bool mask nor integers.
     """
     try:
-        given = torch.as_tensor(streams)
+        # not where torch makes tensors by default, from which it would be copied back
+        given = streams if isinstance(streams, Tensor) else torch.as_tensor(streams, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(streams).__name__
         raise TypeError(f"streams must be a bool mask or integers, but got {kind}") from error
     if given.dtype == torch.bool:
+        given = given if isinstance(streams, Tensor) else given.to(position.device)
         if given.shape != position.shape or given.device != position.device:
             raise ValueError(
                 f"a mask of streams must have the shape {tuple(position.shape)} on "
@@ -313,7 +328,7 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
     return (torch.arange(count, device=position.device)[:, None] == given).any(dim=1)
 
 
-def _is_integer(number: Any) -> bool:
+def is_integer(number: Any) -> bool:
     """Whether it is one to ``operator.index``, as those of numpy are; a bool is none here."""
     if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
         return False
@@ -322,6 +337,15 @@ def _is_integer(number: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether its elements lie in memory by strides: neither sparse, nor nested, nor MKLDNN's."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def _stored(x: Tensor) -> str:
+    return "a nested one" if x.is_nested else f"one of {x.layout}"
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .modes import active_streams
-from .streams import StatefulStreams
+from .streams import StatefulStreams, all_or_as_before
 
 _WARM_UP_RUNS = 3
 
@@ -48,20 +48,14 @@ class GraphedStep:
             raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
         self._model = model
         self._graph = torch.cuda.CUDAGraph()
-        marks = [module.mark() for module in self._stateful]
-        try:
-            # what inference mode makes could be written to in inference mode only
-            with torch.inference_mode(False):
-                self._tokens = torch.zeros_like(example)
-                self.active = torch.zeros(len(example), dtype=torch.bool, device=example.device)
-                for module in self._stateful:
-                    module.start_streams(len(example))
-                self._output = self._capture()
-                self.active.fill_(True)
-        except BaseException:
-            for module, mark in zip(self._stateful, marks, strict=True):
-                module.return_to(mark)
-            raise
+        # what inference mode makes could be written to in inference mode only
+        with all_or_as_before(self._stateful), torch.inference_mode(False):
+            self._tokens = torch.zeros_like(example)
+            self.active = torch.zeros(len(example), dtype=torch.bool, device=example.device)
+            for module in self._stateful:
+                module.start_streams(len(example))
+            self._output = self._capture()
+            self.active.fill_(True)
         self._captured = [module._ring_position for module in self._stateful]
 
     def _step(self) -> Tensor:

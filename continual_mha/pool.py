@@ -11,16 +11,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import storage
+from . import checks, storage
 from .graphs import GraphedStep
 from .modes import active_streams
-from .streams import StatefulStreams
+from .streams import StatefulStreams, all_or_as_before
 
 
 class PoolFull(RuntimeError):  # noqa: N818  (as in queue.Full)
@@ -108,7 +108,7 @@ class StreamPool:
     Raises:
         ValueError: the model keeps no streams, or state that nobody can read; a size is below 1;
             ``graph`` without a CUDA device or with a model that is stepped stream by stream.
-        TypeError: the model has no ``forward_step``.
+        TypeError: the model is none, or has no ``forward_step``; a size is not an integer.
     """
 
     def __init__(
@@ -124,16 +124,22 @@ class StreamPool:
         graph: bool = False,
         history: int = 4096,
     ) -> None:
-        if capacity < 1 or queue_size < 1:
-            raise ValueError(
-                f"capacity and queue_size must be at least 1: {capacity}, {queue_size}"
-            )
+        sizes = {"capacity": capacity, "queue_size": queue_size, "history": history}
+        if receptive_field is not None:
+            sizes["receptive_field"] = receptive_field
+        for name, size in sizes.items():
+            checks.check_count(name, size, 1)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the model must be a torch.nn.Module, but got {type(model).__name__}")
+        if not isinstance(token_shape, Sequence):
+            raise TypeError(f"token_shape must be a tuple such as (E,), but got {token_shape!r}")
+        for size in token_shape:
+            checks.check_count("each size in token_shape", size, 0)
         parameter = next(model.parameters(), torch.empty(0))
         self._token_shape = tuple(token_shape)
         self._dtype = dtype or parameter.dtype
         self._device = torch.device(device or parameter.device)
         self._queue_size = queue_size
-        example = torch.zeros((capacity, *token_shape), dtype=self._dtype, device=self._device)
         alone = _foreign_modules(model)
         if not alone:
             storage.stateful_modules(model)  # or there is nothing to serve
@@ -144,9 +150,13 @@ class StreamPool:
             )
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
-        self._slots: Any = (
-            _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
-        )
+        # what inference mode makes could be written to in inference mode only
+        with torch.inference_mode(False), torch.no_grad():
+            shape = (capacity, *token_shape)
+            example = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self._slots: Any = (
+                _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
+            )
         self.batched = not alone
         # one by one, a stream that is not ready has no output
         self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
@@ -249,8 +259,8 @@ class StreamPool:
         Raises:
             UnknownStream: there is no such stream, or it was closed in the meantime.
             QueueFull: there was no room in that time.
-            ValueError: another shape.
-            TypeError: another dtype, or no tensor.
+            ValueError: another shape, or no elements as on the device ``meta``.
+            TypeError: another dtype, or no dense tensor.
         """
         if not isinstance(token, Tensor) or token.dtype != self._dtype:
             given = token.dtype if isinstance(token, Tensor) else type(token).__name__
@@ -258,6 +268,10 @@ class StreamPool:
         if tuple(token.shape) != self._token_shape:
             shapes = f"{self._token_shape}, but got {tuple(token.shape)}"
             raise ValueError(f"a token must have the shape {shapes}")
+        if not checks.is_plain(token):
+            raise TypeError("a token must be a plain dense tensor")
+        if token.is_meta:
+            raise ValueError("a token must have elements, but is on the device meta")
         copy = token.detach().clone()  # moved to the device with all others of its tick
         with self._changed:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
@@ -372,8 +386,9 @@ class _Batched:
             graphed = GraphedStep(model, example)
             self._run, self._active = graphed, graphed.active
         else:
-            for module in self._modules.values():
-                module.start_streams(example.shape[0])
+            with all_or_as_before(list(self._modules.values())):
+                for module in self._modules.values():
+                    module.start_streams(example.shape[0])
             self._run = model.forward_step  # type: ignore[assignment]
             self._active = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
 
@@ -406,6 +421,12 @@ class _Batched:
             out = self._run(self._tokens)
             if out is None:
                 return {}
+            if not isinstance(out, Tensor) or out.shape[:1] != self._tokens.shape[:1]:
+                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise TypeError(
+                    "the model's forward_step must return None or one tensor of shape "
+                    f"({len(self._tokens)}, ...), but returned {given}"
+                )
             return dict(zip(tokens, out.index_select(0, slots).unbind(), strict=True))
 
 
@@ -528,4 +549,5 @@ def _receptive_field(model: nn.Module) -> int:
 def _age(states: Mapping[str, Any]) -> int:
     """Tokens that a stream has seen, as far as its state tells."""
     positions = [getattr(state, "position", None) for state in states.values()]
-    return max((int(p[0]) for p in positions if p is not None and len(p)), default=0)
+    ages = [int(p[0]) for p in positions if isinstance(p, Tensor) and p.dim() == 1 and len(p)]
+    return max(ages, default=0)

@@ -39,6 +39,21 @@ class Mark(NamedTuple):
     slots: Sequence[tuple[Tensor, Tensor]] = ()
 
 
+@contextmanager
+def all_or_as_before(modules: Sequence[StatefulStreams]) -> Iterator[None]:
+    """Inside the block the streams of all modules change or, if something raises, those of none.
+
+    That is for what puts new states in the place of theirs, and at most takes steps from those.
+    """
+    marks = [module.mark() for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, mark in zip(modules, marks, strict=True):
+            module.return_to(mark)
+        raise
+
+
 class StatefulStreams(nn.Module):
     """A module that remembers ``N`` streams from call to call, each at its own position.
 

@@ -161,9 +161,6 @@ def test_bad_tokens_and_numbers_are_refused():
     for call in (pool.close, pool.export, lambda s: pool.push(s, torch.zeros(EMBED))):
         with pytest.raises(co.UnknownStream):
             call(99)
-    for sizes in ({"capacity": 0}, {"capacity": 1, "queue_size": 0}):
-        with pytest.raises(ValueError, match="at least 1"):
-            co.StreamPool(build(), token_shape=(EMBED,), **sizes)
     for call in (pool.restore, co.states_to_bytes):
         with pytest.raises(TypeError, match=r"what export returned.* got NoneType"):
             call(None)
@@ -175,6 +172,106 @@ def test_bad_tokens_and_numbers_are_refused():
     assert module.get_state() is None
     with pytest.raises(ValueError, match="CUDA"):
         co.StreamPool(build(), 1, (EMBED,), graph=True, device="cpu")
+
+
+# name: (arguments, error, words)
+BAD_POOLS = {
+    "no slot": ({"capacity": 0}, ValueError, "capacity must be at least 1"),
+    "half a slot": ({"capacity": 2.5}, TypeError, "capacity must be an integer"),
+    "true slots": ({"capacity": True}, TypeError, "capacity must be an integer"),
+    "no queue": ({"queue_size": 0}, ValueError, "queue_size must be at least 1"),
+    "queue of a name": ({"queue_size": "a"}, TypeError, "queue_size must be an integer"),
+    "no history": ({"history": 0}, ValueError, "history must be at least 1"),
+    "ready before a token": ({"receptive_field": 0}, ValueError, "receptive_field must be at"),
+    "ready by name": ({"receptive_field": "a"}, TypeError, "receptive_field must be an integer"),
+    "shape of a number": ({"token_shape": EMBED}, TypeError, r"token_shape .* got 12"),
+    "shape of names": ({"token_shape": ("a",)}, TypeError, "token_shape must be an integer"),
+    "no model": ({"model": None}, TypeError, "must be a torch.nn.Module, but got NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_POOLS)
+def test_pool_of_bad_arguments_is_refused_and_changes_nothing(case):
+    bad, error, words = BAD_POOLS[case]
+    module = build()
+    module.forward_step(torch.ones(3, EMBED))
+    before = module.get_state()
+    arguments = {"model": module, "capacity": 2, "token_shape": (EMBED,)}
+    with pytest.raises(error, match=words):
+        co.StreamPool(**arguments | bad)
+    assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_pool_that_cannot_be_made_leaves_all_modules_as_they_were(failing, monkeypatch):
+    model = Net()
+    for layer in model.layers:
+        layer.forward_step(torch.ones(3, EMBED))
+    before = [layer.get_state() for layer in model.layers]
+
+    def no_memory(streams):
+        raise MemoryError
+
+    monkeypatch.setattr(model.layers[failing], "start_streams", no_memory)
+    with pytest.raises(MemoryError):
+        co.StreamPool(model, 2, (4,))
+    for layer, state in zip(model.layers, before, strict=True):
+        assert_same_state(layer.get_state(), state)
+
+
+def test_token_that_no_tick_could_take_is_refused_at_once():
+    """In the queue it would stop the streams of everyone."""
+    pool = co.StreamPool(build(), 1, (EMBED,))
+    stream = pool.open()
+    with pytest.raises(TypeError, match="dense"):
+        pool.push(stream, torch.ones(EMBED).to_sparse())
+    with pytest.raises(ValueError, match="meta"):
+        pool.push(stream, torch.ones(EMBED, device="meta"))
+    assert pool.statistics().waiting == 0
+
+
+class Answers(nn.Module):
+    """One step, of whose output something is made."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.attention, self.make = build(), make
+
+    def forward_step(self, x):
+        return self.make(self.attention.forward_step(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [(lambda y: (y, y), "tuple"), (lambda y: y[:1], r"\(1, 12\)"), (lambda y: y.sum(), r"\(\)")],
+)
+def test_output_that_has_no_row_for_each_stream_is_named(make, given):
+    pool = co.StreamPool(Answers(make), 2, (EMBED,))
+    stream = pool.open()
+    pool.push(stream, torch.ones(EMBED))
+    before = pool.export(stream)
+    with pytest.raises(TypeError, match=rf"shape \(2, \.\.\.\), but returned {given}"):
+        pool.tick()
+    assert pool.statistics().waiting == 1
+    assert_same_state(pool.export(stream)["attention"], before["attention"])
+
+
+@pytest.mark.parametrize("made", ["made", "ticked"])
+def test_inference_mode_may_begin_and_end_between_calls(made):
+    """As it does for threads: the mode is each thread's own."""
+    modules = build(), build()
+    with torch.inference_mode(made == "made"):
+        pool = co.StreamPool(modules[0], 2, (EMBED,))
+    twin = co.StreamPool(modules[1], 2, (EMBED,))
+    assert pool.open() == twin.open() == 0
+    for t, token in enumerate(torch.randn(3 * LENGTH, EMBED).unbind()):
+        for each in (pool, twin):
+            each.push(0, token)
+        with torch.inference_mode(made == "ticked" and t % 3 == 0):
+            got = pool.tick()
+        expected = twin.tick()
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[s], expected[s]) for s in got)
 
 
 def test_pushed_token_is_a_copy():
