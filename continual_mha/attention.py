@@ -187,7 +187,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             held["_" + name] = value
             return
         before = held["_" + name]
-        if value == before:
+        if checks.is_integer(value):
+            value = operator.index(value)
+        if type(value) is type(before) and value == before:
             return
         checks.check_change(name, before, value, name in _OF_WEIGHTS, self._clock is not None)
         if name == "cache_dtype":
@@ -196,7 +198,6 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_arguments(
                 **{size: getattr(self, size) for size in _CHECKED} | {name: value}
             )
-            value = operator.index(value)
         held["_" + name] = value
         held["_head_dim"] = self.embed_dim // self.num_heads
         self._lay_out()

@@ -38,7 +38,10 @@ def stateful_modules(model: nn.Module) -> dict[str, StatefulStreams]:
 
     Raises:
         ValueError: there is none.
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"streams are kept by a torch.nn.Module, but got {type(model).__name__}")
     found = {name: m for name, m in model.named_modules() if isinstance(m, StatefulStreams)}
     if not found:
         raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
@@ -60,7 +63,9 @@ def import_stream(model: nn.Module, index: int, states: States) -> None:
 
     Raises:
         ValueError: there is no such stream, or a name, shape, dtype or formulation does not fit.
+        TypeError: ``states`` is not a mapping from module names to states.
     """
+    check_states(states)
     modules = stateful_modules(model)
     checked = _fitted(modules, states, lambda module, state: module._layout())
     before = {name: module.get_stream(index) for name, module in modules.items()}
@@ -88,7 +93,9 @@ def import_state(model: nn.Module, states: States) -> None:
 
     Raises:
         ValueError: a name, shape, dtype or formulation does not fit.
+        TypeError: ``states`` is not a mapping from module names to states.
     """
+    check_states(states)
     modules = stateful_modules(model)
     named = {name: module for name, module in modules.items() if name in states}
     checked = _fitted(named, states, lambda module, state: module._layout_of_given(state))
@@ -107,13 +114,19 @@ def _fitted(
     states: States,
     layout_for: Callable[[StatefulStreams, State], ring.Layout],
 ) -> dict[str, State]:
-    """``states`` on the devices of ``modules``, once they are known to have the right layouts."""
+    """``states`` on the devices of ``modules``, once they are known to have the right layouts.
+
+    Raises:
+        ValueError: a name or a state does not fit.
+    """
     if set(states) != set(modules):
         given, own = sorted(states) or "no module", sorted(modules) or "no module"
         raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
     checked = {}
     for name, module in modules.items():
         try:
+            if type(states[name]) not in _NAMES:
+                raise TypeError(f"it is no state, but a {type(states[name]).__name__}")
             state = _on(states[name], module._like().device)
             checked[name] = module._checked(state, layout_for(module, state))
         except (TypeError, ValueError) as error:
@@ -123,7 +136,8 @@ def _fitted(
 
 
 def _on(state: State, device: torch.device | str) -> Any:
-    return ring.rebuilt(state, (part.detach().to(device) for part in state[:-1]))
+    parts = (x.detach().to(device) if isinstance(x, Tensor) else x for x in state[:-1])
+    return ring.rebuilt(state, parts)
 
 
 def check_states(states: object) -> None:

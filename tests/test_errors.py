@@ -53,6 +53,12 @@ BAD_STEPS = {
     ),
     "a list": (([[0.0] * E] * N,), TypeError, ["query", "list"]),
     "none": ((None,), TypeError, ["query", "NoneType"]),
+    "sparse": ((zeros(N, E).to_sparse(), *tokens()[1:]), TypeError, ["query", "dense", "sparse"]),
+    "sparse key": (
+        (zeros(N, E), zeros(N, 7).to_sparse(), zeros(N, 10)),
+        TypeError,
+        ["key", "dense", "sparse"],
+    ),
 }
 BAD_CLIPS = {
     "rank 2": (tokens(), ValueError, ["query", "(3, 12)"]),
@@ -73,6 +79,12 @@ BAD_CLIPS = {
     "double": (clips(dtype=torch.float64), TypeError, ["float64", "float32"]),
     "device": (clips(device=META), ValueError, ["meta", "cpu"]),
     "a list": (([[0.0] * E] * N,), TypeError, ["query", "list"]),
+    "sparse": ((clips()[0].to_sparse(), *clips()[1:]), TypeError, ["query", "dense", "sparse"]),
+    "nested": (
+        (torch.nested.nested_tensor([zeros(3, E), zeros(2, E)], layout=torch.jagged), *clips()[1:]),
+        TypeError,
+        ["query", "dense", "nested"],
+    ),
 }
 
 

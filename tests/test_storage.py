@@ -201,6 +201,33 @@ def test_streams_of_another_model_are_refused():
         assert_same_state(layer.get_state(), state)
 
 
+def test_what_is_no_state_is_refused_and_changes_nothing():
+    module = streaming()
+    before, one = module.get_state(), co.export_stream(module, 1)[""]
+    spoilt = [
+        (None, "it is no state, but a NoneType"),
+        ((1, 2), "it is no state, but a tuple"),
+        (one._replace(position=None), "state.position must be a tensor"),
+        (one._replace(clock=None), "state.clock must be a tensor"),
+        (one._replace(position=one.position[0]), r"state.position must have shape \(N,\)"),
+    ]
+    pool = co.StreamPool(streaming(), 2, (module.embed_dim,))
+    for state, words in spoilt:
+        for call in (
+            lambda states: co.import_stream(module, 0, states),
+            lambda states: co.import_state(module, states),
+            pool.restore,
+        ):
+            with pytest.raises(ValueError, match=words):
+                call({"": state})
+    with pytest.raises(TypeError, match=r"mapping .*, but got NoneType"):
+        co.import_stream(module, 0, None)
+    with pytest.raises(TypeError, match=r"mapping .*, but got NoneType"):
+        co.import_state(module, None)
+    assert_same_state(module.get_state(), before)
+    assert pool.statistics().open == 0
+
+
 def test_import_that_fails_in_the_second_module_changes_nothing(monkeypatch):
     stack = stack_after(LENGTH + 1)
     before = [layer.get_state() for layer in stack.layers]
@@ -255,3 +282,5 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_model_without_streams_is_refused():
     with pytest.raises(ValueError, match="no module that keeps streams"):
         co.export_state(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"torch.nn.Module, but got NoneType"):
+        co.export_state(None)

@@ -450,6 +450,16 @@ def test_streams_of_great_age_go_on_as_young_ones(kind, at_once, start, backend)
     assert module.ready.all()
 
 
+@pytest.mark.parametrize("gone", [[1], [False, True, False, False], range(1, 2)])
+def test_streams_are_named_wherever_torch_makes_tensors_by_default(gone):
+    module = build()
+    with torch.no_grad():
+        module.forward_step(torch.ones(N, EMBED))
+        with torch.device("meta"):
+            module.reset(gone)
+    assert module.get_state().position.tolist() == [1, 0, 1, 1]
+
+
 @pytest.mark.parametrize("then", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("formulation", ["kv", "input"])
 def test_streams_go_on_after_a_reset_outside_of_the_inference_mode_they_began_in(
