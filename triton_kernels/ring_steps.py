@@ -357,13 +357,13 @@ def why_not(name: str, *args: Any) -> str | None:
         return f"no kernel for {name} here"
     query, rings = args[0], args[11:13]
     if all(scale is None for scale in args[19:21]):
-        return uncovered(*args[:14])
+        return uncovered(*args[:14], position=args[14])
     for ring, scale in zip(rings, args[19:21], strict=True):
         if reason := uncovered_codes(ring, scale):
             return reason
     # but for their dtype, codes are to be what numbers are
     numbers = (ring.new_empty(ring.shape, dtype=query.dtype, device="meta") for ring in rings)
-    return uncovered(*args[:11], *numbers, args[13])
+    return uncovered(*args[:11], *numbers, args[13], position=args[14])
 
 
 def ring_steps_(
