@@ -353,6 +353,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     )
 
 
+@pytest.mark.usefixtures("products_by_row")
 @pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
 def test_batch_invariant_steps_give_a_stream_the_same_bits_alone_and_among_others(
     codes: torch.dtype | None,

@@ -343,6 +343,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "torch.int16" in (why_not("ring_step_", *args) or "")
 
 
+@pytest.mark.usefixtures("products_by_row")
 def test_batch_invariant_step_gives_a_stream_the_same_bits_alone_and_among_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

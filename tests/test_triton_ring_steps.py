@@ -175,6 +175,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "no kernel" in (why_not("no_such_operator", *args) or "")
 
 
+@pytest.mark.usefixtures("products_by_row")
 def test_batch_invariant_tokens_give_a_stream_the_same_bits_alone_and_among_others() -> None:
     case = RingCase(N=7, H=1, D=16, L=5, delay=1).warm()
     alone = [x[6:].clone() for x in case.state]
