@@ -44,7 +44,7 @@ def arguments(
 # One token; a cold stream beside a warm one, from cold to wrapped; windows around the block sizes.
 SHAPES = [
     (2, 1, 2, 12, 5, 0, True),
-    (2, 9, 1, 8, 4, 2, True),
+    (6, 9, 1, 8, 4, 2, True),
     (1, 70, 1, 20, 33, 0, True),
     (2, 3, 1, 8, 70, 0, False),
     (1, 3, 1, 4, 1, 0, True),
