@@ -109,6 +109,9 @@ def steps_configurations() -> Iterator[tuple[str, list[Launch]]]:
                 yield f"steps-{name}-e4m3", attends
         yield f"steps-{dtype}", aot.steps_launches(8, 256, 128, 2, 64, dtype)
         yield f"steps-{dtype}-int8", aot.steps_launches(8, 256, 128, 2, 64, dtype, torch.int8)
+        for slots in ("zero", "bias zero"):
+            launches = aot.steps_launches(8, 256, 128, 2, 64, dtype, None, 0.1, slots)
+            yield f"steps-{dtype}-{slots}", launches
 
 
 def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
