@@ -160,7 +160,7 @@ def _add_token(
         size = scale_of(token, codes)
         token = encode(token, size, codes)
         tl.store(x_scale_ptr + new_slot, size, mask=write)
-    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e & write)
+    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=offs_e < tl.where(write, E, 0))
     if x_scale_ptr is not None:
         token = decode(token, tl.float32) * (size * unit_of(codes))
     token = token.to(ACC)
