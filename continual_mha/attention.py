@@ -96,7 +96,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     Raises:
         ValueError: a size or an index is out of its range.
-        TypeError: a size is not an integer.
+        TypeError: a size is not an integer, or ``dropout`` no number.
     """
 
     stride = (1,)
@@ -144,14 +144,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 "embed_dim_second=True means clips of shape (N, E, L) and needs batch_first=True"
             )
         super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
+            operator.index(embed_dim),
+            operator.index(num_heads),
+            float(dropout),
             bias,
             add_bias_kv,
             add_zero_attn,
-            kdim,
-            vdim,
+            None if kdim is None else operator.index(kdim),
+            None if vdim is None else operator.index(vdim),
             batch_first,
             device,
             dtype,

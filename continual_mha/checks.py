@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,32 +35,34 @@ def check_arguments(
 
     Raises:
         ValueError: a value is missing or out of its range.
-        TypeError: a size or an index is not an integer.
+        TypeError: a size or an index is not an integer, or ``dropout`` no number.
     """
     if sequence_len is None:
         raise ValueError(
             "sequence_len is required: pass the number of tokens in the window, an integer >= 1"
         )
-    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "sequence_len": sequence_len}
+    required = {"embed_dim": embed_dim, "num_heads": num_heads, "sequence_len": sequence_len}
     optional = {"kdim": kdim, "vdim": vdim}
-    sizes.update({name: size for name, size in optional.items() if size is not None})
-    for name, number in {**sizes, "query_index": query_index}.items():
+    given = required | {name: size for name, size in optional.items() if size is not None}
+    for name, number in {**given, "query_index": query_index}.items():
         if not _is_integer(number):
-            raise TypeError(
-                f"{name} must be an integer, but got {number!r} of type {type(number).__name__}"
-            )
+            raise TypeError(f"{name} must be an integer, but got {_shown(number)}")
+    sizes = {name: operator.index(number) for name, number in given.items()}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, but got {size}")
-    if embed_dim % num_heads:
+    if sizes["embed_dim"] % sizes["num_heads"]:
         raise ValueError(
             f"embed_dim must be divisible by num_heads, but got {embed_dim} and {num_heads}"
         )
-    if not -sequence_len <= query_index < sequence_len:
+    length = sizes["sequence_len"]
+    if not -length <= operator.index(query_index) < length:
         raise ValueError(
-            f"query_index must be from {-sequence_len} to {sequence_len - 1} for "
-            f"sequence_len={sequence_len}, but got {query_index}"
+            f"query_index must be from {-length} to {length - 1} for sequence_len={length}, "
+            f"but got {query_index}"
         )
+    if not isinstance(dropout, Real) or isinstance(dropout, bool):
+        raise TypeError(f"dropout must be a number from 0 to 1, but got {_shown(dropout)}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
 
@@ -213,7 +217,8 @@ def check_cache_dtype(cache_dtype: torch.dtype | None) -> None:
     Raises:
         ValueError: rings are not kept so.
     """
-    if cache_dtype is not None and cache_dtype not in STORED_AS:
+    known = isinstance(cache_dtype, torch.dtype) and cache_dtype in STORED_AS
+    if cache_dtype is not None and not known:
         expected = ", ".join(map(str, STORED_AS))
         raise ValueError(f"cache_dtype must be None, {expected}, but got {cache_dtype!r}")
 
@@ -308,8 +313,19 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
     return (torch.arange(count, device=position.device)[:, None] == given).any(dim=1)
 
 
-def _is_integer(number: object) -> bool:
-    return hasattr(number, "__index__") and not isinstance(number, bool)
+def _is_integer(number: Any) -> bool:
+    """Whether it is one to ``operator.index``, as those of numpy are; a bool is none here."""
+    if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
+        return False
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} of type {type(value).__name__}"
 
 
 def _kind(x: object) -> str:

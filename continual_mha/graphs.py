@@ -29,8 +29,9 @@ class GraphedStep:
         active: bool ``(N,)``, all True; write to it between replays to pause streams.
 
     Raises:
-        TypeError: ``example`` is not a tensor.
-        ValueError: ``example`` is not on a CUDA device, or the model keeps no streams.
+        TypeError: ``example`` is not a tensor, or the model has no ``forward_step``.
+        ValueError: ``example`` is not on a CUDA device or has no axes, or the model keeps no
+            streams. After these and all others the streams are where they were.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -38,17 +39,29 @@ class GraphedStep:
             raise TypeError(f"example must be a tensor of tokens, but got {type(example).__name__}")
         if example.device.type != "cuda":
             raise ValueError(f"CUDA graphs need tokens on a CUDA device, not on {example.device}")
+        if example.dim() == 0:
+            raise ValueError("example must be tokens of shape (N, ...), but has no axes")
+        if not callable(getattr(model, "forward_step", None)):
+            raise TypeError(f"{type(model).__name__} has no forward_step to capture")
         self._stateful = [m for m in model.modules() if isinstance(m, StatefulStreams)]
         if not self._stateful:
             raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
-        for module in self._stateful:
-            module.start_streams(example.shape[0])
         self._model = model
-        self._tokens = torch.zeros_like(example)
-        self.active = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
         self._graph = torch.cuda.CUDAGraph()
-        self._output = self._capture()
-        self.active.fill_(True)
+        marks = [module.mark() for module in self._stateful]
+        try:
+            # what inference mode makes could be written to in inference mode only
+            with torch.inference_mode(False):
+                self._tokens = torch.zeros_like(example)
+                self.active = torch.zeros(len(example), dtype=torch.bool, device=example.device)
+                for module in self._stateful:
+                    module.start_streams(len(example))
+                self._output = self._capture()
+                self.active.fill_(True)
+        except BaseException:
+            for module, mark in zip(self._stateful, marks, strict=True):
+                module.return_to(mark)
+            raise
         self._captured = [module._ring_position for module in self._stateful]
 
     def _step(self) -> Tensor:
@@ -72,21 +85,35 @@ class GraphedStep:
         """Take one token per stream; the output is overwritten by the next call.
 
         Args:
-            tokens: of the example's shape and dtype.
+            tokens: of the example's shape, dtype and device.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape or device.
+            TypeError: another dtype, or no tensor.
             RuntimeError: the state was replaced since the capture.
         """
-        if tokens.shape != self._tokens.shape:
-            expected, given = tuple(self._tokens.shape), tuple(tokens.shape)
-            raise ValueError(f"the graph takes tokens of shape {expected}, but got {given}")
+        self._check(tokens)
         for module, position in zip(self._stateful, self._captured, strict=True):
             if module._ring_position is not position:
                 raise RuntimeError(
                     "the state was replaced since the capture (by set_state, clean_state or to); "
                     "make a new GraphedStep"
                 )
-        self._tokens.copy_(tokens)
+        self._tokens.copy_(tokens.detach())
         self._graph.replay()
         return self._output
+
+    def _check(self, tokens: object) -> None:
+        """Raise what a call with these tokens must raise."""
+        expected, convert = self._tokens, "convert them, or make a new GraphedStep of an example"
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"the graph takes a tensor, but got {type(tokens).__name__}")
+        if tokens.shape != expected.shape:
+            shapes = f"{tuple(expected.shape)}, but got {tuple(tokens.shape)}"
+            raise ValueError(f"the graph takes tokens of shape {shapes}; {convert} of that shape")
+        if tokens.dtype != expected.dtype:
+            dtypes = f"{expected.dtype}, but got {tokens.dtype}"
+            raise TypeError(f"the graph takes tokens of {dtypes}; {convert} of that dtype")
+        if tokens.device != expected.device:
+            devices = f"{expected.device}, but got some on {tokens.device}"
+            raise ValueError(f"the graph takes tokens on {devices}; {convert} there")

@@ -184,22 +184,31 @@ class StreamPool:
         return self._admit(lambda slot: self._slots.put(slot, states), _age(states), timeout)
 
     def _admit(self, prepare: Callable[[int], None], seen: int, timeout: float | None) -> int:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free, timeout):
-                raise PoolFull(f"all {self.capacity} slots are taken")
-            slot = self._free.pop()
+        slot = stream = None
         try:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._free, timeout):
+                    raise PoolFull(f"all {self.capacity} slots are taken")
+                slot = self._free[-1]  # no call until it is taken, so that no signal comes between
+                del self._free[-1]
             with self._stepping:
                 prepare(slot)
             with self._changed:
-                stream, self._next_id = self._next_id, self._next_id + 1
+                self._next_id += 1
+                stream = self._next_id - 1
                 self._streams[stream] = _Stream(slot, seen)
-                return stream
+            return stream
         except BaseException:
-            with self._changed:
-                self._free.append(slot)
-                self._changed.notify_all()
+            if slot is not None:
+                self._give_back(slot, stream)
             raise
+
+    def _give_back(self, slot: int, stream: int | None) -> None:
+        """Free a slot, and end the stream that may have begun in it."""
+        with self._changed:
+            self._changed.notify_all()
+            self._streams.pop(stream, None)  # type: ignore[arg-type]
+            self._free.append(slot)
 
     def close(self, stream: int) -> None:
         """End a stream. Tokens that wait are dropped.
@@ -208,11 +217,10 @@ class StreamPool:
             UnknownStream: there is no such stream.
         """
         with self._stepping, self._changed:
-            closed = self._streams.pop(stream, None)
-            if closed is None:
-                raise UnknownStream(stream)
-            self._free.append(closed.slot)
+            slot = self._existing(stream).slot
             self._changed.notify_all()
+            del self._streams[stream]
+            self._free.append(slot)
 
     def export(self, stream: int) -> dict[str, Any]:
         """A stream's state after its last tick, on the CPU: by the names of the model's modules.
@@ -275,6 +283,7 @@ class StreamPool:
             with self._changed:
                 due = {i: s for i, s in self._streams.items() if s.queue}
                 tokens = {s.slot: s.queue[0] for s in due.values()}
+                before = self._books(due)
             if not due:
                 return {}
             started = time.perf_counter()
@@ -285,11 +294,7 @@ class StreamPool:
                 self._book(due, time.perf_counter() - started)
             except BaseException:
                 self._slots.return_to(mark)
-                with self._changed:
-                    for stream in due.values():
-                        token = tokens[stream.slot]
-                        if not stream.queue or stream.queue[0] is not token:
-                            stream.queue.appendleft(token)
+                self._unbook(due, tokens, before)
                 raise
             return outputs
 
@@ -300,17 +305,35 @@ class StreamPool:
             if stream.slot in rows and stream.seen + 1 >= self.receptive_field
         }
 
+    def _books(self, due: Mapping[int, _Stream]) -> tuple[int, int, list[int]]:
+        """The counts that a tick changes."""
+        return self._ticks, self._tokens, [stream.seen for stream in due.values()]
+
     def _book(self, due: Mapping[int, _Stream], seconds: float) -> None:
-        """Take the tokens off the queues; the counts are last, for they cannot be taken back."""
+        """Take the tokens off the queues and count them."""
         with self._changed:
             for stream in due.values():
                 stream.queue.popleft()
-            for stream in due.values():
                 stream.seen += 1
-            self._times.append(seconds)
             self._ticks += 1
             self._tokens += len(due)
+            self._times.append(seconds)
             self._changed.notify_all()
+
+    def _unbook(
+        self,
+        due: Mapping[int, _Stream],
+        tokens: Mapping[int, Tensor],
+        before: tuple[int, int, list[int]],
+    ) -> None:
+        """Undo as much of ``_book`` as was done."""
+        self._ticks, self._tokens, seen = before
+        with self._changed:
+            for stream, count in zip(due.values(), seen, strict=True):
+                stream.seen = count
+                token = tokens[stream.slot]
+                if not stream.queue or stream.queue[0] is not token:
+                    stream.queue.appendleft(token)
 
     # -- how it goes -----------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from oracles import LENGTH, assert_same_state, build, draw_tokens, step_through
@@ -279,6 +282,52 @@ def test_embed_dim_must_divide_into_heads(embed_dim, num_heads):
 def test_sizes_must_be_positive(embed_dim, num_heads):
     with pytest.raises(ValueError):
         SingleOutputMultiheadAttention(embed_dim, num_heads, sequence_len=3)
+
+
+NO_INTEGERS = ["a", [], True, np.bool_(True), 4.0, np.float32(4), float("nan"), torch.tensor(4.0)]
+
+
+@pytest.mark.parametrize("number", NO_INTEGERS, ids=repr)
+@pytest.mark.parametrize(
+    "name", ["embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index"]
+)
+def test_sizes_must_be_integers(name, number):
+    kind = type(number).__name__
+    assert_refused(lambda: build(**{name: number}), TypeError, [name, "an integer", kind])
+
+
+def test_integers_of_numpy_are_sizes_and_become_those_of_python():
+    integers = {"embed_dim": 12, "num_heads": 2, "kdim": 7, "vdim": 10, "query_index": 1}
+    integers["sequence_len"] = LENGTH
+    for kind in (np.int8, np.int64, np.uint64, torch.tensor):
+        module = build(**{name: kind(size) for name, size in integers.items()})
+        for name, size in integers.items():
+            assert type(getattr(module, name)) is int
+            assert getattr(module, name) == size
+    module = build(sequence_len=np.uint64(LENGTH))  # whose negative is none
+    assert module.query_index == -1
+
+
+NO_NUMBERS = ["a", None, [], True, np.bool_(True), 1j, torch.tensor(0.5)]
+
+
+@pytest.mark.parametrize("dropout", NO_NUMBERS, ids=repr)
+def test_dropout_must_be_a_number(dropout):
+    fragments = ["dropout", "a number", type(dropout).__name__]
+    assert_refused(lambda: build(dropout=dropout), TypeError, fragments)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, 2, float("nan"), float("inf")])
+def test_dropout_must_be_a_probability(dropout):
+    fragments = ["dropout", "from 0 to 1", str(dropout)]
+    assert_refused(lambda: build(dropout=dropout), ValueError, fragments)
+
+
+@pytest.mark.parametrize("dropout", [0, 1, np.float32(0.5), np.float64(0.25), Fraction(1, 2)])
+def test_dropout_may_be_any_real_number_and_becomes_that_of_python(dropout):
+    module = build(dropout=dropout)
+    assert type(module.dropout) is float
+    assert module.dropout == dropout
 
 
 def other_state(**changes):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import upstream
-from oracles import build, draw_tokens
+from oracles import assert_same_state, build, draw_tokens
 from pretended_cuda import DEVICE, PretendedCuda
 
 import continual_mha as co
@@ -112,6 +112,72 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
     module.clean_state()
     with pytest.raises(RuntimeError, match="replaced"):
         graphed(x[:, 0])
+
+
+# name: (what to make of good tokens, error, fragments)
+BAD_TOKENS = {
+    "wider": (lambda x: x.double(), TypeError, ["float64", "float32", "convert"]),
+    "halves": (lambda x: x.half(), TypeError, ["float16", "float32", "convert"]),
+    "integers": (lambda x: x.long(), TypeError, ["int64", "float32"]),
+    "fewer streams": (lambda x: x[:2], ValueError, ["(3, 12)", "(2, 12)"]),
+    "one stream, which would broadcast": (lambda x: x[:1], ValueError, ["(3, 12)", "(1, 12)"]),
+    "no axes": (lambda x: x[0, 0], ValueError, ["(3, 12)", "()"]),
+    "elsewhere": (lambda x: x.to("meta"), ValueError, ["cuda:0", "meta"]),
+    "a list": (lambda x: x.tolist(), TypeError, ["tensor", "list"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_graphed_step_refuses_bad_tokens_and_goes_on(case, kernels):
+    spoil, error, fragments = BAD_TOKENS[case]
+    module, twin = modules("kv")
+    x = draw_tokens(module, 3, LENGTH + 2)[0]
+    graphed, other = co.GraphedStep(module, x[:, 0]), co.GraphedStep(twin, x[:, 0])
+    for token in x.unbind(1):
+        with pytest.raises(error) as caught:
+            graphed(spoil(token))
+        assert all(fragment in str(caught.value) for fragment in fragments)
+        assert torch.equal(graphed(token), other(token))
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+def test_graphed_step_takes_tokens_that_need_a_gradient_and_keeps_no_graph(kernels):
+    module, twin = modules("kv")
+    x = draw_tokens(module, 3, 4)[0]
+    graphed, other = co.GraphedStep(module, x[:, 0]), co.GraphedStep(twin, x[:, 0])
+    for token in x.unbind(1):
+        assert torch.equal(graphed(token.clone().requires_grad_()), other(token))
+    assert not graphed._tokens.requires_grad
+
+
+def test_graphed_step_may_be_made_in_inference_mode_and_used_outside(kernels):
+    module, twin = modules("kv")
+    x = draw_tokens(module, 3, 4)[0]
+    with torch.inference_mode():
+        graphed = co.GraphedStep(module, x[:, 0])
+    other = co.GraphedStep(twin, x[:, 0])
+    for token in x.unbind(1):
+        assert torch.equal(graphed(token), other(token))
+    module.reset(torch.tensor([True, False, False]))
+    twin.reset(torch.tensor([True, False, False]))
+    assert torch.equal(graphed(token), other(token))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3, 13), torch.zeros(3, 12).double(), torch.zeros(())])
+def test_capture_that_fails_leaves_the_streams_where_they_were(bad, kernels):
+    module, twin = modules("kv")
+    x = draw_tokens(module, 2, LENGTH + 2)[0]
+    for token in x.unbind(1):
+        for each in (module, twin):
+            each.forward_step(token)
+    with pytest.raises((TypeError, ValueError)):
+        co.GraphedStep(module, bad)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+def test_graphed_step_of_what_makes_no_steps_is_refused(cuda):
+    with pytest.raises(TypeError, match="Sequential has no forward_step"):
+        co.GraphedStep(torch.nn.Sequential(build()), torch.zeros(3, 12))
 
 
 def test_graphed_pool_answers_as_the_eager_one(kernels):

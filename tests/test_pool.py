@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dis
 import random
+import sys
 import threading
 import time
 
@@ -275,6 +277,110 @@ def test_tick_that_fails_between_layers_has_not_happened():
         for name in expected:
             assert_same_state(expected[name], got[name])
     assert pool.statistics().tokens == twin.statistics().tokens
+
+
+class Interruption(BaseException):
+    """Stands for a signal."""
+
+
+# After these instructions Python looks for signals.
+LOOKS = ("RESUME", "CALL", "JUMP_BACKWARD")
+
+
+def interrupted(call, at):
+    """Run `call`, interrupted the `at`-th time that a signal could come in the pool's own code.
+
+    Whether that was before its end.
+    """
+    left, last = at, {}
+
+    def trace(frame, kind, argument):
+        nonlocal left
+        if frame.f_code.co_filename != co.pool.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if kind == "opcode":
+            name = last.get(frame, "")
+            last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            left -= name.startswith(LOOKS)
+            if left == 0:
+                left = -1
+                raise Interruption
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interruption:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def interruptions(prepare, call):
+    """For k = 1, 2, ...: what `prepare` made, after `call` of it was interrupted the k-th time."""
+    for at in range(1, 1000):
+        subject = prepare()
+        if not interrupted(lambda: call(subject), at):  # noqa: B023
+            assert at > 5
+            return
+        yield subject
+    raise AssertionError("it never ran to its end")
+
+
+def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none():
+    """Wherever a signal comes; and no stream is answered early or late afterwards."""
+    x = torch.randn(LENGTH + 3, 2, EMBED)
+    twin = None
+
+    def one_token_before_the_first_answers():
+        nonlocal twin
+        pools = [co.StreamPool(build(), 2, (EMBED,)) for _ in range(2)]
+        for pool in pools:
+            for _ in range(2):
+                pool.open()
+            for t in range(LENGTH - 1):
+                for i in range(2):
+                    pool.push(i, x[t, i])
+                if t < LENGTH - 2:
+                    assert pool.tick() == {}
+        twin = pools.pop()
+        return pools[0]
+
+    happened = []
+    tick = co.StreamPool.tick
+    for pool in interruptions(one_token_before_the_first_answers, tick):
+        happened.append(pool.statistics().tokens > twin.statistics().tokens)
+        if happened[-1]:
+            twin.tick()
+        for t in range(LENGTH - 1, LENGTH + 3):
+            for i in range(2):
+                for each in (pool, twin):
+                    each.push(i, x[t, i])
+            expected, got = twin.tick(), pool.tick()
+            assert expected.keys() == got.keys()
+            assert all(torch.equal(expected[i], got[i]) for i in expected)
+        assert pool.statistics()[:6] == twin.statistics()[:6]
+    assert set(happened) == {False, True}
+
+
+def test_slot_is_never_lost_nor_given_twice_however_open_and_close_are_interrupted():
+    def pool_with_a_stream():
+        pool = co.StreamPool(build(), 3, (EMBED,))
+        pool.open()
+        return pool
+
+    for call in (co.StreamPool.open, lambda pool: pool.close(0)):
+        for pool in interruptions(pool_with_a_stream, call):
+            open_now = pool.statistics().open
+            assert open_now in (0, 1, 2)
+            for _ in range(3 - open_now):
+                pool.open()
+            assert sorted(stream.slot for stream in pool._streams.values()) == [0, 1, 2]
+            with pytest.raises(co.PoolFull):
+                pool.open()
 
 
 def test_threads_share_a_pool_without_mixing_their_streams():

@@ -414,7 +414,7 @@ def test_state_of_another_cache_dtype_is_refused(formulation):
 # -- what it is not for --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.uint8, "int8", 8])
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.uint8, "int8", 8, []])
 def test_other_cache_dtypes_are_refused(cache_dtype):
     with pytest.raises(ValueError, match=r"cache_dtype must be None, torch.int8, torch.float8"):
         build(cache_dtype=cache_dtype)
