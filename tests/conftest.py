@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,21 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     on_gpu = ON_GPU and name in ("triton", "cuda")
     with torch.device("cuda") if on_gpu else nullcontext():
         yield name
+
+
+@pytest.fixture
+def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of numpy's matrix products, which Triton's interpreter takes, has its bits anywhere.
+
+    On some processors its library computes the last rows of a matrix in another way.
+    """
+    numpy = pytest.importorskip("numpy")
+
+    def matmul(a: Any, b: Any, dtype: Any) -> Any:
+        products = a.astype(dtype)[..., :, :, None] * b.astype(dtype)[..., None, :, :]
+        return products.sum(axis=-2)
+
+    monkeypatch.setattr(numpy, "matmul", matmul)
 
 
 @pytest.fixture(autouse=True)

@@ -177,7 +177,7 @@ class PretendedCuda:
                 "synchronize": self.synchronize,
                 "current_stream": lambda device=None: _Stream(),
                 "Stream": _Stream,
-                "stream": lambda stream: nullcontext(),
+                "stream": lambda stream: _Memory(),  # on whatever thread asks for memory there
                 "device": lambda device: nullcontext(),
                 "Event": self.event(),
                 "CUDAGraph": Graph,

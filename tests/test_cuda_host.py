@@ -76,7 +76,7 @@ def make_args(
     weights += [draw(1, 1, E), draw(1, 1, E)] if bias_kv else [None, None]
     rings = [draw(N, H, L, E // H), draw(N, H, L, E // H), draw(N, delay + 1 if delay else 0, E)]
     position = torch.arange(N) * (L // 2 + 1)
-    paused = torch.arange(N) % 2 == 0 if active else None
+    paused = (torch.arange(2 * N) % 4 == 0)[::2] if active else None  # with gaps
     return [query, key, value, *weights, *rings, position, paused, add_zero_attn, 0.0, update]
 
 

@@ -188,6 +188,16 @@ def test_inputs_of_any_stride() -> None:
     assert all(torch.equal(x, y) for x, y in zip(plain, other, strict=True))
 
 
+def test_a_mask_whose_heads_lie_far_apart() -> None:
+    """Further than an offset of 32 bits reaches; of that memory only what is used is ever there."""
+    args = arguments(torch.float16, 1, 3, 4, 8, 8, options=True)
+    args[3] = args[3].half()
+    far = torch.empty((1 << 31) + 4, dtype=torch.float16, device=DEVICE)
+    mask = far.as_strided(args[3].shape, (0, 1 << 30, 1)).copy_(args[3])
+    out = attend_shared(*args[:3], mask, args[4])[0]
+    assert torch.equal(out, attend_shared(*args)[0])
+
+
 def test_where_everything_is_masked_the_output_is_nan() -> None:
     args = arguments(torch.float32, 1, 2, 4, 8, 8)
     args[3] = torch.full((1, 1, 4), float("-inf"), device=DEVICE)

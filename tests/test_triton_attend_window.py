@@ -44,7 +44,7 @@ def arguments(
 # One token; a cold stream beside a warm one, from cold to wrapped; windows around the block sizes.
 SHAPES = [
     (2, 1, 2, 12, 5, 0, True),
-    (2, 9, 1, 8, 4, 2, True),
+    (6, 9, 1, 8, 4, 2, True),
     (1, 70, 1, 20, 33, 0, True),
     (2, 3, 1, 8, 70, 0, False),
     (1, 3, 1, 4, 1, 0, True),
@@ -137,5 +137,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     args = [*arguments(torch.float32, 1, 2, 1, 8, 3, 0, False), 0.0]
     assert why_not("attend_window", *args) is None
     assert "dtype" in (why_not("attend_window", args[0].half(), *args[1:]) or "")
+    position = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)[:, 0]
+    assert "contiguous" in (why_not("attend_window", *args[:5], position, *args[6:]) or "")
     wide = arguments(torch.float32, 1, 1, 1, 260, 3, 0, False)
     assert "head_dim" in (why_not("attend_window", *wide, 0.0) or "")

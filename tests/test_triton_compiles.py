@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +109,9 @@ def steps_configurations() -> Iterator[tuple[str, list[Launch]]]:
                 yield f"steps-{name}-e4m3", attends
         yield f"steps-{dtype}", aot.steps_launches(8, 256, 128, 2, 64, dtype)
         yield f"steps-{dtype}-int8", aot.steps_launches(8, 256, 128, 2, 64, dtype, torch.int8)
+        for slots in ("zero", "bias zero"):
+            launches = aot.steps_launches(8, 256, 128, 2, 64, dtype, None, 0.1, slots)
+            yield f"steps-{dtype}-{slots}", launches
 
 
 def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
@@ -165,3 +170,60 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         copies = copies or (reads_ring and "fused" not in name)
         if not copies and launch.args[0].dtype == HALF:
             assert report.has_matrix_instructions(), report.kernel
+
+
+_MEMORY = re.compile(r"\b(?:atom|ld|st|red)\.global\S*|\bcp\.async\.c\S*|\bbar\.sync\b")
+
+
+def with_argument(launch: Launch, name: str, value: Any) -> Launch:
+    names = [param.name for param in launch.kernel.params]
+    args = [value if x == name else arg for x, arg in zip(names, launch.args, strict=True)]
+    return launch._replace(args=tuple(args))
+
+
+@pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"fused-1-512-8-32-{HALF}",
+        f"fused-1-512-8-4096-{FULL}",
+        f"group-64-256-8-64-{HALF}-None",
+        f"chain-{HALF}",
+        "inputs-split",
+        "shared-split",
+    ],
+)
+def test_a_program_merges_what_all_threads_of_the_others_stored(name: str, capability: int) -> None:
+    """A program's stores, a barrier, one thread's counting, a barrier, loads past the first cache.
+
+    Only then does counting, which releases and acquires, speak for the other threads too.
+    """
+    launches = CONFIGURATIONS[name]
+    counts = [any(param.name == "counter_ptr" for param in x.kernel.params) for x in launches]
+    assert counts.count(True) == 1
+    # without a bias it reads nothing else behind the count
+    launch = with_argument(launches[counts.index(True)], "o_bias_ptr", None)
+    ptx = aot.compile_launch(launch, capability).ptx
+    accesses = _MEMORY.findall(ptx)
+    at = [i for i, access in enumerate(accesses) if access.startswith("atom")]
+    assert [accesses[i] for i in at] == ["atom.global.gpu.acq_rel.add.u32"]
+    before, after = accesses[: at[0]], accesses[at[0] + 1 :]
+    assert before[-1] == "bar.sync"
+    assert any(access.startswith("st.global") for access in before)
+    assert after[0] == "bar.sync"
+    loads = [access for access in after if access.startswith(("ld", "cp"))]
+    assert loads
+    assert all(access.startswith("ld.global.cg") for access in loads)
+
+
+def test_a_kernel_that_starts_early_touches_no_memory_before_the_one_before_has_ended() -> None:
+    launches = CONFIGURATIONS[f"chain-{HALF}"]
+    for launch in launches:
+        early = with_argument(launch, "PDL", True)
+        early = early._replace(options={**launch.options, "launch_pdl": True})
+        lines = aot.compile_launch(early, 90).sass.splitlines()
+        waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+        touches = [i for i, line in enumerate(lines) if re.search(r"\b(?:LDG|STG|ATOM|RED)", line)]
+        assert len(waits) == 1, early.kernel
+        assert waits[0] < min(touches)
+    assert len(launches) == 3

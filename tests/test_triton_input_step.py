@@ -97,7 +97,7 @@ def check_steps(
     exact_state = [exact_state[i] for i in (7, 8, 15)[: len(state)]]
     for _ in range(steps):
         token = case.token()[0]
-        mask = torch.rand(case.N, device=DEVICE) < 0.7 if active else None
+        mask = (torch.rand(case.N, 2, device=DEVICE) < 0.7)[:, 1] if active else None
         kw = {"active": mask, "add_zero_attn": zero}
         out = step(case, state, token, path, splits, **kw)
         plain = inputs.input_step_(*case.arguments(torch_state, token, **kw))
@@ -340,6 +340,11 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert why_not("input_step_", *args) is None
     args[7] = case.state[0].transpose(1, 2).contiguous().transpose(1, 2)
     assert "contiguous" in (why_not("input_step_", *args) or "")
+    args[7] = torch.empty(2, 1 << 27, 16, device="meta")
+    assert "2147483648 numbers" in (why_not("input_step_", *args) or "")
+    args[7] = case.state[0]
+    args[8] = torch.zeros(case.N, 2, dtype=torch.int64, device=DEVICE)[:, 0]
+    assert "contiguous" in (why_not("input_step_", *args) or "")
     args[7] = case.state[0].half()
     assert "dtype" in (why_not("input_step_", *args) or "")
     wide = InputCase(H=8, D=512)
@@ -348,6 +353,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     )
 
 
+@pytest.mark.usefixtures("products_by_row")
 @pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
 def test_batch_invariant_steps_give_a_stream_the_same_bits_alone_and_among_others(
     codes: torch.dtype | None,

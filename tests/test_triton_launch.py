@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -142,6 +146,15 @@ def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> Non
     assert [(x.args, x.options["launch_pdl"]) for x in launches] == [((1, 7), True)]
 
 
+def test_a_thread_that_records_takes_no_launch_of_another(kernel: StandIn) -> None:
+    """As of a model that serves beside another one which has its first steps."""
+    with record() as launches, ThreadPoolExecutor(1) as other:
+        args = (kernel, (1, 1, 1), (torch.zeros(4),), constants_of())
+        other.submit(launch, *args, num_warps=4).result()
+    assert launches == []
+    assert kernel.calls == ["compile", "run"]
+
+
 @pytest.fixture(params=["fused"])
 def step(
     kernel: StandIn, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -221,6 +234,28 @@ def test_a_warm_step_that_differs_is_asked_about(
     assert kernel.calls == []
 
 
+def test_a_mask_with_gaps_is_not_read_as_if_it_had_none(
+    step: Any, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step.clean_state()
+    packed, asked = torch.tensor([False, True]), []
+    strided = torch.tensor([[False, False], [True, True]])[:, 0]
+    with torch.no_grad():
+        for _ in range(5):
+            step.forward_step(torch.zeros(2, 32), active=packed)
+        kernel.calls.clear()
+        ring_launch = ring_step.launch
+        monkeypatch.setattr(
+            ring_step, "launch", lambda *args, **kw: asked.append(args) or ring_launch(*args, **kw)
+        )
+        for mask in (packed, strided):
+            step.forward_step(torch.zeros(2, 32), active=mask)
+            assert kernel.last[17].is_contiguous()
+            assert kernel.last[17].tolist() == mask.tolist()
+    assert kernel.calls == ["run", "run"]
+    assert len(asked) == 1
+
+
 class OnDevice:
     """As much of a CUDA tensor as `counters` asks for."""
 
@@ -241,6 +276,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7})
     )
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return capturing
 
 
@@ -253,6 +289,40 @@ def test_each_captured_call_has_counters_of_its_own(capture: list[int]) -> None:
     assert len(pointers) == 4
     assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
     assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
+
+
+def test_counters_that_stay_do_not_come_from_a_pool_that_this_thread_has_to_use(
+    capture: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph's pool takes what is made in the first run of compiled code, but not to keep it."""
+    made_on = []
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch,
+        "zeros",
+        lambda *args, **kw: made_on.append(threading.get_ident()) or zeros(*args, **kw),
+    )
+    counters(OnDevice, 8)  # type: ignore[arg-type]
+    counters(OnDevice, 2000)  # type: ignore[arg-type]
+    assert len(made_on) == 3  # for eager calls, for captured ones, and more for eager ones
+    assert threading.get_ident() not in made_on
+
+
+def test_threads_that_capture_at_once_do_not_share_counters(
+    capture: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(dict[Any, Any]):
+        def get(self, *args: Any) -> Any:
+            found = super().get(*args)
+            time.sleep(0.02)
+            return found
+
+    counters(OnDevice, 8)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "_captured", Slow(module._captured))
+    capture.append(1)
+    with ThreadPoolExecutor(4) as threads:
+        taken = list(threads.map(lambda i: counters(OnDevice, 4), range(4)))  # type: ignore[arg-type]
+    assert len({x.data_ptr() for x in taken}) == 4
 
 
 def test_counters_of_captured_calls_are_zeroed_between_the_captures(

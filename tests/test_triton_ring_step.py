@@ -79,7 +79,7 @@ def check_steps(
     weights = widened(case.weights)
     for _ in range(steps):
         token = case.token()
-        mask = torch.rand(case.N, device=DEVICE) < 0.7 if active else None
+        mask = (torch.rand(case.N, 2, device=DEVICE) < 0.7)[:, 1] if active else None
         out = step(case, state, token, path, splits, active=mask, add_zero_attn=zero)
         options = {"active": mask, "add_zero_attn": zero}
         plain = reference.ring_step_(*arguments(case.weights, torch_state, token, **options))
@@ -325,6 +325,12 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert why_not("ring_step_", *args) is None
     args[11] = case.state[0].transpose(2, 3).contiguous().transpose(2, 3)
     assert "contiguous" in (why_not("ring_step_", *args) or "")
+    args[11] = case.state[0]
+    args[14] = torch.zeros(case.N, 2, dtype=torch.int64, device=DEVICE)[:, 0]
+    assert "contiguous" in (why_not("ring_step_", *args) or "")
+    args[14] = case.state[3]
+    args[11] = args[12] = torch.empty(2, 2, 1 << 28, 8, device="meta")
+    assert "2147483648 numbers" in (why_not("ring_step_", *args) or "")
     args = [*case.token(), *case.weights, *(x.half() for x in case.state[:3]), case.state[3]]
     assert "dtype" in (why_not("ring_step_", *args, None, False, 0.0, True) or "")
     state = quantised(case, torch.int8).state
@@ -337,6 +343,7 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "torch.int16" in (why_not("ring_step_", *args) or "")
 
 
+@pytest.mark.usefixtures("products_by_row")
 def test_batch_invariant_step_gives_a_stream_the_same_bits_alone_and_among_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -168,11 +168,14 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     case = RingCase()
     args = [*case.clip(2), *case.weights, *case.state, 0, False, 0.0, True]
     assert why_not("ring_steps_", *args) is None
+    args[14] = torch.zeros(case.N, 2, dtype=torch.int64, device=DEVICE)[:, 0]
+    assert "contiguous" in (why_not("ring_steps_", *args) or "")
     args[0] = torch.zeros(2, 2, 16, dtype=torch.complex64, device=DEVICE)
     assert "complex64" in (why_not("ring_steps_", *args) or "")
     assert "no kernel" in (why_not("no_such_operator", *args) or "")
 
 
+@pytest.mark.usefixtures("products_by_row")
 def test_batch_invariant_tokens_give_a_stream_the_same_bits_alone_and_among_others() -> None:
     case = RingCase(N=7, H=1, D=16, L=5, delay=1).warm()
     alone = [x[6:].clone() for x in case.state]

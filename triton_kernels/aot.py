@@ -236,10 +236,17 @@ def steps_launches(
     dtype: torch.dtype,
     codes: torch.dtype | None = None,
     dropout_p: float = 0.0,
+    slots: str = "",
 ) -> list[Launch]:
-    """Our launches for T tokens at once; `codes` is the dtype of rings of 8 bits."""
+    """Our launches for T tokens at once; `codes` is the dtype of rings of 8 bits.
+
+    `slots` names extra ones: "zero", or "bias zero", which comes with a delay too.
+    """
     clip, args = _meta(dtype, N, T, E), _ring_arguments(N, E, H, L, dtype)
-    args += [0, False, dropout_p, True]
+    if "bias" in slots:
+        args[6:8] = 2 * [_meta(dtype, 1, 1, E)]
+        args[10] = _meta(dtype, N, _DELAY + 1, E)
+    args += [0, "zero" in slots, dropout_p, True]
     if codes is not None:
         ring, scale = _meta(codes, N, H, L, E // H), _meta(torch.float32, N, H, L, 1)
         args[8:10], args[16:] = [ring, ring], [scale, scale]

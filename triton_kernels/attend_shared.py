@@ -63,7 +63,7 @@ def _masked(
     """Scores plus the mask's, and -inf behind the window's end; `heads` and `slots` span them."""
     if mask_ptr is not None:
         scores += tl.load(
-            mask_ptr + slots.to(tl.int64) * stride_ms + heads * stride_mh,
+            mask_ptr + slots.to(tl.int64) * stride_ms + heads.to(tl.int64) * stride_mh,
             mask=(slots < S) & (heads < H),
             other=0.0,
         ).to(ACC)

@@ -217,12 +217,13 @@ def _window_key_gradient_kernel(
 def why_not(name: str, *args: Any) -> str | None:
     """None if this module covers a call of the operator `name`, else the reason why not."""
     if name == "attend_window":
-        query, key, value, k_ring, v_ring = args[:5]
+        query, key, value, k_ring, v_ring, position = args[:6]
     elif name == "attend_window_backward":
-        query, key, value, k_ring, v_ring = args[2:7]
+        query, key, value, k_ring, v_ring, position = args[2:8]
     else:
         return f"no kernel for {name} here"
-    return uncovered(query, key, value, k_ring, v_ring, query.new_empty(0))
+    rings = (k_ring, v_ring, query.new_empty(0))
+    return uncovered(query, key, value, *rings, position=position)
 
 
 def _packed(x: Tensor) -> Tensor:

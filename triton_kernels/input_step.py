@@ -27,6 +27,7 @@ from .pieces import (
 from .plan import (
     INVARIANT_FEATURES,
     INVARIANT_TOKENS,
+    MAX_ELEMENTS,
     InputPlan,
     input_plan,
     input_step_covers,
@@ -159,7 +160,7 @@ def _add_token(
         size = scale_of(token, codes)
         token = encode(token, size, codes)
         tl.store(x_scale_ptr + new_slot, size, mask=write)
-    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=mask_e & write)
+    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=offs_e < tl.where(write, E, 0))
     if x_scale_ptr is not None:
         token = decode(token, tl.float32) * (size * unit_of(codes))
     token = token.to(ACC)
@@ -526,8 +527,11 @@ def why_not(
         return "query, weights and ring differ in dtype"
     if scale is not None and x_ring.dtype not in CODES:
         return f"no kernel for a ring of {x_ring.dtype}"
-    if not all(x.is_contiguous() for x in (*given, x_ring)):
-        return "a weight or the ring is not contiguous"
+    held = (x_ring, position) if scale is None else (x_ring, position, scale)
+    if not all(x.is_contiguous() for x in (*given, *held)):
+        return "a weight or the state is not contiguous"
+    if x_ring.shape[1] * x_ring.shape[2] >= MAX_ELEMENTS:
+        return f"a stream's ring of {MAX_ELEMENTS} numbers or more"
     return input_step_covers(x_ring.shape[2], num_heads, query.element_size())
 
 
@@ -565,6 +569,7 @@ def input_step_(
         linear = functools.partial(tiled_linear, plan=invariant_step_plan(*shape))
     plan = plan or input_plan(N, *shape, x_scale is not None)
     query = query if query.stride(1) == 1 else query.contiguous()
+    active = active.contiguous() if update and active is not None else None
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
     q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
     asked = query
@@ -582,8 +587,8 @@ def input_step_(
         share = torch.empty((N, num_heads), dtype=wide, device=query.device)
     if bias_k is not None:
         on_bias = torch.empty((N, num_heads), dtype=wide, device=query.device)
-    state = (x_ring, x_scale, position, active if update else None,
-             dropout_seed(dropout_p, query.device), extra)  # fmt: skip
+    seed = dropout_seed(dropout_p, query.device)
+    state = (x_ring, x_scale, position, active, seed, extra)
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, dot_precision(),
                tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,24 +26,32 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-_recorder: list[Launch] | None = None
+class _Here(threading.local):
+    """What is so for one thread: the launches that it collects instead of running them, if any."""
+
+    launches: list[Launch] | None = None
+
+
+_here = _Here()
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _arenas: dict[tuple, torch.Tensor] = {}
 # For each device, arrays for captured calls, and how much of the last one is taken. Graphs hold no
 # reference to them, so none is ever freed: 4 bytes for each counter of each captured call.
+_taking = threading.Lock()  # for whoever changes this
 _captured: dict[torch.device, tuple[list[torch.Tensor], int]] = {}
 _CAPTURE_ARENA = 1 << 18
 
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; launchers may then be given meta tensors."""
-    global _recorder
-    previous, _recorder = _recorder, []
+    """Collect launches of this thread instead of running them, which may be of meta tensors."""
+    previous = _here.launches
+    launches: list[Launch] = []
+    _here.launches = launches
     try:
-        yield _recorder
+        yield launches
     finally:
-        _recorder = previous
+        _here.launches = previous
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -74,8 +84,8 @@ def launch(
     if 0 in grid:
         return
     chosen = (num_warps, pdl, registers)
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args + constants, _options(*chosen)))
+    if _here.launches is not None:
+        _here.launches.append(Launch(kernel, grid, args + constants, _options(*chosen)))
         return
     if INTERPRETED:
         kernel[grid](*args, *constants, **_options(*chosen))
@@ -175,7 +185,7 @@ class Relaunch:
 
     def __call__(self, *tensors: torch.Tensor) -> bool:
         """Launch with these in place of those that vary, of the same dtypes; False if it cannot."""
-        if _recorder is not None:
+        if _here.launches is not None:
             return False
         pointers = 0
         for tensor, dtype in self._fixed:
@@ -205,7 +215,7 @@ def relaunch(
 
     None where such a launch has not been made yet, or none is made directly.
     """
-    if _recorder is not None or INTERPRETED or 0 in grid:
+    if _here.launches is not None or INTERPRETED or 0 in grid:
         return None
     key, aligned = _signature(kernel, args, constants, num_warps)
     known = _compiled.get(key)
@@ -221,21 +231,40 @@ def counters(like: torch.Tensor, count: int) -> torch.Tensor:
     be replayed beside anything, so each captured call gets counters of its own, from an array which
     a call outside of captures has zeroed: within, that would be one more node of the graph.
     """
-    if like.device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    device = like.device
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        arenas, used = _captured.get(like.device, ([], _CAPTURE_ARENA))
-        if used + count > _CAPTURE_ARENA:
-            return torch.zeros(count, dtype=torch.int32, device=like.device)
-        _captured[like.device] = (arenas, used + (count + 3) // 4 * 4)  # keeps 16-byte alignment
-        return arenas[-1][used : used + count]
-    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
+        with _taking:
+            arenas, used = _captured.get(device, ([], _CAPTURE_ARENA))
+            if used + count <= _CAPTURE_ARENA:
+                _captured[device] = (arenas, used + (count + 3) // 4 * 4)  # keeps 16-byte alignment
+                return arenas[-1][used : used + count]
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
     arena = _arenas.get(key)
     if arena is None or arena.numel() < count:
-        arena = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
-        _arenas[key] = arena
-    arenas, used = _captured.get(like.device, ([], _CAPTURE_ARENA))
-    if 2 * used > _CAPTURE_ARENA:
-        arenas.append(torch.zeros(_CAPTURE_ARENA, dtype=torch.int32, device=like.device))
-        _captured[like.device] = (arenas, 0)
+        arena = _arenas[key] = _zeros_to_keep(max(count, 1024), device)
+    if 2 * _captured.get(device, ([], _CAPTURE_ARENA))[1] > _CAPTURE_ARENA:
+        with _taking:
+            arenas, used = _captured.get(device, ([], _CAPTURE_ARENA))
+            if 2 * used > _CAPTURE_ARENA:  # nobody was faster
+                arenas.append(_zeros_to_keep(_CAPTURE_ARENA, device))
+                _captured[device] = (arenas, 0)
     return arena
+
+
+def _zeros_to_keep(count: int, device: torch.device) -> torch.Tensor:
+    """Zeroed int32 that outlive the call, made for its stream on another thread.
+
+    Memory that this thread asks for may come from a pool of graphs, as in the first runs of what
+    `torch.compile` captures: there everything must be a result, or is freed and handed out again.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def make() -> torch.Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(make).result()

@@ -13,6 +13,7 @@ import triton
 
 MULTIPROCESSORS = 132
 MAX_HEAD_DIM = 256
+MAX_ELEMENTS = 1 << 31  # of what offsets of 32 bits reach: a head's ring, or a stream's of inputs
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 

@@ -26,7 +26,7 @@ from .pieces import (
     keep_scale,
     start_after_previous_launch,
 )
-from .plan import MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
+from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
 from .project import project, project_rows
 
 
@@ -651,6 +651,7 @@ def uncovered(
     key: Tensor,
     value: Tensor,
     *others: Tensor | None,
+    position: Tensor,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> str | None:
     """What the ring kernels ask of tensors; the last three of `others` are the rings."""
@@ -669,8 +670,11 @@ def uncovered(
         return "a ring of 8 bits does not start at a multiple of 4 bytes"
     if any(tensor.dtype != query.dtype for tensor in given):
         return "query, weights and rings differ in dtype"
-    if not all(tensor.is_contiguous() for tensor in (*given[2:], k_ring, v_ring, *held)):
-        return "a weight or a ring is not contiguous"
+    held += [k_ring, v_ring, position]
+    if not all(tensor.is_contiguous() for tensor in (*given[2:], *held)):
+        return "a weight or the state is not contiguous"
+    if k_ring.shape[2] * k_ring.shape[3] >= MAX_ELEMENTS:
+        return f"a head's ring of {MAX_ELEMENTS} numbers or more"
     if k_ring.shape[3] > MAX_HEAD_DIM:
         return f"head_dim {k_ring.shape[3]} is over {MAX_HEAD_DIM}"
     return None
@@ -707,7 +711,7 @@ def why_not(
     return uncovered(
         query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
         out_proj_weight, out_proj_bias, bias_k, bias_v, k_ring, v_ring, q_ring,
-        scales=(k_scale, v_scale),
+        position=position, scales=(k_scale, v_scale),
     )  # fmt: skip
 
 
@@ -746,6 +750,7 @@ def ring_step_(
     """
     widths = (key.shape[1], value.shape[1])
     options = (bool(add_zero_attn), bool(update), batch_invariant)
+    active = active.contiguous() if update and active is not None else None
     ready = _ready(k_ring, q_ring, *widths, *options, plan)
     plan = ready.plan
     fused = plan.path in ONE_LAUNCH
@@ -762,7 +767,7 @@ def ring_step_(
     out, *scratch = _outputs(query, ready)
     args = (
         query, key, value, *weights, bias_k, bias_v, k_ring, v_ring, k_scale, v_scale, q_ring,
-        position, active if update else None, dropout_seed(dropout_p, query.device), out, *scratch,
+        position, active, dropout_seed(dropout_p, query.device), out, *scratch,
         *query.stride(), *key.stride(), *value.stride(), dropout_p, *ready.streams,
     )  # fmt: skip
     launch(
@@ -815,7 +820,8 @@ def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | N
 
     def run(token: Tensor, active: Tensor | None) -> Tensor:
         same = token.stride() == strides and (active is not None) == masked
-        if same and ready.precision == dot_precision():
+        packed = active is None or active.is_contiguous()
+        if same and packed and ready.precision == dot_precision():
             out, *scratch = _outputs(token, ready)
             mask = () if active is None else (active,)
             if again(token, token, token, *mask, out, *(x for x in scratch if x is not None)):

@@ -166,8 +166,15 @@ def _attend_block(
     CODES: tl.constexpr = k_ring_ptr.dtype.element_ty
     offs_s = tl.arange(0, BLOCK_S)
     scale = tl.full((), SCALE * LOG2E, ACC)
+    rows = stream * (T - first) + offs_t - first
     m_i = tl.full((BLOCK_T,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_T,), ACC)
+    if ADD_ZERO_ATTN or sink_ptr is not None:  # a key without a value, seen before all others
+        m_i = tl.zeros((BLOCK_T,), ACC)
+        l_i = tl.full((BLOCK_T,), 1.0, ACC)
+    if sink_ptr is not None:
+        m_i = tl.load(sink_ptr + rows * H + head, mask=offs_t < T, other=0.0).to(ACC)
+        m_i *= tl.full((), LOG2E, ACC)
     acc = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     factor = tl.full((), 0.0, tl.float32)
     ring_end = tl.where(begin < L - 1, L, 0)
@@ -224,22 +231,6 @@ def _attend_block(
             last = offs_t * 0 + (L + T)
             weight *= keep_scale(seed_ptr, stream, head, last, offs_t, dropout_p).to(ACC)
         acc = acc * alpha[:, None] + weight[:, None] * v_bias[None, :]
-    if ADD_ZERO_ATTN:
-        m_new = tl.maximum(m_i, 0.0)
-        alpha = tl.exp2(m_i - m_new)
-        m_i = m_new
-        l_i = l_i * alpha + tl.exp2(-m_new)
-        acc = acc * alpha[:, None]
-
-    rows = stream * (T - first) + offs_t - first
-    if sink_ptr is not None:
-        sink = tl.load(sink_ptr + rows * H + head, mask=mask_t, other=0.0).to(ACC)
-        sink *= tl.full((), LOG2E, ACC)
-        m_new = tl.maximum(m_i, sink)
-        alpha = tl.exp2(m_i - m_new)
-        m_i = m_new
-        l_i = l_i * alpha + tl.exp2(sink - m_new)
-        acc = acc * alpha[:, None]
     if lse_ptr is not None:
         lse = m_i * tl.full((), LN2, ACC) + tl.log(l_i)
         tl.store(lse_ptr + rows * H + head, lse, mask=mask_t)
@@ -357,13 +348,13 @@ def why_not(name: str, *args: Any) -> str | None:
         return f"no kernel for {name} here"
     query, rings = args[0], args[11:13]
     if all(scale is None for scale in args[19:21]):
-        return uncovered(*args[:14])
+        return uncovered(*args[:14], position=args[14])
     for ring, scale in zip(rings, args[19:21], strict=True):
         if reason := uncovered_codes(ring, scale):
             return reason
     # but for their dtype, codes are to be what numbers are
     numbers = (ring.new_empty(ring.shape, dtype=query.dtype, device="meta") for ring in rings)
-    return uncovered(*args[:11], *numbers, args[13])
+    return uncovered(*args[:11], *numbers, args[13], position=args[14])
 
 
 def ring_steps_(

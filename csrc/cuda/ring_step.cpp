@@ -53,7 +53,6 @@ void check_covered(const StepArgs& a) {
   }
   STD_TORCH_CHECK(s.query_slots != 1, kOp, ": the ring of queries has delay + 1 slots, or none");
   check_active(a.active, s.streams, a.rings.k, kOp);
-  STD_TORCH_CHECK(!a.active || a.active->is_contiguous(), kOp, ": active must be contiguous");
   const int64_t row_bytes = s.head_dim * static_cast<int64_t>(a.rings.k.element_size());
   STD_TORCH_CHECK(s.head_dim <= kMaxHeadDim && aligned16(a.rings.k.data_ptr(), row_bytes) &&
                       aligned16(a.rings.v.data_ptr(), row_bytes),
@@ -295,7 +294,7 @@ Tensor ring_step_cuda(Tensor query, Tensor key, Tensor value, Tensor in_proj_wei
                     out_proj_bias, bias_k, bias_v},
                    rings,
                    check_rings(rings, kOp),
-                   active,
+                   active ? OptionalTensor(as_contiguous(*active)) : active,
                    add_zero_attn,
                    update};
   check_tokens(query, key, value, a.weights, rings, a.sizes, kOp);
