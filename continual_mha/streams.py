@@ -334,15 +334,23 @@ class StatefulStreams(nn.Module):
         return self._rings_are_shared and not differentiable
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As in torch, but a change of the module's dtype leaves the scales of rings in fp32."""
+        """As in torch, but positions, codes and scales go along without becoming another dtype."""
         self._repeat = None
         buffers: dict[str, Any] = self._buffers
-        scales = [name for name in _SCALES if buffers[name] is not None]
-        for name in scales:
-            buffers[name] = buffers[name].view(torch.int32)
-        applied = super()._apply(fn, recurse)
-        for name in scales:
-            buffers[name] = buffers[name].view(torch.float32)
+        kept = {
+            name: buffers[name]
+            for name in _ALL_BUFFERS
+            if buffers[name] is not None
+            and (name in _SCALES or not buffers[name].is_floating_point())
+        }
+        try:
+            buffers.update(dict.fromkeys(kept))
+            applied = super()._apply(fn, recurse)
+            for name, part in kept.items():
+                moved = fn(part)
+                kept[name] = moved if moved.dtype == part.dtype else part.to(moved.device)
+        finally:
+            buffers.update(kept)
         return applied
 
     def _replicate_for_data_parallel(self) -> Any:

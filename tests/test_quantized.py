@@ -368,13 +368,14 @@ def test_nothing_of_the_former_owner_is_left_after_a_reset(left, formulation, ca
 
 @all_dtypes
 @both
+@pytest.mark.parametrize("way", ["to", "type"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_conversion_of_the_module_keeps_the_rings(dtype, formulation, cache_dtype):
+def test_conversion_of_the_module_keeps_the_rings(dtype, way, formulation, cache_dtype):
     module = make(formulation, cache_dtype)
     x = draw_tokens(module, 2, LENGTH + 1)[0]
     step_through_without_grad(module, x[:, :-1])
     before = module.get_state()
-    module.to(dtype)
+    getattr(module, way)(dtype)
     assert_same_state(
         *(
             s._replace(q=s.position) if formulation == "kv" else s

@@ -272,19 +272,32 @@ def test_conversion_before_the_first_step(convert, dtype):
     assert_equals_window(outputs, module, x)
 
 
+@pytest.mark.parametrize("way", ["to", "type"])  # of which the second means integers, too
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_conversion_in_mid_stream_takes_the_state_along(dtype):
+def test_conversion_in_mid_stream_takes_the_state_along(dtype, way):
     module = build(query_index=-2)
     x = draw_tokens(module, 2, 3 * LENGTH)[0]
     outputs_of(module, (x,), 0, LENGTH + 1)
     expected = window_attention(module, x)[:, 2:]
-    module.to(dtype)
+    getattr(module, way)(dtype)
     state = module.get_state()
     assert state.k.dtype == state.v.dtype == state.q.dtype == dtype
     assert state.position.dtype == torch.int64
     assert state.position.tolist() == [6, 6]
     outputs = torch.stack(outputs_of(module, (x.to(dtype),), LENGTH + 1, 3 * LENGTH), 1)
     assert_near(outputs, expected, 1e-6 if dtype == torch.float64 else 0.03)
+
+
+def test_conversion_that_fails_keeps_positions():
+    module = build()
+    outputs_of(module, draw_tokens(module, 2, 3), 0, 3)
+
+    def fails(x):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        module._apply(fails)
+    assert module.get_state().position.tolist() == [3, 3]
 
 
 def test_moving_to_the_same_device_keeps_the_stream():
