@@ -353,6 +353,11 @@ class StatefulStreams(nn.Module):
             buffers.update(kept)
         return applied
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As in torch, which may swap tensors only that nobody else holds."""
+        self._repeat = None
+        super()._load_from_state_dict(*args)
+
     def _replicate_for_data_parallel(self) -> Any:
         """As in torch; a replica's weights and state are others."""
         replica: Any = super()._replicate_for_data_parallel()

@@ -113,6 +113,22 @@ def test_step_after_a_change_is_decided_anew(change, formulation, backend):
     assert_same_state(module.get_state(), twin.get_state())
 
 
+def test_weights_may_be_swapped_between_warm_steps():
+    """As torch swaps them if it is told to, of which it says that others must hold none."""
+    module = warm()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(build(seed=3).state_dict())
+        with torch.no_grad():
+            module.forward_step(torch.randn(N, EMBED))
+        module.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        module.forward_step(torch.randn(N, EMBED).double())
+    assert torch.equal(module.in_proj_weight, build(seed=3).double().in_proj_weight)
+
+
 def test_warm_steps_are_not_decided_again(monkeypatch, backend):
     module = warm()
 
