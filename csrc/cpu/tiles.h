@@ -118,7 +118,11 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
   if (kC == 1 && count <= kLanes) {
     A sums[kLanes];
     for (; begin + kLanes <= end; begin += kLanes) {
-      dot_short_tile(rows + begin * row_stride, row_stride, x, count, sums);
+      const S* first = rows + begin * row_stride;
+      for (int r = 0; r < kLanes; ++r) {  // a head's short rows end before the hardware follows
+        __builtin_prefetch(first + (2 * kLanes + r) * row_stride);
+      }
+      dot_short_tile(first, row_stride, x, count, sums);
       for (int r = 0; r < kLanes; ++r) emit(begin + r, 0, sums[r]);
     }
   }
@@ -150,7 +154,7 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
     const S* row = rows + l * row_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) {
-      if (kQ == 1 && !kTail && j * kLanes * sizeof(S) % 64 == 0) {
+      if (kQ == 1 && j * kLanes * sizeof(S) % 64 == 0) {
         __builtin_prefetch(row + j * kLanes + kAhead * row_stride);
       }
       const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
