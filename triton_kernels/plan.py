@@ -395,6 +395,7 @@ def steps_plan(
     if codes and itemsize > 2 and block_d >= 64:  # decoded tiles are in registers whole
         block_t, warps = max(16, block_t // 2), 8
         stages = 1 if block_d > 128 else 2  # two such tiles at once are too many
+    # Decoded tiles take registers beside Philox's numbers, and those of 64 features without them.
     if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
         block_s //= 2
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
