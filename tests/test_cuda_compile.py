@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
+BUILDS = ROOT / "build" / "cuda_compile"
 TORCH = Path(torch.__file__).parent
 ARCHS = (80, 90, 100)
 DTYPES = ("float", "Half", "BFloat16")
@@ -69,24 +71,34 @@ def find_cuobjdump() -> str:
 def build() -> Path:
     """A folder with an object and a compiler report per source, and the linked library.
 
-    Named by the hash of all that it depends on, so that a second run compiles nothing.
+    Named by the hash of all that it depends on, so that a second run compiles nothing. Nor does a
+    second process, which waits for the first.
     """
     nvcc = find_nvcc()
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
     inputs = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "common.h", Path(__file__)]
     content = [version, torch.__version__.encode(), *(path.read_bytes() for path in inputs)]
-    folder = ROOT / "build" / "cuda_compile" / hashlib.sha256(b"".join(content)).hexdigest()[:16]
-    if folder.exists():
-        return folder
-    partial = folder.with_suffix(f".{os.getpid()}")
-    partial.mkdir(parents=True)
+    folder = BUILDS / hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir()
+            _compile_into(partial, nvcc)
+            partial.rename(folder)
+    return folder
+
+
+def _compile_into(folder: Path, nvcc: str) -> None:
     flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden"]
     flags += ["-Xptxas", "-v", "-isystem", str(TORCH / "include")]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 
     def compile_source(source: Path) -> str:
-        target = partial / f"{source.name}.o"
+        target = folder / f"{source.name}.o"
         done = subprocess.run(
             [nvcc, *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True
         )
@@ -98,9 +110,7 @@ def build() -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_source, sources))
     link = [nvcc, "-shared", "-cudart", "static", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([*link, "-o", str(partial / "continual_mha_cuda.so")], check=True)
-    partial.rename(folder)
-    return folder
+    subprocess.run([*link, "-o", str(folder / "continual_mha_cuda.so")], check=True)
 
 
 def demangle(symbol: str) -> str:
@@ -150,6 +160,32 @@ def used_ring_steps(arch: int) -> dict[str, str]:
     code = machine_code("ring_step", arch)
     unused = {k.name for k in kernels() if k.arch == arch and k.is_empty}
     return {name: text for name, text in code.items() if name not in unused}
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then touch "$2"; sleep 0.05; fi
+  shift
+done
+"""
+
+
+def test_two_that_need_the_build_make_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(STAND_IN)
+    nvcc.chmod(0o755)
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(module, "BUILDS", tmp_path / "builds")
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: build.__wrapped__(), range(2)))
+    assert made[0] == made[1]
+    assert (made[0] / "continual_mha_cuda.so").exists()
+    linked = [x for x in (tmp_path / "calls").read_text().splitlines() if "-shared" in x]
+    assert len(linked) == 1
 
 
 def test_every_kernel_is_there_for_every_target() -> None:
