@@ -4,7 +4,7 @@ They use LibTorch's stable ABI and no Python at all, so one build serves every t
 and every Python. What cannot be built here is left out, and one line says why. The environment:
 
 CONTINUAL_MHA_BUILD_CUDA   1 builds csrc/cuda or fails, 0 leaves it out, auto (the default) builds
-                           it where nvcc fits the installed torch
+                           it where nvcc fits the installed torch and does not fail
 CONTINUAL_MHA_CUDA_ARCHS   compute capabilities, by default "80;90;100" as far as nvcc knows them
 CONTINUAL_MHA_WERROR       1 makes warnings and failed builds errors
 CXX, CXXFLAGS, LDFLAGS     compiler and further arguments, as everywhere
@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent
 STRICT = os.environ.get("CONTINUAL_MHA_WERROR", "0") == "1"
 BUILD_CUDA = os.environ.get("CONTINUAL_MHA_BUILD_CUDA", "auto")
 TORCH_ABI = "0x020a000000000000"  # 2.10
+CUDA_ARCHS = ("80", "90", "100")
 # Only these files hold instructions that not every machine of the platform has.
 X86_FLAGS = {
     "kernels_avx512": [
@@ -103,7 +104,13 @@ def why_not_cuda() -> str | None:
     built_with = torch_versions(find_torch())[1]
     if BUILD_CUDA == "auto" and built_with is None:
         return "torch has no CUDA; CONTINUAL_MHA_BUILD_CUDA=1 builds it all the same"
-    release = run([nvcc, "--version"]).split("release ")[-1].split(",")[0]
+    try:
+        release = run([nvcc, "--version"]).split("release ")[-1].split(",")[0]
+        archs = cuda_archs(nvcc)
+    except CompileError as error:
+        return f"nvcc does not run: {cause_of(error)}"
+    if not archs:
+        return f"nvcc is {release}, and compiles for none of {', '.join(CUDA_ARCHS)}"
     if built_with is not None and release.split(".")[0] != built_with.split(".")[0]:
         return f"nvcc is {release}, but torch was built with CUDA {built_with}"
     return None
@@ -111,10 +118,19 @@ def why_not_cuda() -> str | None:
 
 def run(command: list[str]) -> str:
     """Standard output of ``command``; an error with all that it said if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise CompileError(f"{shlex.join(command)}\n{error}") from error
     if done.returncode != 0:
         raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
     return done.stdout
+
+
+def cause_of(error: CompileError) -> str:
+    """The line of what a command of ``run`` said that tells why it failed."""
+    lines = str(error).splitlines()[1:]
+    return next((line for line in lines if "error" in line.lower()), (lines or ["no word"])[-1])
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -123,7 +139,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     if wanted:
         return wanted.replace(".", "").split(";")
     known = run([nvcc, "--list-gpu-arch"]).split()
-    return [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 
 
 class Compiler:
@@ -205,8 +221,9 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor(jobs) as pool:
                 objects = list(pool.map(lambda s: self._object(compiler, s), ext.sources))
             run(compiler.link(objects, str(library)))
-        except CompileError:
-            say(f"the {kind} library failed to compile")
+        except CompileError as error:
+            left_out = ", and is left out" if ext.optional else ""
+            say(f"the {kind} library failed to compile{left_out}: {cause_of(error)}")
             raise
 
     def _object(self, compiler: Compiler, source: str) -> str:

@@ -151,6 +151,85 @@ def test_a_compiler_that_fails_costs_the_library_and_not_the_installation(
         assert not any(name.endswith(".so") for name in archive.namelist())
 
 
+# Compilers that write empty files, and nvcc says of itself what is put in.
+CXX = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then touch "$2"; fi
+  shift
+done
+"""
+NVCC = """#!/bin/sh
+case "$*" in
+  *{fails}*)
+    echo compiling
+    echo "fatal error: cuda_runtime.h: No such file or directory"
+    exit 1 ;;
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --list-gpu-arch) echo compute_{target} ;;
+esac
+"""
+MISSING = "fatal error: cuda_runtime.h: No such file or directory"
+# name: (nvcc, what is said)
+BROKEN_NVCC = {
+    "headers are missing": (
+        NVCC.format(fails="-isystem", target=90),
+        f"the cuda library failed to compile, and is left out: {MISSING}",
+    ),
+    "it does not run": (NVCC.format(fails="", target=90), f"cuda: nvcc does not run: {MISSING}"),
+    "it is no program": ("\0", "cuda: nvcc does not run: [Errno 8] Exec format error"),
+    "it is too old": (
+        NVCC.format(fails="-isystem", target=52),
+        "cuda: nvcc is 13.0, and compiles for none of 80, 90, 100",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN_NVCC)
+def broken_nvcc(
+    request: pytest.FixtureRequest, tree: Path, tmp_path: Path
+) -> tuple[dict[str, str], str]:
+    """An environment with torch as if built for CUDA and such an nvcc; and what is to be said."""
+    text, said = BROKEN_NVCC[request.param]
+    programs, torch = tmp_path / "bin", tmp_path / "packages" / "torch"
+    programs.mkdir()
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text("__version__ = '2.13.0'\ncuda: str = '13.0'\n")
+    for name, content in (("c++", CXX), ("nvcc", text)):
+        (programs / name).write_text(content)
+        (programs / name).chmod(0o755)
+    return {
+        "PYTHONPATH": str(torch.parent),
+        "CXX": str(programs / "c++"),
+        "CUDA_HOME": str(tmp_path),
+        "CONTINUAL_MHA_WERROR": "0",
+    }, said
+
+
+def test_nvcc_that_fails_costs_the_cuda_library_only(
+    broken_nvcc: tuple[dict[str, str], str], tree: Path, tmp_path: Path
+) -> None:
+    environment, expected = broken_nvcc
+    wheel, said = build_wheel(
+        tree, tmp_path / "wheels", CONTINUAL_MHA_BUILD_CUDA="auto", **environment
+    )
+    assert said.count("\n") == 0
+    assert expected in said
+    with zipfile.ZipFile(wheel) as archive:
+        native = [name for name in archive.namelist() if name.endswith(".so")]
+    assert native == ["continual_mha/lib/continual_mha_cpu.so"]
+
+
+def test_nvcc_that_fails_is_an_error_where_cuda_is_asked_for(
+    broken_nvcc: tuple[dict[str, str], str], tree: Path, tmp_path: Path
+) -> None:
+    environment, expected = broken_nvcc
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build_wheel(tree, tmp_path / "wheels", CONTINUAL_MHA_BUILD_CUDA="1", **environment)
+    expected = expected.removeprefix("cuda: ").replace(", and is left out", "")
+    assert expected in caught.value.stderr
+
+
 def test_asking_for_cuda_where_it_cannot_be_built_is_an_error(tree: Path, tmp_path: Path) -> None:
     environment = {"CONTINUAL_MHA_BUILD_CUDA": "1", "PATH": str(tmp_path), "CUDA_HOME": ""}
     with pytest.raises(subprocess.CalledProcessError) as caught:
