@@ -399,10 +399,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
-        wants_attn = need_weights and (self.forward_returns_attn_mask or mask is not None)
-        asked = query[:, self.query_index]
+        wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
+        clips = (query[:, self.query_index], key, value)
         out, attn = functional.attend_clip(
-            (asked, key, value), self._weights(), self.num_heads, self._options(), mask, wants_attn
+            clips, self._weights(), self.num_heads, self._options(), mask, *wants
         )
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:

@@ -342,6 +342,7 @@ def attend_clip(
     options: Options,
     mask: Tensor | None = None,
     need_weights: bool = False,
+    blank: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
     query, key, value = tokens
@@ -349,11 +350,14 @@ def attend_clip(
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
     moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
-    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, need_weights)
+    # the operator for all of it computes weights where NaN is asked for
+    as_with_weights = need_weights or (mask is not None and not blank)
+    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
         out, attn = _run("single_query", args)
         return out, attn if need_weights else None
-    return inputs.attend_clip(tokens, weights, num_heads, options, mask, need_weights, moved, _mix)
+    asked = (need_weights, blank, moved)
+    return inputs.attend_clip(tokens, weights, num_heads, options, mask, *asked, _mix)
 
 
 def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
@@ -383,9 +387,10 @@ def _mix(
     extra: Tensor | None,
     dropout_p: float,
     need_weights: bool,
+    blank: bool,
 ) -> Mix:
     """Attention over inputs, fused where that serves and gains."""
-    args = (moved, key, value, mask, extra, dropout_p, need_weights)
+    args = (moved, key, value, mask, extra, dropout_p, need_weights, blank)
     reason = why_not_fused(*args[:4], full=need_weights or dropout_p > 0.0)
     if reason is None:
         return _fused_mix(*args)
@@ -401,6 +406,7 @@ def _fused_mix(
     extra: Tensor | None,
     dropout_p: float,
     need_weights: bool,
+    blank: bool,
 ) -> Mix:
     """The same by the fused operators: what they return tells the extra slots' weights too."""
     args = (moved, key, value, mask, _sink(extra))
@@ -420,7 +426,7 @@ def _fused_mix(
         attn = None
     elif on_extra is not None and attn is not None:
         attn = torch.cat([attn, on_extra.mean(1)], dim=-1)
-    if mask is not None and extra is None and not need_weights:
+    if mask is not None and extra is None and blank:
         hidden = torch.isneginf(lse).unsqueeze(-1)
         mixed = mixed.masked_fill(hidden, 0.0)
         share = (~hidden).to(mixed.dtype) if share is None else share.masked_fill(hidden, 0.0)

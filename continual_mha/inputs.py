@@ -56,8 +56,8 @@ class Mix(NamedTuple):
 
 
 # Moved queries (N, H, Ek), keys (N, S, Ek), values (N, S, Ev), mask, scores of the extra slots,
-# dropout, and whether the weights are asked for.
-Mixing = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool], Mix]
+# dropout, whether the weights are asked for, and `blank` of `attend_clip`.
+Mixing = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool, bool], Mix]
 
 
 class _Attended(NamedTuple):
@@ -199,7 +199,9 @@ def single_query(
     """Operator ``single_query``: ``attend_clip`` without dropout, in one call."""
     weights, (mask, num_heads, add_zero_attn, need_weights) = Weights(*args[:8]), args[8:]
     options = Options(add_zero_attn, 0.0)
-    out, attn = attend_clip((query, key, value), weights, num_heads, options, mask, need_weights)
+    tokens = (query, key, value)
+    blank = not need_weights
+    out, attn = attend_clip(tokens, weights, num_heads, options, mask, need_weights, blank)
     return out, out.new_empty(0, dtype=wide(out.dtype)) if attn is None else attn
 
 
@@ -210,6 +212,7 @@ def attend_clip(
     options: Options,
     mask: Tensor | None = None,
     need_weights: bool = False,
+    blank: bool = True,
     moved: bool = True,
     mixing: Mixing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -219,6 +222,7 @@ def attend_clip(
         tokens: the query ``(N, E)``, keys ``(N, S, Ek)`` and values ``(N, S, Ev)``.
         mask: float, added to the scores, broadcastable to ``(N, H, S)``.
         need_weights: also return the attention weights, after dropout.
+        blank: whether a query to which the mask leaves nothing gets zeros, and not NaN.
         moved: whether to move the key and value projections to the query's side, which is the same
             in exact arithmetic.
         mixing: does the attention over inputs; None for ``plain_mix``.
@@ -232,10 +236,10 @@ def attend_clip(
     q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
     if moved:
         found = _attend_inputs(
-            q, key, value, weights, options, mask, need_weights, mixing or plain_mix
+            q, key, value, weights, options, mask, need_weights, blank, mixing or plain_mix
         )
     else:
-        found = _attend_projected(q, key, value, weights, options, mask, need_weights)
+        found = _attend_projected(q, key, value, weights, options, mask, need_weights, blank)
     heads, on_extra, attn = found
     heads = with_bias_slot(heads, on_extra, weights)
     out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
@@ -265,8 +269,7 @@ def extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | N
 def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float, blank: bool) -> Tensor:
     """Weights ``(N, H, S + X)`` from the scores of the clip and of the extra slots.
 
-    A query to which the masks leave nothing gets zeros if ``blank``, else NaN: which of the two
-    ``torch.nn.MultiheadAttention`` gives depends on whether it has to return the weights.
+    A query to which the masks leave nothing gets zeros if ``blank``, else NaN.
     """
     if extra is not None:
         scores = torch.cat([scores, extra.to(scores.dtype)], dim=-1)
@@ -286,6 +289,7 @@ def _attend_projected(
     options: Options,
     mask: Tensor | None,
     need_weights: bool,
+    blank: bool,
 ) -> _Attended:
     """Attention over projected keys and values, for queries ``(N, H, D)`` yet to be scaled."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
@@ -296,7 +300,7 @@ def _attend_projected(
     scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask
     extra = extra_scores(q, weights, options.add_zero_attn)
-    attn = _normalise(scores, extra, options.dropout_p, mask is not None and not need_weights)
+    attn = _normalise(scores, extra, options.dropout_p, blank and mask is not None)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
     heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
     return _Attended(
@@ -312,6 +316,7 @@ def _attend_inputs(
     options: Options,
     mask: Tensor | None,
     need_weights: bool,
+    blank: bool,
     mixing: Mixing,
 ) -> _Attended:
     """As ``_attend_projected``, with the projections of key and value moved to the query's side.
@@ -329,7 +334,8 @@ def _attend_inputs(
     # products by heads, (H, N, ...): with what could be steps of their own, scale and bias, in them
     w_k, w_v = (w.unflatten(0, heads) for w in (w_k, w_v))
     moved = torch.baddbmm(q.new_empty(()), q.transpose(0, 1), w_k, beta=0, alpha=scale)
-    mix = mixing(moved.transpose(0, 1), key, value, mask, extra, options.dropout_p, need_weights)
+    asked = (options.dropout_p, need_weights, blank)
+    mix = mixing(moved.transpose(0, 1), key, value, mask, extra, *asked)
     mixed, w_v = mix.inputs.transpose(0, 1), w_v.transpose(1, 2)
     if b_v is None or mix.share is not None:
         found = torch.bmm(mixed, w_v).transpose(0, 1)
@@ -348,9 +354,10 @@ def plain_mix(
     extra: Tensor | None,
     dropout_p: float,
     need_weights: bool,
+    blank: bool,
 ) -> Mix:
     """Attention over inputs step by step, every step one that autograd knows."""
-    blank = mask is not None and not need_weights
+    blank = blank and mask is not None
     attn = _normalise(shared_scores(moved, key, mask), extra, dropout_p, blank)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
     plain = extra is None and dropout_p == 0.0

@@ -295,6 +295,50 @@ def test_launch_is_made_on_the_device_of_its_tensors(cuda, monkeypatch):
     assert current == [1]
 
 
+# -- forward where Triton is missing ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({"forward_returns_attn_mask": False}, {}), ({}, {"need_weights": False})],
+    ids=["not returned", "not needed"],
+)
+def test_masked_forward_without_returned_weights_runs_on_cuda(
+    options, asked, grad, cuda, monkeypatch
+):
+    called = []
+
+    def standing_in(name):
+        def run(*args):
+            called.append(name)
+            return getattr(co.reference, name)(*args)
+
+        return run
+
+    names = ("attend_shared", "attend_shared_backward")
+    library = co.backends._Operators(
+        {name: standing_in(name) for name in names}, co.backends._native.WHY_NOT["cuda"]
+    )
+    load = co.backends._load
+    found = {"triton": "Triton does not import", "cuda": library}
+    monkeypatch.setattr(co.backends, "_load", lambda name: found.get(name) or load(name))
+    module = build(sequence_len=64, **options)
+    x = draw_tokens(module, 3, 64)[0]
+    hidden = torch.rand(3, 64) < 0.5
+    hidden[0] = True  # which leaves nothing
+    with torch.set_grad_enabled(grad):
+        out = module(x, key_padding_mask=hidden, **asked)
+        with co.use_backend("torch"):
+            expected = module(x, key_padding_mask=hidden, **asked)
+    out, expected = (y if isinstance(y, torch.Tensor) else y[0] for y in (out, expected))
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert out[0].isnan().all() == (not asked)
+    if grad:
+        out[1:].sum().backward()
+    assert called == list(names[: 2 if grad else 1])
+
+
 # -- timers ----------------------------------------------------------------------------------------
 
 
