@@ -17,18 +17,27 @@ import torch
 import continual_mha
 
 ROOT = Path(__file__).parent.parent
+_CPUINFO = Path("/proc/cpuinfo")
+_GENERATION = {  # its fields on x86, and on Arm
+    "cpu family": "family",
+    "model": "model",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+}
 _SOURCES = ("continual_mha/*.py", "triton_kernels/*.py", "csrc/*.h", "csrc/*/*")
 _PACKAGES = ("triton", "continual-inference", "transformers", "flash-attn", "flashinfer-python")
 
 
 def cpu_name() -> str:
-    """The processor's model name, as it tells it."""
+    """The processor's model name, and what tells generations of that name apart."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = _CPUINFO.read_text().split("\n\n", 1)[0]
     except OSError:
         return platform.processor() or platform.machine()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
+    about = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))
+    name = about.get("model name", platform.machine())
+    known = [f"{word} {about[field]}" for field, word in _GENERATION.items() if field in about]
+    return f"{name} ({' '.join(known)})" if known else name
 
 
 def cpu_cores() -> int:

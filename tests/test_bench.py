@@ -314,6 +314,30 @@ def test_a_run_writes_rows_with_machine_and_versions_inside(tiny_grid, tmp_path)
     assert {row["case"]["mode"] for row in rows if row["kind"] == "time"} == {"step", "forward"}
 
 
+def test_generations_of_one_model_name_are_kept_apart(tmp_path, monkeypatch):
+    machine.describe.cache_clear()
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "cpu_cores", lambda: 2)
+    found = []
+    for family, model in ((25, 17), (26, 2)):
+        core = f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\npower:\n\n"
+        machine._CPUINFO.write_text(f"processor\t: 0\n{core}processor\t: 1\n{core}")
+        found.append(machine.describe("cpu"))
+        machine.describe.cache_clear()
+    assert [about["device"] for about in found] == [
+        "AMD EPYC (family 25 model 17), 2 cores",
+        "AMD EPYC (family 26 model 2), 2 cores",
+    ]
+    assert machine.slug(found[1]) == "amd-epyc-family-26-model-2-2-cores"
+    row = {"kind": "case", "case": TINY["step"]._asdict(), "machine": found[0]}
+    assert records.finished([row], found[0])
+    assert not records.finished([row], found[1])
+    machine._CPUINFO.write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n")
+    assert machine.cpu_name().endswith(" (implementer 0x41 part 0xd40)")
+    machine._CPUINFO.write_text("hart : 0\n")
+    assert machine.cpu_name() == machine.platform.machine()
+
+
 def test_copy_of_a_tree_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("COMMIT", "0123456789ab")
     monkeypatch.setattr(machine, "_output", lambda *command: "fedcba987654")
@@ -413,6 +437,17 @@ def test_tables_are_made_from_the_rows(data):
     assert "| transformers: not there | absent | 4 |" in report.table("cpu-missing", data)
     assert "| ours:kv | noise |" in report.table("cpu-dispatch", data)
     assert report.table("gpu-step", data) == "No results yet."
+
+
+def test_rows_of_another_name_for_a_device_stand_beside_those_of_the_new_one(data, tmp_path):
+    about = ABOUT | {"device": "A processor (family 26 model 2), 2 cores"}
+    records.append(tmp_path / machine.slug(about), [r | {"machine": about} for r in _fixture()])
+    step = report.table("cpu-step", report.load(tmp_path))
+    captions = [line for line in step.splitlines() if line.startswith("*")]
+    assert [line.split(", 2 cores")[0] for line in captions] == [
+        "*A processor",
+        "*A processor (family 26 model 2)",
+    ]
 
 
 def test_tables_go_between_their_markers_and_nowhere_else(data):
