@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +20,11 @@ import torch
 Row = dict[str, Any]
 LOST = 75  # the exit code
 REASON = "the device was lost"
-PATIENCE = 60.0  # seconds, compilation included
+PATIENCE = 60.0  # seconds, less those that compilers take
+MOST = 300.0  # seconds with them
+_LOOKS = 20  # at what runs, while patience lasts
+# Module and function that stand on the stack while a kernel is compiled, and not while it runs.
+_COMPILERS = {("triton.compiler.compiler", "compile"), ("torch._dynamo.convert_frame", "_compile")}
 
 
 class DeviceLostError(RuntimeError):
@@ -48,6 +54,28 @@ def leave() -> NoReturn:
     os._exit(LOST)
 
 
+def is_compiling() -> bool:
+    """Whether a thread of this process is in a compiler, Triton's or torch's."""
+    for frame in sys._current_frames().values():  # gradients have threads of their own
+        each: FrameType | None = frame
+        while each is not None:
+            if (each.f_globals.get("__name__"), each.f_code.co_name) in _COMPILERS:
+                return True
+            each = each.f_back
+    return False
+
+
+def _watch(ended: threading.Event, give_up: Callable[[float], None]) -> None:
+    """Call ``give_up`` with the seconds that have passed, if patience ends before ``ended``."""
+    look = PATIENCE / _LOOKS
+    began, left = time.monotonic(), PATIENCE
+    while left > 0.0 and time.monotonic() - began < MOST:
+        if ended.wait(look):
+            return
+        left -= 0.0 if is_compiling() else look
+    give_up(time.monotonic() - began)
+
+
 @contextmanager
 def failing_alone(
     device: torch.device,
@@ -60,20 +88,20 @@ def failing_alone(
     Args:
         found: rows, to which that of a failure is added.
         row_of: the row for a reason.
-        keep: takes all rows, before the process ends because the block does not.
+        keep: takes all rows, before the process ends because the block does not. What it compiles
+            takes none of its time.
 
     Raises:
         DeviceLostError: it left no device.
     """
 
-    def give_up() -> None:
-        keep([*found, row_of(f"{REASON}: still running after {PATIENCE:.0f} s")])
+    def give_up(seconds: float) -> None:
+        keep([*found, row_of(f"{REASON}: still running after {seconds:.0f} s")])
         leave()
 
-    timer = threading.Timer(PATIENCE, give_up)
-    timer.daemon = True
+    ended = threading.Event()
     if device.type == "cuda":
-        timer.start()
+        threading.Thread(target=_watch, args=(ended, give_up), daemon=True).start()
     try:
         yield
     except Exception as error:  # whatever a third party raises is its result
@@ -82,4 +110,4 @@ def failing_alone(
         if reason is not None:
             raise DeviceLostError(reason) from error
     finally:
-        timer.cancel()
+        ended.set()

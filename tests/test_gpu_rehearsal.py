@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -548,22 +549,69 @@ def test_call_that_does_not_end_leaves_the_rows_of_the_others(cuda, small_flush,
     kept, left = [], []
     monkeypatch.setattr(lost, "PATIENCE", 0.2)
     monkeypatch.setattr(lost, "leave", lambda: left.append(time.perf_counter()))
-    found = [peer for peer in peers.all_peers(DEVICE) if peer.name == "ours:torch"]
-    found.append(peers.Peer("hangs", ("step",), lambda problem: time.sleep(1.0)))
+    hangs = peers.Peer("hangs", ("step",), lambda problem: time.sleep(1.5))
     bench = measure.Bench(
-        DEVICE, found, ceilings.Roofline(CEILINGS), {}, budget=1e-3, keep=kept.append
+        DEVICE, [hangs], ceilings.Roofline(CEILINGS), {}, budget=1e-3, keep=kept.append
     )
-    monkeypatch.setattr(bench, "peers", [bench.peers[1]])
     began = time.perf_counter()
     bench.rows(CASES[0])
     assert [row["implementation"] for row in kept[0]] == ["hangs"]
     assert kept[0][0]["reason"].startswith(lost.REASON)
-    assert left[0] - began < 0.9
-    kept.clear()
-    monkeypatch.setattr(bench, "peers", found[:1])
-    bench.rows(CASES[0])
-    time.sleep(0.3)
-    assert not kept  # nobody is called to account after the end
+    assert left[0] - began < 1.4
+
+
+def test_nobody_is_called_to_account_after_the_end(monkeypatch):
+    kept = []
+    monkeypatch.setattr(lost, "PATIENCE", 0.5)
+    monkeypatch.setattr(lost, "leave", lambda: None)
+    with lost.failing_alone(DEVICE, [], lambda reason: {"reason": reason}, kept.append):
+        pass
+    time.sleep(0.8)
+    assert not kept
+
+
+def _compile_with_torch(seconds):
+    def backend(graph, inputs):
+        time.sleep(seconds)
+        return graph.forward
+
+    torch.compiler.reset()
+    return torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(1))
+
+
+def _compile_with_triton(seconds):
+    compiler = pytest.importorskip("triton.compiler.compiler")
+
+    def make_backend(target):
+        time.sleep(seconds)
+        raise RuntimeError("compiled enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "make_backend", make_backend)
+        with pytest.raises(RuntimeError, match="compiled enough"):
+            compiler.compile(None, target=compiler.GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("most", [5.0, 0.3], ids=["time left", "too long"])
+@pytest.mark.parametrize("thread", [False, True], ids=["here", "in a thread"])
+@pytest.mark.parametrize("compile_for", [_compile_with_torch, _compile_with_triton])
+def test_compiling_is_no_call_without_end(compile_for, thread, most, monkeypatch):
+    compile_for(0.0)  # with all that it imports
+    kept = []
+    monkeypatch.setattr(lost, "PATIENCE", 0.3)
+    monkeypatch.setattr(lost, "MOST", most)
+    monkeypatch.setattr(lost, "leave", lambda: None)
+    with lost.failing_alone(DEVICE, [], lambda reason: {"reason": reason}, kept.append):
+        if thread:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(compile_for, 0.7).result()
+        else:
+            compile_for(0.7)
+    assert bool(kept) == (most < 0.7)
+    with lost.failing_alone(DEVICE, [], lambda reason: {"reason": reason}, kept.append):
+        compile_for(0.1)
+        time.sleep(0.6)
+    assert len(kept) == 1 + (most < 0.7)
 
 
 def test_what_the_sanitizer_watches_is_right(capsys, monkeypatch):
