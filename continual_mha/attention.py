@@ -279,6 +279,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             self._to_layout(torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device))
             for width in (self.embed_dim, self.kdim, self.vdim)
         )
+        if self.formulation == "input":  # which takes one token for all three
+            key = value = query
         with torch.no_grad():
             self.forward_steps(query, key, value)
 
