@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 CALL_MODES = ("forward", "forward_steps", "forward_step")
@@ -96,6 +97,20 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
 def surrounding_active(compiling: bool) -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None, for a call that is compiling."""
     return _active if compiling else _here.active
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether there is more than a shape: it is neither fake nor on the device ``meta``."""
+    return not (isinstance(x, FakeTensor) or x.is_meta)
+
+
+def is_opaque(x: Tensor) -> bool:
+    """Whether operators on it are to be called by name, and no backend to be asked.
+
+    That is so while ``torch.compile`` traces, which cannot look into them, and where there are no
+    numbers for a kernel to compute with.
+    """
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 # Private to torch: where one is not there, operators are taken as they are found.
