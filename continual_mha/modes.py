@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,13 @@ def surrounding_mode() -> str | None:
     if upstream is None or upstream.prev is None:
         return None
     return checked_mode(upstream.cur)
+
+
+def make_known_upstream(kind: type) -> None:
+    """Let an imported ``continual`` take modules of this class for its own, as they are."""
+    base = getattr(sys.modules.get("continual.module"), "CoModule", None)
+    if isinstance(base, ABCMeta):
+        base.register(kind)
 
 
 class _Here(threading.local):
