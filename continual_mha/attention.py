@@ -14,6 +14,7 @@ from .functional import Tokens
 from .modes import (
     checked_mode,
     is_transformed,
+    make_known_upstream,
     surrounding_active,
     surrounding_mode,
 )
@@ -23,7 +24,7 @@ from .ring import INPUT_STATES, RingState, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
-_DECIDING = ("training", "dropout", "add_zero_attn", "batch_invariant")
+_DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
 _OWN_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -33,9 +34,10 @@ _OWN_WEIGHTS = (
     "bias_k",
     "bias_v",
 )
+_ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
 _OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")
 # Arguments that are checked together.
-_CHECKED = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "sequence_len", "query_index")
+_CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 
 
 def _deciding_shape(name: str, doc: str) -> Any:
@@ -136,7 +138,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         cache_dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
+        checks.check_arguments(embed_dim, num_heads, kdim, vdim, sequence_len, query_index)
         checks.check_formulation(formulation, embed_dim, kdim or embed_dim, vdim or embed_dim)
         checks.check_cache_dtype(cache_dtype)
         if embed_dim_second and not batch_first:
@@ -146,7 +148,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         super().__init__(
             operator.index(embed_dim),
             operator.index(num_heads),
-            float(dropout),
+            dropout,
             bias,
             add_bias_kv,
             add_zero_attn,
@@ -168,6 +170,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.batch_invariant = batch_invariant
         self._init_streams()
         self._lay_out()
+        make_known_upstream(SingleOutputMultiheadAttention)
 
     def _lay_out(self) -> None:
         """Know how states look, from what they depend on."""
@@ -224,6 +227,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     def call_mode(self, mode: Any) -> None:
         self._call_mode = checked_mode(mode)
 
+    @property
+    def dropout(self) -> float:
+        """Probability to drop an attention weight while training."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: Any) -> None:
+        self._dropout = checks.checked_dropout(dropout)
+
     def extra_repr(self) -> str:
         """The sizes, the window and its query."""
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
@@ -236,13 +248,17 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> SingleOutputMultiheadAttention:
         """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override.
 
+        A weight that is parametrised or pruned is copied as it is at present.
+
         Raises:
-            TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``.
+            TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``, or has weights besides.
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(
                 f"build_from takes a torch.nn.MultiheadAttention, but got {type(module).__name__}"
             )
+        out_weight = checks.out_weight(module)
+        checks.check_source(module, _ALL_WEIGHTS)
         arguments: dict[str, Any] = {
             "embed_dim": module.embed_dim,
             "num_heads": module.num_heads,
@@ -253,12 +269,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             "kdim": module.kdim,
             "vdim": module.vdim,
             "batch_first": module.batch_first,
-            "device": module.out_proj.weight.device,
-            "dtype": module.out_proj.weight.dtype,
+            "device": out_weight.device,
+            "dtype": out_weight.dtype,
             "sequence_len": sequence_len,
         }
         built = cls(**{**arguments, **kwargs})
-        built.load_state_dict(module.state_dict())
+        weights = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
+        built.load_state_dict({n: w.detach() for n, w in weights.items() if w is not None})
         return built.train(module.training)
 
     # -- state -----------------------------------------------------------------------------------
@@ -273,7 +290,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: ``step_shape`` is another, or ``N`` is not that of the state.
         """
         checks.check_step_shape(step_shape, self.embed_dim)
-        weight = self.out_proj.weight
+        weight = checks.out_weight(self)
         shape = (step_shape[0], self.sequence_len - 1)
         query, key, value = (
             self._to_layout(torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device))
@@ -331,7 +348,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _like(self) -> Tensor:
         like = None if self._clock is None else ring.like_tokens(self._existing_state())
-        return self.out_proj.weight if like is None else like
+        return checks.out_weight(self) if like is None else like
 
     # -- the three forwards ----------------------------------------------------------------------
 
@@ -517,7 +534,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_active(active, query)
         state = prev_state
         if state is not None:
-            layout, weight = self._layout_of_given(state), self.out_proj.weight
+            layout, weight = self._layout_of_given(state), checks.out_weight(self)
             dtypes = {weight.dtype, *AUTOCAST_DTYPES}
             state = ring.check_parts(state, layout, dtypes, weight.device)
         state, call = self._plan(tokens, state, update=True)
@@ -584,7 +601,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         else:
             layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")
         checks.check_continues(state, tokens, layout)
-        differentiable = self._needs_grad(tokens, state)
+        weights = self._weights()
+        differentiable = self._needs_grad(tokens, state, weights)
         if differentiable and (self.cache_dtype is not None or self.batch_invariant):
             kept = f"cache_dtype={self.cache_dtype}"
             option = "batch_invariant=True" if self.cache_dtype is None else kept
@@ -593,7 +611,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 "them under torch.no_grad() or torch.inference_mode()"
             )
         call = functional.StepCall(
-            self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
+            weights, layout, self._options(), update, differentiable, self.batch_invariant
         )
         return state, call
 
@@ -619,12 +637,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _needs_grad(self, tokens: Tokens, state: State) -> bool:
+    def _needs_grad(self, tokens: Tokens, state: State, weights: Weights) -> bool:
         if is_transformed():
             return True
         if not torch.is_grad_enabled():
             return False
-        tensors = (*tokens, *ring.rings(state), *self._weights())
+        tensors = (*tokens, *ring.rings(state), *weights)
         return any(x is not None and x.requires_grad for x in tensors)
 
     def _options(self) -> Options:
@@ -637,7 +655,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             name: held[name] if name in held else getattr(self, name) for name in _OWN_WEIGHTS
         }
         packed = own["in_proj_weight"]
-        return Weights(
+        weights = Weights(
             own["q_proj_weight"] if packed is None else packed,
             own["k_proj_weight"],
             own["v_proj_weight"],
@@ -647,6 +665,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             own["bias_k"],
             own["bias_v"],
         )
+        checks.check_weights(self, weights)
+        return weights
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of one step."""

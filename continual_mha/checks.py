@@ -9,7 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ring
 from .precision import autocast_dtype
@@ -17,6 +17,7 @@ from .quantized import STORED_AS
 
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
+    from .reference import Weights
     from .ring import Layout, State
 
 _ROLES = ("query", "key", "value")
@@ -25,7 +26,6 @@ _ROLES = ("query", "key", "value")
 def check_arguments(
     embed_dim: int,
     num_heads: int,
-    dropout: float,
     kdim: int | None,
     vdim: int | None,
     sequence_len: int | None,
@@ -35,7 +35,7 @@ def check_arguments(
 
     Raises:
         ValueError: a value is missing or out of its range.
-        TypeError: a size or an index is not an integer, or ``dropout`` no number.
+        TypeError: a size or an index is not an integer.
     """
     if sequence_len is None:
         raise ValueError(
@@ -61,10 +61,76 @@ def check_arguments(
             f"query_index must be from {-length} to {length - 1} for sequence_len={length}, "
             f"but got {query_index}"
         )
+
+
+def checked_dropout(dropout: Any) -> float:
+    """The probability ``dropout`` as a float of Python.
+
+    Raises:
+        ValueError: it is not from 0 to 1.
+        TypeError: it is no number.
+    """
     if not isinstance(dropout, Real) or isinstance(dropout, bool):
         raise TypeError(f"dropout must be a number from 0 to 1, but got {_shown(dropout)}")
-    if not 0.0 <= dropout <= 1.0:
+    probability = float(dropout)
+    if not 0.0 <= probability <= 1.0:
         raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
+    return probability
+
+
+def out_weight(module: nn.MultiheadAttention) -> Tensor:
+    """The weight of the output projection.
+
+    Raises:
+        TypeError: ``out_proj`` computes something else than ``torch.nn.Linear`` does.
+    """
+    projection = module.out_proj
+    if type(projection).forward is not nn.Linear.forward:
+        raise TypeError(
+            "out_proj must compute what torch.nn.Linear does, for its weight and bias are read and "
+            f"its forward is not called, but got {type(projection).__name__}; merge what it adds "
+            "into the weight, or let torch.nn.utils.parametrize compute the weight"
+        )
+    return projection.weight
+
+
+def check_weights(module: SingleOutputMultiheadAttention, weights: Weights) -> None:
+    """Check the shapes of the weights, which kernels trust.
+
+    Raises:
+        ValueError: one is not that of the module's sizes.
+    """
+    width = module.embed_dim
+    packed = weights.k_proj_weight is None
+    shapes = (
+        ("in_proj_weight", (3 * width, width)) if packed else ("q_proj_weight", (width, width)),
+        ("k_proj_weight", (width, module.kdim)),
+        ("v_proj_weight", (width, module.vdim)),
+        ("in_proj_bias", (3 * width,)),
+        ("out_proj.weight", (width, width)),
+        ("out_proj.bias", (width,)),
+        ("bias_k", (1, 1, width)),
+        ("bias_v", (1, 1, width)),
+    )
+    for weight, (name, shape) in zip(weights, shapes, strict=True):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
+
+
+def check_source(module: nn.MultiheadAttention, known: tuple[str, ...]) -> None:
+    """Check that the weights of ``module`` are the ``known`` ones, or what those are made of.
+
+    Raises:
+        TypeError: a subclass has weights besides, of which nothing is known here.
+    """
+    names = ((name, name.replace("parametrizations.", "")) for name in module.state_dict())
+    besides = [name for name, what in names if not what.startswith(known)]
+    if besides:
+        raise TypeError(
+            f"a {type(module).__name__} has weights that torch.nn.MultiheadAttention has not, "
+            f"{', '.join(besides)}, and may compute something else; if not, build a module by "
+            "hand and load the others with load_state_dict(..., strict=False)"
+        )
 
 
 def check_change(name: str, before: Any, value: Any, of_weights: bool, streams: bool) -> None:
@@ -121,7 +187,7 @@ def _check_one(
             f"{role} must have {width} features on axis {feature_axis} of {layout}, "
             f"but its shape is {tuple(x.shape)}"
         )
-    weight = module.out_proj.weight
+    weight = out_weight(module)
     if x.dtype != weight.dtype and not (autocast_dtype(x.device.type) and x.is_floating_point()):
         raise TypeError(
             f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}"

@@ -22,6 +22,7 @@ from oracles import (
     to_layout,
 )
 from torch import nn
+from torch.nn.utils import parametrizations as parametrized_norms
 from torch.nn.utils import parametrize, prune
 from upstream import continual
 
@@ -146,6 +147,53 @@ def test_build_from_copies_arguments_and_weights(construction, backend):
     tokens = draw_tokens(module, 2, 11)
     with torch.no_grad():
         assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
+
+
+class Further(nn.MultiheadAttention):
+    """With a weight of which nobody else knows what it does."""
+
+    def __init__(self, *args):
+        super().__init__(*args, batch_first=True)
+        self.slope = nn.Parameter(torch.ones(()))
+
+
+def test_build_from_refuses_weights_that_it_does_not_know():
+    with pytest.raises(TypeError, match=r"Further.*slope.*strict=False"):
+        co.SingleOutputMultiheadAttention.build_from(Further(EMBED, HEADS), LENGTH)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda source: parametrized_norms.weight_norm(source, "in_proj_weight"),
+        lambda source: parametrized_norms.spectral_norm(source.out_proj, "weight"),
+        lambda source: prune.l1_unstructured(source, "in_proj_weight", 0.5),
+        lambda source: prune.l1_unstructured(source.out_proj, "bias", 0.5),
+    ],
+)
+def test_build_from_copies_weights_as_they_are_computed(way):
+    source = nn.MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
+    way(source)
+    module = co.SingleOutputMultiheadAttention.build_from(source, LENGTH)
+    assert set(module.state_dict()) == set(nn.MultiheadAttention(EMBED, HEADS).state_dict())
+    clip = torch.randn(2, LENGTH, EMBED)
+    expected = source(clip, clip, clip)[0][:, -1:]
+    torch.testing.assert_close(module(clip)[0], expected)
+
+
+def test_parametrised_weight_is_computed_once_in_a_step():
+    """As in torch: some parametrisations change with every look."""
+    module, looks = build(), []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            looks.append(1)
+            return weight
+
+    parametrize.register_parametrization(module, "in_proj_weight", Counted())
+    looks.clear()
+    module.forward_step(torch.randn(2, EMBED))
+    assert len(looks) == 1
 
 
 def test_build_from_lets_arguments_be_overridden():
