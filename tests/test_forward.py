@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from oracles import (
@@ -173,6 +175,38 @@ def test_fully_masked_stream_answers_as_torch_and_spoils_no_other(
     assert expected[1].isnan().all() == (need_weights and not module.add_zero_attn)
     torch.testing.assert_close(output, expected, equal_nan=True)
     if need_weights and returned:
+        torch.testing.assert_close(weights, expected_weights, equal_nan=True)
+
+
+HIDDEN, UNKNOWN = -math.inf, math.nan
+SPOILED = {
+    "all": [UNKNOWN] * LENGTH,
+    "one": [UNKNOWN, *[0.0] * (LENGTH - 1)],
+    "first, others hidden": [UNKNOWN, *[HIDDEN] * (LENGTH - 1)],
+    "last, others hidden": [*[HIDDEN] * (LENGTH - 1), UNKNOWN],
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("construction", ["defaults", "head_dim_one", "bias_kv", "zero_attn"])
+@pytest.mark.parametrize("mask", SPOILED)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_stream_with_a_mask_of_nan_answers_nan_and_spoils_no_other(
+    need_weights, mask, construction, mode, backend
+):
+    module = build(**CONSTRUCTIONS[construction])
+    tokens = draw_tokens(module, 3, LENGTH)
+    masks = torch.zeros(3, LENGTH)
+    masks[1] = torch.tensor(SPOILED[mask])
+    asked = {"key_padding_mask": masks, "need_weights": need_weights}
+    with mode():
+        output, weights = module(*tokens, **asked)
+        expected, expected_weights = torch_attention(module)(
+            select_query(module, tokens[0]), *tokens[1:], **asked
+        )
+    assert expected.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    if need_weights:
         torch.testing.assert_close(weights, expected_weights, equal_nan=True)
 
 
