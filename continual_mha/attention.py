@@ -388,6 +388,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of the query at ``query_index`` over a clip. The state plays no part.
 
@@ -399,34 +401,39 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             key_padding_mask: ``(N, S)``; True hides a token, a float is added to its score.
             need_weights: whether to compute the attention weights.
             attn_mask: ``(1, S)`` or ``(N * H, 1, S)``; True hides a token, a float is added.
+            average_attn_weights: whether to average the weights over the heads.
+            is_causal: a hint that ``attn_mask`` is causal, which only ``torch`` makes use of.
 
         Returns:
             The output ``(N, 1, E)``, ``(N, E, 1)`` or ``(1, N, E)``, and, unless
             ``forward_returns_attn_mask=False``, the weights ``(N, 1, S)`` averaged over the heads,
-            or None. As ``torch.nn.MultiheadAttention`` gives them for that one query.
+            or ``(N, H, 1, S)`` of each, or None. As ``torch.nn.MultiheadAttention`` gives them for
+            that one query.
 
         Raises:
-            ValueError: a shape or a device does not fit.
+            ValueError: a shape or a device does not fit, or ``is_causal`` has no ``attn_mask``.
             TypeError: a dtype does not fit.
         """
         key = query if key is None else key
         value = query if value is None else value
         query, key, value = self._clips((query, key, value))
         checks.check_clips(query, key, value)
+        checks.check_causal(is_causal, attn_mask)
         if not self.single_output_forward:
-            return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+            others = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._full_forward(query, key, value, *others)
         checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants_attn = need_weights and (self.forward_returns_attn_mask or mask is not None)
-        asked = query[:, self.query_index]
-        out, attn = functional.attend_clip(
-            (asked, key, value), self._weights(), self.num_heads, self._options(), mask, wants_attn
-        )
+        average = average_attn_weights or not self.forward_returns_attn_mask
+        tokens = (query[:, self.query_index], key, value)
+        how = (self.num_heads, self._options(), mask, wants_attn, average)
+        out, attn = functional.attend_clip(tokens, self._weights(), *how)
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
-        return out, None if attn is None else attn.unsqueeze(1).to(out.dtype)
+        return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
 
     def forward_step(
         self,
@@ -704,15 +711,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
+        *others: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
         functional.check_all_queries()
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
-        out, attn = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+        out, attn = super().forward(query, key, value, *others)
         out = out.transpose(1, 2) if self.embed_dim_second else out
         return (out, attn) if self.forward_returns_attn_mask else out
 

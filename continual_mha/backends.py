@@ -64,9 +64,10 @@ def use_backend(name: str) -> Iterator[None]:
     training, too, where products with weights are PyTorch's in all of them: ``triton`` has kernels
     for the gradients of all three forwards, ``cuda`` for that of ``forward`` without returned
     weights and dropout, ``cpu`` for none. Attention of all queries, as with
-    ``single_output_forward=False``, has ``torch`` only. Other threads and asynchronous tasks see
-    nothing of it. Nor do they where compiled modules run; but while
-    ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
+    ``single_output_forward=False``, and weights that are not averaged over the heads have ``torch``
+    only. Other threads and asynchronous tasks see nothing of it. Nor do they where compiled modules
+    run; but while ``torch.compile`` traces a call, only one thread at a time may be inside such a
+    block.
 
     Raises:
         ValueError: there is no backend of that name.

@@ -449,6 +449,16 @@ def merged_mask(
     return merged
 
 
+def check_causal(is_causal: bool, attn_mask: Tensor | None) -> None:
+    """Check that what ``is_causal`` says something about is there, as torch does.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal=True says that attn_mask is causal, but there is no attn_mask")
+
+
 def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]], key: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, but got {type(mask).__name__}")

@@ -342,6 +342,7 @@ def attend_clip(
     options: Options,
     mask: Tensor | None = None,
     need_weights: bool = False,
+    average: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
     query, key, value = tokens
@@ -349,6 +350,10 @@ def attend_clip(
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
     moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
+    if need_weights and not average:
+        backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
+        asked = (num_heads, options, mask, need_weights, moved)
+        return inputs.attend_clip(tokens, weights, *asked, average=False)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, need_weights)
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
         out, attn = _run("single_query", args)
