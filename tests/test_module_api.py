@@ -196,6 +196,28 @@ def test_parametrised_weight_is_computed_once_in_a_step():
     assert len(looks) == 1
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize(
+    "name",
+    ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias", "bias_k", "bias_v"],
+)
+def test_weights_may_be_views(name, formulation, backend):
+    """Such as a share of the parameters of others, whatever its strides."""
+    module = build(add_bias_kv=True, formulation=formulation)
+    owner = module.out_proj if name.startswith("out_proj") else module
+    weight = getattr(owner, name.split(".")[-1]).detach()
+    view = nn.Parameter(torch.stack([weight, weight], -1)[..., 0])
+    assert not view.is_contiguous()
+    setattr(owner, name.split(".")[-1], view)
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with torch.no_grad():
+        singly = step_through(module, x[:, : 2 * LENGTH])
+        outputs = torch.cat([stack(singly, module), run_steps(module, x[:, 2 * LENGTH :])], 1)
+        assert_equals_window(outputs, module, x)
+        assert_equals_window(module(x[:, -LENGTH:])[0], module, x[:, -LENGTH:])
+
+
 def test_build_from_lets_arguments_be_overridden():
     source = nn.MultiheadAttention(8, 2)
     module = co.SingleOutputMultiheadAttention.build_from(

@@ -290,7 +290,7 @@ def test_conversion_in_mid_stream_takes_the_state_along(dtype, way):
 
 @pytest.mark.parametrize("arguments", [{}, {"query_index": 1}, {"cache_dtype": torch.int8}])
 def test_memory_format_of_images_leaves_rings_as_they_are(arguments):
-    """Of four axes as images are, they would be laid out as those by who asks a whole model."""
+    """Rings have four axes as images have, and it is the whole model that is converted."""
     module, twin = build(**arguments), build(**arguments)
     tokens = draw_tokens(module, 2, 3 * LENGTH)
     for each in (module, twin):
