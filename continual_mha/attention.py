@@ -248,7 +248,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> SingleOutputMultiheadAttention:
         """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override.
 
-        A weight that is parametrised or pruned is copied as it is at present.
+        A weight that is parametrised or pruned is copied as it is at present. Those that a subclass
+        of this class adds stay as it made them.
 
         Raises:
             TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``, or has weights besides.
@@ -274,8 +275,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             "sequence_len": sequence_len,
         }
         built = cls(**{**arguments, **kwargs})
-        weights = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
-        built.load_state_dict({n: w.detach() for n, w in weights.items() if w is not None})
+        found = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
+        weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
+        own = {n: w for n, w in built.state_dict().items() if n not in _ALL_WEIGHTS}
+        built.load_state_dict(weights | own)
         return built.train(module.training)
 
     # -- state -----------------------------------------------------------------------------------

@@ -157,6 +157,20 @@ class Further(nn.MultiheadAttention):
         self.slope = nn.Parameter(torch.ones(()))
 
 
+def test_build_from_leaves_the_weights_of_a_subclass_as_it_made_them():
+    class Scaled(co.SingleOutputMultiheadAttention):
+        def __init__(self, *args, **arguments):
+            super().__init__(*args, **arguments)
+            self.scale = nn.Parameter(torch.full((), 2.0))
+
+    source = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    module = Scaled.build_from(source, LENGTH)
+    assert module.scale == 2.0
+    assert torch.equal(module.in_proj_weight, source.in_proj_weight)
+    with pytest.raises(RuntimeError, match="in_proj_bias"):  # which source has, and this has not
+        Scaled.build_from(source, LENGTH, bias=False)
+
+
 def test_build_from_refuses_weights_that_it_does_not_know():
     with pytest.raises(TypeError, match=r"Further.*slope.*strict=False"):
         co.SingleOutputMultiheadAttention.build_from(Further(EMBED, HEADS), LENGTH)
