@@ -161,20 +161,16 @@ def check_tokens(
     """
     query, key, value = tokens
     widths = (module.embed_dim, module.kdim, module.vdim)
-    _check_one(module, "query", query, widths[0], layout, feature_axis)
+    weight = out_weight(module)
+    _check_one(weight, "query", query, widths[0], layout, feature_axis)
     if key is query and value is query and widths[0] == widths[1] == widths[2]:
         return
     for role, x, width in zip(_ROLES[1:], (key, value), widths[1:], strict=True):
-        _check_one(module, role, x, width, layout, feature_axis)
+        _check_one(weight, role, x, width, layout, feature_axis)
 
 
 def _check_one(
-    module: SingleOutputMultiheadAttention,
-    role: str,
-    x: Tensor,
-    width: int,
-    layout: str,
-    feature_axis: int,
+    weight: Tensor, role: str, x: Tensor, width: int, layout: str, feature_axis: int
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
@@ -187,7 +183,6 @@ def _check_one(
             f"{role} must have {width} features on axis {feature_axis} of {layout}, "
             f"but its shape is {tuple(x.shape)}"
         )
-    weight = out_weight(module)
     if x.dtype != weight.dtype and not (autocast_dtype(x.device.type) and x.is_floating_point()):
         raise TypeError(
             f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}"

@@ -180,7 +180,8 @@ def _all_warm(position: Tensor, sequence_len: int) -> bool:
     """Whether every slot is in use once the next token is written, if that costs no waiting."""
     if torch.compiler.is_compiling():
         return False
-    return position.is_cpu and has_numbers(position) and bool((position >= sequence_len - 1).all())
+    on_host = position.device.type == "cpu" and has_numbers(position)
+    return on_host and bool((position >= sequence_len - 1).all())
 
 
 def filled(position: Tensor, sequence_len: int) -> Tensor | None:
