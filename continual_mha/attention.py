@@ -95,6 +95,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     The arguments are attributes, too. ``num_heads``, ``sequence_len``, ``query_index`` and
     ``cache_dtype``, on which the shape of the state depends, may be set while there is none, as
     before the first step or after ``clean_state``; what the weights fix may not be set.
+    ``out_proj`` may be another ``torch.nn.Linear``: its weight and bias are read, and its forward
+    is not called.
 
     Raises:
         ValueError: a size or an index is out of its range.
