@@ -407,7 +407,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             need_weights: whether to compute the attention weights.
             attn_mask: ``(1, S)`` or ``(N * H, 1, S)``; True hides a token, a float is added.
             average_attn_weights: whether to average the weights over the heads.
-            is_causal: a hint that ``attn_mask`` is causal, which only ``torch`` makes use of.
+            is_causal: a hint that ``attn_mask`` is causal, of use to attention of all queries.
 
         Returns:
             The output ``(N, 1, E)``, ``(N, E, 1)`` or ``(1, N, E)``, and, unless

@@ -85,7 +85,7 @@ def out_weight(module: nn.MultiheadAttention) -> Tensor:
         TypeError: ``out_proj`` computes something else than ``torch.nn.Linear`` does.
     """
     projection = module.out_proj
-    if type(projection).forward is not nn.Linear.forward:
+    if getattr(type(projection), "forward", None) is not nn.Linear.forward:
         raise TypeError(
             "out_proj must compute what torch.nn.Linear does, for its weight and bias are read and "
             f"its forward is not called, but got {type(projection).__name__}; merge what it adds "

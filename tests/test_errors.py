@@ -362,7 +362,8 @@ class Wrapped(nn.Module):
 
 
 OTHER_PROJECTIONS = {
-    "none": lambda linear: nn.Identity(),
+    "none": lambda linear: None,
+    "identity": lambda linear: nn.Identity(),
     "of a class of its own": lambda linear: Doubled(E, E),
     "around it": nn.Sequential,
     "around it, with its weight": Wrapped,
