@@ -35,6 +35,8 @@ _ROUNDS_BY_BATCH = {
     "cuda": tuple(_BATCH_INVARIANT),
     "torch": tuple(_BATCH_INVARIANT),
 }
+# Of most of an operator's arguments: known at a glance not to compute in a way of their own.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
 
 
 def _read_environment() -> str | None:
@@ -137,6 +139,13 @@ def why_missing(backend: str) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def _computes_itself(x: object) -> bool:
+    """Whether it may have no numbers in memory of its own, as quantised and sharded weights."""
+    if type(x) in _PLAIN or not isinstance(x, torch.Tensor):
+        return False
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why ``backend`` cannot run the operator ``name`` with these arguments; None if it can."""
     loaded = _load(backend)
@@ -144,6 +153,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
+    if backend != "torch" and any(map(_computes_itself, args)):
+        return "a tensor is of a class that computes in its own way"
     rounds_by_batch = name in _ROUNDS_BY_BATCH.get(backend, ())
     if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
         return "its rounding depends on the number of streams"

@@ -210,6 +210,45 @@ def test_parametrised_weight_is_computed_once_in_a_step():
     assert len(looks) == 1
 
 
+class Rounded(torch.Tensor):
+    """A weight kept in 8 bits, as of packages that quantise those of linear layers."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if func.namespace != "aten":
+            return NotImplemented
+        widened = [x.codes * x.scale if isinstance(x, Rounded) else x for x in args]
+        return func(*widened, **(kwargs or {}))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("name", ["out_proj.weight", "in_proj_weight"])
+def test_weights_may_be_of_a_class_that_computes_in_its_own_way(name, formulation, backend):
+    module = build(formulation=formulation).requires_grad_(False)
+    owner = module.out_proj if name.startswith("out_proj") else module
+    weight = getattr(owner, name.split(".")[-1])
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    plain = copy.deepcopy(module)
+    plain.load_state_dict({name: codes * scale}, strict=False)
+    setattr(owner, name.split(".")[-1], nn.Parameter(Rounded(codes, scale), requires_grad=False))
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    singly = step_through(module, x[:, : 2 * LENGTH])
+    outputs = torch.cat([stack(singly, module), run_steps(module, x[:, 2 * LENGTH :])], 1)
+    assert_equals_window(outputs, plain, x)
+    assert_equals_window(module(x[:, -LENGTH:])[0], plain, x[:, -LENGTH:])
+
+
 @pytest.mark.small
 @pytest.mark.parametrize("formulation", ["kv", "input"])
 @pytest.mark.parametrize(
