@@ -175,9 +175,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         make_known_upstream(SingleOutputMultiheadAttention)
 
     def _lay_out(self) -> None:
-        """Know how states look, from what they depend on."""
+        """Know how states and weights look, from what they depend on."""
         sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay, self.cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
+        self._weight_shapes = checks.shapes_of_weights(self.embed_dim, self.kdim, self.vdim)
         self._state_types = tuple(layout.state_type() for layout in self._layouts.values())
 
     def _set_size(self, name: str, value: Any) -> None:
@@ -677,7 +678,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             own["bias_k"],
             own["bias_v"],
         )
-        checks.check_weights(self, weights)
+        checks.check_weights(weights, self._weight_shapes)
         return weights
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:

@@ -141,9 +141,8 @@ def why_missing(backend: str) -> str | None:
 
 def _computes_itself(x: object) -> bool:
     """Whether it may have no numbers in memory of its own, as quantised and sharded weights."""
-    if type(x) in _PLAIN or not isinstance(x, torch.Tensor):
-        return False
-    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    plain = torch.Tensor.__torch_dispatch__
+    return isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is not plain
 
 
 def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
@@ -153,7 +152,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
-    if backend != "torch" and any(map(_computes_itself, args)):
+    unusual = backend != "torch" and not _PLAIN.issuperset(map(type, args))
+    if unusual and any(map(_computes_itself, args)):
         return "a tensor is of a class that computes in its own way"
     rounds_by_batch = name in _ROUNDS_BY_BATCH.get(backend, ())
     if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):

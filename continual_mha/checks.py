@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .reference import Weights
     from .ring import Layout, State
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ROLES = ("query", "key", "value")
 
 
@@ -94,24 +95,27 @@ def out_weight(module: nn.MultiheadAttention) -> Tensor:
     return projection.weight
 
 
-def check_weights(module: SingleOutputMultiheadAttention, weights: Weights) -> None:
-    """Check the shapes of the weights, which kernels trust.
-
-    Raises:
-        ValueError: one is not that of the module's sizes.
-    """
-    width = module.embed_dim
-    packed = weights.k_proj_weight is None
-    shapes = (
+def shapes_of_weights(width: int, kdim: int, vdim: int) -> Shapes:
+    """What ``check_weights`` expects for so many features."""
+    packed = width == kdim == vdim
+    return (
         ("in_proj_weight", (3 * width, width)) if packed else ("q_proj_weight", (width, width)),
-        ("k_proj_weight", (width, module.kdim)),
-        ("v_proj_weight", (width, module.vdim)),
+        ("k_proj_weight", (width, kdim)),
+        ("v_proj_weight", (width, vdim)),
         ("in_proj_bias", (3 * width,)),
         ("out_proj.weight", (width, width)),
         ("out_proj.bias", (width,)),
         ("bias_k", (1, 1, width)),
         ("bias_v", (1, 1, width)),
     )
+
+
+def check_weights(weights: Weights, shapes: Shapes) -> None:
+    """Check the shapes of the weights, which kernels trust.
+
+    Raises:
+        ValueError: one is not that of the module's sizes.
+    """
     for weight, (name, shape) in zip(weights, shapes, strict=True):
         if weight is not None and weight.shape != shape:
             raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
