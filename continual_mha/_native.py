@@ -21,7 +21,10 @@ _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _CPU_INPUT_STEPS = ("input_step_", "input_steps_")
-_K_RING = 11  # of the arguments of a step
+# Of the arguments of a step: what follows the in-projection's weights, with one matrix in it.
+_BIASES = slice(6, 11)
+_INPUT_BIASES = slice(2, 7)
+_K_RING = 11
 _Q_RING = 13
 _DROPOUT = 17
 _SCALES = slice(19, 21)
@@ -53,11 +56,11 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     if query.dtype not in _CPU_DTYPES:
         return f"no kernel for {query.dtype}"
     if name in _CPU_STEPS:
-        return _why_not_step(query, args)
+        return _why_not_biases(args[_BIASES]) or _why_not_step(query, args)
     if name in _CPU_INPUT_STEPS:
-        return _why_not_input_step(query, *args[1:])
+        return _why_not_biases(args[_INPUT_BIASES]) or _why_not_input_step(query, *args[1:])
     if name == "single_query":
-        return _why_not_tile(*args[:4])
+        return _why_not_biases(args[_BIASES]) or _why_not_tile(*args[:4])
     if name == "attend_shared":
         return _why_not_tile(*args[:3])
     return f"no kernel for {name}"
@@ -124,6 +127,14 @@ def _why_not_cuda_shared(
 
 
 WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}
+
+
+def _why_not_biases(weights: tuple[Tensor | None, ...]) -> str | None:
+    """As the kernels copy matrices that are not contiguous, but no vectors."""
+    in_bias, _, *others = weights
+    if any(x is not None and not x.is_contiguous() for x in (in_bias, *others)):
+        return "a bias is not contiguous"
+    return None
 
 
 def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:

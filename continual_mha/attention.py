@@ -14,6 +14,7 @@ from .functional import Tokens
 from .modes import (
     checked_mode,
     is_transformed,
+    make_known_upstream,
     surrounding_active,
     surrounding_mode,
 )
@@ -23,7 +24,7 @@ from .ring import INPUT_STATES, RingState, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
-_DECIDING = ("training", "dropout", "add_zero_attn", "batch_invariant")
+_DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
 _OWN_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -33,9 +34,10 @@ _OWN_WEIGHTS = (
     "bias_k",
     "bias_v",
 )
+_ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
 _OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")
 # Arguments that are checked together.
-_CHECKED = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "sequence_len", "query_index")
+_CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 
 
 def _deciding_shape(name: str, doc: str) -> Any:
@@ -93,6 +95,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     The arguments are attributes, too. ``num_heads``, ``sequence_len``, ``query_index`` and
     ``cache_dtype``, on which the shape of the state depends, may be set while there is none, as
     before the first step or after ``clean_state``; what the weights fix may not be set.
+    ``out_proj`` may be another ``torch.nn.Linear``: its weight and bias are read, and its forward
+    is not called.
 
     Raises:
         ValueError: a size or an index is out of its range.
@@ -136,7 +140,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         cache_dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        checks.check_arguments(embed_dim, num_heads, dropout, kdim, vdim, sequence_len, query_index)
+        checks.check_arguments(embed_dim, num_heads, kdim, vdim, sequence_len, query_index)
         checks.check_formulation(formulation, embed_dim, kdim or embed_dim, vdim or embed_dim)
         checks.check_cache_dtype(cache_dtype)
         if embed_dim_second and not batch_first:
@@ -146,7 +150,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         super().__init__(
             operator.index(embed_dim),
             operator.index(num_heads),
-            float(dropout),
+            dropout,
             bias,
             add_bias_kv,
             add_zero_attn,
@@ -168,11 +172,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.batch_invariant = batch_invariant
         self._init_streams()
         self._lay_out()
+        make_known_upstream(SingleOutputMultiheadAttention)
 
     def _lay_out(self) -> None:
-        """Know how states look, from what they depend on."""
+        """Know how states and weights look, from what they depend on."""
         sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay, self.cache_dtype)
         self._layouts = {kept: ring.Layout(kept, *sizes) for kept in ("kv", "input")}
+        self._weight_shapes = checks.shapes_of_weights(self.embed_dim, self.kdim, self.vdim)
         self._state_types = tuple(layout.state_type() for layout in self._layouts.values())
 
     def _set_size(self, name: str, value: Any) -> None:
@@ -224,6 +230,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     def call_mode(self, mode: Any) -> None:
         self._call_mode = checked_mode(mode)
 
+    @property
+    def dropout(self) -> float:
+        """Probability to drop an attention weight while training."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: Any) -> None:
+        self._dropout = checks.checked_dropout(dropout)
+
     def extra_repr(self) -> str:
         """The sizes, the window and its query."""
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
@@ -236,13 +251,18 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> SingleOutputMultiheadAttention:
         """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override.
 
+        A weight that is parametrised or pruned is copied as it is at present. Those that a subclass
+        of this class adds stay as it made them.
+
         Raises:
-            TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``.
+            TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``, or has weights besides.
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(
                 f"build_from takes a torch.nn.MultiheadAttention, but got {type(module).__name__}"
             )
+        out_weight = checks.out_weight(module)
+        checks.check_source(module, _ALL_WEIGHTS)
         arguments: dict[str, Any] = {
             "embed_dim": module.embed_dim,
             "num_heads": module.num_heads,
@@ -253,12 +273,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             "kdim": module.kdim,
             "vdim": module.vdim,
             "batch_first": module.batch_first,
-            "device": module.out_proj.weight.device,
-            "dtype": module.out_proj.weight.dtype,
+            "device": out_weight.device,
+            "dtype": out_weight.dtype,
             "sequence_len": sequence_len,
         }
         built = cls(**{**arguments, **kwargs})
-        built.load_state_dict(module.state_dict())
+        found = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
+        weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
+        own = {n: w for n, w in built.state_dict().items() if n not in _ALL_WEIGHTS}
+        built.load_state_dict(weights | own)
         return built.train(module.training)
 
     # -- state -----------------------------------------------------------------------------------
@@ -273,12 +296,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: ``step_shape`` is another, or ``N`` is not that of the state.
         """
         checks.check_step_shape(step_shape, self.embed_dim)
-        weight = self.out_proj.weight
+        weight = checks.out_weight(self)
         shape = (step_shape[0], self.sequence_len - 1)
         query, key, value = (
             self._to_layout(torch.zeros((*shape, width), dtype=weight.dtype, device=weight.device))
             for width in (self.embed_dim, self.kdim, self.vdim)
         )
+        if self.formulation == "input":  # which takes one token for all three
+            key = value = query
         with torch.no_grad():
             self.forward_steps(query, key, value)
 
@@ -329,7 +354,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _like(self) -> Tensor:
         like = None if self._clock is None else ring.like_tokens(self._existing_state())
-        return self.out_proj.weight if like is None else like
+        return checks.out_weight(self) if like is None else like
 
     # -- the three forwards ----------------------------------------------------------------------
 
@@ -369,6 +394,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of the query at ``query_index`` over a clip. The state plays no part.
 
@@ -380,34 +407,39 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             key_padding_mask: ``(N, S)``; True hides a token, a float is added to its score.
             need_weights: whether to compute the attention weights.
             attn_mask: ``(1, S)`` or ``(N * H, 1, S)``; True hides a token, a float is added.
+            average_attn_weights: whether to average the weights over the heads.
+            is_causal: a hint that ``attn_mask`` is causal, of use to attention of all queries.
 
         Returns:
             The output ``(N, 1, E)``, ``(N, E, 1)`` or ``(1, N, E)``, and, unless
             ``forward_returns_attn_mask=False``, the weights ``(N, 1, S)`` averaged over the heads,
-            or None. As ``torch.nn.MultiheadAttention`` gives them for that one query.
+            or ``(N, H, 1, S)`` of each, or None. As ``torch.nn.MultiheadAttention`` gives them for
+            that one query.
 
         Raises:
-            ValueError: a shape or a device does not fit.
+            ValueError: a shape or a device does not fit, or ``is_causal`` has no ``attn_mask``.
             TypeError: a dtype does not fit.
         """
         key = query if key is None else key
         value = query if value is None else value
         query, key, value = self._clips((query, key, value))
         checks.check_clips(query, key, value)
+        checks.check_causal(is_causal, attn_mask)
         if not self.single_output_forward:
-            return self._full_forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+            others = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._full_forward(query, key, value, *others)
         checks.check_query_index(query.shape[1], self.query_index)
         mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
-        clips = (query[:, self.query_index], key, value)
-        out, attn = functional.attend_clip(
-            clips, self._weights(), self.num_heads, self._options(), mask, *wants
-        )
+        average = average_attn_weights or not self.forward_returns_attn_mask
+        tokens = (query[:, self.query_index], key, value)
+        how = (self.num_heads, self._options(), mask, *wants, average)
+        out, attn = functional.attend_clip(tokens, self._weights(), *how)
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
-        return out, None if attn is None else attn.unsqueeze(1).to(out.dtype)
+        return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
 
     def forward_step(
         self,
@@ -515,7 +547,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_active(active, query)
         state = prev_state
         if state is not None:
-            layout, weight = self._layout_of_given(state), self.out_proj.weight
+            layout, weight = self._layout_of_given(state), checks.out_weight(self)
             dtypes = {weight.dtype, *AUTOCAST_DTYPES}
             state = ring.check_parts(state, layout, dtypes, weight.device)
         state, call = self._plan(tokens, state, update=True)
@@ -582,7 +614,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         else:
             layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")
         checks.check_continues(state, tokens, layout)
-        differentiable = self._needs_grad(tokens, state)
+        weights = self._weights()
+        differentiable = self._needs_grad(tokens, state, weights)
         if differentiable and (self.cache_dtype is not None or self.batch_invariant):
             kept = f"cache_dtype={self.cache_dtype}"
             option = "batch_invariant=True" if self.cache_dtype is None else kept
@@ -591,7 +624,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 "them under torch.no_grad() or torch.inference_mode()"
             )
         call = functional.StepCall(
-            self._weights(), layout, self._options(), update, differentiable, self.batch_invariant
+            weights, layout, self._options(), update, differentiable, self.batch_invariant
         )
         return state, call
 
@@ -617,12 +650,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _needs_grad(self, tokens: Tokens, state: State) -> bool:
+    def _needs_grad(self, tokens: Tokens, state: State, weights: Weights) -> bool:
         if is_transformed():
             return True
         if not torch.is_grad_enabled():
             return False
-        tensors = (*tokens, *ring.rings(state), *self._weights())
+        tensors = (*tokens, *ring.rings(state), *weights)
         return any(x is not None and x.requires_grad for x in tensors)
 
     def _options(self) -> Options:
@@ -635,7 +668,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             name: held[name] if name in held else getattr(self, name) for name in _OWN_WEIGHTS
         }
         packed = own["in_proj_weight"]
-        return Weights(
+        weights = Weights(
             own["q_proj_weight"] if packed is None else packed,
             own["k_proj_weight"],
             own["v_proj_weight"],
@@ -645,6 +678,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             own["bias_k"],
             own["bias_v"],
         )
+        checks.check_weights(weights, self._weight_shapes)
+        return weights
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of one step."""
@@ -682,15 +717,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
+        *others: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
         functional.check_all_queries()
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
-        out, attn = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+        out, attn = super().forward(query, key, value, *others)
         out = out.transpose(1, 2) if self.embed_dim_second else out
         return (out, attn) if self.forward_returns_attn_mask else out
 

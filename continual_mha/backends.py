@@ -35,6 +35,8 @@ _ROUNDS_BY_BATCH = {
     "cuda": tuple(_BATCH_INVARIANT),
     "torch": tuple(_BATCH_INVARIANT),
 }
+# Of most of an operator's arguments: known at a glance not to compute in a way of their own.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
 
 
 def _read_environment() -> str | None:
@@ -64,9 +66,10 @@ def use_backend(name: str) -> Iterator[None]:
     training, too, where products with weights are PyTorch's in all of them: ``triton`` has kernels
     for the gradients of all three forwards, ``cuda`` for that of ``forward`` without returned
     weights and dropout, ``cpu`` for none. Attention of all queries, as with
-    ``single_output_forward=False``, has ``torch`` only. Other threads and asynchronous tasks see
-    nothing of it. Nor do they where compiled modules run; but while
-    ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
+    ``single_output_forward=False``, and weights that are not averaged over the heads have ``torch``
+    only. Other threads and asynchronous tasks see nothing of it. Nor do they where compiled modules
+    run; but while ``torch.compile`` traces a call, only one thread at a time may be inside such a
+    block.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -136,6 +139,12 @@ def why_missing(backend: str) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def _computes_itself(x: object) -> bool:
+    """Whether it may have no numbers in memory of its own, as quantised and sharded weights."""
+    plain = torch.Tensor.__torch_dispatch__
+    return isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is not plain
+
+
 def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why ``backend`` cannot run the operator ``name`` with these arguments; None if it can."""
     loaded = _load(backend)
@@ -143,6 +152,9 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
+    unusual = backend != "torch" and not _PLAIN.issuperset(map(type, args))
+    if unusual and any(map(_computes_itself, args)):
+        return "a tensor is of a class that computes in its own way"
     rounds_by_batch = name in _ROUNDS_BY_BATCH.get(backend, ())
     if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
         return "its rounding depends on the number of streams"

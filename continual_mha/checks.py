@@ -9,7 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ring
 from .precision import autocast_dtype
@@ -17,15 +17,16 @@ from .quantized import STORED_AS
 
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
+    from .reference import Weights
     from .ring import Layout, State
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ROLES = ("query", "key", "value")
 
 
 def check_arguments(
     embed_dim: int,
     num_heads: int,
-    dropout: float,
     kdim: int | None,
     vdim: int | None,
     sequence_len: int | None,
@@ -35,7 +36,7 @@ def check_arguments(
 
     Raises:
         ValueError: a value is missing or out of its range.
-        TypeError: a size or an index is not an integer, or ``dropout`` no number.
+        TypeError: a size or an index is not an integer.
     """
     if sequence_len is None:
         raise ValueError(
@@ -61,10 +62,79 @@ def check_arguments(
             f"query_index must be from {-length} to {length - 1} for sequence_len={length}, "
             f"but got {query_index}"
         )
+
+
+def checked_dropout(dropout: Any) -> float:
+    """The probability ``dropout`` as a float of Python.
+
+    Raises:
+        ValueError: it is not from 0 to 1.
+        TypeError: it is no number.
+    """
     if not isinstance(dropout, Real) or isinstance(dropout, bool):
         raise TypeError(f"dropout must be a number from 0 to 1, but got {_shown(dropout)}")
-    if not 0.0 <= dropout <= 1.0:
+    probability = float(dropout)
+    if not 0.0 <= probability <= 1.0:
         raise ValueError(f"dropout must be a probability from 0 to 1, but got {dropout}")
+    return probability
+
+
+def out_weight(module: nn.MultiheadAttention) -> Tensor:
+    """The weight of the output projection.
+
+    Raises:
+        TypeError: ``out_proj`` computes something else than ``torch.nn.Linear`` does.
+    """
+    projection = module.out_proj
+    if getattr(type(projection), "forward", None) is not nn.Linear.forward:
+        raise TypeError(
+            "out_proj must compute what torch.nn.Linear does, for its weight and bias are read and "
+            f"its forward is not called, but got {type(projection).__name__}; merge what it adds "
+            "into the weight, or let torch.nn.utils.parametrize compute the weight"
+        )
+    return projection.weight
+
+
+def shapes_of_weights(width: int, kdim: int, vdim: int) -> Shapes:
+    """What ``check_weights`` expects for so many features."""
+    packed = width == kdim == vdim
+    return (
+        ("in_proj_weight", (3 * width, width)) if packed else ("q_proj_weight", (width, width)),
+        ("k_proj_weight", (width, kdim)),
+        ("v_proj_weight", (width, vdim)),
+        ("in_proj_bias", (3 * width,)),
+        ("out_proj.weight", (width, width)),
+        ("out_proj.bias", (width,)),
+        ("bias_k", (1, 1, width)),
+        ("bias_v", (1, 1, width)),
+    )
+
+
+def check_weights(weights: Weights, shapes: Shapes) -> None:
+    """Check the shapes of the weights, which kernels trust.
+
+    Raises:
+        ValueError: one is not that of the module's sizes.
+    """
+    for weight, (name, shape) in zip(weights, shapes, strict=True):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
+
+
+def check_source(module: nn.MultiheadAttention, known: tuple[str, ...]) -> None:
+    """Check that the weights of ``module`` are the ``known`` ones, or what those are made of.
+
+    Raises:
+        TypeError: a subclass has weights besides, of which nothing is known here.
+    """
+    names = ((name, name.replace("parametrizations.", "")) for name in module.state_dict())
+    besides = [name for name, what in names if not what.startswith(known)]
+    if besides:
+        raise TypeError(
+            f"a {type(module).__name__} has weights that torch.nn.MultiheadAttention has not, "
+            f"{', '.join(besides)}, and may compute something else; if not, build a module by "
+            "hand and load the others with load_state_dict(..., strict=False)"
+        )
 
 
 def check_change(name: str, before: Any, value: Any, of_weights: bool, streams: bool) -> None:
@@ -95,20 +165,16 @@ def check_tokens(
     """
     query, key, value = tokens
     widths = (module.embed_dim, module.kdim, module.vdim)
-    _check_one(module, "query", query, widths[0], layout, feature_axis)
+    weight = out_weight(module)
+    _check_one(weight, "query", query, widths[0], layout, feature_axis)
     if key is query and value is query and widths[0] == widths[1] == widths[2]:
         return
     for role, x, width in zip(_ROLES[1:], (key, value), widths[1:], strict=True):
-        _check_one(module, role, x, width, layout, feature_axis)
+        _check_one(weight, role, x, width, layout, feature_axis)
 
 
 def _check_one(
-    module: SingleOutputMultiheadAttention,
-    role: str,
-    x: Tensor,
-    width: int,
-    layout: str,
-    feature_axis: int,
+    weight: Tensor, role: str, x: Tensor, width: int, layout: str, feature_axis: int
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
@@ -121,7 +187,6 @@ def _check_one(
             f"{role} must have {width} features on axis {feature_axis} of {layout}, "
             f"but its shape is {tuple(x.shape)}"
         )
-    weight = module.out_proj.weight
     if x.dtype != weight.dtype and not (autocast_dtype(x.device.type) and x.is_floating_point()):
         raise TypeError(
             f"{role} must be {weight.dtype} as the module's weights are, but got {x.dtype}"
@@ -381,6 +446,16 @@ def merged_mask(
         added = _additive(attn_mask, key).reshape(shape)
         merged = added if merged is None else merged + added
     return merged
+
+
+def check_causal(is_causal: bool, attn_mask: Tensor | None) -> None:
+    """Check that what ``is_causal`` says something about is there, as torch does.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal=True says that attn_mask is causal, but there is no attn_mask")
 
 
 def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]], key: Tensor) -> None:

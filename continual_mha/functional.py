@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, inputs, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .dropout import dropout_seed
 from .inputs import Inputs, Mix
-from .modes import is_transformed
+from .modes import is_opaque, is_transformed
 from .precision import autocast_dtype, wide
 from .quantized import QuantizedRing
 from .reference import Options, Rings, Weights
@@ -129,7 +129,7 @@ def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> st
     few = call.batch_invariant or moving_is_cheaper(
         call.layout.num_heads, query.shape[1] - first, query.shape[-1]
     )
-    if few and not torch.compiler.is_compiling():  # the compiler cannot ask
+    if few and not is_opaque(query):
         args = operands(tokens, state, first, call)
         if backends.has_kernel(_many(state), args):
             return "at once"
@@ -221,8 +221,8 @@ def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Any:
-    """Run an operator: as one under the compiler, which cannot look into it, else directly."""
-    if torch.compiler.is_compiling():
+    """Run an operator: by its name where it is opaque, else directly."""
+    if is_opaque(args[0]):
         return getattr(torch.ops.continual_mha, name)(*args)
     return backends.choose(name, args)(*args)
 
@@ -343,6 +343,7 @@ def attend_clip(
     mask: Tensor | None = None,
     need_weights: bool = False,
     blank: bool = True,
+    average: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
     query, key, value = tokens
@@ -350,6 +351,10 @@ def attend_clip(
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
     moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
+    if need_weights and not average:
+        backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
+        asked = (num_heads, options, mask, need_weights, blank, moved)
+        return inputs.attend_clip(tokens, weights, *asked, average=False)
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = need_weights or (mask is not None and not blank)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
@@ -483,8 +488,8 @@ def _why_plain(query: Tensor) -> str | None:
 
 
 def _why_not_triton(name: str, *args: Any) -> str | None:
-    """Why Triton does not run an operator; under the compiler, which cannot ask, let it be so."""
-    return None if torch.compiler.is_compiling() else backends.why_not("triton", name, args)
+    """Why Triton does not run an operator; where that cannot be asked, let it be so."""
+    return None if is_opaque(args[0]) else backends.why_not("triton", name, args)
 
 
 def check_all_queries() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class _Attended(NamedTuple):
     Attributes:
         heads: ``(N, H, D)``, the extra slots aside.
         on_extra: weights of the extra slots, ``(N, H, X)``, or None.
-        attn: all weights averaged over the heads, ``(N, S + X)``, or None.
+        attn: all weights averaged over the heads, ``(N, S + X)``, or of each, or None.
     """
 
     heads: Tensor
@@ -215,6 +216,7 @@ def attend_clip(
     blank: bool = True,
     moved: bool = True,
     mixing: Mixing | None = None,
+    average: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one query per stream over a clip.
 
@@ -226,20 +228,22 @@ def attend_clip(
         moved: whether to move the key and value projections to the query's side, which is the same
             in exact arithmetic.
         mixing: does the attention over inputs; None for ``plain_mix``.
+        average: whether to average the weights over the heads; if not, ``mixing`` must be None.
 
     Returns:
-        ``(N, E)``, and the weights averaged over the heads, ``(N, S + extra slots)``, or None.
+        ``(N, E)``, and the weights averaged over the heads, ``(N, S + extra slots)``, or those of
+        each head, ``(N, H, S + extra slots)``, or None.
     """
     query, key, value = tokens
     weights = weights.unpacked()
     w_q, b_q = weights.split()[0], weights.split_bias()[0]
     q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
+    asked = (options, mask, need_weights, blank)
     if moved:
-        found = _attend_inputs(
-            q, key, value, weights, options, mask, need_weights, blank, mixing or plain_mix
-        )
+        mixing = mixing or partial(plain_mix, average=average)
+        found = _attend_inputs(q, key, value, weights, *asked, mixing)
     else:
-        found = _attend_projected(q, key, value, weights, options, mask, need_weights, blank)
+        found = _attend_projected(q, key, value, weights, *asked, average)
     heads, on_extra, attn = found
     heads = with_bias_slot(heads, on_extra, weights)
     out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
@@ -290,6 +294,7 @@ def _attend_projected(
     mask: Tensor | None,
     need_weights: bool,
     blank: bool,
+    average: bool,
 ) -> _Attended:
     """Attention over projected keys and values, for queries ``(N, H, D)`` yet to be scaled."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
@@ -303,9 +308,8 @@ def _attend_projected(
     attn = _normalise(scores, extra, options.dropout_p, blank and mask is not None)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
     heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
-    return _Attended(
-        heads, None if extra is None else on_extra, attn.mean(1) if need_weights else None
-    )
+    asked_for = _asked_for(attn, need_weights, average)
+    return _Attended(heads, None if extra is None else on_extra, asked_for)
 
 
 def _attend_inputs(
@@ -355,6 +359,7 @@ def plain_mix(
     dropout_p: float,
     need_weights: bool,
     blank: bool,
+    average: bool = True,
 ) -> Mix:
     """Attention over inputs step by step, every step one that autograd knows."""
     blank = blank and mask is not None
@@ -368,8 +373,15 @@ def plain_mix(
         torch.matmul(on_clip.to(value.dtype), value),
         share,
         None if extra is None else on_extra,
-        attn.mean(1) if need_weights else None,
+        _asked_for(attn, need_weights, average),
     )
+
+
+def _asked_for(attn: Tensor, need_weights: bool, average: bool) -> Tensor | None:
+    """Of all weights ``(N, H, S + X)`` what is to be returned."""
+    if not need_weights:
+        return None
+    return attn.mean(1) if average else attn
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 CALL_MODES = ("forward", "forward_steps", "forward_step")
@@ -62,6 +64,13 @@ def surrounding_mode() -> str | None:
     return checked_mode(upstream.cur)
 
 
+def make_known_upstream(kind: type) -> None:
+    """Let an imported ``continual`` take modules of this class for its own, as they are."""
+    base = getattr(sys.modules.get("continual.module"), "CoModule", None)
+    if isinstance(base, ABCMeta):
+        base.register(kind)
+
+
 class _Here(threading.local):
     """What surrounds the calls of this thread."""
 
@@ -96,6 +105,20 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
 def surrounding_active(compiling: bool) -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None, for a call that is compiling."""
     return _active if compiling else _here.active
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether there is more than a shape: it is neither fake nor on the device ``meta``."""
+    return not (isinstance(x, FakeTensor) or x.is_meta)
+
+
+def is_opaque(x: Tensor) -> bool:
+    """Whether operators on it are to be called by name, and no backend to be asked.
+
+    That is so while ``torch.compile`` traces, which cannot look into them, and where there are no
+    numbers for a kernel to compute with.
+    """
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 # Private to torch: where one is not there, operators are taken as they are found.

@@ -216,6 +216,10 @@ def _fake_attend_window_backward(
     return d_query, d_key, d_value, d_k_ring, d_v_ring, d_sink
 
 
+def _fake_take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:
+    return ring.new_empty((*ring.shape[:-2], count, ring.shape[-1]))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "ring_step_": _fake_step,
     "ring_steps_": partial(_fake_steps, 15),
@@ -323,6 +327,8 @@ def _register() -> None:
             _library.impl(name, partial(_run, name), key)
     for name, schema in _OF_CPU.items():
         _library.define(name + schema)
+    take_slots = f"{NAMESPACE}::cpu_take_slots"
+    torch.library.register_fake(take_slots, _fake_take_slots, lib=_library)
     for name, (differentiate, save) in _DIFFERENTIABLE.items():
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=_library

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import keep_scale
+from .modes import has_numbers
 from .precision import wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 
@@ -179,7 +180,8 @@ def _all_warm(position: Tensor, sequence_len: int) -> bool:
     """Whether every slot is in use once the next token is written, if that costs no waiting."""
     if torch.compiler.is_compiling():
         return False
-    return position.device.type == "cpu" and bool((position >= sequence_len - 1).all())
+    on_host = position.device.type == "cpu" and has_numbers(position)
+    return on_host and bool((position >= sequence_len - 1).all())
 
 
 def filled(position: Tensor, sequence_len: int) -> Tensor | None:

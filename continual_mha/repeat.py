@@ -39,7 +39,9 @@ class Repeat:
 
     def serves(self, query: object) -> bool:
         """Whether a step with this token would be decided the same way."""
-        if type(query) is not Tensor or query.shape != self._shape:
+        if type(query) is not Tensor or query.layout is not torch.strided or query.is_nested:
+            return False
+        if query.shape != self._shape:
             return False
         for get, name, thing in self._found:
             if get(name) is not thing:

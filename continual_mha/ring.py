@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .modes import has_numbers
 from .quantized import STORED_AS
 
 # A state set from outside may not be older than this: kernels find slots by positions and trust
@@ -309,7 +310,7 @@ def _check_rings(
 
 def _check_clock(state: State, sequence_len: int) -> None:
     position = state.position
-    if not position.numel():
+    if not position.numel() or not has_numbers(position):
         return
     least, most = int(position.min()), int(position.max())
     if least < 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
+from .modes import has_numbers
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
@@ -334,9 +335,14 @@ class StatefulStreams(nn.Module):
         return self._rings_are_shared and not differentiable
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As in torch, but positions, codes and scales go along without becoming another dtype."""
+        """As in torch, but positions, codes and scales go along without becoming another dtype.
+
+        Rings stay contiguous, and streams whose numbers do not come along, as in ``to_empty``, are
+        forgotten.
+        """
         self._repeat = None
         buffers: dict[str, Any] = self._buffers
+        position = buffers["_ring_position"]
         kept = {
             name: buffers[name]
             for name in _ALL_BUFFERS
@@ -351,6 +357,10 @@ class StatefulStreams(nn.Module):
                 kept[name] = moved if moved.dtype == part.dtype else part.to(moved.device)
         finally:
             buffers.update(kept)
+        if position is not None and _is_lost(position, buffers["_ring_position"]):
+            self.clean_state()
+        for name in _ALL_BUFFERS:
+            buffers[name] = None if buffers[name] is None else buffers[name].contiguous()
         return applied
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -381,3 +391,10 @@ class StatefulStreams(nn.Module):
             n: None if b is None else b.detach() for n, b in self._buffers.items()
         }
         return copied
+
+
+def _is_lost(before: Tensor, after: Tensor) -> bool:
+    """Whether numbers have not come along from one tensor to the other."""
+    if before is after or not has_numbers(after):
+        return False
+    return not has_numbers(before) or not torch.equal(before.to(after.device), after)

@@ -186,6 +186,18 @@ def test_module_is_a_continual_module_by_duck_typing():
     assert added[0] is ours  # taken as it is and not converted
 
 
+def test_conversion_takes_the_module_for_a_continual_one():
+    class Derived(co.SingleOutputMultiheadAttention):
+        pass
+
+    assert continual.CoModule is not None  # imported, and so known to modules made from here on
+    for ours in (build(embed_dim=E), Derived(E, 2, sequence_len=LENGTH)):
+        assert isinstance(ours, continual.CoModule)
+        assert continual.continual(ours) is ours
+        converted = continual.continual(nn.Sequential(ours, nn.ReLU()))
+        assert converted[0] is ours
+
+
 @pytest.mark.parametrize("single_output", [False, True])
 @pytest.mark.parametrize("query_index", [-1, 2])
 def test_transformer_encoder_equals_the_reference(query_index, single_output):

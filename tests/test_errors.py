@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import LENGTH, assert_same_state, build, draw_tokens, step_through
+from torch import nn
 
 from continual_mha import SingleOutputMultiheadAttention
 
@@ -327,6 +328,124 @@ NO_NUMBERS = ["a", None, [], True, np.bool_(True), 1j, torch.tensor(0.5)]
 def test_dropout_must_be_a_number(dropout):
     fragments = ["dropout", "a number", type(dropout).__name__]
     assert_refused(lambda: build(dropout=dropout), TypeError, fragments)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "error", "fragment"),
+    [*((bad, TypeError, type(bad).__name__) for bad in NO_NUMBERS), (7, ValueError, "7")],
+    ids=repr,
+)
+def test_dropout_is_checked_whenever_it_is_set(dropout, error, fragment):
+    module = build(dropout=0.25).train()
+    module.forward_step(zeros(N, E))
+    assert_refused(
+        lambda: setattr(module, "dropout", dropout), error, ["dropout", "from 0 to 1", fragment]
+    )
+    assert module.dropout == 0.25
+    module.dropout = Fraction(1, 2)  # in mid-stream, too
+    assert type(module.dropout) is float
+    assert module.dropout == 0.5
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+OTHER_PROJECTIONS = {
+    "none": lambda linear: None,
+    "identity": lambda linear: nn.Identity(),
+    "of a class of its own": lambda linear: Doubled(E, E),
+    "around it": nn.Sequential,
+    "around it, with its weight": Wrapped,
+}
+CALLS_WITH_WEIGHTS = {
+    "forward": lambda m: m(zeros(N, L, E)),
+    "forward_step": lambda m: m.forward_step(zeros(N, E)),
+    "forward_steps": lambda m: m.forward_steps(zeros(N, L, E)),
+    "functional step": lambda m: m._forward_step(zeros(N, E)),
+}
+
+
+@pytest.mark.parametrize("past", [0, 2, L + 2])
+@pytest.mark.parametrize("call", CALLS_WITH_WEIGHTS)
+@pytest.mark.parametrize("projection", OTHER_PROJECTIONS)
+def test_output_projection_that_would_not_be_called_is_refused(projection, call, past):
+    module = build()
+    linear = module.out_proj
+    fragments = ["out_proj", "torch.nn.Linear"]
+    with torch.no_grad():
+        step_through(module, zeros(N, past, E))
+        before = module.get_state()
+        module.out_proj = OTHER_PROJECTIONS[projection](linear)
+        assert_refused(lambda: CALLS_WITH_WEIGHTS[call](module), TypeError, fragments)
+        module.out_proj = linear
+        assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize("call", ["warm_up", "start_streams", "build_from"])
+def test_output_projection_is_refused_wherever_its_weight_counts(call):
+    module = build()
+    module.out_proj = nn.Identity()
+    calls = {
+        "warm_up": lambda: module.warm_up((N, E)),
+        "start_streams": lambda: module.start_streams(N),
+        "build_from": lambda: SingleOutputMultiheadAttention.build_from(module, L),
+    }
+    assert_refused(calls[call], TypeError, ["out_proj", "Identity"])
+
+
+OTHER_WEIGHTS = {
+    "in_proj_weight": ({}, "in_proj_weight", (E, E), (3 * E, E)),
+    "q_proj_weight": ({"kdim": 7}, "q_proj_weight", (E, 7), (E, E)),
+    "k_proj_weight": ({"kdim": 7}, "k_proj_weight", (E, E), (E, 7)),
+    "v_proj_weight": ({"vdim": 7}, "v_proj_weight", (E, E), (E, 7)),
+    "in_proj_bias": ({}, "in_proj_bias", (E,), (3 * E,)),
+    "bias_k": ({"add_bias_kv": True}, "bias_k", (E,), (1, 1, E)),
+    "bias_v": ({"add_bias_kv": True}, "bias_v", (1, E), (1, 1, E)),
+}
+
+
+@pytest.mark.parametrize("past", [0, 2, L + 2])
+@pytest.mark.parametrize("weight", OTHER_WEIGHTS)
+def test_weight_of_another_shape_is_refused(weight, past):
+    arguments, name, got, expected = OTHER_WEIGHTS[weight]
+    module = build(**arguments)
+    given = [x[:, 0] for x in draw_tokens(module, N, 1)]
+    clip = [x.unsqueeze(1) for x in given]
+    with torch.no_grad():
+        for _ in range(past):
+            module.forward_step(*given)
+        before = module.get_state()
+        setattr(module, name, nn.Parameter(zeros(*got)))
+        fragments = [name, str(got), str(expected)]
+        for call in (
+            lambda: module(*clip),
+            lambda: module.forward_step(*given),
+            lambda: module.forward_steps(*clip),
+        ):
+            assert_refused(call, ValueError, fragments)
+        assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("projection", "name", "got"),
+    [(nn.Linear(E, 8), "out_proj.weight", (8, E)), (nn.Linear(8, E), "out_proj.weight", (E, 8))],
+)
+def test_output_projection_of_another_shape_is_refused(projection, name, got):
+    module = build()
+    module.out_proj = projection
+    for call in CALLS_WITH_WEIGHTS.values():
+        assert_refused(lambda call=call: call(module), ValueError, [name, str(got)])
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.5, 2, float("nan"), float("inf")])

@@ -386,6 +386,18 @@ def test_auto_keeps_keys_and_values_where_they_are_not_the_query(monkeypatch):
         assert other.formulation == "kv"
 
 
+@pytest.mark.parametrize("past", [0, 2])
+def test_warm_up_gives_inputs_of_zeros(past):
+    module, twin = build(formulation="input"), build(formulation="input")
+    tokens = draw_tokens(module, 2, past)[0]
+    with torch.no_grad():
+        for each in (module, twin):
+            each.forward_steps(tokens)
+        module.warm_up((2, module.embed_dim))
+        twin.forward_steps(torch.zeros(2, LENGTH - 1, module.embed_dim))
+    assert_same_state(module.get_state(), twin.get_state())
+
+
 def chosen(batch_size, embed_dim, num_heads, length, dtype, device):
     with FakeTensorMode():
         like = torch.empty(batch_size, embed_dim, dtype=dtype, device=device)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from oracles import (
     CONSTRUCTIONS,
+    EMBED,
+    HEADS,
     LENGTH,
     assert_as_exact_as_torch,
     assert_same_state,
@@ -16,6 +21,9 @@ from oracles import (
     to_layout,
     torch_attention,
 )
+from torch import nn
+
+import continual_mha as co
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 CLIPS = {"one window": LENGTH, "longer than the window": LENGTH + 6}
@@ -143,6 +151,86 @@ def test_masks_act_as_in_torch(construction, mask, need_weights, backend):
             )
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mask", ["none", *masks_for(1, 1, 1, 1)])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_weights_of_each_head_equal_torch(construction, mask, training, backend):
+    module = build(**CONSTRUCTIONS[construction]).train(training)
+    tokens = draw_tokens(module, 3, LENGTH)
+    asked = {"average_attn_weights": False}
+    for all_queries in (False, True):
+        module.single_output_forward = not all_queries
+        queries = LENGTH if all_queries else 1
+        masks = masks_for(3, module.num_heads, queries, LENGTH)[mask] if mask != "none" else {}
+        assert_forward_equals_torch(module, tokens, all_queries, **asked, **masks)
+        with torch.no_grad():
+            assert_forward_equals_torch(module, tokens, all_queries, **asked, **masks)
+            assert_forward_equals_torch(module, tokens, all_queries, need_weights=False, **asked)
+
+
+def test_weights_of_each_head_over_a_long_clip(backend):
+    """Where moving the projections to the query's side pays."""
+    module = build(embed_dim=48, sequence_len=96)
+    tokens = draw_tokens(module, 3, 96)
+    assert_forward_equals_torch(module, tokens, average_attn_weights=False)
+    _, weights = module(*tokens, average_attn_weights=False)
+    assert weights.shape == (3, HEADS, 1, 96)
+    assert weights.requires_grad
+
+
+def test_gradient_of_the_weights_of_each_head_equals_torch(backend):
+    module = build(dtype=torch.float64)
+    tokens = draw_tokens(module, 3, LENGTH)
+    _, weights = module(*tokens, average_attn_weights=False)
+    _, expected = torch_attention(module)(
+        select_query(module, tokens[0]), *tokens[1:], average_attn_weights=False
+    )
+    factor = torch.randn_like(weights)
+    got, wanted = (
+        torch.autograd.grad((x * factor).sum(), module.in_proj_weight) for x in (weights, expected)
+    )
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
+def test_forced_backend_refuses_the_weights_of_each_head(name):
+    module = build()
+    tokens = draw_tokens(module, 3, LENGTH)
+    with co.use_backend(name), pytest.raises(RuntimeError, match=f"{name}.*averages"):
+        module(*tokens, average_attn_weights=False)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("all_queries", [False, True])
+def test_causal_hint_changes_nothing_but_needs_its_mask(all_queries, need_weights, backend):
+    module = build(single_output_forward=not all_queries)
+    tokens = draw_tokens(module, 3, LENGTH)
+    queries = LENGTH if all_queries else 1
+    mask = torch.ones(queries, LENGTH, dtype=torch.bool).triu(LENGTH - queries + 1)
+    asked = {"attn_mask": mask, "need_weights": need_weights}
+    for answer, expected in zip(
+        module(*tokens, **asked, is_causal=True), module(*tokens, **asked), strict=True
+    ):
+        torch.testing.assert_close(answer, expected)
+    with pytest.raises(ValueError, match="attn_mask"):
+        module(*tokens, need_weights=need_weights, is_causal=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_transformer_layers_of_torch_take_the_module(training, causal, backend):
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 16, dropout=0.0, batch_first=True)
+    other = copy.deepcopy(layer)
+    other.self_attn = build(single_output_forward=False)
+    layer.self_attn.load_state_dict(other.self_attn.state_dict())
+    clip = torch.randn(3, LENGTH, EMBED)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None
+    given = {"src_mask": mask, "is_causal": causal}
+    layer.train(training)
+    other.train(training)
+    torch.testing.assert_close(other(clip, **given), layer(clip, **given))
+
+
 def test_mask_over_a_long_clip(backend):
     module = build(embed_dim=48, sequence_len=96)
     for masks in masks_for(3, module.num_heads, 1, 96).values():
@@ -173,6 +261,38 @@ def test_fully_masked_stream_answers_as_torch_and_spoils_no_other(
     assert expected[1].isnan().all() == (need_weights and not module.add_zero_attn)
     torch.testing.assert_close(output, expected, equal_nan=True)
     if need_weights and returned:
+        torch.testing.assert_close(weights, expected_weights, equal_nan=True)
+
+
+HIDDEN, UNKNOWN = -math.inf, math.nan
+SPOILED = {
+    "all": [UNKNOWN] * LENGTH,
+    "one": [UNKNOWN, *[0.0] * (LENGTH - 1)],
+    "first, others hidden": [UNKNOWN, *[HIDDEN] * (LENGTH - 1)],
+    "last, others hidden": [*[HIDDEN] * (LENGTH - 1), UNKNOWN],
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("construction", ["defaults", "head_dim_one", "bias_kv", "zero_attn"])
+@pytest.mark.parametrize("mask", SPOILED)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_stream_with_a_mask_of_nan_answers_nan_and_spoils_no_other(
+    need_weights, mask, construction, mode, backend
+):
+    module = build(**CONSTRUCTIONS[construction])
+    tokens = draw_tokens(module, 3, LENGTH)
+    masks = torch.zeros(3, LENGTH)
+    masks[1] = torch.tensor(SPOILED[mask])
+    asked = {"key_padding_mask": masks, "need_weights": need_weights}
+    with mode():
+        output, weights = module(*tokens, **asked)
+        expected, expected_weights = torch_attention(module)(
+            select_query(module, tokens[0]), *tokens[1:], **asked
+        )
+    assert expected.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    if need_weights:
         torch.testing.assert_close(weights, expected_weights, equal_nan=True)
 
 

@@ -22,6 +22,7 @@ from oracles import (
     to_layout,
 )
 from torch import nn
+from torch.nn.utils import parametrizations as parametrized_norms
 from torch.nn.utils import parametrize, prune
 from upstream import continual
 
@@ -146,6 +147,128 @@ def test_build_from_copies_arguments_and_weights(construction, backend):
     tokens = draw_tokens(module, 2, 11)
     with torch.no_grad():
         assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
+
+
+class Further(nn.MultiheadAttention):
+    """With a weight of which nobody else knows what it does."""
+
+    def __init__(self, *args):
+        super().__init__(*args, batch_first=True)
+        self.slope = nn.Parameter(torch.ones(()))
+
+
+def test_build_from_leaves_the_weights_of_a_subclass_as_it_made_them():
+    class Scaled(co.SingleOutputMultiheadAttention):
+        def __init__(self, *args, **arguments):
+            super().__init__(*args, **arguments)
+            self.scale = nn.Parameter(torch.full((), 2.0))
+
+    source = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    module = Scaled.build_from(source, LENGTH)
+    assert module.scale == 2.0
+    assert torch.equal(module.in_proj_weight, source.in_proj_weight)
+    with pytest.raises(RuntimeError, match="in_proj_bias"):  # which source has, and this has not
+        Scaled.build_from(source, LENGTH, bias=False)
+
+
+def test_build_from_refuses_weights_that_it_does_not_know():
+    with pytest.raises(TypeError, match=r"Further.*slope.*strict=False"):
+        co.SingleOutputMultiheadAttention.build_from(Further(EMBED, HEADS), LENGTH)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda source: parametrized_norms.weight_norm(source, "in_proj_weight"),
+        lambda source: parametrized_norms.spectral_norm(source.out_proj, "weight"),
+        lambda source: prune.l1_unstructured(source, "in_proj_weight", 0.5),
+        lambda source: prune.l1_unstructured(source.out_proj, "bias", 0.5),
+    ],
+)
+def test_build_from_copies_weights_as_they_are_computed(way):
+    source = nn.MultiheadAttention(EMBED, HEADS, batch_first=True).eval()
+    way(source)
+    module = co.SingleOutputMultiheadAttention.build_from(source, LENGTH)
+    assert set(module.state_dict()) == set(nn.MultiheadAttention(EMBED, HEADS).state_dict())
+    clip = torch.randn(2, LENGTH, EMBED)
+    expected = source(clip, clip, clip)[0][:, -1:]
+    torch.testing.assert_close(module(clip)[0], expected)
+
+
+def test_parametrised_weight_is_computed_once_in_a_step():
+    """As in torch: some parametrisations change with every look."""
+    module, looks = build(), []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            looks.append(1)
+            return weight
+
+    parametrize.register_parametrization(module, "in_proj_weight", Counted())
+    looks.clear()
+    module.forward_step(torch.randn(2, EMBED))
+    assert len(looks) == 1
+
+
+class Rounded(torch.Tensor):
+    """A weight kept in 8 bits, as of packages that quantise those of linear layers."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if func.namespace != "aten":
+            return NotImplemented
+        widened = [x.codes * x.scale if isinstance(x, Rounded) else x for x in args]
+        return func(*widened, **(kwargs or {}))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("name", ["out_proj.weight", "in_proj_weight"])
+def test_weights_may_be_of_a_class_that_computes_in_its_own_way(name, formulation, backend):
+    module = build(formulation=formulation).requires_grad_(False)
+    owner = module.out_proj if name.startswith("out_proj") else module
+    weight = getattr(owner, name.split(".")[-1])
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    plain = copy.deepcopy(module)
+    plain.load_state_dict({name: codes * scale}, strict=False)
+    setattr(owner, name.split(".")[-1], nn.Parameter(Rounded(codes, scale), requires_grad=False))
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    singly = step_through(module, x[:, : 2 * LENGTH])
+    outputs = torch.cat([stack(singly, module), run_steps(module, x[:, 2 * LENGTH :])], 1)
+    assert_equals_window(outputs, plain, x)
+    assert_equals_window(module(x[:, -LENGTH:])[0], plain, x[:, -LENGTH:])
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize(
+    "name",
+    ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias", "bias_k", "bias_v"],
+)
+def test_weights_may_be_views(name, formulation, backend):
+    """Such as a share of the parameters of others, whatever its strides."""
+    module = build(add_bias_kv=True, formulation=formulation)
+    owner = module.out_proj if name.startswith("out_proj") else module
+    weight = getattr(owner, name.split(".")[-1]).detach()
+    view = nn.Parameter(torch.stack([weight, weight], -1)[..., 0])
+    assert not view.is_contiguous()
+    setattr(owner, name.split(".")[-1], view)
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with torch.no_grad():
+        singly = step_through(module, x[:, : 2 * LENGTH])
+        outputs = torch.cat([stack(singly, module), run_steps(module, x[:, 2 * LENGTH :])], 1)
+        assert_equals_window(outputs, module, x)
+        assert_equals_window(module(x[:, -LENGTH:])[0], module, x[:, -LENGTH:])
 
 
 def test_build_from_lets_arguments_be_overridden():

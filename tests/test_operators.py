@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import build, draw_tokens
+from oracles import build, draw_tokens, run_steps
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradgradcheck
 from torch.library import opcheck
 
@@ -152,6 +153,46 @@ def test_every_operator_stands_for_every_backend():
     for name in ops.SCHEMAS:
         for prefix in ("", "cpu_", "cuda_"):
             assert hasattr(torch.ops.continual_mha, prefix + name)
+
+
+def shapes_of_a_stream(arguments, mode, device="cpu", backend="auto"):
+    """Shapes and dtypes of all that a module answers and remembers."""
+    module = build(sequence_len=LENGTH, device=device, **arguments)
+    clip = torch.zeros(2, 2 * LENGTH, module.embed_dim, device=device)
+    with mode(), co.use_backend(backend):
+        answers = [module(clip)[0]]
+        answers += [module.forward_step(clip[:, 0]) for _ in range(LENGTH + 1)]
+        answers += [run_steps(module, clip)]
+        module.reset([0])
+        moves = torch.ones(2, dtype=torch.bool, device=device)
+        answers += [module.forward_step(clip[:, 0], active=moves)]
+        module.set_state(module.get_state())
+        answers += module.get_state()
+        module.clean_state()
+        module.warm_up((2, module.embed_dim))
+        answers += [module.forward_step(clip[:, 0])]
+    return [None if x is None else (x.shape, x.dtype, x.requires_grad) for x in answers]
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"formulation": "input"}, {"query_index": 0}, {"add_bias_kv": True}]
+)
+def test_shapes_propagate_where_there_are_no_numbers(arguments, mode, name):
+    wanted = shapes_of_a_stream(arguments, mode)
+    assert shapes_of_a_stream(arguments, mode, "meta") == wanted
+    with FakeTensorMode():
+        assert shapes_of_a_stream(arguments, mode, backend=name) == wanted
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_shapes_propagate_through_rings_of_8_bits(formulation):
+    arguments = {"formulation": formulation, "cache_dtype": torch.int8}
+    wanted = shapes_of_a_stream(arguments, torch.no_grad)
+    assert shapes_of_a_stream(arguments, torch.no_grad, "meta") == wanted
+    with FakeTensorMode():
+        assert shapes_of_a_stream(arguments, torch.no_grad) == wanted
 
 
 class Step(torch.nn.Module):

@@ -185,6 +185,13 @@ def test_another_backend_may_be_forced_between_steps(monkeypatch):
         (lambda x: x.double(), TypeError),
         (lambda x: x.tolist(), TypeError),
         (lambda x: x.to("meta"), ValueError),
+        (lambda x: x.to_sparse(), TypeError),
+        (lambda x: x.to_sparse_csr(), TypeError),
+        (lambda x: x.to_mkldnn(), TypeError),
+        (lambda x: torch.nested.nested_tensor(list(x)), TypeError),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), TypeError),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), TypeError),
+        (lambda x: torch.complex(x, x), TypeError),
     ],
 )
 def test_bad_token_in_a_warm_stream_is_refused(bad, error, backend):

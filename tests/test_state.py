@@ -288,6 +288,34 @@ def test_conversion_in_mid_stream_takes_the_state_along(dtype, way):
     assert_near(outputs, expected, 1e-6 if dtype == torch.float64 else 0.03)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"query_index": 1}, {"cache_dtype": torch.int8}])
+def test_memory_format_of_images_leaves_rings_as_they_are(arguments):
+    """Rings have four axes as images have, and it is the whole model that is converted."""
+    module, twin = build(**arguments), build(**arguments)
+    tokens = draw_tokens(module, 2, 3 * LENGTH)
+    for each in (module, twin):
+        outputs_of(each, tokens, 0, LENGTH)
+    nn.Sequential(module).to(memory_format=torch.channels_last)
+    assert_same_outputs(*(outputs_of(each, tokens, LENGTH, 3 * LENGTH) for each in (module, twin)))
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_streams_are_forgotten_where_their_numbers_are(on_meta):
+    module = build()
+    tokens = draw_tokens(module, 2, LENGTH + 1)
+    outputs_of(module, tokens, 0, LENGTH + 1)
+    model = nn.Sequential(module)
+    if on_meta:
+        model.to("meta")
+        assert module.forward_step(tokens[0][:, 0].to("meta")).shape == (2, module.embed_dim)
+    model.to_empty(device="cpu")
+    assert module.get_state() is None
+    module.load_state_dict(build().state_dict())
+    assert_same_outputs(
+        outputs_of(module, tokens, 0, LENGTH), outputs_of(build(), tokens, 0, LENGTH)
+    )
+
+
 def test_conversion_that_fails_keeps_positions():
     module = build()
     outputs_of(module, draw_tokens(module, 2, 3), 0, 3)

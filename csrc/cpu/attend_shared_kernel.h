@@ -53,13 +53,15 @@ CMHA_INLINE Normaliser<A> finish_scores(const AttendSharedParams& p, int64_t n, 
   A others[2] = {kMinusInfinity<A>, kMinusInfinity<A>};
   if (p.sink != nullptr) others[0] = static_cast<const A*>(p.sink)[row];
   if (extra != nullptr) memcpy(others, extra, sizeof(others));
-  const auto [max, sum] = softmax_numerators(scores, p.slots, max_of(others[0], others[1]));
-  if (p.blank && max == kMinusInfinity<A>) {
+  const A sink = max_of(others[0], others[1]);
+  bool nothing = sink == kMinusInfinity<A>;  // to attend to; a score of NaN is something
+  for (int64_t s = 0; nothing && s < p.slots; ++s) nothing = scores[s] == kMinusInfinity<A>;
+  const auto [max, sum] = softmax_numerators(scores, p.slots, sink);
+  if (p.blank && nothing) {
     for (int64_t s = 0; s < p.slots; ++s) scores[s] = 0;
     if (extra != nullptr) extra[0] = extra[1] = 0;
     return {0, {0, 0}};
   }
-  const bool nothing = max == kMinusInfinity<A>;
   for (A& other : others) other = nothing ? 0 : exp_of(other - max);
   const A total = (nothing ? 0 : sum) + others[0] + others[1];
   if (p.lse != nullptr) {
