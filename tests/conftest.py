@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import continual_mha
+from ptx_launches import PTX, as_ptx
 
 with suppress(ImportError):  # where it is missing, only the files that use it are lost
     from hypothesis import HealthCheck, settings
@@ -88,6 +89,12 @@ def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return products.sum(axis=-2)
 
     monkeypatch.setattr(numpy, "matmul", matmul)
+
+
+@pytest.fixture(autouse=True)
+def _as_ptx() -> Iterator[None]:
+    with as_ptx(PTX) if PTX else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

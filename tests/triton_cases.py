@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from continual_mha.triton_kernels.launch import INTERPRETED
+from ptx_launches import PTX
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    DEVICE == "cpu" and not INTERPRETED and not PTX, reason="needs a GPU or TRITON_INTERPRET=1"
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 if INTERPRETED:

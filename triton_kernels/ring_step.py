@@ -135,6 +135,12 @@ def _load_ring(
 
 
 @triton.jit
+def _load_scales(scale_ptr, rows, valid):
+    """The scales of these rows of a ring of 8 bits; invalid rows are not read."""
+    return tl.load(scale_ptr + rows, mask=valid, other=0.0)
+
+
+@triton.jit
 def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexpr):
     """A tile of `_load_ring` as numbers over their scales."""
     if PER_LOAD == 4:
@@ -181,8 +187,8 @@ def _attend_ring(
         k_next = _load_ring(k_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         v_next = _load_ring(v_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         if k_scale_ptr is not None:
-            k_scale_next = tl.load(k_scale_ptr + first_row + slots, mask=valid, other=0.0)
-            v_scale_next = tl.load(v_scale_ptr + first_row + slots, mask=valid, other=0.0)
+            k_scale_next = _load_scales(k_scale_ptr, first_row + slots, valid)
+            v_scale_next = _load_scales(v_scale_ptr, first_row + slots, valid)
         m_new = tl.maximum(m_i, score)
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
@@ -361,8 +367,8 @@ def _ring_step_kernel(
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + slots, mask=slots < L, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + slots, mask=slots < L, other=0.0)
+        k_scale_next = _load_scales(k_scale_ptr, slots, slots < L)
+        v_scale_next = _load_scales(v_scale_ptr, slots, slots < L)
 
     dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
@@ -542,8 +548,8 @@ def _group_step_kernel(
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + row_of + slots, mask=held, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + row_of + slots, mask=held, other=0.0)
+        k_scale_next = _load_scales(k_scale_ptr, row_of + slots, held)
+        v_scale_next = _load_scales(v_scale_ptr, row_of + slots, held)
 
     dtype = out_ptr.dtype.element_ty
     k_part_ptr = k_weight_ptr
