@@ -33,6 +33,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded before anything is added to it, for what threads exchange to add it up.
+
+    Where a thread has one product, the compiler else fuses that into the addition of the one which
+    it gets: each thread then has its own sum, unlike the others' in the last bit.
+    """
+    if _WIDEN:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def finite_or_zero(m):
     """m where it is not -inf, else 0: the shift that keeps exp2(-inf - m) at 0 and not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)

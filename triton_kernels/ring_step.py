@@ -24,6 +24,7 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    product,
     start_after_previous_launch,
 )
 from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
@@ -95,7 +96,7 @@ def _add_slot(m, l_sum, acc, score, keep, value):
 def _inner(a, b):
     """The inner product of two vectors, or of each pair of rows  # scalar, or [N, 1]"""
     AXIS: tl.constexpr = len(a.shape) - 1
-    return tl.sum(a * b, axis=AXIS, keep_dims=AXIS == 1)
+    return tl.sum(product(a, b), axis=AXIS, keep_dims=AXIS == 1)
 
 
 @triton.jit
@@ -176,7 +177,10 @@ def _attend_ring(
     for _ in range(begin, stop, BLOCK_L):
         k = _numbers(k_next, k_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
         v = _numbers(v_next, v_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
-        score = tl.sum(k * q, axis=1) * scale
+        if ROWS * BLOCK_D < 1024:  # a thread may have no more than one of a row's products
+            score = tl.sum(product(k, q), axis=1) * scale
+        else:
+            score = tl.sum(k * q, axis=1) * scale
         if k_scale_ptr is not None:
             score *= factor_of(k_scale_next, k_ring_ptr.dtype.element_ty).to(ACC)
             v_factor = factor_of(v_scale_next, v_ring_ptr.dtype.element_ty).to(ACC)
@@ -270,7 +274,7 @@ def _merge_parts(
             weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
             share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
         share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
-        out = tl.sum(rows * share[:, None], axis=0) + bias
+        out = tl.sum(product(rows, share[:, None]), axis=0) + bias
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
@@ -393,8 +397,8 @@ def _ring_step_kernel(
     )  # fmt: skip
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
-    l_sum = tl.sum(l_i * row_scale, axis=0)
-    acc = tl.sum(acc * row_scale[:, None], axis=0)
+    l_sum = tl.sum(product(l_i, row_scale), axis=0)
+    acc = tl.sum(product(acc, row_scale[:, None]), axis=0)
 
     keep = tl.full((), 1.0, ACC)
     v_new = tl.zeros((BLOCK_D,), ACC)
@@ -427,7 +431,7 @@ def _ring_step_kernel(
                             ACC)  # fmt: skip
         k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
                       UPDATE, ACC)  # fmt: skip
-        score = tl.sum(q * k_new, axis=0) * scale
+        score = _inner(q, k_new) * scale
         if SPREAD:
             m = score
             l_sum = tl.full((), 1.0, ACC)
@@ -591,8 +595,11 @@ def _group_step_kernel(
     m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
     m = tl.max(m_i, axis=1, keep_dims=True)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
-    l_sum = tl.sum(tl.reshape(l_i, (GROUP, BLOCK_L)) * row_scale, axis=1, keep_dims=True)
-    acc = tl.sum(tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D)) * row_scale[:, :, None], axis=1)
+    l_sum = tl.sum(
+        product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True
+    )
+    acc = tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D))
+    acc = tl.sum(product(acc, row_scale[:, :, None]), axis=1)
 
     new_row = (first_row + new_slot)[:, None]
     k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
