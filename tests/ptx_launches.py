@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-from ptx_machine import Machine, Memory, Program, parse
+from ptx_machine import Machine, parse
+from ptx_memory import Memory
 
 from continual_mha.triton_kernels import aot
 from continual_mha.triton_kernels.launch import Launch, _here
 from continual_mha.triton_kernels.ring_step import _load_ring, _load_scales
 
-PTX = int(os.environ.get("CONTINUAL_MHA_PTX", 0))
+
+@lru_cache(maxsize=16)
+def _machine(ptx: str, grid: tuple[int, ...], threads: int, shared_bytes: int) -> Machine:
+    return Machine(parse(ptx), grid, threads, shared_bytes, _harmless)
 
 
-@lru_cache(maxsize=64)
-def _parsed(ptx: str) -> Program:
-    return parse(ptx)
-
-
+@lru_cache(maxsize=4096)
 def _harmless(source: str) -> bool:
     """The first tile of a ring is read whole, and the new token's slot of it not used."""
     file, line, _ = source.split(":")
@@ -39,15 +39,14 @@ def run(launch: Launch, capability: int, one_by_one: bool) -> None:
     report = aot.compile_launch(launch, capability)
     signature = aot.source(launch).signature
     names = [param.name for param in launch.kernel.params]
-    given = [x for name, x in zip(names, launch.args, strict=True) if signature[name] != "constexpr"]
+    given = [
+        x for name, x in zip(names, launch.args, strict=True) if signature[name] != "constexpr"
+    ]
     memory = Memory([x for x in given if isinstance(x, torch.Tensor)])
     parameters = [memory.address(x) if isinstance(x, torch.Tensor) else x for x in given]
     scratch = [0, 0]  # Triton's own, which no kernel here uses
-    machine = Machine(
-        _parsed(report.ptx), launch.grid, report.threads, report.shared_bytes, memory,
-        [*parameters, *scratch], _harmless,
-    )  # fmt: skip
-    machine.run(one_by_one)
+    machine = _machine(report.ptx, launch.grid, report.threads, report.shared_bytes)
+    machine.run(memory, [*parameters, *scratch], one_by_one)
     memory.read_back()
 
 

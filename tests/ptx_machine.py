@@ -3,7 +3,7 @@
 All programs of a launch run at once, an instruction at a time over all of their threads; of threads
 that went apart those that are behind go first. So nothing orders the accesses of two programs, or
 of two warps, but the barriers and atomics that the kernel itself has, and the machine raises
-`Fault` where it finds two accesses of one byte, one of them a write, which those do not order.
+`FaultError` where it finds two accesses of one byte, one of them a write, which those do not order.
 It also raises for what memory checkers find: an access beside a tensor or the shared memory, a
 misaligned one, shared memory read before it was written or while a copy into it is on its way, and
 instructions of a whole warp that only a part of one reaches.
@@ -19,15 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from ptx_memory import Array, FaultError, Global, Mask, Memory, Shared
 
-Array = np.ndarray
-Mask = Any  # an array of bool, or None for all threads
 Source = Callable[[], Any]
 
 _WARP = 32
-_GUARD = 256  # bytes between tensors, which nobody may touch
-_BASE = 1 << 33  # the first address of global memory: no 32-bit arithmetic reaches it
 _TYPES: dict[str, Any] = {
     f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
     for kind, letter, widths in (
@@ -40,10 +36,6 @@ _TYPES: dict[str, Any] = {
 }
 _TYPES["pred"] = np.dtype(bool)
 _SIZES = {name: dtype.itemsize for name, dtype in _TYPES.items()} | {"bf16": 2}
-
-
-class Fault(Exception):
-    """A kernel did what the hardware does not promise anything for."""
 
 
 class Line(NamedTuple):
@@ -67,6 +59,7 @@ class Program(NamedTuple):
 _LOCATION = re.compile(r"\.loc\s.*//\s*(\S+)")
 _DECLARED = re.compile(r"\.reg \.(\w+)\s+(.*);")
 _INSTRUCTION = re.compile(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*);$")
+_LOCAL = re.compile(r"(?<![%\w])[a-z]\w*")  # a register of inline assembly
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
@@ -100,63 +93,25 @@ def parse(ptx: str) -> Program:
                 if several:
                     names = [f"{several[1]}{i}" for i in range(int(several[2]))]
                 width = declared[1]
-                registers.update(dict.fromkeys(names, width if width == "pred" else "b" + width[1:]))
+                registers.update(
+                    dict.fromkeys(names, width if width == "pred" else "b" + width[1:])
+                )
         elif text and not text.startswith("."):
             found = _INSTRUCTION.match(text)
             if found is None:
                 raise NotImplementedError(text)
             operands = tuple(x.strip() for x in _OPERAND.findall(found[3]))
             if scope:
-                operands = tuple(
-                    re.sub(r"(?<![%\w])[a-z]\w*", lambda m: m[0] + scope, x) for x in operands
-                )
+                operands = tuple(_LOCAL.sub(rf"\g<0>{scope}", x) for x in operands)
             lines.append(Line(found[1] or "", found[2], operands, source))
     types = {register: _TYPES[width] for register, width in registers.items()}
     return Program(name[1], lines, labels, types)
 
 
-class Memory:
-    """The storages of some tensors one after the other, as a kernel's global memory.
-
-    `read_back` copies what became of them into the tensors.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._storages: dict[int, tuple[Any, int]] = {}
-        size = _GUARD
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._storages and storage.nbytes():
-                size += -size % 512
-                self._storages[storage.data_ptr()] = storage, size
-                size += storage.nbytes() + _GUARD
-        size += -size % 512
-        self.bytes = np.zeros(size, np.uint8)
-        self.usable = np.zeros(size, bool)
-        for storage, start in self._storages.values():
-            self.bytes[start : start + storage.nbytes()] = self._of(storage)
-            self.usable[start : start + storage.nbytes()] = True
-
-    @staticmethod
-    def _of(storage: Any) -> Array:
-        return torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-
-    def address(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if not storage.nbytes():
-            return _BASE
-        offset = tensor.data_ptr() - storage.data_ptr()
-        return _BASE + self._storages[storage.data_ptr()][1] + offset
-
-    def read_back(self) -> None:
-        for storage, start in self._storages.values():
-            self._of(storage)[:] = self.bytes[start : start + storage.nbytes()]
-
-
 def _to_bf16(x: Array) -> Array:
     """Bits of the nearest bfloat16, the even one of two."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
@@ -180,11 +135,10 @@ def _floats(x: Array, kind: str) -> Array:
 
 
 class Machine:
-    """`grid` programs of `threads` threads each, over one memory; `run` runs them to their ends.
+    """`grid` programs of `threads` threads each; `run` runs them to their ends over a memory.
 
-    `parameters` are the kernel's arguments: addresses and integers, or floats. `harmless` says of a
-    place in the source, as file:line:column, that the kernel does not use what it reads there where
-    others may write it meanwhile.
+    `harmless` says of a place in the source, as file:line:column, that the kernel does not use what
+    it reads there where others may write it meanwhile.
     """
 
     def __init__(
@@ -193,90 +147,96 @@ class Machine:
         grid: tuple[int, ...],
         threads: int,
         shared_bytes: int,
-        memory: Memory,
-        parameters: Sequence[int | float],
         harmless: Callable[[str], bool] = lambda source: False,
         seed: int = 0,
     ) -> None:
-        self.program, self.memory, self.parameters = program, memory, parameters
-        self.harmless = harmless
-        self.threads = threads
+        self.program, self.threads, self.harmless = program, threads, harmless
         self.programs = int(np.prod(grid))
         self.n = self.programs * threads
         self.random = np.random.default_rng(seed)
         lanes = np.arange(self.n, dtype=np.int64)
         self.cta = lanes // threads
         self.warp = lanes // _WARP  # over all programs
+        self._shared_bytes = shared_bytes
         tid = (lanes % threads).astype(np.uint32)
         special = {"%tid.x": tid, "%laneid": tid % _WARP, "%ntid.x": np.full_like(tid, threads)}
-        sizes = (*grid, 1, 1)[:3]
         rest = self.cta
-        for axis, size in zip("xyz", sizes, strict=True):
+        for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
             special[f"%ctaid.{axis}"] = (rest % size).astype(np.uint32)
             special[f"%nctaid.{axis}"] = np.full_like(tid, size)
             rest = rest // size
         for axis in "yz":
             special[f"%tid.{axis}"] = np.zeros_like(tid)
-        self.r: dict[str, Array] = dict(special)
-        for name, dtype in program.registers.items():  # what nobody wrote is not zero
-            fill = True if dtype == bool else np.array([0xA5] * 8, np.uint8).view(dtype)[0]
-            self.r[name] = np.full(self.n, fill, dtype)
+        self._special = special
+        self.r: dict[str, Array] = {}
+        self.at = program.lines[0]  # what is being done
+        self._steps: list[Callable[[Mask], None] | None] = [None] * len(program.lines)
+
+    def run(
+        self, memory: Memory, parameters: Sequence[int | float], one_by_one: bool = False
+    ) -> None:
+        """Run every program to its end: all at once, or one after the other in any order.
+
+        `parameters` are the kernel's arguments: addresses and integers, or floats.
+        """
+        self.memory, self.parameters = memory, parameters
         self.barriers = np.zeros(self.programs, np.int64)  # that each program has passed
-        self.shared = _Shared(self, shared_bytes)
-        self.globals = _Global(self)
-        self.at: Line | None = None
-        self._steps = [self._decode(line) for line in program.lines]
+        self.shared, self.globals = Shared(self, self._shared_bytes), Global(self)
+        self.r.update(self._special)
+        for name, dtype in self.program.registers.items():  # what nobody wrote is not zero
+            fill = True if dtype.kind == "b" else np.array([0xA5] * 8, np.uint8).view(dtype)[0]
+            self.r[name] = np.broadcast_to(np.array(fill, dtype), self.n)
+        with np.errstate(all="ignore"):
+            if one_by_one:
+                for program in self.random.permutation(self.programs):
+                    self._run(self.cta == program)
+            else:
+                self._run(np.ones(self.n, bool))
+        self.shared.end()
 
     # The order of things.
-
-    def run(self, one_by_one: bool = False) -> None:
-        """Run every program to its end: all at once, or one after the other in any order."""
-        if one_by_one:
-            for program in self.random.permutation(self.programs):
-                self._run(self.cta == program)
-        else:
-            self._run(np.ones(self.n, bool))
-        self.shared.end()
 
     def _run(self, mask: Array) -> None:
         groups: dict[int, Array] = {0: mask}
         waiting: dict[int, Array] = {}
         lines, labels = self.program.lines, self.program.labels
-        with np.errstate(all="ignore"):
-            while groups or waiting:
-                if not groups:
-                    groups, waiting = self._barrier(waiting), {}
-                    continue
-                pc = min(groups)
-                mask = groups.pop(pc)
-                others = min(groups) if groups else len(lines)
-                whole: Mask = None if mask.all() else mask
-                while True:
-                    line = lines[pc]
-                    self.at = line
-                    if line.opcode in ("bra", "bra.uni"):
-                        taken = mask & self._predicate(line.predicate)
-                        target = labels[line.operands[0]]
-                        stays = mask & ~taken
-                        for place, those in ((target, taken), (pc + 1, stays)):
-                            if those.any():
-                                groups[place] = groups[place] | those if place in groups else those
-                        break
-                    if line.opcode == "ret":
-                        stays = mask & ~self._predicate(line.predicate)
-                        if stays.any():
-                            groups[pc + 1] = stays
-                        break
-                    if line.opcode == "bar.sync":
-                        if line.operands != ("0",) or line.predicate:
-                            raise NotImplementedError(str(line))
-                        waiting[pc] = waiting.get(pc, False) | mask
-                        break
-                    self._steps[pc](whole)
-                    pc += 1
-                    if pc == others:
-                        groups[pc] |= mask
-                        break
+        while groups or waiting:
+            if not groups:
+                groups, waiting = self._barrier(waiting), {}
+                continue
+            pc = min(groups)
+            mask = groups.pop(pc)
+            others = min(groups) if groups else len(lines)
+            whole: Mask = None if mask.all() else mask
+            while True:
+                line = lines[pc]
+                self.at = line
+                if line.opcode in ("bra", "bra.uni"):
+                    taken = mask & self._predicate(line.predicate)
+                    target = labels[line.operands[0]]
+                    stays = mask & ~taken
+                    for place, those in ((target, taken), (pc + 1, stays)):
+                        if those.any():
+                            groups[place] = groups[place] | those if place in groups else those
+                    break
+                if line.opcode == "ret":
+                    stays = mask & ~self._predicate(line.predicate)
+                    if stays.any():
+                        groups[pc + 1] = stays
+                    break
+                if line.opcode == "bar.sync":
+                    if line.operands != ("0",) or line.predicate:
+                        raise NotImplementedError(str(line))
+                    waiting[pc] = waiting.get(pc, False) | mask
+                    break
+                step = self._steps[pc]
+                if step is None:
+                    step = self._steps[pc] = self._decode(line)
+                step(whole)
+                pc += 1
+                if pc == others:
+                    groups[pc] |= mask
+                    break
 
     def _barrier(self, waiting: dict[int, Array]) -> dict[int, Array]:
         """Let everybody go on, for there is nobody left who does not wait."""
@@ -286,10 +246,10 @@ class Machine:
         self.globals.learn()
         return {pc + 1: mask for pc, mask in waiting.items()}
 
-    def fault(self, what: str, lanes: Array) -> Fault:
+    def fault(self, what: str, lanes: Array) -> FaultError:
         lane = int(lanes[0])
         where = f"program {lane // self.threads}, thread {lane % self.threads}"
-        return Fault(f"{self.program.name}: {what} ({where}): {self.at}")
+        return FaultError(f"{self.program.name}: {what} ({where}): {self.at}")
 
     # Operands.
 
@@ -365,16 +325,25 @@ class Machine:
         add = int(offset or "0", 0)
         return lambda: np.broadcast_to(np.asarray(source()).astype(np.int64) + add, self.n)
 
+    def _place(self, operand: str, space: str) -> tuple[Callable[[], Any], Source]:
+        """Where and at which address an access is."""
+        if space.startswith("shared"):
+            return lambda: self.shared, self._address(operand, "u32")
+        if space != "global":
+            raise NotImplementedError(f"memory of {space}")
+        return lambda: self.globals, self._address(operand, "u64")
+
     # Instructions.
 
     def _decode(self, line: Line) -> Callable[[Mask], None]:
         parts = line.opcode.split(".")
-        if parts[0] in ("bra", "ret") or parts[:2] == ["bar", "sync"]:
-            return lambda mask: None  # `run` does these
         make = getattr(self, f"_make_{parts[0]}", None)
-        if make is None:
+        if parts[0] in _SIMPLE:
+            step: Callable[[Mask], None] = self._arithmetic(line, parts[1:], _SIMPLE[parts[0]])
+        elif make is not None:
+            step = make(line, parts[1:])
+        else:
             raise NotImplementedError(str(line))
-        step: Callable[[Mask], None] = make(line, parts[1:])
         if not line.predicate:
             return step
 
@@ -420,18 +389,6 @@ class Machine:
                 line, kind, lambda *xs: _flush(compute(*[_flush(np.asarray(x)) for x in xs]))
             )
         return self._elementwise(line, kind, compute)
-
-    def _make_add(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.add)
-
-    def _make_sub(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.subtract)
-
-    def _make_neg(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.negative)
-
-    def _make_abs(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.abs)
 
     def _make_max(self, line: Line, parts: list[str]) -> Callable:
         fn = np.maximum if "NaN" in parts or parts[-1][0] in "us" else np.fmax
@@ -491,18 +448,6 @@ class Machine:
 
         return high
 
-    def _make_and(self, line: Line, parts: list[str]) -> Callable:
-        return self._elementwise(line, parts[-1], np.bitwise_and)
-
-    def _make_or(self, line: Line, parts: list[str]) -> Callable:
-        return self._elementwise(line, parts[-1], np.bitwise_or)
-
-    def _make_xor(self, line: Line, parts: list[str]) -> Callable:
-        return self._elementwise(line, parts[-1], np.bitwise_xor)
-
-    def _make_not(self, line: Line, parts: list[str]) -> Callable:
-        return self._elementwise(line, parts[-1], np.invert)
-
     def _make_lop3(self, line: Line, parts: list[str]) -> Callable:
         a, b, c = (self.get(x, "b32") for x in line.operands[1:4])
         table = int(line.operands[4], 0)
@@ -522,7 +467,9 @@ class Machine:
         return self._shift(line, parts[-1], np.left_shift)
 
     def _make_shr(self, line: Line, parts: list[str]) -> Callable:
-        return self._shift(line, "u" + parts[-1][1:] if parts[-1][0] == "b" else parts[-1], np.right_shift)
+        return self._shift(
+            line, "u" + parts[-1][1:] if parts[-1][0] == "b" else parts[-1], np.right_shift
+        )
 
     def _shift(self, line: Line, kind: str, shift: Callable) -> Callable:
         value, count = self.get(line.operands[1], kind), self.get(line.operands[2], "u32")
@@ -575,18 +522,6 @@ class Machine:
             self.put(line.operands[0], result.astype(np.uint32), mask)
 
         return step
-
-    def _make_ex2(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.exp2)
-
-    def _make_lg2(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.log2)
-
-    def _make_rcp(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.reciprocal)
-
-    def _make_sqrt(self, line: Line, parts: list[str]) -> Callable:
-        return self._arithmetic(line, parts, np.sqrt)
 
     def _make_selp(self, line: Line, parts: list[str]) -> Callable:
         a, b = (self.get(x, parts[-1]) for x in line.operands[1:3])
@@ -722,25 +657,33 @@ class Machine:
 
     def _make_bar(self, line: Line, parts: list[str]) -> Callable:
         assert parts[:2] == ["warp", "sync"]
-        return lambda mask: None if self._whole_warps(mask) is None else None
+
+        def step(mask: Mask) -> None:
+            self._whole_warps(mask)
+
+        return step
 
     # Memory.
 
     def _make_ld(self, line: Line, parts: list[str]) -> Callable:
         kind = parts[-1]
         if parts[0] == "param":
-            value = self.parameters[int(line.operands[1].strip("[]").rpartition("_")[2])]
-            bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
-            number = np.array(int(bits) % 2**64, np.uint64).astype(f"u{_SIZES[kind]}")
-            return lambda mask: self.put(line.operands[0], number, mask)
+            which = int(line.operands[1].strip("[]").rpartition("_")[2])
+
+            def take(mask: Mask) -> None:
+                value = self.parameters[which]
+                bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
+                number = np.array(int(bits) % 2**64, np.uint64).astype(f"u{_SIZES[kind]}")
+                self.put(line.operands[0], number, mask)
+
+            return take
         targets = self.several(line.operands[0])
-        space = self.shared if parts[0].startswith("shared") else self.globals
-        address = self._address(line.operands[1], "u32" if space is self.shared else "u64")
+        space, address = self._place(line.operands[1], parts[0])
         size = _SIZES[kind]
 
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
-            data = space.load(lanes, address()[lanes], size * len(targets))
+            data = space().load(lanes, address()[lanes], size * len(targets))
             values = data.view(f"u{size}")
             for i, target in enumerate(targets):
                 full = np.zeros(self.n, f"u{size}")
@@ -752,14 +695,13 @@ class Machine:
     def _make_st(self, line: Line, parts: list[str]) -> Callable:
         kind = parts[-1]
         sources = [self.get(x, "b" + str(8 * _SIZES[kind])) for x in self.several(line.operands[1])]
-        space = self.shared if parts[0].startswith("shared") else self.globals
-        address = self._address(line.operands[0], "u32" if space is self.shared else "u64")
+        space, address = self._place(line.operands[0], parts[0])
 
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
             values = [np.broadcast_to(x(), self.n)[lanes] for x in sources]
             data = np.stack(values, 1).view(np.uint8).reshape(len(lanes), -1)
-            space.store(lanes, address()[lanes], data)
+            space().store(lanes, address()[lanes], data)
 
         return step
 
@@ -808,9 +750,15 @@ class Machine:
         address = self._address(line.operands[1], "u32")
         lane = np.arange(_WARP)
         if "trans" in parts:
-            row, column = (lane % 4 * 2)[:, None] + np.arange(2), np.repeat(lane[:, None] // 4, 2, 1)
+            row, column = (
+                (lane % 4 * 2)[:, None] + np.arange(2),
+                np.repeat(lane[:, None] // 4, 2, 1),
+            )
         else:
-            row, column = np.repeat(lane[:, None] // 4, 2, 1), (lane % 4 * 2)[:, None] + np.arange(2)
+            row, column = (
+                np.repeat(lane[:, None] // 4, 2, 1),
+                (lane % 4 * 2)[:, None] + np.arange(2),
+            )
 
         def step(mask: Mask) -> None:
             runs = np.flatnonzero(self._whole_warps(mask))
@@ -838,7 +786,10 @@ class Machine:
             for i, source in enumerate(sources):
                 pairs = _halves(np.broadcast_to(source(), self.n)).reshape(-1, _WARP, 2)[runs]
                 matrices = np.zeros((len(runs), 8, 8), np.uint16)
-                matrices[:, row, column], matrices[:, row, column + 1] = pairs[..., 0], pairs[..., 1]
+                matrices[:, row, column], matrices[:, row, column + 1] = (
+                    pairs[..., 0],
+                    pairs[..., 1],
+                )
                 if "trans" in parts:
                     matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
                 lanes = runs[:, None] * _WARP + 8 * i + np.arange(8)
@@ -940,7 +891,7 @@ class Machine:
         return step
 
     def _tile(self, groups: Array, source: Source, rows: int, kind: str, along: bool) -> Array:
-        """[groups, rows, 16] of shared memory as a descriptor says; `along`: rows lie side by side."""
+        """[groups, rows, 16] of shared memory, as descriptors say; `along`: rows side by side."""
         lanes = groups * 4 * _WARP
         words = np.broadcast_to(source(), self.n)[lanes].astype(np.int64)
         start, leading, stride = (((words >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
@@ -989,6 +940,11 @@ def _unordered(compare: Callable) -> Callable:
     return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
 
 
+_SIMPLE: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
+    "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+}  # fmt: skip
 _COMPARISONS: dict[str, Callable] = {
     "eq": np.equal,
     "ne": lambda a, b: _differ(a, b),
@@ -1015,258 +971,3 @@ def _differ(a: Any, b: Any) -> Any:
     if np.asarray(a).dtype.kind == "f":
         result = result & ~(np.isnan(a) | np.isnan(b))
     return result
-
-
-_SEVERAL = -2  # in place of a warp
-
-
-class _Space:
-    """Bytes that threads reach by address, and the checks that any such have."""
-
-    name = ""
-
-    def __init__(self, machine: Machine, memory: Array) -> None:
-        self.machine, self.bytes = machine, memory
-
-    def never(self, lanes: Array, bad: Array, what: str) -> None:
-        """An error if anything of [lanes, ...] is bad."""
-        if bad.any():
-            raise self.machine.fault(what, lanes[bad.reshape(len(lanes), -1).any(1)])
-
-    def put(self, lanes: Array, at: Array, data: Array) -> None:
-        self.bytes[at] = data
-        self.never(lanes, self.bytes[at] != data, f"several threads write one byte of {self.name}")
-
-
-def _mark(array: Array, at: Any, before: Array, warp: Array) -> None:
-    """Note a reader: `warp`, or several where one has read already (`before`, or in this call)."""
-    marks = np.where((before != -1) & (before != warp), _SEVERAL, warp)
-    array[at] = marks
-    array[at] = np.where(array[at] != marks, _SEVERAL, marks)
-
-
-class _Shared(_Space):
-    """The shared memory of every program, and what is on its way into it or out of it.
-
-    Copies arrive when they are waited for, as late as they may; until then nobody may read there.
-    Matrix units read at once, but until that is waited for nobody may write there.
-    """
-
-    name = "shared memory"
-
-    def __init__(self, machine: Machine, size: int) -> None:
-        self.size = size + -size % 128
-        super().__init__(machine, np.full(self.size * machine.programs, 0xA5, np.uint8))
-        # who wrote each byte and who read it last, and how many barriers its program had passed
-        self.writer, self.reader = (np.full(len(self.bytes), -1, np.int32) for _ in range(2))
-        self.written, self.read = (np.full(len(self.bytes), -1, np.int32) for _ in range(2))
-        self.coming = np.zeros(len(self.bytes), bool)
-        self.multiplied = np.zeros(len(self.bytes), np.int16)
-        self.unfenced = np.zeros(len(self.bytes), bool)  # not for matrix units to read yet
-        self.groups = {kind: np.zeros(machine.n, np.int64) for kind in ("copies", "products")}
-        # lanes, their groups, and for each lane the bytes, and what comes into them
-        self.pending: dict[str, list[tuple[Array, Array, Array, Array]]] = {
-            kind: [] for kind in self.groups
-        }
-
-    def at(self, lanes: Array, address: Array, size: int) -> Array:
-        beyond = (address < 0) | (address + size > self.size)
-        self.never(lanes, beyond, "reaches beyond the shared memory")
-        self.never(lanes, address % size != 0, "reaches shared memory misaligned")
-        start = self.machine.cta[lanes] * self.size + address
-        return start[:, None] + np.arange(size)
-
-    def _own(self, lanes: Array) -> tuple[Array, Array]:
-        """[lanes, 1] their warps, and how many barriers they have passed."""
-        barriers = self.machine.barriers[self.machine.cta[lanes]]
-        return self.machine.warp[lanes][:, None], barriers[:, None]
-
-    def load(self, lanes: Array, address: Array, size: int) -> Array:
-        """[lanes, size] bytes."""
-        at = self.at(lanes, address, size)
-        self._there(lanes, at)
-        warp, now = self._own(lanes)
-        racing = (self.written[at] == now) & (self.writer[at] != warp)
-        self.never(lanes, racing, "reads shared memory as another warp writes")
-        _mark(self.reader, at, np.where(self.read[at] == now, self.reader[at], -1), warp)
-        self.read[at] = now
-        return self.bytes[at]
-
-    def _there(self, lanes: Array, at: Array) -> None:
-        self.never(lanes, self.written[at] < 0, "reads shared memory that nobody wrote")
-        self.never(lanes, self.coming[at], "reads what is still being copied")
-
-    def store(self, lanes: Array, address: Array, data: Array) -> None:
-        at = self.at(lanes, address, data.shape[1])
-        self._free(lanes, at, self.bytes[at] != data)
-        self.put(lanes, at, data)
-        self._arrive(lanes, at)
-
-    def _free(self, lanes: Array, at: Array, changes: Array) -> None:
-        """`changes`: where a byte becomes another one; the same once more harms nobody."""
-        warp, now = self._own(lanes)
-        twice = (self.written[at] == now) & (self.writer[at] != warp) & changes
-        self.never(lanes, twice, "writes shared memory as another warp does")
-        early = (self.read[at] == now) & (self.reader[at] != warp) & changes
-        self.never(lanes, early, "writes shared memory as another warp reads")
-        self.never(lanes, self.coming[at], "writes what is still being copied")
-        self.never(lanes, self.multiplied[at] > 0, "writes what is still being multiplied")
-
-    def _arrive(self, lanes: Array, at: Array) -> None:
-        self.writer[at], self.written[at] = self._own(lanes)
-        self.unfenced[at] = True
-
-    def copy(self, lanes: Array, address: Array, data: Array) -> None:
-        """Begin to copy [lanes, size] bytes to the addresses."""
-        at = self.at(lanes, address, data.shape[1])
-        self._free(lanes, at, np.ones(at.shape, bool))
-        self.coming[at] = True
-        self.pending["copies"].append((lanes, self.groups["copies"][lanes], at, data))
-
-    def commit(self, mask: Mask, kind: str = "copies") -> None:
-        self.groups[kind][slice(None) if mask is None else mask] += 1
-
-    def wait(self, mask: Mask, behind: int, kind: str = "copies") -> None:
-        """Let everything arrive but for each thread's last `behind` groups."""
-        ends = self.groups[kind] - behind
-        if mask is not None:
-            ends = np.where(mask, ends, -1)
-        left = []
-        for lanes, group, at, data in self.pending[kind]:
-            over = group < ends[lanes]
-            if kind == "copies":
-                self.coming[at[over]] = False
-                self.put(lanes[over], at[over], data[over])
-                self._arrive(lanes[over], at[over])
-            else:
-                np.subtract.at(self.multiplied, at[over], 1)
-            if not over.all():
-                left.append((lanes[~over], group[~over], at[~over], data[~over]))
-        self.pending[kind] = left
-
-    def fence(self, mask: Mask) -> None:
-        """What these threads' programs wrote is there for the matrix units."""
-        programs = self.machine.cta if mask is None else self.machine.cta[mask]
-        self.unfenced.reshape(-1, self.size)[np.unique(programs)] = False
-
-    def multiply(self, lanes: Array, address: Array) -> Array:
-        """16-bit numbers at the addresses [lanes, count], which a warpgroup of each lane reads."""
-        at = self.machine.cta[lanes][:, None] * self.size + address
-        at = (at[..., None] + np.arange(2)).reshape(len(lanes), -1)
-        beyond = (address < 0) | (address + 2 > self.size)
-        self.never(lanes, beyond, "multiplies what lies beyond the shared memory")
-        self._there(lanes, at)
-        _, now = self._own(lanes)
-        late = self.written[at] == now
-        self.never(lanes, late, "multiplies what was written since the last barrier")
-        self.never(lanes, self.unfenced[at], "multiplies what no fence has published")
-        self.read[at], self.reader[at] = now, _SEVERAL
-        np.add.at(self.multiplied, at, 1)
-        group = self.groups["products"][lanes]
-        self.pending["products"].append((lanes, group, at, np.zeros((len(lanes), 0))))
-        return self.bytes[at].view(np.uint16)
-
-    def end(self) -> None:
-        """Nothing may be on its way when a program ends."""
-        if self.pending["copies"] or self.pending["products"]:
-            raise Fault(f"{self.machine.program.name}: ends before what it began has ended")
-
-
-class _Global(_Space):
-    """The memory that all programs share, and what each knows of the others.
-
-    `known[p, q]` is how many barriers of q lie before what p may rely on: everything that q did
-    before that many. A program learns it by an atomic that acquires what another one released, and
-    its other threads at their next barrier.
-    """
-
-    name = "global memory"
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine, machine.memory.bytes)
-        count, size = machine.programs, len(self.bytes)
-        # of each byte the program and the warp that wrote it, and how many barriers it had passed
-        self.program, self.writer = (np.full(size, -1, np.int32) for _ in range(2))
-        self.written = np.zeros(size, np.int32)
-        # of each program and 4 bytes, how many it had passed when it read them, plus 1, and who
-        self.read = np.zeros((count, size // 4), np.uint16)
-        self.reader = np.zeros((count, size // 4), np.int32)
-        self.known, self.learnt = (np.zeros((count, count), np.int64) for _ in range(2))
-        self.released: dict[int, Array] = {}
-
-    def at(self, lanes: Array, address: Array, size: int) -> Array:
-        """[lanes, size] where in `bytes` these are."""
-        at = (address - _BASE)[:, None] + np.arange(size)
-        inside = (at >= 0) & (at < len(self.bytes))
-        inside &= self.machine.memory.usable[np.where(inside, at, 0)]
-        self.never(lanes, ~inside, "reaches beside every tensor")
-        self.never(lanes, address % (size & -size) != 0, "reaches global memory misaligned")
-        return at
-
-    def _own(self, lanes: Array) -> tuple[Array, Array, Array]:
-        """[lanes, 1] their programs, their warps, and how many barriers they have passed."""
-        mine = self.machine.cta[lanes]
-        barriers = self.machine.barriers[mine]
-        return mine[:, None], self.machine.warp[lanes][:, None], barriers[:, None]
-
-    def _written(self, lanes: Array, at: Array, doing: str) -> None:
-        """What is there has been written before, not meanwhile."""
-        mine, warp, now = self._own(lanes)
-        program = self.program[at]
-        foreign = (program >= 0) & (program != mine)
-        if foreign.any():
-            late = foreign & (self.known[mine, program] <= self.written[at])
-            self.never(lanes, late, f"{doing} what another program writes")
-        late = (program == mine) & (self.written[at] == now) & (self.writer[at] != warp)
-        self.never(lanes, late, f"{doing} what another warp writes")
-
-    def load(self, lanes: Array, address: Array, size: int) -> Array:
-        """[lanes, size] bytes."""
-        at = self.at(lanes, address, size)
-        assert self.machine.at is not None
-        if self.machine.harmless(self.machine.at.source):
-            return self.bytes[at]
-        self._written(lanes, at, "reads")
-        mine, warp, now = self._own(lanes)
-        where = mine, at[:, ::4] // 4
-        _mark(self.reader, where, np.where(self.read[where] == now + 1, self.reader[where], -1), warp)
-        self.read[where] = now + 1
-        return self.bytes[at]
-
-    def store(self, lanes: Array, address: Array, data: Array) -> None:
-        at = self.at(lanes, address, data.shape[1])
-        changed = (self.bytes[at] != data).any(1)
-        if changed.any():  # the same once more harms nobody
-            some = lanes[changed]
-            self._written(some, at[changed], "writes")
-            mine, warp, now = self._own(some)
-            words = at[changed][:, ::4] // 4
-            known = self.known[mine[:, 0]].T[:, :, None]
-            late = self.read[:, words] > known  # [programs, lanes, words]
-            late[mine[:, 0], np.arange(len(some))] = False
-            self.never(some, late.any(0), "writes what another program reads")
-            late = (self.read[mine, words] == now + 1) & (self.reader[mine, words] != warp)
-            self.never(some, late, "writes what another warp reads")
-        self.put(lanes, at, data)
-        self.program[at], self.writer[at], self.written[at] = self._own(lanes)
-
-    def count(self, lane: int, address: int, add: Any) -> int:
-        """An atomic addition to 32 bits by one thread, which acquires and releases."""
-        lanes = np.array([lane])
-        at = self.at(lanes, np.array([address]), 4)
-        mine = int(self.machine.cta[lane])
-        self.never(lanes, (self.program[at] >= 0) & (self.program[at] != mine), "counts too late")
-        old = int(self.bytes[at[0]].view(np.uint32)[0])
-        self.bytes[at[0]] = np.array([old + int(add)], np.uint32).view(np.uint8)
-        passed = self.machine.barriers[mine]
-        self.read[mine, at[0, 0] // 4] = passed  # in the order of what it releases
-        before = self.released.get(address, np.zeros(self.machine.programs, np.int64))
-        self.learnt[mine] = np.maximum(self.learnt[mine], before)
-        own = self.known[mine].copy()
-        own[mine] = passed  # what all its threads did before their last one
-        self.released[address] = np.maximum(own, self.learnt[mine])
-        return old
-
-    def learn(self) -> None:
-        """At a barrier one thread's knowledge becomes that of its program."""
-        self.known = np.maximum(self.known, self.learnt)

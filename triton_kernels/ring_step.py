@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, decode_words, factor_of, quantise
-from .launch import INTERPRETED, MOST_REGISTERS, counters, launch, record, relaunch
+from .launch import MOST_REGISTERS, counters, launch, record, relaunch
 from .pieces import (
-    DTYPES,
     LOG2E,
     cast,
     dot,
@@ -24,6 +23,7 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    not_taken,
     product,
     start_after_previous_launch,
 )
@@ -595,9 +595,7 @@ def _group_step_kernel(
     m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
     m = tl.max(m_i, axis=1, keep_dims=True)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
-    l_sum = tl.sum(
-        product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True
-    )
+    l_sum = tl.sum(product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True)
     acc = tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D))
     acc = tl.sum(product(acc, row_scale[:, :, None]), axis=1)
 
@@ -668,10 +666,9 @@ def uncovered(
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> str | None:
     """What the ring kernels ask of tensors; the last three of `others` are the rings."""
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {query.device.type}, and Triton needs cuda"
-    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
-        return f"no kernel for {query.dtype}"
+    refused = not_taken(query)
+    if refused is not None:
+        return refused
     *weights, k_ring, v_ring, q_ring = [tensor for tensor in others if tensor is not None]
     given = [key, value, *weights, q_ring]
     held = [scale for scale in scales if scale is not None]
