@@ -92,7 +92,8 @@ class Shared(Space):
     """The shared memory of every program, and what is on its way into it or out of it.
 
     Copies arrive when they are waited for, as late as they may; until then nobody may read there.
-    Matrix units read at once, but until that is waited for nobody may write there.
+    Matrix units read at once, but until that is waited for nobody may write there. What threads
+    stored they may read behind a fence. Of copies Triton 3.6 does not ask that, nor does this.
     """
 
     name = "shared memory"
@@ -144,6 +145,7 @@ class Shared(Space):
         self._free(lanes, at, self.bytes[at] != data)
         self.put(lanes, at, data)
         self._arrive(lanes, at)
+        self.unfenced[at] = True
 
     def _free(self, lanes: Array, at: Array, changes: Array) -> None:
         """`changes`: where a byte becomes another one; the same once more harms nobody."""
@@ -157,7 +159,6 @@ class Shared(Space):
 
     def _arrive(self, lanes: Array, at: Array) -> None:
         self.writer[at], self.written[at] = self._own(lanes)
-        self.unfenced[at] = True
 
     def copy(self, lanes: Array, address: Array, data: Array) -> None:
         """Begin to copy [lanes, size] bytes to the addresses."""
