@@ -24,11 +24,12 @@ with suppress(ImportError):  # where it is missing, only the files that use it a
     settings.load_profile("default")
 
 ON_GPU = torch.cuda.is_available()
+PTX = int(os.environ.get("CONTINUAL_MHA_PTX", "0"))  # the compute capability, such as 90
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOADED = continual_mha.backends.available()
 # What can run these tests here at full length; Triton's interpreter takes only those marked small.
 NATIVE = [name for name in LOADED if name in ("cpu", "torch") or ON_GPU]
-SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and INTERPRETED)]
+SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and (INTERPRETED or PTX))]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,6 +89,18 @@ def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return products.sum(axis=-2)
 
     monkeypatch.setattr(numpy, "matmul", matmul)
+
+
+@pytest.fixture(autouse=True)
+def _as_ptx() -> Iterator[None]:
+    """Every launch of a Triton kernel runs as PTX, if that was asked for."""
+    if not PTX:
+        yield
+        return
+    from ptx_launches import as_ptx
+
+    with as_ptx(PTX):
+        yield
 
 
 @pytest.fixture(autouse=True)

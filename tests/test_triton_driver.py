@@ -22,7 +22,7 @@ from triton_cases import RingCase
 import continual_mha
 from continual_mha import triton_kernels
 from continual_mha.triton_kernels import launch as launcher
-from continual_mha.triton_kernels import plan, ring_step
+from continual_mha.triton_kernels import pieces, plan, ring_step
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch, constants_of, launch, record
 
 pytestmark = [
@@ -162,7 +162,7 @@ def test_every_kernel_is_among_those_calls() -> None:
 def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
     recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_step, "INTERPRETED", True)  # or it declines tensors on the CPU
+    monkeypatch.setattr(pieces, "INTERPRETED", True)  # or it declines tensors on the CPU
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
     module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=5).eval()
     module.requires_grad_(False)

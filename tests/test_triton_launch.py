@@ -14,7 +14,7 @@ import torch
 
 import continual_mha
 from continual_mha.triton_kernels import launch as module
-from continual_mha.triton_kernels import plan, ring_step
+from continual_mha.triton_kernels import pieces, plan, ring_step
 from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
 from continual_mha.triton_kernels.pieces import dot_precision
 
@@ -165,7 +165,7 @@ def step(
     monkeypatch.setattr(ring_step, name, kernel)
     monkeypatch.setattr(plan, "STEP_RULES", [x for x in plan.STEP_RULES if x.path == path])
     _forget_plans()
-    monkeypatch.setattr(ring_step, "INTERPRETED", True)  # or it declines tensors on the CPU
+    monkeypatch.setattr(pieces, "INTERPRETED", True)  # or it declines tensors on the CPU
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
     made = continual_mha.SingleOutputMultiheadAttention(
         32, 2, sequence_len=4, device="cpu", cache_dtype=torch.int8 if cache else None

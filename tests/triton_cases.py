@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from conftest import PTX
 from torch import Tensor
 
 from continual_mha.triton_kernels.launch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    DEVICE == "cpu" and not INTERPRETED and not PTX,
+    reason="needs a GPU, TRITON_INTERPRET or CONTINUAL_MHA_PTX",
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 if INTERPRETED:

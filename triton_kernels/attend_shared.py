@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, constants_of, counters, launch
+from .launch import constants_of, counters, launch
 from .pieces import (
-    DTYPES,
     LN2,
     LOG2E,
     cast,
@@ -20,6 +19,7 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    not_taken,
 )
 from .plan import shared_backward_plan, shared_plan
 
@@ -282,14 +282,18 @@ def _attend_shared_backward_kernel(
         query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
         stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
     )  # fmt: skip
-    grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    # In a loop of its own: for a tile that a matrix unit and the threads both read Triton's pipeline
+    # keeps a buffer too few, and copies the next one over it while the unit may still be reading.
     dots = tl.zeros((BLOCK_H,), ACC)
+    for e in tl.range(0, EV, BLOCK_E, num_stages=3):
+        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
+        out = _load_tile(out_ptr, offs_h, EV, e + offs_e, 1, H, EV)
+        dots += tl.sum(grad_out.to(ACC) * out.to(ACC), axis=1)
+    grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
     for e in range(0, EV, BLOCK_E):
         grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
         value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
-        out = _load_tile(out_ptr, offs_h, EV, e + offs_e, 1, H, EV)
         grad_weight = dot(value, tl.trans(grad_out), grad_weight, PRECISION)
-        dots += tl.sum(grad_out.to(ACC) * out.to(ACC), axis=1)
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     # What every score, the sink's included, loses to the normalisation.
     shared = -dots
@@ -349,10 +353,9 @@ def _attend_shared_backward_kernel(
 
 
 def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {query.device.type}, and Triton needs cuda"
-    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
-        return f"no kernel for {query.dtype}"
+    refused = not_taken(query)
+    if refused is not None:
+        return refused
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return "query, key and value differ in dtype"
     if query.shape[1] > MAX_HEADS:

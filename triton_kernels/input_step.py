@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, encode, scale_of, unit_of
-from .launch import INTERPRETED, constants_of, counters, launch
+from .launch import constants_of, counters, launch
 from .pieces import (
-    DTYPES,
     LOG2E,
     cast,
     dot,
@@ -23,6 +22,7 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    not_taken,
 )
 from .plan import (
     INVARIANT_FEATURES,
@@ -515,10 +515,9 @@ def why_not(
     """None if this module covers a call of the operator `name`, else the reason why not."""
     if name != "input_step_":
         return f"no kernel for {name} here"
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {query.device.type}, and Triton needs cuda"
-    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
-        return f"no kernel for {query.dtype}"
+    refused = not_taken(query)
+    if refused is not None:
+        return refused
     weights = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, bias_k, bias_v)
     given = [tensor for tensor in weights if tensor is not None]
     scale = rest[4] if len(rest) > 4 else None

@@ -54,6 +54,11 @@ def record() -> Iterator[list[Launch]]:
         _here.launches = previous
 
 
+def recording() -> bool:
+    """Whether launches of this thread are collected now, and so need no GPU."""
+    return _here.launches is not None
+
+
 @lru_cache(maxsize=4096, typed=True)
 def constants_of(*values: Any) -> tuple:
     """The same tuple object for the same values."""

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, recording
 
 # The interpreter multiplies bfloat16 operands of a dot as raw 16-bit integers, so there they are
 # widened first; products of 16-bit floats are exact in fp32, so the numbers are those of a GPU.
@@ -15,6 +15,15 @@ _WIDEN = tl.constexpr(INTERPRETED)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+def not_taken(x: torch.Tensor) -> str | None:
+    """Why no kernel takes tensors like this one, or None."""
+    if x.device.type != "cuda" and not INTERPRETED and not recording():
+        return f"the tensors are on {x.device.type}, and Triton needs cuda"
+    if x.dtype not in DTYPES and not (INTERPRETED and x.dtype == torch.float64):
+        return f"no kernel for {x.dtype}"
+    return None
 
 
 def dot_precision() -> str:
@@ -30,6 +39,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
     return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def product(a, b):
+    """a * b, rounded before anything is added to it, for what threads exchange to add it up.
+
+    Where a thread has one product, the compiler else fuses that into the addition of the one which
+    it gets: each thread then has its own sum, unlike the others' in the last bit.
+    """
+    if _WIDEN:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

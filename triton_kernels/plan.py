@@ -91,7 +91,6 @@ def step_plan(
     `itemsize` is that of tokens and weights, `slot_itemsize` that of the rings where it differs.
     """
     head_dim = E // H
-    block_d = max(triton.next_power_of_2(head_dim), 8)
     for rule in STEP_RULES:
         group = GROUP if rule.path == "group" else 1
         sizes = (N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
@@ -99,6 +98,8 @@ def step_plan(
         fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if rule.path == path or (path is None and fits):
             break
+    # The matrix unit, which projects in the same launch, adds up no fewer than 16 products.
+    block_d = max(triton.next_power_of_2(head_dim), 16 if rule.path in ONE_LAUNCH else 8)
     if rule.path == "group":
         splits = 1
     if not splits:

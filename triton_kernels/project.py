@@ -57,6 +57,13 @@ def _project_kernel(
     mask_n = offs_n < N
     mask_o = offs_o < OUTPUTS
     start_after_previous_launch(PDL)
+    mask_p = mask_n & (tl.program_id(1) == 0)
+    position = offs_n
+    step = tl.full((BLOCK_N,), 1, tl.int64)
+    if position_ptr is not None:  # ahead of the loop, and so of its barriers: all threads read it
+        position = tl.load(position_ptr + offs_n, mask=mask_p, other=0)
+        if active_ptr is not None:
+            step = tl.load(active_ptr + offs_n, mask=mask_p, other=0).to(tl.int64)
     acc = project_rows(x_ptr, stride_xn, stride_xk, weight_ptr, bias_ptr, offs_n, mask_n, offs_o,
                        mask_o, K, BLOCK_N, BLOCK_O, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
     tl.store(
@@ -64,13 +71,8 @@ def _project_kernel(
         cast(acc, out_ptr.dtype.element_ty),
         mask=mask_n[:, None] & mask_o[None, :],
     )
-    if position_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
-        if tl.program_id(1) == 0:
-            step = tl.full((BLOCK_N,), 1, tl.int64)
-            if active_ptr is not None:
-                step = tl.load(active_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
-            position = tl.load(position_ptr + offs_n, mask=mask_n, other=0)
-            tl.store(position_ptr + offs_n, position + step, mask=mask_n)
+    if position_ptr is not None:
+        tl.store(position_ptr + offs_n, position + step, mask=mask_p)
 
 
 def project(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, decode_words, factor_of, quantise
-from .launch import INTERPRETED, MOST_REGISTERS, counters, launch, record, relaunch
+from .launch import MOST_REGISTERS, counters, launch, record, relaunch
 from .pieces import (
-    DTYPES,
     LOG2E,
     cast,
     dot,
@@ -24,6 +23,8 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    not_taken,
+    product,
     start_after_previous_launch,
 )
 from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
@@ -95,7 +96,7 @@ def _add_slot(m, l_sum, acc, score, keep, value):
 def _inner(a, b):
     """The inner product of two vectors, or of each pair of rows  # scalar, or [N, 1]"""
     AXIS: tl.constexpr = len(a.shape) - 1
-    return tl.sum(a * b, axis=AXIS, keep_dims=AXIS == 1)
+    return tl.sum(product(a, b), axis=AXIS, keep_dims=AXIS == 1)
 
 
 @triton.jit
@@ -135,6 +136,12 @@ def _load_ring(
 
 
 @triton.jit
+def _load_scales(scale_ptr, rows, valid):
+    """The scales of these rows of a ring of 8 bits; invalid rows are not read."""
+    return tl.load(scale_ptr + rows, mask=valid, other=0.0)
+
+
+@triton.jit
 def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexpr):
     """A tile of `_load_ring` as numbers over their scales."""
     if PER_LOAD == 4:
@@ -170,7 +177,10 @@ def _attend_ring(
     for _ in range(begin, stop, BLOCK_L):
         k = _numbers(k_next, k_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
         v = _numbers(v_next, v_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
-        score = tl.sum(k * q, axis=1) * scale
+        if ROWS * BLOCK_D < 1024:  # a thread may have no more than one of a row's products
+            score = tl.sum(product(k, q), axis=1) * scale
+        else:
+            score = tl.sum(k * q, axis=1) * scale
         if k_scale_ptr is not None:
             score *= factor_of(k_scale_next, k_ring_ptr.dtype.element_ty).to(ACC)
             v_factor = factor_of(v_scale_next, v_ring_ptr.dtype.element_ty).to(ACC)
@@ -181,8 +191,8 @@ def _attend_ring(
         k_next = _load_ring(k_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         v_next = _load_ring(v_ring_ptr, first_row + slots, valid, D, BLOCK_D, PER_LOAD)
         if k_scale_ptr is not None:
-            k_scale_next = tl.load(k_scale_ptr + first_row + slots, mask=valid, other=0.0)
-            v_scale_next = tl.load(v_scale_ptr + first_row + slots, mask=valid, other=0.0)
+            k_scale_next = _load_scales(k_scale_ptr, first_row + slots, valid)
+            v_scale_next = _load_scales(v_scale_ptr, first_row + slots, valid)
         m_new = tl.maximum(m_i, score)
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
@@ -264,7 +274,7 @@ def _merge_parts(
             weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
             share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
         share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
-        out = tl.sum(rows * share[:, None], axis=0) + bias
+        out = tl.sum(product(rows, share[:, None]), axis=0) + bias
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
@@ -361,8 +371,8 @@ def _ring_step_kernel(
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + slots, mask=slots < L, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + slots, mask=slots < L, other=0.0)
+        k_scale_next = _load_scales(k_scale_ptr, slots, slots < L)
+        v_scale_next = _load_scales(v_scale_ptr, slots, slots < L)
 
     dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
@@ -387,8 +397,8 @@ def _ring_step_kernel(
     )  # fmt: skip
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
-    l_sum = tl.sum(l_i * row_scale, axis=0)
-    acc = tl.sum(acc * row_scale[:, None], axis=0)
+    l_sum = tl.sum(product(l_i, row_scale), axis=0)
+    acc = tl.sum(product(acc, row_scale[:, None]), axis=0)
 
     keep = tl.full((), 1.0, ACC)
     v_new = tl.zeros((BLOCK_D,), ACC)
@@ -421,7 +431,7 @@ def _ring_step_kernel(
                             ACC)  # fmt: skip
         k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
                       UPDATE, ACC)  # fmt: skip
-        score = tl.sum(q * k_new, axis=0) * scale
+        score = _inner(q, k_new) * scale
         if SPREAD:
             m = score
             l_sum = tl.full((), 1.0, ACC)
@@ -542,8 +552,8 @@ def _group_step_kernel(
     k_scale_next = k_scale_ptr  # None where there is no scale
     v_scale_next = v_scale_ptr
     if k_scale_ptr is not None:
-        k_scale_next = tl.load(k_scale_ptr + row_of + slots, mask=held, other=0.0)
-        v_scale_next = tl.load(v_scale_ptr + row_of + slots, mask=held, other=0.0)
+        k_scale_next = _load_scales(k_scale_ptr, row_of + slots, held)
+        v_scale_next = _load_scales(v_scale_ptr, row_of + slots, held)
 
     dtype = out_ptr.dtype.element_ty
     k_part_ptr = k_weight_ptr
@@ -585,8 +595,9 @@ def _group_step_kernel(
     m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
     m = tl.max(m_i, axis=1, keep_dims=True)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
-    l_sum = tl.sum(tl.reshape(l_i, (GROUP, BLOCK_L)) * row_scale, axis=1, keep_dims=True)
-    acc = tl.sum(tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D)) * row_scale[:, :, None], axis=1)
+    l_sum = tl.sum(product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True)
+    acc = tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D))
+    acc = tl.sum(product(acc, row_scale[:, :, None]), axis=1)
 
     new_row = (first_row + new_slot)[:, None]
     k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
@@ -655,10 +666,9 @@ def uncovered(
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> str | None:
     """What the ring kernels ask of tensors; the last three of `others` are the rings."""
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {query.device.type}, and Triton needs cuda"
-    if query.dtype not in DTYPES and not (INTERPRETED and query.dtype == torch.float64):
-        return f"no kernel for {query.dtype}"
+    refused = not_taken(query)
+    if refused is not None:
+        return refused
     *weights, k_ring, v_ring, q_ring = [tensor for tensor in others if tensor is not None]
     given = [key, value, *weights, q_ring]
     held = [scale for scale in scales if scale is not None]

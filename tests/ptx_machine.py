@@ -1,0 +1,973 @@
+"""A machine for PTX in numpy: runs what Triton compiled, on the CPU, and finds its races.
+
+All programs of a launch run at once, an instruction at a time over all of their threads; of threads
+that went apart those that are behind go first. So nothing orders the accesses of two programs, or
+of two warps, but the barriers and atomics that the kernel itself has, and the machine raises
+`FaultError` where it finds two accesses of one byte, one of them a write, which those do not order.
+It also raises for what memory checkers find: an access beside a tensor or the shared memory, a
+misaligned one, shared memory read before it was written or while a copy into it is on its way, and
+instructions of a whole warp that only a part of one reaches.
+
+The instructions are those that Triton makes of this package's kernels for sm_80 and sm_90. What
+they do is from NVIDIA's "Parallel Thread Execution ISA".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ptx_memory import Array, FaultError, Global, Mask, Memory, Shared
+
+Source = Callable[[], Any]
+
+_WARP = 32
+_TYPES: dict[str, Any] = {
+    f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
+    for kind, letter, widths in (
+        ("b", "u", (8, 16, 32, 64)),
+        ("u", "u", (8, 16, 32, 64)),
+        ("s", "i", (8, 16, 32, 64)),
+        ("f", "f", (16, 32, 64)),
+    )
+    for bits in widths
+}
+_TYPES["pred"] = np.dtype(bool)
+_SIZES = {name: dtype.itemsize for name, dtype in _TYPES.items()} | {"bf16": 2}
+
+
+class Line(NamedTuple):
+    """One instruction: `@[!]predicate opcode operands`, and from where in the source it comes."""
+
+    predicate: str
+    opcode: str
+    operands: tuple[str, ...]
+    source: str
+
+
+class Program(NamedTuple):
+    """A kernel's instructions, where its labels are, and the widths of its registers."""
+
+    name: str
+    lines: list[Line]
+    labels: dict[str, int]
+    registers: dict[str, Any]
+
+
+_LOCATION = re.compile(r"\.loc\s.*//\s*(\S+)")
+_DECLARED = re.compile(r"\.reg \.(\w+)\s+(.*);")
+_INSTRUCTION = re.compile(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*);$")
+_LOCAL = re.compile(r"(?<![%\w])[a-z]\w*")  # a register of inline assembly
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+
+
+def parse(ptx: str) -> Program:
+    name = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    assert name is not None
+    body = ptx[ptx.index("\n{\n", name.end()) + 3 :]
+    lines: list[Line] = []
+    labels: dict[str, int] = {}
+    registers: dict[str, Any] = {}
+    source, scope, scopes = "", "", 0
+    for text in body.splitlines():
+        location = _LOCATION.search(text)
+        if location:
+            source = location[1]
+        text = text.split("//")[0].strip()
+        if text == "}" and not scope:
+            break
+        if text.startswith("{") and not text.endswith(";"):  # of inline assembly, with own names
+            scopes += 1
+            scope = f"#{scopes}"
+        elif text == "}":
+            scope = ""
+        elif text.endswith(":"):
+            labels[text[:-1]] = len(lines)
+        elif declared := _DECLARED.match(text):
+            for item in declared[2].split(","):
+                item = item.strip()
+                several = re.match(r"(%\w+)<(\d+)>", item)
+                names = [item + scope]
+                if several:
+                    names = [f"{several[1]}{i}" for i in range(int(several[2]))]
+                width = declared[1]
+                registers.update(
+                    dict.fromkeys(names, width if width == "pred" else "b" + width[1:])
+                )
+        elif text and not text.startswith("."):
+            found = _INSTRUCTION.match(text)
+            if found is None:
+                raise NotImplementedError(text)
+            operands = tuple(x.strip() for x in _OPERAND.findall(found[3]))
+            if scope:
+                operands = tuple(_LOCAL.sub(rf"\g<0>{scope}", x) for x in operands)
+            lines.append(Line(found[1] or "", found[2], operands, source))
+    types = {register: _TYPES[width] for register, width in registers.items()}
+    return Program(name[1], lines, labels, types)
+
+
+def _to_bf16(x: Array) -> Array:
+    """Bits of the nearest bfloat16, the even one of two."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def _from_bf16(bits: Array) -> Array:
+    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _flush(x: Array) -> Array:
+    """Numbers too small for a normalised float32 become zero."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _halves(x: Array) -> Array:
+    """[..., 2] the two 16-bit parts of 32-bit registers, the low one first."""
+    return np.ascontiguousarray(x).view(np.uint16).reshape(*x.shape, 2)
+
+
+def _floats(x: Array, kind: str) -> Array:
+    """What 16-bit patterns stand for, in float32."""
+    return _from_bf16(x) if kind == "bf16" else x.view(np.float16).astype(np.float32)
+
+
+class Machine:
+    """`grid` programs of `threads` threads each; `run` runs them to their ends over a memory.
+
+    `harmless` says of a place in the source, as file:line:column, that the kernel does not use what
+    it reads there where others may write it meanwhile.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        harmless: Callable[[str], bool] = lambda source: False,
+        seed: int = 0,
+    ) -> None:
+        self.program, self.threads, self.harmless = program, threads, harmless
+        self.programs = int(np.prod(grid))
+        self.n = self.programs * threads
+        self.random = np.random.default_rng(seed)
+        lanes = np.arange(self.n, dtype=np.int64)
+        self.cta = lanes // threads
+        self.warp = lanes // _WARP  # over all programs
+        self._shared_bytes = shared_bytes
+        tid = (lanes % threads).astype(np.uint32)
+        special = {"%tid.x": tid, "%laneid": tid % _WARP, "%ntid.x": np.full_like(tid, threads)}
+        rest = self.cta
+        for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
+            special[f"%ctaid.{axis}"] = (rest % size).astype(np.uint32)
+            special[f"%nctaid.{axis}"] = np.full_like(tid, size)
+            rest = rest // size
+        for axis in "yz":
+            special[f"%tid.{axis}"] = np.zeros_like(tid)
+        self._special = special
+        self.r: dict[str, Array] = {}
+        self.at = program.lines[0]  # what is being done
+        self._steps: list[Callable[[Mask], None] | None] = [None] * len(program.lines)
+
+    def run(
+        self, memory: Memory, parameters: Sequence[int | float], one_by_one: bool = False
+    ) -> None:
+        """Run every program to its end: all at once, or one after the other in any order.
+
+        `parameters` are the kernel's arguments: addresses and integers, or floats.
+        """
+        self.memory, self.parameters = memory, parameters
+        self.barriers = np.zeros(self.programs, np.int64)  # that each program has passed
+        self.shared, self.globals = Shared(self, self._shared_bytes), Global(self)
+        self.r.update(self._special)
+        for name, dtype in self.program.registers.items():  # what nobody wrote is not zero
+            fill = True if dtype.kind == "b" else np.array([0xA5] * 8, np.uint8).view(dtype)[0]
+            self.r[name] = np.broadcast_to(np.array(fill, dtype), self.n)
+        with np.errstate(all="ignore"):
+            if one_by_one:
+                for program in self.random.permutation(self.programs):
+                    self._run(self.cta == program)
+            else:
+                self._run(np.ones(self.n, bool))
+        self.shared.end()
+
+    # The order of things.
+
+    def _run(self, mask: Array) -> None:
+        groups: dict[int, Array] = {0: mask}
+        waiting: dict[int, Array] = {}
+        lines, labels = self.program.lines, self.program.labels
+        while groups or waiting:
+            if not groups:
+                groups, waiting = self._barrier(waiting), {}
+                continue
+            pc = min(groups)
+            mask = groups.pop(pc)
+            others = min(groups) if groups else len(lines)
+            whole: Mask = None if mask.all() else mask
+            while True:
+                line = lines[pc]
+                self.at = line
+                if line.opcode in ("bra", "bra.uni"):
+                    taken = mask & self._predicate(line.predicate)
+                    target = labels[line.operands[0]]
+                    stays = mask & ~taken
+                    for place, those in ((target, taken), (pc + 1, stays)):
+                        if those.any():
+                            groups[place] = groups[place] | those if place in groups else those
+                    break
+                if line.opcode == "ret":
+                    stays = mask & ~self._predicate(line.predicate)
+                    if stays.any():
+                        groups[pc + 1] = stays
+                    break
+                if line.opcode == "bar.sync":
+                    if line.operands != ("0",) or line.predicate:
+                        raise NotImplementedError(str(line))
+                    waiting[pc] = waiting.get(pc, False) | mask
+                    break
+                step = self._steps[pc]
+                if step is None:
+                    step = self._steps[pc] = self._decode(line)
+                step(whole)
+                pc += 1
+                if pc == others:
+                    groups[pc] |= mask
+                    break
+
+    def _barrier(self, waiting: dict[int, Array]) -> dict[int, Array]:
+        """Let everybody go on, for there is nobody left who does not wait."""
+        for mask in waiting.values():
+            self._whole_warps(mask)
+        self.barriers[np.unique(self.cta[np.logical_or.reduce(list(waiting.values()))])] += 1
+        self.globals.learn()
+        return {pc + 1: mask for pc, mask in waiting.items()}
+
+    def fault(self, what: str, lanes: Array) -> FaultError:
+        lane = int(lanes[0])
+        where = f"program {lane // self.threads}, thread {lane % self.threads}"
+        return FaultError(f"{self.program.name}: {what} ({where}): {self.at}")
+
+    # Operands.
+
+    def _predicate(self, predicate: str) -> Array:
+        if not predicate:
+            return np.ones(self.n, bool)
+        negated = predicate.startswith("!")
+        value = self.r[predicate.lstrip("!")]
+        return ~value if negated else value
+
+    def get(self, operand: str, kind: str) -> Source:
+        """What reads an operand as numbers of a type; of bf16 as float32."""
+        r = self.r
+        if operand in r:
+            if kind == "bf16":
+                return lambda: _from_bf16(r[operand])
+            dtype = _TYPES[kind]
+            if r[operand].dtype == dtype:
+                return lambda: r[operand]
+            if r[operand].dtype.itemsize == dtype.itemsize:
+                return lambda: r[operand].view(dtype)
+            unsigned = np.dtype(f"u{dtype.itemsize}")
+            return lambda: r[operand].astype(unsigned).view(dtype)
+        if operand == "global_smem":
+            value: Any = np.uint64(0)
+        elif operand.startswith("0f"):
+            value = np.uint32(int(operand[2:], 16)).view(np.float32)
+            return lambda: value
+        elif operand.startswith("0d"):
+            value = np.uint64(int(operand[2:], 16)).view(np.float64)
+            return lambda: value
+        else:
+            bits = int(operand.rstrip("U"), 0)
+            if kind == "pred":
+                return lambda: np.bool_(bits != 0)
+            size = _SIZES[kind]
+            value = np.uint64(bits % 2**64)
+            raw = np.array(value, np.uint64).astype(f"u{size}")
+            if kind == "bf16":
+                value = _from_bf16(raw)[()]
+            else:
+                value = raw.view(_TYPES[kind])[()]
+            return lambda: value
+        value = value.astype(f"u{_SIZES[kind]}").view(_TYPES[kind])
+        return lambda: value
+
+    def put(self, name: str, value: Any, mask: Mask) -> None:
+        """Write a register in the threads of the mask."""
+        if name.startswith("_"):
+            return
+        old = self.r[name]
+        value = np.asarray(value)
+        if value.dtype != old.dtype:
+            if value.dtype.itemsize == old.dtype.itemsize:
+                value = value.view(old.dtype)
+            elif value.dtype.kind == "i":  # sign-extended
+                value = value.astype(f"i{old.dtype.itemsize}").view(old.dtype)
+            else:
+                value = value.view(f"u{value.dtype.itemsize}").astype(old.dtype)
+        if mask is not None:
+            value = np.where(mask, value, old)
+        elif value.ndim == 0:
+            value = np.full(self.n, value, old.dtype)
+        self.r[name] = value
+
+    @staticmethod
+    def several(operand: str) -> list[str]:
+        return [x.strip() for x in operand.strip("{}").split(",")]
+
+    def _address(self, operand: str, kind: str) -> Source:
+        base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
+        source = self.get(base, kind)
+        add = int(offset or "0", 0)
+        return lambda: np.broadcast_to(np.asarray(source()).astype(np.int64) + add, self.n)
+
+    def _place(self, operand: str, space: str) -> tuple[Callable[[], Any], Source]:
+        """Where and at which address an access is."""
+        if space.startswith("shared"):
+            return lambda: self.shared, self._address(operand, "u32")
+        if space != "global":
+            raise NotImplementedError(f"memory of {space}")
+        return lambda: self.globals, self._address(operand, "u64")
+
+    # Instructions.
+
+    def _decode(self, line: Line) -> Callable[[Mask], None]:
+        parts = line.opcode.split(".")
+        make = getattr(self, f"_make_{parts[0]}", None)
+        if parts[0] in _SIMPLE:
+            step: Callable[[Mask], None] = self._arithmetic(line, parts[1:], _SIMPLE[parts[0]])
+        elif make is not None:
+            step = make(line, parts[1:])
+        else:
+            raise NotImplementedError(str(line))
+        if not line.predicate:
+            return step
+
+        def guarded(mask: Mask) -> None:
+            these = self._predicate(line.predicate)
+            these = these if mask is None else mask & these
+            if these.all():
+                step(None)
+            elif these.any():
+                step(these)
+
+        return guarded
+
+    def _elementwise(self, line: Line, kind: str, compute: Callable, result: str = "") -> Callable:
+        """`compute` over all operands but the first, which takes what it returns."""
+        sources = [self.get(x, kind) for x in line.operands[1:]]
+        target = line.operands[0]
+        if (result or kind) == "bf16":
+            return lambda mask: self.put(target, _to_bf16(compute(*[x() for x in sources])), mask)
+        return lambda mask: self.put(target, compute(*[x() for x in sources]), mask)
+
+    def _pairwise(self, line: Line, kind: str, compute: Callable) -> Callable:
+        """The same for two 16-bit numbers in each register."""
+        sources = [self.get(x, "b32") for x in line.operands[1:]]
+
+        def step(mask: Mask) -> None:
+            pairs = [_halves(np.broadcast_to(x(), self.n)) for x in sources]
+            if kind == "bf16":
+                result = _to_bf16(compute(*[_from_bf16(x) for x in pairs]))
+            else:
+                dtype = _TYPES[kind]
+                result = compute(*[x.view(dtype) for x in pairs]).view(np.uint16)
+            self.put(line.operands[0], np.ascontiguousarray(result).view(np.uint32)[:, 0], mask)
+
+        return step
+
+    def _arithmetic(self, line: Line, parts: list[str], compute: Callable) -> Callable:
+        kind = parts[-1]
+        if kind.endswith("x2"):
+            return self._pairwise(line, kind[:-2], compute)
+        if "ftz" in parts:
+            return self._elementwise(
+                line, kind, lambda *xs: _flush(compute(*[_flush(np.asarray(x)) for x in xs]))
+            )
+        return self._elementwise(line, kind, compute)
+
+    def _make_max(self, line: Line, parts: list[str]) -> Callable:
+        fn = np.maximum if "NaN" in parts or parts[-1][0] in "us" else np.fmax
+        return self._arithmetic(line, [x for x in parts if x != "NaN"], fn)
+
+    def _make_min(self, line: Line, parts: list[str]) -> Callable:
+        fn = np.minimum if "NaN" in parts or parts[-1][0] in "us" else np.fmin
+        return self._arithmetic(line, [x for x in parts if x != "NaN"], fn)
+
+    def _make_fma(self, line: Line, parts: list[str]) -> Callable:
+        def fma(a: Array, b: Array, c: Array) -> Array:
+            exact = np.multiply(a, b, dtype=np.float64) + c  # the product is exact
+            return exact.astype(np.float32)
+
+        return self._arithmetic(line, parts, fma)
+
+    def _make_div(self, line: Line, parts: list[str]) -> Callable:
+        if parts[-1][0] == "f":
+            return self._arithmetic(line, parts, np.divide)
+        return self._elementwise(line, parts[-1], lambda a, b: _quotient(a, b))
+
+    def _make_rem(self, line: Line, parts: list[str]) -> Callable:
+        return self._elementwise(line, parts[-1], lambda a, b: a - _quotient(a, b) * b)
+
+    def _make_mul(self, line: Line, parts: list[str]) -> Callable:
+        return self._multiply(line, parts, False)
+
+    def _make_mad(self, line: Line, parts: list[str]) -> Callable:
+        return self._multiply(line, parts, True)
+
+    def _multiply(self, line: Line, parts: list[str], add: bool) -> Callable:
+        kind = parts[-1]
+        if kind[0] in "fb" or parts[0] == "lo":
+            compute = (lambda a, b, c: a * b + c) if add else np.multiply
+            return self._arithmetic(line, parts, compute)
+        size = _SIZES[kind]
+        wide = f"{kind[0]}{16 * size}"
+        a, b = (self.get(x, kind) for x in line.operands[1:3])
+        if parts[0] == "wide":
+            dtype = _TYPES[wide]
+            c = self.get(line.operands[3], wide) if add else lambda: dtype.type(0)
+            return lambda mask: self.put(
+                line.operands[0], np.multiply(a(), b(), dtype=dtype) + c(), mask
+            )
+        assert parts[0] == "hi"
+        assert not add
+        if size == 4:
+            return lambda mask: self.put(
+                line.operands[0],
+                (np.multiply(a(), b(), dtype=_TYPES[wide]) >> 32).astype(_TYPES[kind]),
+                mask,
+            )
+
+        def high(mask: Mask) -> None:  # of 128 bits
+            x, y = (np.broadcast_to(v(), self.n).astype(object) for v in (a, b))
+            self.put(line.operands[0], ((x * y) >> 64).astype(_TYPES[kind]), mask)
+
+        return high
+
+    def _make_lop3(self, line: Line, parts: list[str]) -> Callable:
+        a, b, c = (self.get(x, "b32") for x in line.operands[1:4])
+        table = int(line.operands[4], 0)
+
+        def step(mask: Mask) -> None:
+            x, y, z = a(), b(), c()
+            result = np.uint32(0)
+            for case in range(8):
+                if table >> case & 1:
+                    terms = [v if case >> s & 1 else ~v for v, s in ((x, 2), (y, 1), (z, 0))]
+                    result = result | (terms[0] & terms[1] & terms[2])
+            self.put(line.operands[0], result, mask)
+
+        return step
+
+    def _make_shl(self, line: Line, parts: list[str]) -> Callable:
+        return self._shift(line, parts[-1], np.left_shift)
+
+    def _make_shr(self, line: Line, parts: list[str]) -> Callable:
+        return self._shift(
+            line, "u" + parts[-1][1:] if parts[-1][0] == "b" else parts[-1], np.right_shift
+        )
+
+    def _shift(self, line: Line, kind: str, shift: Callable) -> Callable:
+        value, count = self.get(line.operands[1], kind), self.get(line.operands[2], "u32")
+        bits = 8 * _SIZES[kind]
+        dtype = _TYPES[kind]
+
+        def step(mask: Mask) -> None:
+            x, by = value(), np.asarray(count())
+            result = shift(x, np.minimum(by, bits - 1).astype(dtype))
+            if kind[0] != "s":
+                result = np.where(by >= bits, dtype.type(0), result)
+            self.put(line.operands[0], result, mask)
+
+        return step
+
+    def _make_bfe(self, line: Line, parts: list[str]) -> Callable:
+        kind = parts[-1]
+        a = self.get(line.operands[1], "u32")
+        start, length = (self.get(x, "u32") for x in line.operands[2:])
+
+        def step(mask: Mask) -> None:
+            at, size = (np.asarray(x()).astype(np.int64) & 255 for x in (start, length))
+            bits = a().astype(np.int64) >> np.minimum(at, 63)
+            field = bits & ((np.int64(1) << np.minimum(size, 32)) - 1)
+            if kind == "s32":
+                assert (at + size <= 32).all()
+                negative = (size > 0) & ((field >> np.maximum(size - 1, 0)) & 1 == 1)
+                field = np.where(negative, field - (np.int64(1) << size), field)
+            self.put(line.operands[0], field.astype(_TYPES[kind]), mask)
+
+        return step
+
+    def _make_popc(self, line: Line, parts: list[str]) -> Callable:
+        return self._elementwise(line, "b32", lambda x: np.bitwise_count(x).astype(np.uint32))
+
+    def _make_prmt(self, line: Line, parts: list[str]) -> Callable:
+        assert parts == ["b32"]
+        a, b, select = (self.get(x, "b32") for x in line.operands[1:])
+
+        def step(mask: Mask) -> None:
+            low, high = (np.broadcast_to(x(), self.n).astype(np.uint64) for x in (a, b))
+            both, choice = low | high << np.uint64(32), select().astype(np.uint64)
+            result = np.zeros(self.n, np.uint64)
+            for byte in range(4):
+                nibble = choice >> np.uint64(4 * byte) & np.uint64(15)
+                picked = both >> (np.uint64(8) * (nibble & np.uint64(7))) & np.uint64(255)
+                sign = np.where(picked & np.uint64(128), np.uint64(255), np.uint64(0))
+                picked = np.where(nibble & np.uint64(8), sign, picked)
+                result |= picked << np.uint64(8 * byte)
+            self.put(line.operands[0], result.astype(np.uint32), mask)
+
+        return step
+
+    def _make_selp(self, line: Line, parts: list[str]) -> Callable:
+        a, b = (self.get(x, parts[-1]) for x in line.operands[1:3])
+        which = self.get(line.operands[3], "pred")
+        return lambda mask: self.put(line.operands[0], np.where(which(), a(), b()), mask)
+
+    def _make_setp(self, line: Line, parts: list[str]) -> Callable:
+        compare, kind = _COMPARISONS[parts[0]], parts[-1]
+        if len(parts) != 2:
+            raise NotImplementedError(str(line))
+        if kind.endswith("x2"):
+            first, second = line.operands[0].split("|")
+            sources = [self.get(x, "b32") for x in line.operands[1:]]
+
+            def step(mask: Mask) -> None:
+                pairs = [_floats(_halves(np.broadcast_to(x(), self.n)), kind[:-2]) for x in sources]
+                result = compare(*pairs)
+                self.put(first, result[:, 0], mask)
+                self.put(second, result[:, 1], mask)
+
+            return step
+        return self._elementwise(line, kind, compare, "pred")
+
+    def _make_mov(self, line: Line, parts: list[str]) -> Callable:
+        kind = parts[-1]
+        target, source = line.operands
+        if target.startswith("{"):
+            names = self.several(target)
+            size = _SIZES[kind] // len(names)
+            whole = self.get(source, kind)
+
+            def unpack(mask: Mask) -> None:
+                pieces = np.ascontiguousarray(np.broadcast_to(whole(), self.n)).view(f"u{size}")
+                for i, name in enumerate(names):
+                    self.put(name, pieces.reshape(self.n, -1)[:, i].copy(), mask)
+
+            return unpack
+        if source.startswith("{"):
+            names = self.several(source)
+            size = 8 * _SIZES[kind] // len(names)
+            pieces = [self.get(x, f"b{size}") for x in names]
+
+            def pack(mask: Mask) -> None:
+                parts = [np.broadcast_to(x(), self.n) for x in pieces]
+                self.put(target, np.stack(parts, 1).view(_TYPES[kind])[:, 0], mask)
+
+            return pack
+        return self._elementwise(line, kind, lambda x: x)
+
+    def _make_cvt(self, line: Line, parts: list[str]) -> Callable:
+        to, kind = parts[-2:]
+        how = set(parts[:-2])
+        target = line.operands[0]
+        sources = [self.get(x, kind) for x in line.operands[1:]]
+        if to.endswith("x2"):  # the first one is the high half
+            high, low = sources
+            bits = _to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
+
+            def pack(mask: Mask) -> None:
+                both = [bits(np.broadcast_to(x(), self.n)) for x in (low, high)]
+                self.put(target, np.stack(both, 1).view(np.uint32)[:, 0], mask)
+
+            return pack
+        (source,) = sources
+        if to == "bf16":
+            return lambda mask: self.put(target, _to_bf16(source()), mask)
+        dtype = _TYPES["f32"] if kind == "bf16" and to == "f32" else _TYPES[to]
+        if to[0] in "us" and (kind[0] == "f" or kind == "bf16"):
+            rounding = _ROUNDINGS[next(x for x in how if x in _ROUNDINGS)]
+            limits = np.iinfo(dtype)
+
+            def to_integer(mask: Mask) -> None:
+                x = rounding(source().astype(np.float64))
+                x = np.where(np.isnan(x), 0.0, np.clip(x, limits.min, limits.max))
+                wide = np.where(x >= limits.max, limits.max, x.astype(np.int64))
+                self.put(target, wide.astype(dtype), mask)
+
+            return to_integer
+        if how - {"rn"}:
+            raise NotImplementedError(str(line))
+        return lambda mask: self.put(target, source().astype(dtype), mask)
+
+    # Across the threads of a warp.
+
+    def _whole_warps(self, mask: Mask) -> Array:
+        """[warps] which of them run; an error where only a part of one does."""
+        if mask is None:
+            return np.ones(self.n // _WARP, bool)
+        by_warp = mask.reshape(-1, _WARP)
+        runs = by_warp.any(1)
+        if (runs & ~by_warp.all(1)).any():
+            raise self.fault("only a part of a warp arrives", np.flatnonzero(mask))
+        return runs
+
+    def _make_shfl(self, line: Line, parts: list[str]) -> Callable:
+        mode = parts[1]
+        source = self.get(line.operands[1], "b32")
+        count, clamp = (self.get(x, "u32") for x in line.operands[2:4])
+        lane = np.arange(self.n) % _WARP
+
+        def step(mask: Mask) -> None:
+            self._whole_warps(mask)
+            by, limits = (np.asarray(x()).astype(np.int64) for x in (count, clamp))
+            segment, last = limits >> 8 & 31, limits & 31
+            most = (lane & segment) | (last & ~segment)
+            if mode == "bfly":
+                other, valid = lane ^ by, (lane ^ by) <= most
+            elif mode == "idx":
+                other = (lane & segment) | (by & ~segment)
+                valid = other <= most
+            elif mode == "down":
+                other, valid = lane + by, lane + by <= most
+            else:
+                raise NotImplementedError(str(line))
+            other = np.where(valid, other, lane)
+            value = np.broadcast_to(source(), self.n)
+            self.put(line.operands[0], value[np.arange(self.n) - lane + other], mask)
+
+        return step
+
+    def _make_redux(self, line: Line, parts: list[str]) -> Callable:
+        kind = parts[-1]
+        reduce = {"add": np.add, "max": np.maximum, "min": np.minimum}[parts[1]].reduce
+        source = self.get(line.operands[1], kind)
+
+        def step(mask: Mask) -> None:
+            self._whole_warps(mask)
+            value = np.broadcast_to(source(), self.n).reshape(-1, _WARP)
+            total = reduce(value, axis=1, dtype=_TYPES[kind])
+            self.put(line.operands[0], np.repeat(total, _WARP), mask)
+
+        return step
+
+    def _make_bar(self, line: Line, parts: list[str]) -> Callable:
+        assert parts[:2] == ["warp", "sync"]
+
+        def step(mask: Mask) -> None:
+            self._whole_warps(mask)
+
+        return step
+
+    # Memory.
+
+    def _make_ld(self, line: Line, parts: list[str]) -> Callable:
+        kind = parts[-1]
+        if parts[0] == "param":
+            which = int(line.operands[1].strip("[]").rpartition("_")[2])
+
+            def take(mask: Mask) -> None:
+                value = self.parameters[which]
+                bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
+                number = np.array(int(bits) % 2**64, np.uint64).astype(f"u{_SIZES[kind]}")
+                self.put(line.operands[0], number, mask)
+
+            return take
+        targets = self.several(line.operands[0])
+        space, address = self._place(line.operands[1], parts[0])
+        size = _SIZES[kind]
+
+        def step(mask: Mask) -> None:
+            lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
+            data = space().load(lanes, address()[lanes], size * len(targets))
+            values = data.view(f"u{size}")
+            for i, target in enumerate(targets):
+                full = np.zeros(self.n, f"u{size}")
+                full[lanes] = values[:, i]
+                self.put(target, full, mask)
+
+        return step
+
+    def _make_st(self, line: Line, parts: list[str]) -> Callable:
+        kind = parts[-1]
+        sources = [self.get(x, "b" + str(8 * _SIZES[kind])) for x in self.several(line.operands[1])]
+        space, address = self._place(line.operands[0], parts[0])
+
+        def step(mask: Mask) -> None:
+            lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
+            values = [np.broadcast_to(x(), self.n)[lanes] for x in sources]
+            data = np.stack(values, 1).view(np.uint8).reshape(len(lanes), -1)
+            space().store(lanes, address()[lanes], data)
+
+        return step
+
+    def _make_atom(self, line: Line, parts: list[str]) -> Callable:
+        if parts[:3] != ["global", "gpu", "acq_rel"] or parts[3:] != ["add", "u32"]:
+            raise NotImplementedError(str(line))
+        address, add = self._address(line.operands[1], "u64"), self.get(line.operands[2], "u32")
+
+        def step(mask: Mask) -> None:
+            lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
+            values = np.broadcast_to(add(), self.n)
+            old = np.zeros(self.n, np.uint32)
+            for lane in self.random.permutation(lanes):
+                old[lane] = self.globals.count(int(lane), int(address()[lane]), values[lane])
+            self.put(line.operands[0], old, mask)
+
+        return step
+
+    def _make_cp(self, line: Line, parts: list[str]) -> Callable:
+        if parts[1] == "commit_group":
+            return lambda mask: self.shared.commit(mask)
+        if parts[1] in ("wait_group", "wait_all"):
+            behind = int(line.operands[0], 0) if line.operands else 0
+            return lambda mask: self.shared.wait(mask, behind)
+        assert parts[:1] == ["async"]
+        assert parts[2:4] == ["shared", "global"]
+        to, source = self._address(line.operands[0], "u32"), self._address(line.operands[1], "u64")
+        size = int(line.operands[2], 0)
+        given = self.get(line.operands[3], "u32") if len(line.operands) > 3 else None
+
+        def step(mask: Mask) -> None:
+            lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
+            data = np.zeros((len(lanes), size), np.uint8)
+            counts = np.broadcast_to(size if given is None else given(), self.n)[lanes]
+            for count in np.unique(counts):
+                if count:
+                    these = counts == count
+                    some = lanes[these]
+                    data[these, :count] = self.globals.load(some, source()[some], int(count))
+            self.shared.copy(lanes, to()[lanes], data)
+
+        return step
+
+    def _make_ldmatrix(self, line: Line, parts: list[str]) -> Callable:
+        targets = self.several(line.operands[0])
+        address = self._address(line.operands[1], "u32")
+        lane = np.arange(_WARP)
+        if "trans" in parts:
+            row, column = (
+                (lane % 4 * 2)[:, None] + np.arange(2),
+                np.repeat(lane[:, None] // 4, 2, 1),
+            )
+        else:
+            row, column = (
+                np.repeat(lane[:, None] // 4, 2, 1),
+                (lane % 4 * 2)[:, None] + np.arange(2),
+            )
+
+        def step(mask: Mask) -> None:
+            runs = np.flatnonzero(self._whole_warps(mask))
+            at = address().reshape(-1, _WARP)[runs]
+            for i, target in enumerate(targets):
+                lanes = runs[:, None] * _WARP + 8 * i + np.arange(8)
+                data = self.shared.load(lanes.ravel(), at[:, 8 * i : 8 * i + 8].ravel(), 16)
+                matrices = data.view(np.uint16).reshape(-1, 8, 8)
+                full = np.zeros((self.n // _WARP, _WARP), np.uint32)
+                pairs = np.ascontiguousarray(matrices[:, row, column])
+                full[runs] = pairs.view(np.uint32)[..., 0]
+                self.put(target, full.ravel(), mask)
+
+        return step
+
+    def _make_stmatrix(self, line: Line, parts: list[str]) -> Callable:
+        sources = [self.get(x, "b32") for x in self.several(line.operands[1])]
+        address = self._address(line.operands[0], "u32")
+        lane = np.arange(_WARP)
+        row, column = lane // 4, lane % 4 * 2
+
+        def step(mask: Mask) -> None:
+            runs = np.flatnonzero(self._whole_warps(mask))
+            at = address().reshape(-1, _WARP)[runs]
+            for i, source in enumerate(sources):
+                pairs = _halves(np.broadcast_to(source(), self.n)).reshape(-1, _WARP, 2)[runs]
+                matrices = np.zeros((len(runs), 8, 8), np.uint16)
+                matrices[:, row, column], matrices[:, row, column + 1] = (
+                    pairs[..., 0],
+                    pairs[..., 1],
+                )
+                if "trans" in parts:
+                    matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
+                lanes = runs[:, None] * _WARP + 8 * i + np.arange(8)
+                data = matrices.view(np.uint8).reshape(-1, 16)
+                self.shared.store(lanes.ravel(), at[:, 8 * i : 8 * i + 8].ravel(), data)
+
+        return step
+
+    # Matrix units.
+
+    def _registers(self, names: list[str]) -> list[Source]:
+        return [self.get(x, "b32") for x in names]
+
+    def _fragment(self, sources: list[Source], kind: str) -> Array:
+        """[warps, 16, K] a matrix of 16 rows, K = 16 for 16-bit numbers and 8 for tf32."""
+        parts = [np.broadcast_to(x(), self.n).reshape(-1, _WARP) for x in sources]
+        g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
+        if kind == "tf32":
+            matrix = np.zeros((len(parts[0]), 16, 8), np.float32)
+            for i, part in enumerate(parts):
+                matrix[:, g + 8 * (i % 2), t + 4 * (i // 2)] = _tf32(part)
+            return matrix
+        matrix = np.zeros((len(parts[0]), 16, 16), np.float32)
+        for i, part in enumerate(parts):
+            values = _floats(_halves(part), kind)
+            for j in range(2):
+                matrix[:, g + 8 * (i % 2), 2 * t + 8 * (i // 2) + j] = values[..., j]
+        return matrix
+
+    def _make_mma(self, line: Line, parts: list[str]) -> Callable:
+        shape, types = parts[2], parts[5:]
+        kind = types[1]
+        if shape != ("m16n8k8" if kind == "tf32" else "m16n8k16") or types[0] != "f32":
+            raise NotImplementedError(str(line))
+        d, a, b, c = (self.several(x) for x in line.operands)
+        a_sources, b_sources = self._registers(a), self._registers(b)
+        c_sources = [self.get(x, "f32") for x in c]
+        g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
+
+        def step(mask: Mask) -> None:
+            self._whole_warps(mask)
+            left = self._fragment(a_sources, kind)
+            right = np.zeros((len(left), left.shape[2], 8), np.float32)
+            for i, source in enumerate(b_sources):
+                part = np.broadcast_to(source(), self.n).reshape(-1, _WARP)
+                if kind == "tf32":
+                    right[:, t + 4 * i, g] = _tf32(part)
+                else:
+                    values = _floats(_halves(part), kind)
+                    for j in range(2):
+                        right[:, 2 * t + 8 * i + j, g] = values[..., j]
+            product = np.matmul(left, right)
+            for i in range(4):
+                part = product[:, g + 8 * (i // 2), 2 * t + i % 2].ravel()
+                self.put(d[i], part + c_sources[i](), mask)
+
+        return step
+
+    def _make_wgmma(self, line: Line, parts: list[str]) -> Callable:
+        if parts[0] == "fence":
+            return lambda mask: None
+        if parts[0] == "commit_group":
+            return lambda mask: self.shared.commit(mask, "products")
+        if parts[0] == "wait_group":
+            behind = int(line.operands[0], 0)
+            return lambda mask: self.shared.wait(mask, behind, "products")
+        shape, kind = parts[3], parts[5]
+        width = int(shape[4 : shape.index("k")])
+        d, a = self.several(line.operands[0]), line.operands[1]
+        in_registers = a.startswith("{")
+        a_sources = self._registers(self.several(a)) if in_registers else []
+        a_address = None if in_registers else self.get(a, "b64")
+        b_address = self.get(line.operands[2], "b64")
+        adds = self.get(line.operands[3], "pred")
+        negate_a, negate_b, *transposed = (int(x, 0) for x in line.operands[4:])
+        if negate_a != 1 or negate_b != 1 or kind not in ("bf16", "f16"):
+            raise NotImplementedError(str(line))
+        old = [self.get(x, "f32") for x in d]
+        g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
+
+        def step(mask: Mask) -> None:
+            runs = self._whole_warps(mask).reshape(-1, 4)
+            if (runs.any(1) & ~runs.all(1)).any():
+                raise self.fault("only a part of a warpgroup arrives", np.flatnonzero(mask))
+            groups = np.flatnonzero(runs[:, 0])
+            if in_registers:
+                left = self._fragment(a_sources, kind).reshape(-1, 64, 16)[groups]
+            else:
+                left = self._tile(groups, a_address, 64, kind, bool(transposed[0]))
+            right = self._tile(groups, b_address, width, kind, bool(transposed[-1]))
+            product = np.zeros((len(runs), 64, width), np.float32)
+            product[groups] = np.matmul(left, right.transpose(0, 2, 1))
+            product = product.reshape(-1, 16, width)
+            scale = np.broadcast_to(adds(), self.n)
+            for i, name in enumerate(d):
+                part = product[:, g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2].ravel()
+                self.put(name, part + np.where(scale, old[i](), np.float32(0)), mask)
+
+        return step
+
+    def _tile(self, groups: Array, source: Source, rows: int, kind: str, along: bool) -> Array:
+        """[groups, rows, 16] of shared memory, as descriptors say; `along`: rows side by side."""
+        lanes = groups * 4 * _WARP
+        words = np.broadcast_to(source(), self.n)[lanes].astype(np.int64)
+        start, leading, stride = (((words >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
+        swizzle = {0: 16, 1: 128, 2: 64, 3: 32}
+        modes = np.unique(words >> 62 & 3)
+        assert len(modes) == 1
+        span = swizzle[int(modes[0])]
+        row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+        start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
+        if along:
+            per = span // 2
+            at = start + row // per * leading + k // 8 * stride + k % 8 * span + row % per * 2
+        elif span == 16:
+            at = start + row // 8 * stride + k // 8 * leading + row % 8 * 16 + k % 8 * 2
+        else:
+            at = start + row // 8 * stride + row % 8 * span + k * 2
+        at = at ^ ((at >> 7 & (span // 16 - 1)) << 4)
+        data = self.shared.multiply(lanes, at.reshape(len(groups), -1))
+        return _floats(data, kind).reshape(len(groups), rows, 16)
+
+    def _make_fence(self, line: Line, parts: list[str]) -> Callable:
+        assert parts[:2] == ["proxy", "async"]
+        return lambda mask: self.shared.fence(mask)
+
+    def _make_griddepcontrol(self, line: Line, parts: list[str]) -> Callable:
+        return lambda mask: None
+
+    def _make_nanosleep(self, line: Line, parts: list[str]) -> Callable:
+        return lambda mask: None
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """Integers' quotient, rounded towards zero."""
+    if np.asarray(a).dtype.kind == "u":
+        return a // np.where(b == 0, 1, b).astype(np.asarray(a).dtype)
+    wide = np.asarray(a).astype(np.int64)
+    by = np.where(b == 0, 1, np.asarray(b).astype(np.int64))
+    return (np.sign(wide) * np.sign(by) * (np.abs(wide) // np.abs(by))).astype(np.asarray(a).dtype)
+
+
+def _tf32(bits: Array) -> Array:
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _unordered(compare: Callable) -> Callable:
+    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+
+
+_SIMPLE: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
+    "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+}  # fmt: skip
+_COMPARISONS: dict[str, Callable] = {
+    "eq": np.equal,
+    "ne": lambda a, b: _differ(a, b),
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+_COMPARISONS |= {
+    f"{name}u": _unordered(compare)
+    for name, compare in (
+        ("eq", np.equal), ("ne", np.not_equal), ("lt", np.less), ("le", np.less_equal),
+        ("gt", np.greater), ("ge", np.greater_equal),
+    )
+}  # fmt: skip
+_ROUNDINGS = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
+def _differ(a: Any, b: Any) -> Any:
+    """Whether two numbers differ; of floats neither may be NaN."""
+    result = np.not_equal(a, b)
+    if np.asarray(a).dtype.kind == "f":
+        result = result & ~(np.isnan(a) | np.isnan(b))
+    return result

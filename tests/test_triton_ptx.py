@@ -1,0 +1,308 @@
+"""What Triton compiles, executed: the tables' own tiles and warps, and the faults that show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import INTERPRETED, RingCase, assert_as_exact_as_torch, widened
+
+from continual_mha import inputs, reference
+from continual_mha.triton_kernels import (
+    attend_shared_full,
+    attend_shared_full_backward,
+    attend_window,
+    attend_window_backward,
+    ring_steps_,
+)
+from continual_mha.triton_kernels.input_step import input_step_
+from continual_mha.triton_kernels.plan import input_plan, invariant_step_plan, step_plan
+from continual_mha.triton_kernels.ring_step import ring_step_
+
+pytest.importorskip("numpy")
+from ptx_launches import as_ptx
+from ptx_machine import Machine, parse
+from ptx_memory import FaultError, Memory
+from test_triton_attend_shared import arguments as shared_arguments
+from test_triton_attend_window import arguments as window_arguments
+from test_triton_input_step import InputCase, in_float64
+from test_triton_ring_step import arguments, quantised
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the same tests itself"),
+]
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(params=[80, 90])
+def capability(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+# N, E, H, L as the table sees them, the path it takes, and how many of the streams are here.
+STEPS = [
+    (1, 512, 8, 32, HALF, None, "fused", 1),
+    (1, 512, 8, 32, FULL, None, "fused", 1),
+    (1, 64, 8, 32, HALF, None, "fused", 1),
+    (8, 192, 16, 120, HALF, None, "fused", 2),
+    (1, 256, 4, 1024, torch.float16, None, "fused", 1),
+    (1, 512, 8, 64, HALF, torch.uint8, "fused", 1),
+    (64, 256, 8, 64, HALF, None, "group", 5),
+    (64, 64, 8, 16, FULL, None, "group", 5),
+    (64, 256, 8, 64, HALF, torch.int8, "group", 5),
+    (8, 640, 10, 40, HALF, None, "chain", 2),
+    (4096, 512, 8, 250, HALF, None, "gemm", 2),
+    (4096, 96, 8, 70, FULL, torch.int8, "gemm", 2),
+    (64, 256, 4, 300, HALF, None, "invariant", 2),
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda x: "-".join(map(str, x)))
+def test_step(case: tuple, capability: int) -> None:
+    many, E, H, L, dtype, codes, path, N = case
+    slot = (codes or dtype).itemsize
+    if path == "invariant":
+        plan = invariant_step_plan(E, H, L, dtype.itemsize, slot)
+    else:
+        plan = step_plan(many, E, H, L, dtype.itemsize, path, 0, slot)
+    ring = RingCase(N=N, H=H, D=E // H, L=L, dtype=dtype).warm()
+    ring = quantised(ring, codes)
+    ring.state[3][-1] = 3  # a cold one
+    token = ring.token()
+    args = [arguments(ring.weights, ring.copied_state(), token) for _ in range(4)]
+    exact_args = widened(args[3])
+    exact_args[19:] = args[3][19:]  # scales are fp32 in every precision
+    exact = reference.ring_step_(*exact_args)
+    with as_ptx(capability) as runs:
+        out = ring_step_(*args[0], plan=plan)
+    assert runs.count >= 1
+    with as_ptx(capability, one_by_one=True):
+        again = ring_step_(*args[1], plan=plan)
+    assert_as_exact_as_torch(out, reference.ring_step_(*args[2]), exact)
+    assert torch.equal(out, again)
+    assert all(
+        torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        for a, b in zip(args[0][11:], args[1][11:], strict=True)
+        if isinstance(a, Tensor)
+    )
+    assert torch.equal(args[0][14], exact_args[14])
+
+
+INPUT_STEPS = [
+    (4096, 512, 8, 100, HALF, None, "gemm", 2),
+    (4096, 256, 4, 40, FULL, None, "gemm", 2),
+    (16, 1024, 8, 600, HALF, None, "gemm", 1),
+    (4096, 128, 2, 60, HALF, torch.uint8, "gemm", 2),
+    (8192, 256, 4, 32, HALF, None, "fused", 3),
+]
+
+
+@pytest.mark.parametrize("case", INPUT_STEPS, ids=lambda x: "-".join(map(str, x)))
+def test_step_over_inputs(case: tuple, capability: int) -> None:
+    many, E, H, L, dtype, codes, path, N = case
+    plan = input_plan(many, E, H, L, dtype.itemsize, codes is not None, path)
+    ring = InputCase(N=N, H=H, D=E // H, L=L, dtype=dtype).warm()
+    if codes is not None:
+        ring.quantised(codes)
+    token = ring.token()[0]
+    args = [ring.arguments(ring.copied_state(), token) for _ in range(3)]
+    exact = inputs.input_step_(*in_float64(args[2]))
+    with as_ptx(capability):
+        out = input_step_(*args[0], plan=plan)
+    with as_ptx(capability, one_by_one=True):
+        again = input_step_(*args[1], plan=plan)
+    assert_as_exact_as_torch(out, inputs.input_step_(*args[2]), exact)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(("dtype", "D", "T"), [(HALF, 64, 70), (FULL, 32, 20), (HALF, 8, 40)])
+def test_steps(dtype: torch.dtype, D: int, T: int, capability: int) -> None:
+    case = RingCase(N=1, H=2, D=D, L=33, dtype=dtype).warm()
+    clip, rest = case.clip(T), [0, True, 0.0, True]
+    exact = reference.ring_steps_(*widened([*clip, *case.weights, *case.copied_state(), *rest]))
+    plain = reference.ring_steps_(*clip, *case.weights, *case.copied_state(), *rest)
+    with as_ptx(capability):
+        out = ring_steps_(*clip, *case.weights, *case.state, *rest)
+    assert_as_exact_as_torch(out, plain, exact)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 40, 1, 64, 33, 0, True), (1, 40, 1, 128, 20, 0, False)], ids=str
+)
+def test_window_and_its_gradients(shape: tuple, capability: int) -> None:
+    args, p = window_arguments(HALF, *shape), 0.3 if shape[-1] else 0.0
+    args[3:5] = [x.nan_to_num(0.0) for x in args[3:5]]
+    plain, exact = (reference.attend_window(*x, p) for x in (args, widened(args)))
+    grads = [torch.randn_like(x) for x in plain]
+    rest = [shape[5], p, True]
+
+    def backward(function: Callable, args: list, grads: list, results: Any) -> Any:
+        return function(*grads, *args[:8], *results, *rest)
+
+    with as_ptx(capability):
+        results = attend_window(*args, p)
+        mine = backward(attend_window_backward, args, grads, results)
+    plain_back = backward(reference.attend_window_backward, args, grads, plain)
+    exact_back = backward(reference.attend_window_backward, widened(args), widened(grads), exact)
+    for ours, theirs, best in zip(
+        (*results, *mine), (*plain, *plain_back), (*exact, *exact_back), strict=True
+    ):
+        if best.count_nonzero():
+            assert_as_exact_as_torch(ours, theirs, best)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 70, 256, 256, True, True), (1, 20, 40, 64, 128, False, False)], ids=str
+)
+def test_clip_and_its_gradients(shape: tuple, capability: int) -> None:
+    args = [*shared_arguments(HALF, *shape), None, 0.0, shape[-1]]
+    exact_args = widened(args)
+    plain, exact = (reference.attend_shared_full(*x) for x in (args, exact_args))
+    grads = [torch.randn_like(x) if x.numel() else None for x in plain]
+    given = [args[0], args[1], args[2], args[3], args[4], args[5]]
+    with as_ptx(capability):
+        results = attend_shared_full(*args)
+        mine = attend_shared_full_backward(*grads, *given, *results[:3], 0.0)
+    plain_back = reference.attend_shared_full_backward(*grads, *given, *plain[:3], 0.0)
+    exact_back = reference.attend_shared_full_backward(
+        *widened(grads), *widened(given), *exact[:3], 0.0
+    )
+    for ours, theirs, best in zip(
+        (*results, *mine), (*plain, *plain_back), (*exact, *exact_back), strict=True
+    ):
+        if best is not None and best.count_nonzero():
+            assert_as_exact_as_torch(ours, theirs, best)
+
+
+# The machine itself.
+
+
+def fused_step() -> None:
+    case = RingCase(N=1, H=8, D=64, L=32, dtype=HALF).warm()
+    plan = step_plan(1, 512, 8, 32, 2, "fused")
+    with as_ptx(90):
+        ring_step_(*arguments(case.weights, case.state, case.token()), plan=plan)
+
+
+def without(pattern: str, which: int = 0) -> Callable[[str], str]:
+    """PTX without one of the instructions that match."""
+
+    def change(ptx: str) -> str:
+        found = list(re.finditer(rf"^\s*{pattern}.*\n", ptx, re.MULTILINE))
+        return ptx[: found[which].start()] + ptx[found[which].end() :]
+
+    return change
+
+
+def before_counting(ptx: str) -> str:
+    """PTX without the barrier before the count of the programs that have ended."""
+    at = ptx.rindex("bar.sync", 0, ptx.index("atom.global"))
+    return ptx[:at] + ptx[ptx.index("\n", at) :]
+
+
+def after_counting(ptx: str) -> str:
+    at = ptx.index("bar.sync", ptx.index("atom.global"))
+    return ptx[:at] + ptx[ptx.index("\n", at) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (before_counting, "another"),
+        (after_counting, "another"),
+        (without(r"cp\.async\.wait_group", -1), "still being copied|nobody wrote|ends before"),
+    ],
+    ids=["before counting", "after counting", "wait"],
+)
+def test_a_step_without_one_of_its_guards_is_found_out(
+    change: Callable[[str], str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ptx_launches
+
+    fused_step()
+    monkeypatch.setattr(ptx_launches, "parse", lambda ptx: parse(change(ptx)))
+    ptx_launches._machine.cache_clear()
+    try:
+        with pytest.raises(FaultError, match=what):
+            fused_step()
+    finally:
+        ptx_launches._machine.cache_clear()
+
+
+def run(body: str, tensor: Tensor, threads: int = 64, programs: int = 1) -> None:
+    """Some lines of PTX, of which %rd1 is the tensor's address and %r1 the thread's number."""
+    ptx = f"""
+.visible .entry kernel(
+	.param .u64 kernel_param_0
+)
+{{
+	.reg .pred %p<5>;
+	.reg .b16 %rs<9>;
+	.reg .b32 %r<9>;
+	.reg .b64 %rd<9>;
+	ld.param.b64 %rd1, [kernel_param_0];
+	mov.u32 %r1, %tid.x;
+	mul.wide.u32 %rd2, %r1, 4;
+	add.s64 %rd2, %rd1, %rd2;
+	shl.b32 %r2, %r1, 2;
+{body}
+	ret;
+}}
+"""
+    memory = Memory([tensor])
+    machine = Machine(parse(ptx), (programs,), threads, 1024)
+    machine.run(memory, [memory.address(tensor)])
+    memory.read_back()
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("st.global.b32 [%rd2+4], %r1;", "beside every tensor"),
+        ("st.global.b32 [%rd2+2], %r1;", "misaligned"),
+        ("st.global.b32 [%rd1], %r1;", "several threads write one byte"),
+        ("ld.shared.b32 %r3, [%r2];", "nobody wrote"),
+        ("st.shared.b32 [%r2+1000], %r1;", "beyond the shared memory"),
+        ("xor.b32 %r3, %r2, 128; st.shared.b32 [%r2], %r1; ld.shared.b32 %r4, [%r3];", "another"),
+        ("setp.lt.s32 %p1, %r1, 5; @%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", "part of a warp"),
+        ("ld.global.b32 %r3, [%rd1]; st.global.b32 [%rd2], %r1;", "another warp reads"),
+        ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $L__a; bar.sync 0; $L__a:", "part of a warp"),
+    ],
+)
+def test_what_the_hardware_does_not_promise_is_a_fault(body: str, what: str) -> None:
+    body = body.replace("; ", ";\n")
+    with pytest.raises(FaultError, match=what):
+        run(body, torch.full((64,), 99, dtype=torch.int32))
+
+
+def test_programs_that_write_one_word_are_found_out() -> None:
+    body = "mov.u32 %r3, %ctaid.x;\nst.global.b32 [%rd2], %r3;"
+    with pytest.raises(FaultError, match="write"):
+        run(body, torch.zeros(64, dtype=torch.int32), programs=2)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("prmt.b32 %r3, %r1, 511, 0x5410;", lambda i: i | 511 << 16),
+        ("bfe.s32 %r3, %r1, 2, 3;", lambda i: ((i >> 2 & 7) ^ 4) - 4),
+        ("lop3.b32 %r3, %r1, 12, 5, 0xEA;", lambda i: i & 12 | 5),
+        ("mul.hi.s32 %r3, %r1, -1;", lambda i: -1 if i else 0),
+        ("shfl.sync.bfly.b32 %r3, %r1, 3, 31, -1;", lambda i: i ^ 3),
+        ("redux.sync.max.s32 %r3, %r1, -1;", lambda i: i | 31),
+        ("cvt.rn.f32.s32 %r3, %r1;\nmul.f32 %r3, %r3, 0f40200000;\ncvt.rzi.s32.f32 %r3, %r3;",
+         lambda i: int(2.5 * i)),
+        ("sub.s32 %r3, %r1, 40;\ndiv.s32 %r3, %r3, 7;", lambda i: int((i - 40) / 7)),
+        ("setp.lt.s32 %p1, %r1, 9;\n@%p1 bra $L__a;\nmov.b32 %r3, 1;\nbra $L__b;\n$L__a:\n"
+         "mov.b32 %r3, 2;\n$L__b:", lambda i: 2 if i < 9 else 1),
+    ],
+)  # fmt: skip
+def test_instructions(body: str, expected: Callable[[int], int]) -> None:
+    out = torch.zeros(64, dtype=torch.int32)
+    run(f"{body}\nst.global.b32 [%rd2], %r3;", out)
+    assert out.tolist() == [expected(i) for i in range(64)]
