@@ -351,9 +351,9 @@ def attend_clip(
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
     moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
+    asked = (num_heads, options, mask, need_weights, blank, moved)
     if need_weights and not average:
         backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
-        asked = (num_heads, options, mask, need_weights, blank, moved)
         return inputs.attend_clip(tokens, weights, *asked, average=False)
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = need_weights or (mask is not None and not blank)
@@ -361,8 +361,7 @@ def attend_clip(
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
         out, attn = _run("single_query", args)
         return out, attn if need_weights else None
-    asked = (need_weights, blank, moved)
-    return inputs.attend_clip(tokens, weights, num_heads, options, mask, *asked, _mix)
+    return inputs.attend_clip(tokens, weights, *asked, _mix)
 
 
 def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:

@@ -282,7 +282,7 @@ def _attend_shared_backward_kernel(
         query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
         stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
     )  # fmt: skip
-    # In a loop of its own: for a tile that a matrix unit and the threads both read Triton's pipeline
+    # In a loop of its own: for a tile that matrix units and threads both read, Triton's pipeline
     # keeps a buffer too few, and copies the next one over it while the unit may still be reading.
     dots = tl.zeros((BLOCK_H,), ACC)
     for e in tl.range(0, EV, BLOCK_E, num_stages=3):
