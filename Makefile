@@ -1,4 +1,4 @@
-# make demo | test | soak | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
+# make demo | test | ptx | soak | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
 # the versions pinned in requirements-dev.lock; once it stands, no target needs the network.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 # What runs Triton's kernels on the CPU: whether Triton interprets is settled when it is imported.
 INTERPRETED := $(wildcard tests/test_triton_*.py) tests/test_module_api.py -k 'triton'
 
-.PHONY: demo test soak lint bench gpu wheel sanitize abi-check clean
+.PHONY: demo test ptx soak lint bench gpu wheel sanitize abi-check clean
 
 demo: $(VENV)/.demo
 	$(PY) examples/activity_stream.py $(ARGS)
@@ -19,6 +19,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
+
+# The tests of Triton's kernels on what Triton compiles, executed on the CPU: some 10 minutes.
+PTX := $(addprefix tests/test_triton_,$(addsuffix .py,ring_step input_step ring_steps attend_window attend_shared))
+ptx: $(VENV)/.dev
+	for capability in 80 90; do \
+		CONTINUAL_MHA_PTX=$$capability OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(PTX) $(ARGS) || exit 1; \
+	done
 
 # A million steps of each kind, and as many ticks of a pool; says how fast, and how much memory grew.
 soak: $(VENV)/.dev
