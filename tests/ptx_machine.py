@@ -276,10 +276,10 @@ class Machine:
         if operand == "global_smem":
             value: Any = np.uint64(0)
         elif operand.startswith("0f"):
-            value = np.uint32(int(operand[2:], 16)).view(np.float32)
+            value = np.uint32(int(operand[2:], 16)).view(_TYPES[kind])
             return lambda: value
         elif operand.startswith("0d"):
-            value = np.uint64(int(operand[2:], 16)).view(np.float64)
+            value = np.uint64(int(operand[2:], 16)).view(_TYPES[kind])
             return lambda: value
         else:
             bits = int(operand.rstrip("U"), 0)
