@@ -236,6 +236,10 @@ def _hold(
         return held.to(ACC)
 
 
+# Rows that a merging program reads at once, of 1024 numbers: four for each of its threads.
+MERGED_ROWS = tl.constexpr(16)
+
+
 @triton.jit
 def _merge_parts(
     partial_ptr, ml_ptr, bias_ptr, out_ptr, limit, HEADS: tl.constexpr, SPLITS: tl.constexpr,
@@ -246,35 +250,41 @@ def _merge_parts(
 
     The order of the sum is that of the parts, whoever finished last: the same bits in every run.
     Without `ml_ptr` every part has all of its head. Of WIDTH numbers, rows of E that share a bias,
-    the first `limit` are there.
+    the first `limit` are there. Where BLOCK_W has a column of 16 bytes for every thread, each adds
+    up its own; of rows that lie in several warps the sums meet in one bank of shared memory.
     """
-    offs_s = tl.arange(0, BLOCK_S)
-    part = tl.arange(0, BLOCK_H)[:, None] * SPLITS + offs_s[None, :]
-    there = (offs_s < SPLITS)[None, :] & (part < HEADS * SPLITS)
-    row = tl.reshape(part, (BLOCK_H * BLOCK_S,))
-    row_there = tl.reshape(there, (BLOCK_H * BLOCK_S,))
+    HEADS_AT_ONCE: tl.constexpr = tl.constexpr(min(BLOCK_H, max(MERGED_ROWS // BLOCK_S, 1)))
+    ROWS: tl.constexpr = HEADS_AT_ONCE * BLOCK_S
+    offs_s = tl.arange(0, BLOCK_S)[None, :]
     offs_w = tl.arange(0, BLOCK_W)
     for w in range(0, WIDTH, BLOCK_W):
-        # All that a block needs is asked for at once: the rows do not wait for their shares.
         mask_w = w + offs_w < limit
-        rows = tl.load(
-            partial_ptr + row[:, None] * WIDTH + (w + offs_w)[None, :],
-            mask=row_there[:, None] & mask_w[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [BLOCK_H * BLOCK_S, BLOCK_W]
-        bias = tl.zeros((BLOCK_W,), ACC)
+        out = tl.zeros((BLOCK_W,), ACC)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + (w + offs_w) % E, mask=mask_w, other=0.0).to(ACC)
-        if ml_ptr is None:
-            share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
-        else:
-            m = tl.load(ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-            l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
-            share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
-        share = tl.reshape(share, (BLOCK_H * BLOCK_S,))
-        out = tl.sum(product(rows, share[:, None]), axis=0) + bias
+            out = tl.load(bias_ptr + (w + offs_w) % E, mask=mask_w, other=0.0).to(ACC)
+        for first in tl.static_range(0, BLOCK_H, HEADS_AT_ONCE):
+            # All that a block needs is asked for at once: the rows do not wait for their shares.
+            head = first + tl.arange(0, HEADS_AT_ONCE)[:, None]
+            part = head * SPLITS + offs_s
+            there = (offs_s < SPLITS) & (head < HEADS)
+            row, row_there = tl.reshape(part, (ROWS,)), tl.reshape(there, (ROWS,))
+            rows = tl.load(
+                partial_ptr + row[:, None] * WIDTH + (w + offs_w)[None, :],
+                mask=row_there[:, None] & mask_w[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )  # [ROWS, BLOCK_W]
+            if ml_ptr is None:
+                share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
+            else:
+                m = tl.load(
+                    ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
+                )
+                l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+                weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
+                share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
+            share = tl.reshape(share, (ROWS,))
+            out += tl.sum(product(rows, share[:, None]), axis=0)
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
@@ -896,7 +906,7 @@ def _prepare(
     sizes = (E, EK, EV, H, L, R)
     tile = (plan.block_l, plan.block_d, per_load, plan.block_k)
     ends = (precision, (E // H) ** -0.5, tl.float64 if wide else tl.float32)
-    block_m = max(4, 4096 // (block_h * block_s))
+    block_m = 16 * 1024 // max(block_s, MERGED_ROWS.value)
     if grouped:
         constants: tuple = (
             *sizes, plan.group, *tile, plan.block_e, plan.stages, add_zero_attn, update, block_h,
