@@ -217,6 +217,10 @@ def test_table_gives_each_number_of_streams_its_path() -> None:
     assert step_plan(17, 256, 8, 129, 2).path == "chain"
     assert step_plan(1, 512, 8, 257, 2).path == "chain"
     assert step_plan(17, 256, 8, 1024, 2, "group").splits == 1
+    paths = [step_plan(N, 256, 8, 64, 4).path for N in (1, 16, 17)]
+    assert paths == ["fused", "fused", "gemm"]
+    paths = [step_plan(N, 512, 8, 64, 4).path for N in (1, 4, 5)]
+    assert paths == ["fused", "fused", "gemm"]
 
 
 @pytest.mark.parametrize(("path", "splits"), PATHS)

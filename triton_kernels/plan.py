@@ -45,6 +45,7 @@ class StepRule(NamedTuple):
     """The first rule whose limits hold for a shape decides its path."""
 
     path: str
+    max_itemsize: int  # of tokens and weights
     max_streams: int
     max_programs: int  # streams, or groups of them, * heads
     max_head_weight_bytes: int  # of all four projections, per head
@@ -59,12 +60,16 @@ ONE_LAUNCH = ("fused", "group")
 # Streams of a program of path "group". With more, a tile has fewer slots of each, and a program
 # waits for more tiles; with fewer, more programs read the same weights.
 GROUP = 4
+# Several tokens of fp32 are left to torch's products: without the matrix unit Triton reads a weight
+# with eight threads from one bank of shared memory, which takes a program 28 us at 1024 features.
 STEP_RULES = (
-    StepRule("fused", 64, MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, 128, 64, False),
-    StepRule("group", 256, 2 * MULTIPROCESSORS, 64 * 1024, 128, _NO_LIMIT, _NO_LIMIT, False),
-    StepRule("fused", 4, MULTIPROCESSORS, 256 * 1024, 256, 128, 64, False),
-    StepRule("chain", 32, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
-    StepRule("gemm", _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
+    StepRule("fused", 8, 64, MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, 128, 64, False),
+    StepRule("group", 2, 256, 2 * MULTIPROCESSORS, 64 * 1024, 128, _NO_LIMIT, _NO_LIMIT, False),
+    StepRule("fused", 8, 4, MULTIPROCESSORS, 256 * 1024, 256, 128, 64, False),
+    StepRule("chain", 2, 32, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 128, _NO_LIMIT, False),
+    StepRule("fused", 8, 16, MULTIPROCESSORS, 128 * 1024, _NO_LIMIT, 128, 64, False),
+    StepRule("fused", 8, 4, MULTIPROCESSORS, 512 * 1024, 256, 128, 64, False),
+    StepRule("gemm", 8, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, _NO_LIMIT, 256, _NO_LIMIT, False),
 )
 
 # Rows of the ring in one tile and warps, by padded head_dim, for 16-bit elements: 32 elements of k
@@ -93,8 +98,9 @@ def step_plan(
     head_dim = E // H
     for rule in STEP_RULES:
         group = GROUP if rule.path == "group" else 1
-        sizes = (N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
-        limits = (rule.max_streams, rule.max_programs, rule.max_head_weight_bytes, rule.max_slots)
+        sizes = (itemsize, N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
+        limits = (rule.max_itemsize, rule.max_streams, rule.max_programs,
+                  rule.max_head_weight_bytes, rule.max_slots)  # fmt: skip
         fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if rule.path == path or (path is None and fits):
             break
