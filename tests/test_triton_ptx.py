@@ -156,11 +156,12 @@ def test_window_and_its_gradients(shape: tuple, capability: int) -> None:
             assert_as_exact_as_torch(ours, theirs, best)
 
 
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 8, 70, 256, 256, True, True), (1, 20, 40, 64, 128, False, False)], ids=str
 )
-def test_clip_and_its_gradients(shape: tuple, capability: int) -> None:
-    args = [*shared_arguments(HALF, *shape), None, 0.0, shape[-1]]
+def test_clip_and_its_gradients(shape: tuple, dtype: torch.dtype, capability: int) -> None:
+    args = [*shared_arguments(dtype, *shape), None, 0.0, shape[-1]]
     exact_args = widened(args)
     plain, exact = (reference.attend_shared_full(*x) for x in (args, exact_args))
     grads = [torch.randn_like(x) if x.numel() else None for x in plain]

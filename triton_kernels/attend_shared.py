@@ -20,6 +20,7 @@ from .pieces import (
     is_last,
     keep_scale,
     not_taken,
+    product,
 )
 from .plan import shared_backward_plan, shared_plan
 
@@ -243,8 +244,8 @@ def _shared_weights_kernel(
         tl.store(out_ptr + stream * S + offs_s, average, mask=offs_s < S)
     else:
         grad = tl.load(grad_ptr + stream * S + offs_s, mask=offs_s < S, other=0.0).to(ACC) / H
-        product = tl.sum(weight * grad[:, None], axis=0)
-        tl.store(out_ptr + program.to(tl.int64) * H + offs_h, product, mask=mask_h)
+        total = tl.sum(product(weight, grad[:, None]), axis=0)
+        tl.store(out_ptr + program.to(tl.int64) * H + offs_h, total, mask=mask_h)
 
 
 @triton.jit
