@@ -182,6 +182,7 @@ class Shared(Space):
                 self.coming[at[over]] = False
                 self.put(lanes[over], at[over], data[over])
                 self._arrive(lanes[over], at[over])
+                self.unfenced[at[over]] = False
             else:
                 np.subtract.at(self.multiplied, at[over], 1)
             if not over.all():

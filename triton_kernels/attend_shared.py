@@ -249,9 +249,41 @@ def _shared_weights_kernel(
 
 
 @triton.jit
+def _shared_gradient_kernel(
+    grad_out_ptr, grad_lse_ptr, out_ptr, lse_ptr, shared_ptr, stride_gn, stride_gh, stride_ge,
+    H: tl.constexpr, EV: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: for each head of one stream, what all scores get through the normalisation.
+
+    That is the gradient of `lse` less the inner product of the output and its gradient. A kernel of
+    its own, since every program of the backward needs it, which multiplies the same tiles of that
+    gradient: of a tile that matrix units and threads both read, Triton's pipeline keeps a buffer
+    too few, and copies the next one over it while the unit may still be reading.
+    """
+    stream = tl.program_id(0).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    row = stream * H + offs_h
+    mask_h = offs_h < H
+    shared = tl.zeros((BLOCK_H,), ACC)
+    for e in range(0, EV, BLOCK_E):
+        columns = e + tl.arange(0, BLOCK_E)
+        grad_out = _load_tile(
+            grad_out_ptr + stream * stride_gn, offs_h, stride_gh, columns, stride_ge, H, EV
+        )
+        out = _load_tile(out_ptr + stream * (H * EV), offs_h, EV, columns, 1, H, EV)
+        shared -= tl.sum(product(grad_out.to(ACC), out.to(ACC)), axis=1)
+    if grad_lse_ptr is not None:
+        shared += tl.load(grad_lse_ptr + row, mask=mask_h, other=0.0).to(ACC)
+    lse = tl.load(lse_ptr + row, mask=mask_h, other=0.0)
+    shared = tl.where(lse == float("-inf"), 0.0, shared)  # where a mask hides everything
+    tl.store(shared_ptr + row, shared, mask=mask_h)
+
+
+@triton.jit
 def _attend_shared_backward_kernel(
-    grad_out_ptr, grad_lse_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, value_ptr,
-    mask_ptr, sink_ptr, seed_ptr, out_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
+    grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, value_ptr,
+    mask_ptr, sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
     grad_sink_ptr, stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe,
     stride_kn, stride_ks, stride_ke, stride_vn, stride_vs, stride_ve, stride_mn, stride_mh,
     stride_ms, S, TILES, dropout_p,
@@ -275,7 +307,6 @@ def _attend_shared_backward_kernel(
     query_ptr += stream * stride_qn
     key_ptr += stream * stride_kn
     value_ptr += stream * stride_vn
-    out_ptr += stream * (H * EV)
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
 
@@ -283,24 +314,13 @@ def _attend_shared_backward_kernel(
         query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
         stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
     )  # fmt: skip
-    # In a loop of its own: for a tile that matrix units and threads both read, Triton's pipeline
-    # keeps a buffer too few, and copies the next one over it while the unit may still be reading.
-    dots = tl.zeros((BLOCK_H,), ACC)
-    for e in tl.range(0, EV, BLOCK_E, num_stages=3):
-        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
-        out = _load_tile(out_ptr, offs_h, EV, e + offs_e, 1, H, EV)
-        dots += tl.sum(grad_out.to(ACC) * out.to(ACC), axis=1)
     grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
     for e in range(0, EV, BLOCK_E):
         grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
         value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
         grad_weight = dot(value, tl.trans(grad_out), grad_weight, PRECISION)
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
-    # What every score, the sink's included, loses to the normalisation.
-    shared = -dots
-    if grad_lse_ptr is not None:
-        shared += tl.load(grad_lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC)
-    shared = tl.where(lse == float("-inf"), 0.0, shared)  # where a mask hides everything
+    shared = tl.load(shared_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     log2e = tl.full((), LOG2E, ACC)
     weight = tl.exp2((scores - finite_or_zero(lse)[None, :]) * log2e)
     if grad_average_ptr is not None:
@@ -533,18 +553,26 @@ def attend_shared_full_backward(
         grad_lse = -grad_kept * kept if grad_lse is None else grad_lse - grad_kept * kept
     if grad_average is not None:
         grad_average = grad_average.contiguous()
-        product = torch.empty((N, tiles, H), dtype=wide, device=query.device)
-        _weights(query, key, mask, lse, seed, dropout_p, grad_average, product)
-        grad_lse = -product.sum(1) if grad_lse is None else grad_lse - product.sum(1)
+        products = torch.empty((N, tiles, H), dtype=wide, device=query.device)
+        _weights(query, key, mask, lse, seed, dropout_p, grad_average, products)
+        grad_lse = -products.sum(1) if grad_lse is None else grad_lse - products.sum(1)
+    shared = torch.empty((N, H), dtype=wide, device=query.device)
+    args: tuple = (
+        grad_out, None if grad_lse is None else grad_lse.contiguous(), out.contiguous(), lse,
+        shared, *grad_out.stride(),
+    )  # fmt: skip
+    block_e = min(triton.next_power_of_2(EV), 4096 // plan.block_h)
+    constants = constants_of(H, EV, plan.block_h, block_e, acc)
+    launch(_shared_gradient_kernel, (N, 1, 1), args, constants, num_warps=4)
     grad_key, grad_value = query.new_empty((N, S, EK)), query.new_empty((N, S, EV))
     grad_query = torch.empty(
         (N, tiles, H, EK), dtype=query.dtype if tiles == 1 else wide, device=query.device
     )
     grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
     args = (
-        grad_out, None if grad_lse is None else grad_lse.contiguous(), grad_kept, grad_average,
+        grad_out, shared, grad_kept, grad_average,
         query, key, value, mask, None if sink is None else sink.contiguous(), seed,
-        out.contiguous(), lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
+        lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
         *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles,
         dropout_p,
     )  # fmt: skip

@@ -42,18 +42,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def product(a, b):
-    """a * b, rounded before anything is added to it, for what threads exchange to add it up.
+def product(a, b, ALONE: tl.constexpr = True):
+    """a * b for a sum across threads; `ALONE` where a thread may have no more than one of a sum.
 
-    Where a thread has one product, the compiler else fuses that into the addition of the one which
-    it gets: each thread then has its own sum, unlike the others' in the last bit.
+    That one the compiler would fuse into the addition of what another thread sends, so that each
+    has its own sum, unlike the others' in the last bit. So here it is rounded first.
     """
-    if _WIDEN:
-        return a * b
-    else:
+    if ALONE and not _WIDEN:
         return tl.inline_asm_elementwise(
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return a * b
 
 
 @triton.jit

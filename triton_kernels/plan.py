@@ -214,7 +214,7 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     block_h = max(16, triton.next_power_of_2(H))
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
-    block_e = 128 if itemsize == 2 else 32
+    block_e = 64 if itemsize == 2 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, warps, 2)
 

@@ -177,10 +177,7 @@ def _attend_ring(
     for _ in range(begin, stop, BLOCK_L):
         k = _numbers(k_next, k_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
         v = _numbers(v_next, v_ring_ptr.dtype.element_ty, PER_LOAD, ACC)
-        if ROWS * BLOCK_D < 1024:  # a thread may have no more than one of a row's products
-            score = tl.sum(product(k, q), axis=1) * scale
-        else:
-            score = tl.sum(k * q, axis=1) * scale
+        score = tl.sum(product(k, q, ROWS * BLOCK_D < 1024), axis=1) * scale
         if k_scale_ptr is not None:
             score *= factor_of(k_scale_next, k_ring_ptr.dtype.element_ty).to(ACC)
             v_factor = factor_of(v_scale_next, v_ring_ptr.dtype.element_ty).to(ACC)
@@ -274,17 +271,15 @@ def _merge_parts(
                 other=0.0,
                 cache_modifier=".cg",
             )  # [ROWS, BLOCK_W]
-            if ml_ptr is None:
-                share = tl.where(there, tl.full((), 1.0, ACC), 0.0)
-            else:
+            if ml_ptr is not None:
                 m = tl.load(
                     ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
                 )
                 l_sum = tl.load(ml_ptr + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
                 weight = l_sum * tl.exp2(m - finite_or_zero(tl.max(m, axis=1))[:, None])
                 share = tl.where(there, weight / tl.sum(weight, axis=1)[:, None], 0.0)
-            share = tl.reshape(share, (ROWS,))
-            out += tl.sum(product(rows, share[:, None]), axis=0)
+                rows = product(rows, tl.reshape(share, (ROWS,))[:, None])
+            out += tl.sum(rows, axis=0)
         tl.store(out_ptr + w + offs_w, cast(out, out_ptr.dtype.element_ty), mask=mask_w)
 
 
@@ -408,7 +403,8 @@ def _ring_step_kernel(
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(product(l_i, row_scale), axis=0)
-    acc = tl.sum(product(acc, row_scale[:, None]), axis=0)
+    SMALL: tl.constexpr = BLOCK_L * BLOCK_D < 4096 or PER_LOAD > 1
+    acc = tl.sum(product(acc, row_scale[:, None], SMALL), axis=0)
 
     keep = tl.full((), 1.0, ACC)
     v_new = tl.zeros((BLOCK_D,), ACC)
@@ -607,7 +603,8 @@ def _group_step_kernel(
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True)
     acc = tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D))
-    acc = tl.sum(product(acc, row_scale[:, :, None]), axis=1)
+    SMALL: tl.constexpr = BLOCK_L * BLOCK_D < 1024 or PER_LOAD > 1
+    acc = tl.sum(product(acc, row_scale[:, :, None], SMALL), axis=1)
 
     new_row = (first_row + new_slot)[:, None]
     k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
@@ -634,10 +631,13 @@ def _group_step_kernel(
                  o_weight_ptr, partial_ptr + head * (GROUP * E), head, dtype, E, D, BLOCK_D,
                  BLOCK_E, STAGES, True, PRECISION, ACC)  # fmt: skip
     if is_last(counter_ptr + group, H):
+        # Anew, for kept so long it spills.
+        position = tl.load(position_ptr + streams, mask=there, other=0, cache_modifier=".cg")
         limit = tl.minimum(N - first, GROUP) * E
         _merge_parts(partial_ptr, None, o_bias_ptr, out_ptr + first * E, limit, H, 1, GROUP * E, E,
                      BLOCK_M, BLOCK_H, 1, ACC)  # fmt: skip
         if UPDATE:
+            tl.debug_barrier()  # all threads have read it
             tl.store(position_ptr + streams, position + advance, mask=there)
 
 
@@ -906,7 +906,7 @@ def _prepare(
     sizes = (E, EK, EV, H, L, R)
     tile = (plan.block_l, plan.block_d, per_load, plan.block_k)
     ends = (precision, (E // H) ** -0.5, tl.float64 if wide else tl.float32)
-    block_m = 16 * 1024 // max(block_s, MERGED_ROWS.value)
+    block_m = 1024 * MERGED_ROWS.value // max(block_s, MERGED_ROWS.value)
     if grouped:
         constants: tuple = (
             *sizes, plan.group, *tile, plan.block_e, plan.stages, add_zero_attn, update, block_h,
