@@ -253,8 +253,8 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
         launched.append(Kernel(getattr(module, name)))
         monkeypatch.setattr(module, name, launched[-1])
     arguments = {"embed_dim": 1024, "num_heads": 8} if streams == 8 else {}
-    module = build(sequence_len=LENGTH, formulation="kv", **arguments).requires_grad_(False)
-    token = torch.ones(streams, module.embed_dim)
+    module = build(sequence_len=LENGTH, formulation="kv", **arguments).requires_grad_(False).half()
+    token = torch.ones(streams, module.embed_dim).half()
     with co.use_backend("triton"):
         module.start_streams(streams)
         module.forward_step(token)

@@ -40,7 +40,7 @@ LAUNCHES = {"fused": 1, "group": 1, "chain": 3, "gemm": 4}
 INPUT_CHAIN = {"fused": 9, "gemm": 13}
 INPUT_LAUNCHES = {"fused": 3, "gemm": 5}
 # Of a clip: the query's projection, its move to the tokens, attention, values, output; two of each
-# matrix product's gradients and the attention's, in two; sums of the biases' and of the tokens' gradients.
+# matrix product's gradients and the attention's, in two; sums of gradients of biases and tokens.
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 5, 14
 STEPS_LAUNCHES = 5  # projection, attention, ring, position, output
 PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, their successors
