@@ -252,7 +252,7 @@ def test_triton_step_binds_once_and_is_launched_directly_from_then_on(streams, c
     ):
         launched.append(Kernel(getattr(module, name)))
         monkeypatch.setattr(module, name, launched[-1])
-    arguments = {"embed_dim": 1024, "num_heads": 8} if streams == 8 else {}
+    arguments = {"embed_dim": 1024 if streams == 8 else 32, "num_heads": 8 if streams == 8 else 2}
     module = build(sequence_len=LENGTH, formulation="kv", **arguments).requires_grad_(False).half()
     token = torch.ones(streams, module.embed_dim).half()
     with co.use_backend("triton"):
