@@ -455,8 +455,8 @@ struct RingStepBlock {
       const int pair = task / p.warps_per_head;
       const int stream = pair / heads;
       const int head = pair - stream * heads;
-      float query[kPack];
-      load_head(qkv_row(0, stream) + head * p.head_dim, query);
+      float query[kPack] = {};  // of streams that do not exist no block has put one there
+      if (exists(stream)) load_head(qkv_row(0, stream) + head * p.head_dim, query);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) query[i] *= p.scale_log2;
       Accumulator acc;
