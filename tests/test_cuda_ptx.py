@@ -152,13 +152,23 @@ GUARDS = {
 }
 
 
+def changed(change: Change, arch: int) -> PtxDevice:
+    """A device for kernels that differ from the compiled ones."""
+    return PtxDevice(
+        arch, program=lambda kernel, arch: parse(change(kernel_of(kernel, arch)), kernel)
+    )
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_step_without_one_of_its_guards_is_found_out(guard: str) -> None:
     merge, change, what = GUARDS[guard]
     case = Case(N=5, **LAUNCHES[f"{merge}_heads_splits_four_streams"])
-    device = PtxDevice(
-        90 if case.cluster else 80,
-        program=lambda kernel, arch: parse(change(kernel_of(kernel, arch)), kernel),
-    )
+    device = changed(change, 90 if case.cluster else 80)
     with pytest.raises(FaultError, match=what):
         check(case, POSITIONS, [device])
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_attention_without_one_of_its_barriers_is_found_out(which: int) -> None:
+    with pytest.raises(FaultError, match="another warp writes"):
+        check_shared(SHARED_CASES["plain"], changed(without(r"bar\.sync\s+0", which), 80))
