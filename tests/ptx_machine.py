@@ -1,25 +1,26 @@
-"""A machine for PTX in numpy: runs what Triton compiled, on the CPU, and finds its races.
+"""A machine for PTX in numpy: runs what Triton or nvcc compiled, on the CPU, and finds its races.
 
 All programs of a launch run at once, an instruction at a time over all of their threads; of threads
 that went apart those that are behind go first. So nothing orders the accesses of two programs, or
-of two warps, but the barriers and atomics that the kernel itself has, and the machine raises
-`FaultError` where it finds two accesses of one byte, one of them a write, which those do not order.
-It also raises for what memory checkers find: an access beside a tensor or the shared memory, a
-misaligned one, shared memory read before it was written or while a copy into it is on its way, and
-instructions of a whole warp that only a part of one reaches.
+of two warps, but the barriers, fences and atomics that the kernel itself has, and the machine
+raises `FaultError` where it finds two accesses of one byte, one of them a write, which those do not
+order. It also raises for what memory checkers find: an access beside a tensor or the shared memory,
+a misaligned one, shared memory read before it was written or while a copy into it is on its way,
+shared memory of a program that may not have begun or may have ended, and instructions of a whole
+warp that only a part of one reaches.
 
-The instructions are those that Triton makes of this package's kernels for sm_80 and sm_90. What
-they do is from NVIDIA's "Parallel Thread Execution ISA".
+The instructions are those that Triton and nvcc make of this package's kernels for sm_80 and sm_90.
+What they do is from NVIDIA's "Parallel Thread Execution ISA".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from ptx_memory import Array, FaultError, Global, Mask, Memory, Shared
+from ptx_memory import Array, FaultError, Generic, Global, Mask, Memory, Order, Shared, Space
 
 Source = Callable[[], Any]
 
@@ -48,64 +49,128 @@ class Line(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A kernel's instructions, where its labels are, and the widths of its registers."""
+    """A kernel's instructions, where its labels are, and the widths of its registers.
+
+    `parameters` are the places and types of the parameters, or their sizes where they are bytes;
+    `symbols` the addresses of parameters and shared memory by name, and `shared_bytes` how much of
+    the latter comes before what a launch adds to it.
+    """
 
     name: str
     lines: list[Line]
     labels: dict[str, int]
     registers: dict[str, Any]
+    parameters: list[tuple[int, str | int]]
+    symbols: dict[str, int]
+    shared_bytes: int
 
 
-_LOCATION = re.compile(r"\.loc\s.*//\s*(\S+)")
-_DECLARED = re.compile(r"\.reg \.(\w+)\s+(.*);")
-_INSTRUCTION = re.compile(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*);$")
-_LOCAL = re.compile(r"(?<![%\w])[a-z]\w*")  # a register of inline assembly
+_FILE = re.compile(r"\.file\s+(\d+)\s+\"(?:[^\"]*/)?([^\"/]+)\"")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
+_DECLARED = re.compile(r"\.reg \.(\w+)\s+(.*)$")
+_PARAMETER = re.compile(
+    r"\.param (?:\.align (\d+) )?\.(\w+) (?:\.ptr [^,]*? )?([\w$]+)(?:\[(\d+)\])?$"
+)
+_SHARED = re.compile(r"^\s*(?:\.\w+ )*\.shared (?:\.align (\d+) )?\.(\w+) ([\w$]+)\[(\d*)\];", re.M)
+_INSTRUCTION = re.compile(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$")
+_NAME = re.compile(r"[%$\w]+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
-def parse(ptx: str) -> Program:
-    name = re.search(r"\.visible \.entry (\w+)\(", ptx)
-    assert name is not None
-    body = ptx[ptx.index("\n{\n", name.end()) + 3 :]
+def _parameters(declarations: str) -> tuple[list[tuple[int, str | int]], dict[str, int]]:
+    """Where the parameters are, and by which names."""
+    parameters: list[tuple[int, str | int]] = []
+    symbols, end = {}, 0
+    for text in declarations.split(","):
+        found = _PARAMETER.match(text.strip())
+        if found is None:
+            raise NotImplementedError(text)
+        align, kind, name, count = found.groups()
+        size = _SIZES[kind]
+        end += -end % int(align or size)
+        symbols[name] = end
+        parameters.append((end, int(count) * size if count else kind))
+        end += int(count or 1) * size
+    return parameters, symbols
+
+
+def _shared_symbols(ptx: str) -> tuple[dict[str, int], int]:
+    """Where named shared memory is, and the size of what the launch does not size itself."""
+    symbols, end = {}, 0
+    found = sorted(_SHARED.findall(ptx), key=lambda x: not x[3])  # the launch's comes last
+    for align, kind, name, count in found:
+        end += -end % int(align or _SIZES[kind])
+        symbols[name] = end
+        end += int(count or 0) * _SIZES[kind]
+    return symbols, end
+
+
+def _statements(body: str) -> Iterator[str]:
+    """Braces, labels and what stands before semicolons, each by itself."""
+    for text in body.splitlines():
+        text = text.split("//")[0].strip()
+        while text.startswith(("{", "}")):  # operands in braces never come first
+            yield text[0]
+            text = text[1:].strip()
+        for part in re.findall(r"[^;]+;?", text):
+            part = part.strip()
+            closes = part == "}"
+            if part:
+                yield part if closes else part.rstrip(";").strip()
+
+
+def parse(ptx: str, entry: str = r"\w+") -> Program:
+    """The kernel of that name, or the first one."""
+    found = re.search(rf"\.visible \.entry ({entry})\(([^)]*)\)", ptx)
+    assert found is not None
+    body = ptx[ptx.index("\n{\n", found.end()) + 3 :]
+    files = dict(_FILE.findall(ptx))
+    parameters, symbols = _parameters(found[2])
+    shared, shared_bytes = _shared_symbols(ptx)
     lines: list[Line] = []
     labels: dict[str, int] = {}
     registers: dict[str, Any] = {}
-    source, scope, scopes = "", "", 0
-    for text in body.splitlines():
-        location = _LOCATION.search(text)
-        if location:
-            source = location[1]
-        text = text.split("//")[0].strip()
-        if text == "}" and not scope:
-            break
-        if text.startswith("{") and not text.endswith(";"):  # of inline assembly, with own names
+    source, scopes = "", 0
+    local: list[dict[str, str]] = []  # of each open brace, what its registers are called here
+    for text in _statements(body):
+        if location := _LOCATION.match(text):
+            source = f"{files[location[1]]}:{location[2]}:{location[3]}"
+        elif text == "{":
             scopes += 1
-            scope = f"#{scopes}"
+            local.append({})
         elif text == "}":
-            scope = ""
+            if not local:
+                break
+            local.pop()
         elif text.endswith(":"):
             labels[text[:-1]] = len(lines)
         elif declared := _DECLARED.match(text):
             for item in declared[2].split(","):
                 item = item.strip()
                 several = re.match(r"(%\w+)<(\d+)>", item)
-                names = [item + scope]
-                if several:
-                    names = [f"{several[1]}{i}" for i in range(int(several[2]))]
+                names = [f"{several[1]}{i}" for i in range(int(several[2]))] if several else [item]
+                if local:
+                    local[-1].update({name: f"{name}#{scopes}" for name in names})
+                    names = [local[-1][name] for name in names]
                 width = declared[1]
                 registers.update(
                     dict.fromkeys(names, width if width == "pred" else "b" + width[1:])
                 )
-        elif text and not text.startswith("."):
-            found = _INSTRUCTION.match(text)
-            if found is None:
+        elif not text.startswith("."):
+            instruction = _INSTRUCTION.match(text)
+            if instruction is None:
                 raise NotImplementedError(text)
-            operands = tuple(x.strip() for x in _OPERAND.findall(found[3]))
-            if scope:
-                operands = tuple(_LOCAL.sub(rf"\g<0>{scope}", x) for x in operands)
-            lines.append(Line(found[1] or "", found[2], operands, source))
+            predicate, opcode, rest = instruction.groups()
+            for names in local:
+                predicate, rest = (
+                    _NAME.sub(lambda x, names=names: names.get(x[0], x[0]), y or "")
+                    for y in (predicate, rest)
+                )
+            operands = tuple(x.strip() for x in _OPERAND.findall(rest))
+            lines.append(Line(predicate or "", opcode, operands, source))
     types = {register: _TYPES[width] for register, width in registers.items()}
-    return Program(name[1], lines, labels, types)
+    symbols |= shared
+    return Program(found[1], lines, labels, types, parameters, symbols, shared_bytes)
 
 
 def _to_bf16(x: Array) -> Array:
@@ -137,6 +202,9 @@ def _floats(x: Array, kind: str) -> Array:
 class Machine:
     """`grid` programs of `threads` threads each; `run` runs them to their ends over a memory.
 
+    `shared_bytes` are those that the launch adds to what the kernel declares, and `cluster` how
+    many consecutive programs reach each other's.
+
     `harmless` says of a place in the source, as file:line:column, that the kernel does not use what
     it reads there where others may write it meanwhile.
     """
@@ -148,16 +216,18 @@ class Machine:
         threads: int,
         shared_bytes: int,
         harmless: Callable[[str], bool] = lambda source: False,
+        cluster: int = 1,
         seed: int = 0,
     ) -> None:
         self.program, self.threads, self.harmless = program, threads, harmless
-        self.programs = int(np.prod(grid))
+        self.programs, self.cluster = int(np.prod(grid)), cluster
+        self.warps = threads // _WARP  # of each program
         self.n = self.programs * threads
         self.random = np.random.default_rng(seed)
         lanes = np.arange(self.n, dtype=np.int64)
         self.cta = lanes // threads
         self.warp = lanes // _WARP  # over all programs
-        self._shared_bytes = shared_bytes
+        self._shared_bytes = program.shared_bytes + shared_bytes
         tid = (lanes % threads).astype(np.uint32)
         special = {"%tid.x": tid, "%laneid": tid % _WARP, "%ntid.x": np.full_like(tid, threads)}
         rest = self.cta
@@ -173,36 +243,54 @@ class Machine:
         self._steps: list[Callable[[Mask], None] | None] = [None] * len(program.lines)
 
     def run(
-        self, memory: Memory, parameters: Sequence[int | float], one_by_one: bool = False
+        self, memory: Memory, arguments: Sequence[int | float | bytes], one_by_one: bool = False
     ) -> None:
-        """Run every program to its end: all at once, or one after the other in any order.
+        """Run every program to its end: all at once, or one cluster after the other in any order.
 
-        `parameters` are the kernel's arguments: addresses and integers, or floats.
+        `arguments` are the kernel's: addresses and integers, floats, or a structure's bytes.
         """
-        self.memory, self.parameters = memory, parameters
-        self.barriers = np.zeros(self.programs, np.int64)  # that each program has passed
+        self.memory, self.order = memory, Order(self)
+        self.parameters = Space(self, self._encoded(arguments))
         self.shared, self.globals = Shared(self, self._shared_bytes), Global(self)
+        self.generic = Generic(self.shared, self.globals)
+        self.live = np.zeros(self.n, bool)
         self.r.update(self._special)
         for name, dtype in self.program.registers.items():  # what nobody wrote is not zero
             fill = True if dtype.kind == "b" else np.array([0xA5] * 8, np.uint8).view(dtype)[0]
-            self.r[name] = np.broadcast_to(np.array(fill, dtype), self.n)
+            self.r[name] = self._full(np.array(fill, dtype))
         with np.errstate(all="ignore"):
             if one_by_one:
-                for program in self.random.permutation(self.programs):
-                    self._run(self.cta == program)
+                for which in self.random.permutation(self.programs // self.cluster):
+                    self._run(self.cta // self.cluster == which)
             else:
                 self._run(np.ones(self.n, bool))
         self.shared.end()
+        self.order.end()
+
+    def _encoded(self, arguments: Sequence[int | float | bytes]) -> Array:
+        """The arguments as the bytes of the kernel's parameters."""
+        encoded = b""
+        for (start, kind), value in zip(self.program.parameters, arguments, strict=True):
+            encoded = encoded.ljust(start, b"\0")
+            if isinstance(value, bytes):
+                assert kind == len(value)
+                encoded += value
+            elif isinstance(value, float):
+                encoded += np.float32(value).tobytes()
+            else:
+                encoded += (value % 2**64).to_bytes(8, "little")[: _SIZES[kind]]
+        return np.frombuffer(encoded, np.uint8)
 
     # The order of things.
 
     def _run(self, mask: Array) -> None:
         groups: dict[int, Array] = {0: mask}
-        waiting: dict[int, Array] = {}
+        waiting: dict[int, Array] = {}  # at which barrier
+        self.live = mask.copy()
         lines, labels = self.program.lines, self.program.labels
         while groups or waiting:
             if not groups:
-                groups, waiting = self._barrier(waiting), {}
+                groups = self._barrier(waiting)
                 continue
             pc = min(groups)
             mask = groups.pop(pc)
@@ -221,11 +309,12 @@ class Machine:
                     break
                 if line.opcode == "ret":
                     stays = mask & ~self._predicate(line.predicate)
+                    self.live &= stays | ~mask
                     if stays.any():
                         groups[pc + 1] = stays
                     break
-                if line.opcode == "bar.sync":
-                    if line.operands != ("0",) or line.predicate:
+                if line.opcode in _BARRIERS:
+                    if line.operands not in ((), ("0",)) or line.predicate:
                         raise NotImplementedError(str(line))
                     waiting[pc] = waiting.get(pc, False) | mask
                     break
@@ -239,12 +328,35 @@ class Machine:
                     break
 
     def _barrier(self, waiting: dict[int, Array]) -> dict[int, Array]:
-        """Let everybody go on, for there is nobody left who does not wait."""
-        for mask in waiting.values():
-            self._whole_warps(mask)
-        self.barriers[np.unique(self.cta[np.logical_or.reduce(list(waiting.values()))])] += 1
-        self.globals.learn()
-        return {pc + 1: mask for pc, mask in waiting.items()}
+        """Take those out of the waiting who may go on, for there is nobody left who need not wait.
+
+        They may where all that live of a program, or of a cluster, wait for each other.
+        """
+        released = np.zeros(self.n, bool)
+        for opcode, size in (("bar.sync", 1), ("barrier.cluster.wait", self.cluster)):
+            those = [x for pc, x in waiting.items() if self.program.lines[pc].opcode == opcode]
+            if not those:
+                continue
+            for mask in those:
+                self._whole_warps(mask)
+            here = np.logical_or.reduce(those)
+            here &= ~np.isin(self.cta // size, np.unique(self.cta[self.live & ~here] // size))
+            if opcode == "bar.sync":
+                self.order.barrier(np.unique(self.cta[here]))
+            else:
+                for cluster in np.unique(self.cta[here] // size):
+                    self.order.cluster_barrier(np.flatnonzero(here & (self.cta // size == cluster)))
+            released |= here
+        if not released.any():
+            raise self.fault("waits for who never comes", np.flatnonzero(self.live))
+        groups = {}
+        for pc, mask in list(waiting.items()):
+            if (mask & released).any():
+                groups[pc + 1] = mask & released
+                waiting[pc] = mask & ~released
+                if not waiting[pc].any():
+                    del waiting[pc]
+        return groups
 
     def fault(self, what: str, lanes: Array) -> FaultError:
         lane = int(lanes[0])
@@ -273,8 +385,8 @@ class Machine:
                 return lambda: r[operand].view(dtype)
             unsigned = np.dtype(f"u{dtype.itemsize}")
             return lambda: r[operand].astype(unsigned).view(dtype)
-        if operand == "global_smem":
-            value: Any = np.uint64(0)
+        if operand in self.program.symbols:
+            value: Any = np.uint64(self.program.symbols[operand])
         elif operand.startswith("0f"):
             value = np.uint32(int(operand[2:], 16)).view(_TYPES[kind])
             return lambda: value
@@ -295,6 +407,12 @@ class Machine:
             return lambda: value
         value = value.astype(f"u{_SIZES[kind]}").view(_TYPES[kind])
         return lambda: value
+
+    def _full(self, value: Any) -> Array:
+        """[threads] what is the same for all, too."""
+        if isinstance(value, np.ndarray) and value.ndim:
+            return value
+        return np.broadcast_to(value, self.n)
 
     def put(self, name: str, value: Any, mask: Mask) -> None:
         """Write a register in the threads of the mask."""
@@ -323,15 +441,19 @@ class Machine:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
         source = self.get(base, kind)
         add = int(offset or "0", 0)
-        return lambda: np.broadcast_to(np.asarray(source()).astype(np.int64) + add, self.n)
+        return lambda: self._full(np.asarray(source()).astype(np.int64) + add)
 
     def _place(self, operand: str, space: str) -> tuple[Callable[[], Any], Source]:
         """Where and at which address an access is."""
         if space.startswith("shared"):
             return lambda: self.shared, self._address(operand, "u32")
-        if space != "global":
+        if space == "global":
+            return lambda: self.globals, self._address(operand, "u64")
+        if space == "param":
+            return lambda: self.parameters, self._address(operand, "u64")
+        if space in ("local", "const"):
             raise NotImplementedError(f"memory of {space}")
-        return lambda: self.globals, self._address(operand, "u64")
+        return lambda: self.generic, self._address(operand, "u64")
 
     # Instructions.
 
@@ -370,7 +492,7 @@ class Machine:
         sources = [self.get(x, "b32") for x in line.operands[1:]]
 
         def step(mask: Mask) -> None:
-            pairs = [_halves(np.broadcast_to(x(), self.n)) for x in sources]
+            pairs = [_halves(self._full(x())) for x in sources]
             if kind == "bf16":
                 result = _to_bf16(compute(*[_from_bf16(x) for x in pairs]))
             else:
@@ -401,7 +523,10 @@ class Machine:
     def _make_fma(self, line: Line, parts: list[str]) -> Callable:
         def fma(a: Array, b: Array, c: Array) -> Array:
             exact = np.multiply(a, b, dtype=np.float64) + c  # the product is exact
-            return exact.astype(np.float32)
+            result = exact.astype(np.float32)
+            if "rm" in parts:  # towards minus infinity
+                return np.where(result > exact, np.nextafter(result, np.float32(-np.inf)), result)
+            return result
 
         return self._arithmetic(line, parts, fma)
 
@@ -443,7 +568,7 @@ class Machine:
             )
 
         def high(mask: Mask) -> None:  # of 128 bits
-            x, y = (np.broadcast_to(v(), self.n).astype(object) for v in (a, b))
+            x, y = (self._full(v()).astype(object) for v in (a, b))
             self.put(line.operands[0], ((x * y) >> 64).astype(_TYPES[kind]), mask)
 
         return high
@@ -510,7 +635,7 @@ class Machine:
         a, b, select = (self.get(x, "b32") for x in line.operands[1:])
 
         def step(mask: Mask) -> None:
-            low, high = (np.broadcast_to(x(), self.n).astype(np.uint64) for x in (a, b))
+            low, high = (self._full(x()).astype(np.uint64) for x in (a, b))
             both, choice = low | high << np.uint64(32), select().astype(np.uint64)
             result = np.zeros(self.n, np.uint64)
             for byte in range(4):
@@ -537,7 +662,7 @@ class Machine:
             sources = [self.get(x, "b32") for x in line.operands[1:]]
 
             def step(mask: Mask) -> None:
-                pairs = [_floats(_halves(np.broadcast_to(x(), self.n)), kind[:-2]) for x in sources]
+                pairs = [_floats(_halves(self._full(x())), kind[:-2]) for x in sources]
                 result = compare(*pairs)
                 self.put(first, result[:, 0], mask)
                 self.put(second, result[:, 1], mask)
@@ -554,7 +679,7 @@ class Machine:
             whole = self.get(source, kind)
 
             def unpack(mask: Mask) -> None:
-                pieces = np.ascontiguousarray(np.broadcast_to(whole(), self.n)).view(f"u{size}")
+                pieces = np.ascontiguousarray(self._full(whole())).view(f"u{size}")
                 for i, name in enumerate(names):
                     self.put(name, pieces.reshape(self.n, -1)[:, i].copy(), mask)
 
@@ -565,7 +690,7 @@ class Machine:
             pieces = [self.get(x, f"b{size}") for x in names]
 
             def pack(mask: Mask) -> None:
-                parts = [np.broadcast_to(x(), self.n) for x in pieces]
+                parts = [self._full(x()) for x in pieces]
                 self.put(target, np.stack(parts, 1).view(_TYPES[kind])[:, 0], mask)
 
             return pack
@@ -581,7 +706,7 @@ class Machine:
             bits = _to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
 
             def pack(mask: Mask) -> None:
-                both = [bits(np.broadcast_to(x(), self.n)) for x in (low, high)]
+                both = [bits(self._full(x())) for x in (low, high)]
                 self.put(target, np.stack(both, 1).view(np.uint32)[:, 0], mask)
 
             return pack
@@ -600,6 +725,10 @@ class Machine:
                 self.put(target, wide.astype(dtype), mask)
 
             return to_integer
+        if how == {"sat"}:
+            return lambda mask: self.put(
+                target, np.fmin(np.fmax(source(), 0), 1).astype(dtype), mask
+            )
         if how - {"rn"}:
             raise NotImplementedError(str(line))
         return lambda mask: self.put(target, source().astype(dtype), mask)
@@ -618,6 +747,7 @@ class Machine:
 
     def _make_shfl(self, line: Line, parts: list[str]) -> Callable:
         mode = parts[1]
+        target, _, found = line.operands[0].partition("|")
         source = self.get(line.operands[1], "b32")
         count, clamp = (self.get(x, "u32") for x in line.operands[2:4])
         lane = np.arange(self.n) % _WARP
@@ -637,8 +767,10 @@ class Machine:
             else:
                 raise NotImplementedError(str(line))
             other = np.where(valid, other, lane)
-            value = np.broadcast_to(source(), self.n)
-            self.put(line.operands[0], value[np.arange(self.n) - lane + other], mask)
+            value = self._full(source())
+            self.put(target, value[np.arange(self.n) - lane + other], mask)
+            if found:
+                self.put(found, self._full(valid), mask)
 
         return step
 
@@ -649,7 +781,7 @@ class Machine:
 
         def step(mask: Mask) -> None:
             self._whole_warps(mask)
-            value = np.broadcast_to(source(), self.n).reshape(-1, _WARP)
+            value = self._full(source()).reshape(-1, _WARP)
             total = reduce(value, axis=1, dtype=_TYPES[kind])
             self.put(line.operands[0], np.repeat(total, _WARP), mask)
 
@@ -667,26 +799,18 @@ class Machine:
 
     def _make_ld(self, line: Line, parts: list[str]) -> Callable:
         kind = parts[-1]
-        if parts[0] == "param":
-            which = int(line.operands[1].strip("[]").rpartition("_")[2])
-
-            def take(mask: Mask) -> None:
-                value = self.parameters[which]
-                bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
-                number = np.array(int(bits) % 2**64, np.uint64).astype(f"u{_SIZES[kind]}")
-                self.put(line.operands[0], number, mask)
-
-            return take
         targets = self.several(line.operands[0])
-        space, address = self._place(line.operands[1], parts[0])
         size = _SIZES[kind]
+        whole = size * len(targets)
+        space, address = self._place(line.operands[1], parts[0])
+        constant = {"constant": True} if "nc" in parts else {}
 
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
-            data = space().load(lanes, address()[lanes], size * len(targets))
-            values = data.view(f"u{size}")
+            data = space().load(lanes, address()[lanes], whole, **constant)
+            values = data.view(_TYPES.get(kind, f"u{size}"))
             for i, target in enumerate(targets):
-                full = np.zeros(self.n, f"u{size}")
+                full = np.zeros(self.n, values.dtype)
                 full[lanes] = values[:, i]
                 self.put(target, full, mask)
 
@@ -699,24 +823,73 @@ class Machine:
 
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
-            values = [np.broadcast_to(x(), self.n)[lanes] for x in sources]
+            values = [self._full(x())[lanes] for x in sources]
             data = np.stack(values, 1).view(np.uint8).reshape(len(lanes), -1)
             space().store(lanes, address()[lanes], data)
 
         return step
 
     def _make_atom(self, line: Line, parts: list[str]) -> Callable:
-        if parts[:3] != ["global", "gpu", "acq_rel"] or parts[3:] != ["add", "u32"]:
+        known = {"global", "gpu", "relaxed", "acq_rel", "acquire", "release"}
+        if set(parts[:-2]) - known or parts[-2:] not in (["add", "u32"], ["inc", "u32"]):
             raise NotImplementedError(str(line))
-        address, add = self._address(line.operands[1], "u64"), self.get(line.operands[2], "u32")
+        acquires = bool({"acquire", "acq_rel"} & set(parts))
+        releases = bool({"release", "acq_rel"} & set(parts))
+        address, by = self._address(line.operands[1], "u64"), self.get(line.operands[2], "u32")
+        change: dict[str, Callable] = {
+            "add": lambda old, x: old + x,
+            "inc": lambda old, limit: 0 if old >= limit else old + 1,
+        }
+        to = change[parts[-2]]
 
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
-            values = np.broadcast_to(add(), self.n)
+            values = self._full(by())
             old = np.zeros(self.n, np.uint32)
-            for lane in self.random.permutation(lanes):
-                old[lane] = self.globals.count(int(lane), int(address()[lane]), values[lane])
+            for lane in map(int, self.random.permutation(lanes)):
+                value, at = values[lane], int(address()[lane])
+                old[lane] = self.globals.count(
+                    lane, at, lambda x, value=value: to(x, value), acquires, releases
+                )
             self.put(line.operands[0], old, mask)
+
+        return step
+
+    def _make_membar(self, line: Line, parts: list[str]) -> Callable:
+        if parts != ["gl"]:
+            raise NotImplementedError(str(line))
+        return lambda mask: self.order.fence(mask)
+
+    # Clusters, and addresses that say of which program's memory they are.
+
+    def _make_barrier(self, line: Line, parts: list[str]) -> Callable:
+        if parts[:2] != ["cluster", "arrive"]:
+            raise NotImplementedError(str(line))
+        releases = "relaxed" not in parts
+        return lambda mask: self.order.arrive(mask, releases)
+
+    def _make_cvta(self, line: Line, parts: list[str]) -> Callable:
+        if parts[0] == "to":
+            if parts[1] != "global":
+                raise NotImplementedError(str(line))
+            return self._elementwise(line, "u64", lambda x: x)
+        if parts[0] in ("global", "param"):  # of parameters none but comparisons are known
+            return self._elementwise(line, "u64", lambda x: x)
+        assert parts == ["shared", "u64"]
+        return self._elementwise(line, "s64", lambda x: Generic.of_shared(self.cta, x))
+
+    def _make_mapa(self, line: Line, parts: list[str]) -> Callable:
+        if parts != ["u64"]:
+            raise NotImplementedError(str(line))
+        address, rank = self.get(line.operands[1], "s64"), self.get(line.operands[2], "s32")
+
+        def step(mask: Mask) -> None:
+            bad = (rank() < 0) | (rank() >= self.cluster)
+            bad = self._full(bad) & (True if mask is None else mask)
+            if bad.any():
+                raise self.fault("maps to beyond the cluster", np.flatnonzero(bad))
+            first = self.cta // self.cluster * self.cluster
+            self.put(line.operands[0], Generic.moved(address(), first + rank()), mask)
 
         return step
 
@@ -735,7 +908,7 @@ class Machine:
         def step(mask: Mask) -> None:
             lanes = np.arange(self.n) if mask is None else np.flatnonzero(mask)
             data = np.zeros((len(lanes), size), np.uint8)
-            counts = np.broadcast_to(size if given is None else given(), self.n)[lanes]
+            counts = self._full(size if given is None else given())[lanes]
             for count in np.unique(counts):
                 if count:
                     these = counts == count
@@ -784,7 +957,7 @@ class Machine:
             runs = np.flatnonzero(self._whole_warps(mask))
             at = address().reshape(-1, _WARP)[runs]
             for i, source in enumerate(sources):
-                pairs = _halves(np.broadcast_to(source(), self.n)).reshape(-1, _WARP, 2)[runs]
+                pairs = _halves(self._full(source())).reshape(-1, _WARP, 2)[runs]
                 matrices = np.zeros((len(runs), 8, 8), np.uint16)
                 matrices[:, row, column], matrices[:, row, column + 1] = (
                     pairs[..., 0],
@@ -805,7 +978,7 @@ class Machine:
 
     def _fragment(self, sources: list[Source], kind: str) -> Array:
         """[warps, 16, K] a matrix of 16 rows, K = 16 for 16-bit numbers and 8 for tf32."""
-        parts = [np.broadcast_to(x(), self.n).reshape(-1, _WARP) for x in sources]
+        parts = [self._full(x()).reshape(-1, _WARP) for x in sources]
         g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
         if kind == "tf32":
             matrix = np.zeros((len(parts[0]), 16, 8), np.float32)
@@ -834,7 +1007,7 @@ class Machine:
             left = self._fragment(a_sources, kind)
             right = np.zeros((len(left), left.shape[2], 8), np.float32)
             for i, source in enumerate(b_sources):
-                part = np.broadcast_to(source(), self.n).reshape(-1, _WARP)
+                part = self._full(source()).reshape(-1, _WARP)
                 if kind == "tf32":
                     right[:, t + 4 * i, g] = _tf32(part)
                 else:
@@ -883,7 +1056,7 @@ class Machine:
             product = np.zeros((len(runs), 64, width), np.float32)
             product[groups] = np.matmul(left, right.transpose(0, 2, 1))
             product = product.reshape(-1, 16, width)
-            scale = np.broadcast_to(adds(), self.n)
+            scale = self._full(adds())
             for i, name in enumerate(d):
                 part = product[:, g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2].ravel()
                 self.put(name, part + np.where(scale, old[i](), np.float32(0)), mask)
@@ -893,7 +1066,7 @@ class Machine:
     def _tile(self, groups: Array, source: Source, rows: int, kind: str, along: bool) -> Array:
         """[groups, rows, 16] of shared memory, as descriptors say; `along`: rows side by side."""
         lanes = groups * 4 * _WARP
-        words = np.broadcast_to(source(), self.n)[lanes].astype(np.int64)
+        words = self._full(source())[lanes].astype(np.int64)
         start, leading, stride = (((words >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
         swizzle = {0: 16, 1: 128, 2: 64, 3: 32}
         modes = np.unique(words >> 62 & 3)
@@ -945,6 +1118,7 @@ _SIMPLE: dict[str, Callable] = {
     "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "and": np.bitwise_and,
     "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
 }  # fmt: skip
+_BARRIERS = ("bar.sync", "barrier.cluster.wait")
 _COMPARISONS: dict[str, Callable] = {
     "eq": np.equal,
     "ne": lambda a, b: _differ(a, b),

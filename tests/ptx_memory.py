@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,8 @@ Mask = Any  # an array of bool, or None for all threads
 
 _GUARD = 256  # bytes between tensors, which nobody may touch
 _BASE = 1 << 33  # the first address of global memory: no 32-bit arithmetic reaches it
+_SHARED = 1 << 32  # of the shared memory of program 0, among generic addresses
+_WINDOW = 1 << 18  # from there to that of the next program
 
 
 class FaultError(Exception):
@@ -63,29 +65,160 @@ class Memory:
 _SEVERAL = -2  # in place of a warp
 
 
+class Order:
+    """What lies before what, of the accesses of all threads.
+
+    A *time* is twice the number of barriers that a thread's program has passed, its start being the
+    first, and 1 more once the thread has arrived at the next barrier of its cluster. Never is 0.
+    `known[p, q]` is a time of q: all that q
+    did before it lies before whatever p does now. A program learns it by an atomic that acquires
+    what another one released, and its other threads at their next barrier; or at a barrier of its
+    cluster. `executed[p, q]` is the same where only that matters that q has come so far: behind an
+    arrival that releases nothing, too.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        count = machine.programs
+        self.barriers = np.ones(count, np.int64)
+        self.arrived, self.releasing = np.zeros(machine.n, int), np.zeros(machine.n, bool)
+        self.known, self.learnt, self.executed = (np.ones((count, count), int) for _ in range(3))
+        self.visited = np.zeros((count, count), int)  # when q's shared memory was last reached by p
+        self.released: dict[int, Array] = {}  # by atomics at an address
+        # Of each thread the time of its last fence and which of `fences` says what it knew, and
+        # what it observed by atomics that do not acquire, until a fence does.
+        self.fences: list[Array] = []
+        self.fenced, self.fence_times = (np.zeros(machine.n, int) for _ in range(2))
+        self.observed: dict[int, Array] = {}
+
+    def own(self, lanes: Array) -> tuple[Array, Array, Array]:
+        """[lanes, 1] their programs, their warps, and the times."""
+        mine = self.machine.cta[lanes]
+        start = 2 * self.barriers[mine]
+        times = start + (self.arrived[lanes] == start)
+        return mine[:, None], self.machine.warp[lanes][:, None], times[:, None]
+
+    def unordered(self, lanes: Array, program: Array, warp: Array, time: Array) -> Array:
+        """[lanes, ...] which accesses, if there were any, do not lie before what the lanes do."""
+        mine, own_warp, now = self.own(lanes)
+        beside = (time >> 1 == now >> 1) & (warp != own_warp)
+        foreign = (program != mine) & (time > 0)
+        if not foreign.any():
+            return beside
+        return np.where(foreign, self.known[mine, program] <= time, beside)
+
+    def visit(self, lanes: Array, program: Array) -> None:
+        """These reach the shared memory of other programs, which have to be there."""
+        mine, _, now = (x[:, 0] for x in self.own(lanes))
+        cluster = self.machine.cluster
+        for what, bad in (
+            ("another cluster", mine // cluster != program // cluster),
+            ("a program that may not have begun", self.executed[mine, program] == 1),
+        ):
+            if bad.any():
+                raise self.machine.fault(f"reaches shared memory of {what}", lanes[bad])
+        np.maximum.at(self.visited, (mine, program), now)
+
+    def end(self) -> None:
+        """No program may end while others reach its shared memory."""
+        for p, q in np.argwhere(self.visited >= self.executed.T):
+            what = f"program {p} reaches shared memory of program {q}, which may have ended"
+            raise FaultError(f"{self.machine.program.name}: {what}")
+
+    def fence(self, mask: Mask) -> None:
+        """What these threads know is what their next atomics release, if those do not themselves.
+
+        And they acquire what they observed.
+        """
+        lanes = np.arange(self.machine.n) if mask is None else np.flatnonzero(mask)
+        self.fenced[lanes] = len(self.fences)
+        self.fences.append(self.known.copy())
+        self.fence_times[lanes] = 2 * self.barriers[self.machine.cta[lanes]]
+        for lane in set(self.observed).intersection(lanes.tolist()):
+            self._learn(int(self.machine.cta[lane]), self.observed.pop(lane))
+
+    def _learn(self, program: int, known: Array) -> None:
+        self.learnt[program] = np.maximum(self.learnt[program], known)
+
+    def exchange(self, lane: int, address: int, acquires: bool, releases: bool) -> None:
+        """By an atomic of one thread; the next one there observes what any has released so far."""
+        mine = int(self.machine.cta[lane])
+        nothing = np.zeros(self.machine.programs, int)
+        before = self.released.get(address, nothing)
+        if acquires:
+            self._learn(mine, before)
+        else:
+            self.observed[lane] = np.maximum(self.observed.get(lane, nothing), before)
+        own = nothing
+        if releases:  # what all its threads did before their last barrier
+            own = np.maximum(self.known[mine], self.learnt[mine])
+            own[mine] = 2 * self.barriers[mine]
+        elif self.fence_times[lane]:
+            own = self.fences[self.fenced[lane]][mine].copy()
+            own[mine] = self.fence_times[lane]
+        self.released[address] = np.maximum(own, before)
+
+    def barrier(self, programs: Array) -> None:
+        """All threads of these have met; one thread's knowledge becomes that of its program."""
+        self.barriers[programs] += 1
+        self.known[programs] = np.maximum(self.known[programs], self.learnt[programs])
+        self.executed[programs] = np.maximum(self.executed[programs], self.known[programs])
+
+    def arrive(self, mask: Mask, releases: bool) -> None:
+        """These threads arrive at the barrier of their cluster, and go on."""
+        lanes = np.arange(self.machine.n) if mask is None else np.flatnonzero(mask)
+        if self.arrived[lanes].any():
+            raise self.machine.fault("arrives twice at one barrier of the cluster", lanes)
+        self.arrived[lanes] = 2 * self.barriers[self.machine.cta[lanes]]
+        self.releasing[lanes] = releases
+
+    def cluster_barrier(self, lanes: Array) -> None:
+        """All threads of a cluster, who have arrived, know of each other."""
+        if not self.arrived[lanes].all():
+            raise self.machine.fault("waits for the cluster without having arrived", lanes)
+        programs = np.unique(self.machine.cta[lanes])
+        for table in (self.known, self.executed):
+            all_of_them = np.zeros(self.machine.programs, int)
+            for program in programs:
+                those = lanes[self.machine.cta[lanes] == program]
+                if table is self.executed or self.releasing[those].all():
+                    own = table[program].copy()
+                    own[program] = self.arrived[those].min() + 1
+                    all_of_them = np.maximum(all_of_them, own)
+            table[programs] = np.maximum(table[programs], all_of_them)
+        self.arrived[lanes] = 0
+        self.barrier(programs)
+
+
 class Space:
     """Bytes that threads reach by address, and the checks that any such have."""
 
     name = ""
 
     def __init__(self, machine: Machine, memory: Array) -> None:
-        self.machine, self.bytes = machine, memory
+        self.machine, self.order, self.bytes = machine, machine.order, memory
 
     def never(self, lanes: Array, bad: Array, what: str) -> None:
         """An error if anything of [lanes, ...] is bad."""
         if bad.any():
             raise self.machine.fault(what, lanes[bad.reshape(len(lanes), -1).any(1)])
 
+    def load(self, lanes: Array, address: Array, size: int) -> Array:
+        """[lanes, size] bytes."""
+        return self.bytes[address[:, None] + np.arange(size)]
+
     def put(self, lanes: Array, at: Array, data: Array) -> None:
         self.bytes[at] = data
         self.never(lanes, self.bytes[at] != data, f"several threads write one byte of {self.name}")
 
 
-def _mark(array: Array, at: Any, before: Array, warp: Array) -> None:
-    """Note a reader: `warp`, or several where one has read already (`before`, or in this call)."""
+def _mark(readers: Array, times: Array, at: Any, warp: Array, now: Array) -> None:
+    """Note a reader: `warp`, or several where one has read since the last barrier."""
+    before = np.where(times[at] >> 1 == now >> 1, readers[at], -1)
     marks = np.where((before != -1) & (before != warp), _SEVERAL, warp)
-    array[at] = marks
-    array[at] = np.where(array[at] != marks, _SEVERAL, marks)
+    readers[at] = marks
+    readers[at] = np.where(readers[at] != marks, _SEVERAL, marks)
+    times[at] = now
 
 
 class Shared(Space):
@@ -101,47 +234,54 @@ class Shared(Space):
     def __init__(self, machine: Machine, size: int) -> None:
         self.size = size + -size % 128
         super().__init__(machine, np.full(self.size * machine.programs, 0xA5, np.uint8))
-        # who wrote each byte and who read it last, and how many barriers its program had passed
-        self.writer, self.reader = (np.full(len(self.bytes), -1, np.int32) for _ in range(2))
-        self.written, self.read = (np.full(len(self.bytes), -1, np.int32) for _ in range(2))
-        self.coming = np.zeros(len(self.bytes), bool)
-        self.multiplied = np.zeros(len(self.bytes), np.int16)
-        self.unfenced = np.zeros(len(self.bytes), bool)  # not for matrix units to read yet
+        count = len(self.bytes)
+        # which warp wrote each byte, and of each program of a cluster which one read it last
+        self.writer, self.written = (np.zeros(count, np.int32) for _ in range(2))
+        self.reader, self.read = (np.zeros((machine.cluster, count), np.int32) for _ in range(2))
+        self.coming = np.zeros(count, bool)
+        self.multiplied = np.zeros(count, np.int16)
+        self.unfenced = np.zeros(count, bool)  # not for matrix units to read yet
         self.groups = {kind: np.zeros(machine.n, np.int64) for kind in ("copies", "products")}
         # lanes, their groups, and for each lane the bytes, and what comes into them
         self.pending: dict[str, list[tuple[Array, Array, Array, Array]]] = {
             kind: [] for kind in self.groups
         }
 
-    def at(self, lanes: Array, address: Array, size: int) -> Array:
+    def at(self, lanes: Array, address: Array, size: int, program: Array | None = None) -> Array:
+        """[lanes, size] where in `bytes` these are, of the threads' own programs or of others."""
         beyond = (address < 0) | (address + size > self.size)
         self.never(lanes, beyond, "reaches beyond the shared memory")
         self.never(lanes, address % size != 0, "reaches shared memory misaligned")
-        start = self.machine.cta[lanes] * self.size + address
-        return start[:, None] + np.arange(size)
+        own = self.machine.cta[lanes]
+        if program is None:
+            program = own
+        elif (foreign := program != own).any():
+            self.order.visit(lanes[foreign], program[foreign])
+        return (program * self.size + address)[:, None] + np.arange(size)
 
-    def _own(self, lanes: Array) -> tuple[Array, Array]:
-        """[lanes, 1] their warps, and how many barriers they have passed."""
-        barriers = self.machine.barriers[self.machine.cta[lanes]]
-        return self.machine.warp[lanes][:, None], barriers[:, None]
-
-    def load(self, lanes: Array, address: Array, size: int) -> Array:
+    def load(self, lanes: Array, address: Array, size: int, program: Array | None = None) -> Array:
         """[lanes, size] bytes."""
-        at = self.at(lanes, address, size)
+        at = self.at(lanes, address, size, program)
         self._there(lanes, at)
-        warp, now = self._own(lanes)
-        racing = (self.written[at] == now) & (self.writer[at] != warp)
+        racing = self._overwritten(lanes, at)
         self.never(lanes, racing, "reads shared memory as another warp writes")
-        _mark(self.reader, at, np.where(self.read[at] == now, self.reader[at], -1), warp)
-        self.read[at] = now
+        mine, warp, now = self.order.own(lanes)
+        _mark(self.reader, self.read, (mine % self.machine.cluster, at), warp, now)
         return self.bytes[at]
 
+    def _overwritten(self, lanes: Array, at: Array) -> Array:
+        writer = self.writer[at]
+        program = writer // self.machine.warps
+        return self.order.unordered(lanes, program, writer, self.written[at])
+
     def _there(self, lanes: Array, at: Array) -> None:
-        self.never(lanes, self.written[at] < 0, "reads shared memory that nobody wrote")
+        self.never(lanes, self.written[at] == 0, "reads shared memory that nobody wrote")
         self.never(lanes, self.coming[at], "reads what is still being copied")
 
-    def store(self, lanes: Array, address: Array, data: Array) -> None:
-        at = self.at(lanes, address, data.shape[1])
+    def store(
+        self, lanes: Array, address: Array, data: Array, program: Array | None = None
+    ) -> None:
+        at = self.at(lanes, address, data.shape[1], program)
         self._free(lanes, at, self.bytes[at] != data)
         self.put(lanes, at, data)
         self._arrive(lanes, at)
@@ -149,16 +289,19 @@ class Shared(Space):
 
     def _free(self, lanes: Array, at: Array, changes: Array) -> None:
         """`changes`: where a byte becomes another one; the same once more harms nobody."""
-        warp, now = self._own(lanes)
-        twice = (self.written[at] == now) & (self.writer[at] != warp) & changes
+        twice = self._overwritten(lanes, at) & changes
         self.never(lanes, twice, "writes shared memory as another warp does")
-        early = (self.read[at] == now) & (self.reader[at] != warp) & changes
-        self.never(lanes, early, "writes shared memory as another warp reads")
+        cluster = self.machine.cluster
+        for rank in range(cluster):
+            program = at // self.size // cluster * cluster + rank
+            reader, read = self.reader[rank, at], self.read[rank, at]
+            early = self.order.unordered(lanes, program, reader, read) & changes
+            self.never(lanes, early, "writes shared memory as another warp reads")
         self.never(lanes, self.coming[at], "writes what is still being copied")
         self.never(lanes, self.multiplied[at] > 0, "writes what is still being multiplied")
 
     def _arrive(self, lanes: Array, at: Array) -> None:
-        self.writer[at], self.written[at] = self._own(lanes)
+        _, self.writer[at], self.written[at] = self.order.own(lanes)
 
     def copy(self, lanes: Array, address: Array, data: Array) -> None:
         """Begin to copy [lanes, size] bytes to the addresses."""
@@ -201,11 +344,12 @@ class Shared(Space):
         beyond = (address < 0) | (address + 2 > self.size)
         self.never(lanes, beyond, "multiplies what lies beyond the shared memory")
         self._there(lanes, at)
-        _, now = self._own(lanes)
-        late = self.written[at] == now
+        mine, _, now = self.order.own(lanes)
+        late = self.written[at] >> 1 == now >> 1
         self.never(lanes, late, "multiplies what was written since the last barrier")
         self.never(lanes, self.unfenced[at], "multiplies what no fence has published")
-        self.read[at], self.reader[at] = now, _SEVERAL
+        where = mine % self.machine.cluster, at
+        self.read[where], self.reader[where] = now, _SEVERAL
         np.add.at(self.multiplied, at, 1)
         group = self.groups["products"][lanes]
         self.pending["products"].append((lanes, group, at, np.zeros((len(lanes), 0))))
@@ -218,26 +362,18 @@ class Shared(Space):
 
 
 class Global(Space):
-    """The memory that all programs share, and what each knows of the others.
-
-    `known[p, q]` is how many barriers of q lie before what p may rely on: everything that q did
-    before that many. A program learns it by an atomic that acquires what another one released, and
-    its other threads at their next barrier.
-    """
+    """The memory that all programs share."""
 
     name = "global memory"
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine, machine.memory.bytes)
         count, size = machine.programs, len(self.bytes)
-        # of each byte the program and the warp that wrote it, and how many barriers it had passed
-        self.program, self.writer = (np.full(size, -1, np.int32) for _ in range(2))
-        self.written = np.zeros(size, np.int32)
-        # of each program and 4 bytes, how many it had passed when it read them, plus 1, and who
-        self.read = np.zeros((count, size // 4), np.uint16)
+        # of each byte the program and the warp that wrote it, and of each program and 4 bytes which
+        # warp read them last
+        self.program, self.writer, self.written = (np.zeros(size, np.int32) for _ in range(3))
         self.reader = np.zeros((count, size // 4), np.int32)
-        self.known, self.learnt = (np.zeros((count, count), np.int64) for _ in range(2))
-        self.released: dict[int, Array] = {}
+        self.read = np.zeros((count, size // 4), np.int16)
 
     def at(self, lanes: Array, address: Array, size: int) -> Array:
         """[lanes, size] where in `bytes` these are."""
@@ -248,35 +384,24 @@ class Global(Space):
         self.never(lanes, ~inside, "reaches beside every tensor")
         return at
 
-    def _own(self, lanes: Array) -> tuple[Array, Array, Array]:
-        """[lanes, 1] their programs, their warps, and how many barriers they have passed."""
-        mine = self.machine.cta[lanes]
-        barriers = self.machine.barriers[mine]
-        return mine[:, None], self.machine.warp[lanes][:, None], barriers[:, None]
-
     def _written(self, lanes: Array, at: Array, doing: str) -> None:
         """What is there has been written before, not meanwhile."""
-        mine, warp, now = self._own(lanes)
         program = self.program[at]
-        foreign = (program >= 0) & (program != mine)
-        if foreign.any():
-            late = foreign & (self.known[mine, program] <= self.written[at])
-            self.never(lanes, late, f"{doing} what another program writes")
-        late = (program == mine) & (self.written[at] == now) & (self.writer[at] != warp)
+        late = self.order.unordered(lanes, program, self.writer[at], self.written[at])
+        foreign = program != self.machine.cta[lanes][:, None]
+        self.never(lanes, late & foreign, f"{doing} what another program writes")
         self.never(lanes, late, f"{doing} what another warp writes")
 
-    def load(self, lanes: Array, address: Array, size: int) -> Array:
-        """[lanes, size] bytes."""
+    def load(self, lanes: Array, address: Array, size: int, constant: bool = False) -> Array:
+        """[lanes, size] bytes, of which `constant` promises that the kernel does not write them."""
         at = self.at(lanes, address, size)
         if self.machine.harmless(self.machine.at.source):
             return self.bytes[at]
         self._written(lanes, at, "reads")
-        mine, warp, now = self._own(lanes)
-        where = mine, at[:, ::4] // 4
-        _mark(
-            self.reader, where, np.where(self.read[where] == now + 1, self.reader[where], -1), warp
-        )
-        self.read[where] = now + 1
+        if constant:
+            self.never(lanes, self.written[at] > 0, "reads as constant what the kernel writes")
+        mine, warp, now = self.order.own(lanes)
+        _mark(self.reader, self.read, (mine, at[:, ::4] // 4), warp, now)
         return self.bytes[at]
 
     def store(self, lanes: Array, address: Array, data: Array) -> None:
@@ -285,34 +410,64 @@ class Global(Space):
         if changed.any():  # the same once more harms nobody
             some = lanes[changed]
             self._written(some, at[changed], "writes")
-            mine, warp, now = self._own(some)
+            mine = self.machine.cta[some][:, None]
             words = at[changed][:, ::4] // 4
-            known = self.known[mine[:, 0]].T[:, :, None]
-            late = self.read[:, words] > known  # [programs, lanes, words]
+            known = self.order.known[mine[:, 0]].T[:, :, None]
+            late = self.read[:, words] >= known  # [programs, lanes, words]
             late[mine[:, 0], np.arange(len(some))] = False
             self.never(some, late.any(0), "writes what another program reads")
-            late = (self.read[mine, words] == now + 1) & (self.reader[mine, words] != warp)
+            late = self.order.unordered(
+                some, mine, self.reader[mine, words], self.read[mine, words]
+            )
             self.never(some, late, "writes what another warp reads")
         self.put(lanes, at, data)
-        self.program[at], self.writer[at], self.written[at] = self._own(lanes)
+        self.program[at], self.writer[at], self.written[at] = self.order.own(lanes)
 
-    def count(self, lane: int, address: int, add: Any) -> int:
-        """An atomic addition to 32 bits by one thread, which acquires and releases."""
+    def count(
+        self, lane: int, address: int, to: Callable[[Any], Any], acquires: bool, releases: bool
+    ) -> int:
+        """An atomic change `to` of 32 bits by one thread."""
         lanes = np.array([lane])
         at = self.at(lanes, np.array([address]), 4)
         mine = int(self.machine.cta[lane])
-        self.never(lanes, (self.program[at] >= 0) & (self.program[at] != mine), "counts too late")
-        old = int(self.bytes[at[0]].view(np.uint32)[0])
-        self.bytes[at[0]] = np.array([old + int(add)], np.uint32).view(np.uint8)
-        passed = self.machine.barriers[mine]
-        self.read[mine, at[0, 0] // 4] = passed  # in the order of what it releases
-        before = self.released.get(address, np.zeros(self.machine.programs, np.int64))
-        self.learnt[mine] = np.maximum(self.learnt[mine], before)
-        own = self.known[mine].copy()
-        own[mine] = passed  # what all its threads did before their last one
-        self.released[address] = np.maximum(own, self.learnt[mine])
-        return old
+        self.never(lanes, (self.written[at] > 0) & (self.program[at] != mine), "counts too late")
+        old = self.bytes[at[0]].view(np.uint32)[0]
+        self.bytes[at[0]] = np.array([to(old)], np.uint32).view(np.uint8)
+        # in the order of what it releases
+        self.read[mine, at[0, 0] // 4] = 2 * self.order.barriers[mine] - 1
+        self.order.exchange(lane, address, acquires, releases)
+        return int(old)
 
-    def learn(self) -> None:
-        """At a barrier one thread's knowledge becomes that of its program."""
-        self.known = np.maximum(self.known, self.learnt)
+
+class Generic:
+    """What an address alone says: tensors, or the shared memory of a program of the cluster."""
+
+    def __init__(self, shared: Shared, tensors: Global) -> None:
+        self.shared, self.tensors = shared, tensors
+
+    @staticmethod
+    def of_shared(program: Array, address: Array) -> Array:
+        return _SHARED + program * _WINDOW + address
+
+    @classmethod
+    def moved(cls, address: Array, program: Array) -> Array:
+        """The same place in the shared memory of another program."""
+        return cls.of_shared(program, (address - _SHARED) % _WINDOW)
+
+    def load(self, lanes: Array, address: Array, size: int) -> Array:
+        data = np.zeros((len(lanes), size), np.uint8)
+        shared = (address >= _SHARED) & (address < _BASE)
+        if shared.any():
+            program, at = np.divmod(address[shared] - _SHARED, _WINDOW)
+            data[shared] = self.shared.load(lanes[shared], at, size, program)
+        if not shared.all():
+            data[~shared] = self.tensors.load(lanes[~shared], address[~shared], size)
+        return data
+
+    def store(self, lanes: Array, address: Array, data: Array) -> None:
+        shared = (address >= _SHARED) & (address < _BASE)
+        if shared.any():
+            program, at = np.divmod(address[shared] - _SHARED, _WINDOW)
+            self.shared.store(lanes[shared], at, data[shared], program)
+        if not shared.all():
+            self.tensors.store(lanes[~shared], address[~shared], data[~shared])

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +68,39 @@ def find_cuobjdump() -> str:
     return found
 
 
+FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += ["-isystem", str(TORCH / "include")]
+
+
 @functools.cache
 def build() -> Path:
-    """A folder with an object and a compiler report per source, and the linked library.
+    """A folder with an object and a compiler report per source, and the linked library."""
+    return _once("", _compile_into)
 
-    Named by the hash of all that it depends on, so that a second run compiles nothing. Nor does a
-    second process, which waits for the first.
+
+@functools.cache
+def ptx(arch: int) -> dict[str, str]:
+    """Of each source its kernels as PTX, which says from where in it each instruction comes."""
+
+    def compile_into(folder: Path, nvcc: str) -> None:
+        for source in SOURCES.glob("*.cu"):
+            target = folder / f"{source.stem}.ptx"
+            command = [nvcc, *FLAGS, "-ptx", "-lineinfo", f"-arch=compute_{arch}", str(source)]
+            subprocess.run([*command, "-o", str(target)], check=True, capture_output=True)
+
+    return {path.stem: path.read_text() for path in _once(f"-ptx{arch}", compile_into).iterdir()}
+
+
+def _once(kind: str, compile_into: Callable[[Path, str], None]) -> Path:
+    """A folder named by the hash of all that it depends on, so that a second run compiles nothing.
+
+    Nor does a second process, which waits for the first.
     """
     nvcc = find_nvcc()
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
     inputs = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "common.h", Path(__file__)]
     content = [version, torch.__version__.encode(), *(path.read_bytes() for path in inputs)]
-    folder = BUILDS / hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    folder = BUILDS / (hashlib.sha256(b"".join(content)).hexdigest()[:16] + kind)
     BUILDS.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -86,15 +108,14 @@ def build() -> Path:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
-            _compile_into(partial, nvcc)
+            compile_into(partial, nvcc)
             partial.rename(folder)
     return folder
 
 
 def _compile_into(folder: Path, nvcc: str) -> None:
-    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden"]
-    flags += ["-Xptxas", "-v", "-isystem", str(TORCH / "include")]
+    flags = [*FLAGS, "-Werror", "all-warnings"]
+    flags += ["-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Xptxas", "-v"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 
     def compile_source(source: Path) -> str:

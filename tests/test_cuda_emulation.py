@@ -158,26 +158,42 @@ def reference(case: Case, step: Step) -> tuple[torch.Tensor, Step]:
     return torch.stack(outputs), after
 
 
-def declare(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """Pointers to the tensors, whose memory alone the kernels may then read 16 bytes at a time."""
-    library = emulator()
-    library.forget_memory()
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            library.declare_memory(
-                ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes())
-            )
-    pointers = [None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
-    return (ctypes.c_void_p * len(tensors))(*pointers)
-
-
 def integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*map(int, values))
 
 
-def run_emulated(case: Case, step: Step, seed: int) -> tuple[torch.Tensor, Step]:
-    """Output and the state after the step, by the CUDA kernel on the host."""
+class Device:
+    """Runs the kernels that functions of ``emulate.cpp`` launch: on the host, ordered by a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Where they are; their memory alone may the kernels then read 16 bytes at a time."""
+        library = emulator()
+        library.forget_memory()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            library.declare_memory(
+                ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes())
+            )
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def call(
+        self, name: str, tensors: Sequence[torch.Tensor | None], *numbers: Sequence[int]
+    ) -> None:
+        """The function of that name, of pointers and of lists of integers; the seed comes last."""
+        there = [i for i, t in enumerate(tensors) if t is not None]
+        pointers = (ctypes.c_void_p * len(tensors))()
+        addresses = self.addresses([t for t in tensors if t is not None])
+        for i, address in zip(there, addresses, strict=True):
+            pointers[i] = address if tensors[i].numel() else None  # type: ignore[union-attr]
+        *others, last = numbers
+        getattr(emulator(), name)(pointers, *map(integers, others), integers([*last, self.seed]))
+
+
+def run_step(case: Case, step: Step, device: Device) -> tuple[torch.Tensor, Step]:
+    """Output and the state after the step, by the CUDA kernel."""
     state = replace(
         step,
         k_ring=step.k_ring.clone(),
@@ -202,20 +218,22 @@ def run_emulated(case: Case, step: Step, seed: int) -> tuple[torch.Tensor, Step]
         *(state.k_ring, state.v_ring, state.q_ring, state.position, state.active, None, None),
         *(output, partial, partial_output, done, *projected),
     ]
-    pointers = declare(tensors)
-    strides = integers([s for t in (state.query, state.key, state.value) for s in t.stride()])
+    strides = [s for t in (state.query, state.key, state.value) for s in t.stride()]
     sizes = [N, E, H, case.L, state.q_ring.shape[1], state.key.shape[1], state.value.shape[1]]
     sizes += [DTYPES.index(case.dtype), case.streams, case.head_groups, case.splits, case.cluster]
-    sizes += [case.add_zero_attn, case.update, seed]
-    emulator().ring_step(pointers, strides, integers(sizes))
+    sizes += [case.add_zero_attn, case.update]
+    device.call("ring_step", tensors, strides, sizes)
     assert not done.any(), "a counter did not reset itself"
     return output, state
 
 
-def check(case: Case, positions: list[int]) -> None:
+DEVICES = Device(seed=1), Device(seed=2)
+
+
+def check(case: Case, positions: list[int], devices: Sequence[Device] = DEVICES) -> None:
     step = make_step(case, positions)
     expected, after = reference(case, step)
-    output, state = run_emulated(case, step, seed=1)
+    output, state = run_step(case, step, devices[0])
     # Rounding of the output, and of q, k, v to the stored type where rings and projections differ.
     rounding = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[case.dtype]
     torch.testing.assert_close(output.double(), expected, rtol=rounding, atol=rounding)
@@ -227,8 +245,9 @@ def check(case: Case, positions: list[int]) -> None:
     )
     torch.testing.assert_close(state.q_ring, after.q_ring, rtol=rounding, atol=rounding)
     assert torch.equal(state.position, after.position)
-    again, _ = run_emulated(case, step, seed=2)
-    assert torch.equal(output, again), "the result depends on the order of threads or blocks"
+    for device in devices[1:]:
+        again, _ = run_step(case, step, device)
+        assert torch.equal(output, again), "the result depends on the order of threads or blocks"
 
 
 LAUNCHES = {
@@ -279,23 +298,23 @@ def test_step_options_equal_float64_reference(option: str, launch: str) -> None:
     check(Case(N=5, **OPTIONS[option], **LAUNCHES[launch]), POSITIONS)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"E": 8, "H": 1, "L": 1},
-        {"E": 12, "H": 3, "L": 2},  # rows of 16 bytes: half a pack
-        {"E": 60, "H": 1, "L": 63},  # neither a power of two nor a multiple of a pack
-        {"E": 80, "H": 2, "L": 70, "dtype": torch.bfloat16},
-        {"E": 256, "H": 1, "L": 130, "dtype": torch.float16},
-        {"E": 256, "H": 1, "L": 67},
-        {"E": 320, "H": 20, "L": 9, "dtype": torch.bfloat16},  # more heads than warps
-    ],
-    ids=lambda shape: "-".join(str(v).removeprefix("torch.") for v in shape.values()),
-)
+# By name.
+STEPS = {
+    "window_of_one": {"E": 8, "H": 1, "L": 1},
+    "rows_of_half_a_pack": {"E": 12, "H": 3, "L": 2},
+    "no_multiple_of_a_pack": {"E": 60, "H": 1, "L": 63},
+    "odd": {"E": 80, "H": 2, "L": 70, "dtype": torch.bfloat16},
+    "longest_rows_of_halves": {"E": 256, "H": 1, "L": 130, "dtype": torch.float16},
+    "longest_rows": {"E": 256, "H": 1, "L": 67},
+    "more_heads_than_warps": {"E": 320, "H": 20, "L": 9, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("cluster", [False, True], ids=["counter", "cluster"])
-def test_step_shapes_equal_float64_reference(shape: dict[str, object], cluster: bool) -> None:
-    L = int(str(shape["L"]))
-    check(Case(N=2, splits=2, cluster=cluster, **shape), [L - 1, 3 * L])  # type: ignore[arg-type]
+def test_step_shapes_equal_float64_reference(name: str, cluster: bool) -> None:
+    case = Case(N=2, splits=2, cluster=cluster, **STEPS[name])
+    check(case, [case.L - 1, 3 * case.L])
 
 
 def test_step_of_projected_tokens_equals_float64_reference() -> None:
@@ -315,11 +334,11 @@ def test_position_survives_passing_2_to_31() -> None:
 def test_bits_of_a_stream_do_not_depend_on_streams_of_its_team() -> None:
     case = Case(N=4, streams=4, head_groups=2, splits=2, cluster=True)
     step = make_step(case, [3, 9, 4, 20])
-    output, _ = run_emulated(case, step, seed=3)
+    output, _ = run_step(case, step, Device(seed=3))
     for tensor in (step.query, step.k_ring, step.v_ring):
         tensor[1:] = torch.inf
     step.position[1:] = 7
-    other, _ = run_emulated(case, step, seed=3)
+    other, _ = run_step(case, step, Device(seed=3))
     assert torch.equal(output[0], other[0])
 
 
@@ -407,7 +426,10 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("name", SHARED_CASES)
 def test_attend_shared_and_its_gradients_equal_float64_reference(name: str) -> None:
-    case = SHARED_CASES[name]
+    check_shared(SHARED_CASES[name], Device(seed=5))
+
+
+def check_shared(case: SharedCase, device: Device) -> None:
     inputs = make_shared(case)
     wide = [None if t is None else t.double().requires_grad_() for t in inputs]
     out, lse = attend(*wide)  # type: ignore[arg-type]
@@ -417,7 +439,7 @@ def test_attend_shared_and_its_gradients_equal_float64_reference(name: str) -> N
     ((out * grad_out.double()).sum() + (lse * grad_lse.double()).sum()).backward()
     gradients = [t.grad for i, t in enumerate(wide) if t is not None and i != 3]
 
-    actual = run_shared(case, inputs, grad_out, grad_lse)
+    actual = run_shared(case, inputs, grad_out, grad_lse, device)
     expected = [out.detach(), lse.detach(), *gradients]
     for a, e in zip(actual, expected, strict=True):
         assert e is not None
@@ -429,6 +451,7 @@ def run_shared(
     inputs: list[torch.Tensor | None],
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
+    device: Device,
 ) -> list[torch.Tensor]:
     """out, lse and the gradients of query, key, value and (if there is one) sink."""
     N, H, S = case.N, case.H, case.S
@@ -437,12 +460,12 @@ def run_shared(
     weights = torch.full((N, -(-H // 8), S, 8), torch.nan)
     tensors = [*inputs, out, lse, weights]
     sizes = [N, H, S, case.Ek, case.Ev, DTYPES.index(case.dtype)]
-    emulator().attend_shared(declare([*tensors, *[None] * 7]), integers([*sizes, 0, 5]))
+    device.call("attend_shared", [*tensors, *[None] * 7], [*sizes, 0])
     grads = [torch.full_like(t, torch.nan) for t in inputs[:3] if t is not None]
     dsink = torch.full((N, H), torch.nan)
     weights.fill_(torch.nan)
     tensors += [grad_out, grad_lse, *grads, dsink, torch.full_like(weights, torch.nan)]
-    emulator().attend_shared(declare(tensors), integers([*sizes, 1, 6]))
+    device.call("attend_shared", tensors, [*sizes, 1])
     return [out, lse, *grads, *([dsink] if case.sink else [])]
 
 
@@ -454,9 +477,9 @@ def test_attend_shared_ignores_what_masked_rows_hold() -> None:
     assert mask is not None
     mask[:, :, 4] = -torch.inf
     grad_out, grad_lse = torch.randn(case.N, case.H, case.Ev), torch.randn(case.N, case.H)
-    before = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse)
+    before = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse, DEVICES[0])
     key[:, 4], value[:, 4] = torch.nan, torch.nan
-    after = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse)
+    after = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse, DEVICES[0])
     for b, a in zip(before, after, strict=True):
         assert torch.equal(a, b)
 
@@ -467,7 +490,7 @@ def test_attend_shared_with_everything_masked_is_nan_as_softmax() -> None:
     assert mask is not None
     mask[1, 2] = -torch.inf
     grads = torch.zeros(case.N, case.H, case.Ev), torch.zeros(case.N, case.H)
-    out, lse, *_ = run_shared(case, [query, key, value, mask, sink], *grads)
+    out, lse, *_ = run_shared(case, [query, key, value, mask, sink], *grads, DEVICES[0])
     assert out[1, 2].isnan().all()
     assert lse[1, 2] == -torch.inf
     assert not out[0].isnan().any()

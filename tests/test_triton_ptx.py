@@ -25,8 +25,8 @@ from continual_mha.triton_kernels.ring_step import ring_step_
 
 pytest.importorskip("numpy")
 from ptx_launches import as_ptx
-from ptx_machine import Machine, parse
-from ptx_memory import FaultError, Memory
+from ptx_machine import parse
+from ptx_memory import FaultError
 from test_triton_attend_shared import arguments as shared_arguments
 from test_triton_attend_window import arguments as window_arguments
 from test_triton_input_step import InputCase, in_float64
@@ -180,7 +180,7 @@ def test_clip_and_its_gradients(shape: tuple, dtype: torch.dtype, capability: in
             assert_as_exact_as_torch(ours, theirs, best)
 
 
-# The machine itself.
+# What the machine says of kernels without one of their guards.
 
 
 def fused_step() -> None:
@@ -233,77 +233,3 @@ def test_a_step_without_one_of_its_guards_is_found_out(
             fused_step()
     finally:
         ptx_launches._machine.cache_clear()
-
-
-def run(body: str, tensor: Tensor, threads: int = 64, programs: int = 1) -> None:
-    """Some lines of PTX, of which %rd1 is the tensor's address and %r1 the thread's number."""
-    ptx = f"""
-.visible .entry kernel(
-	.param .u64 kernel_param_0
-)
-{{
-	.reg .pred %p<5>;
-	.reg .b16 %rs<9>;
-	.reg .b32 %r<9>;
-	.reg .b64 %rd<9>;
-	ld.param.b64 %rd1, [kernel_param_0];
-	mov.u32 %r1, %tid.x;
-	mul.wide.u32 %rd2, %r1, 4;
-	add.s64 %rd2, %rd1, %rd2;
-	shl.b32 %r2, %r1, 2;
-{body}
-	ret;
-}}
-"""
-    memory = Memory([tensor])
-    machine = Machine(parse(ptx), (programs,), threads, 1024)
-    machine.run(memory, [memory.address(tensor)])
-    memory.read_back()
-
-
-@pytest.mark.parametrize(
-    ("body", "what"),
-    [
-        ("st.global.b32 [%rd2+4], %r1;", "beside every tensor"),
-        ("st.global.b32 [%rd2+2], %r1;", "misaligned"),
-        ("st.global.b32 [%rd1], %r1;", "several threads write one byte"),
-        ("ld.shared.b32 %r3, [%r2];", "nobody wrote"),
-        ("st.shared.b32 [%r2+1000], %r1;", "beyond the shared memory"),
-        ("xor.b32 %r3, %r2, 128; st.shared.b32 [%r2], %r1; ld.shared.b32 %r4, [%r3];", "another"),
-        ("setp.lt.s32 %p1, %r1, 5; @%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", "part of a warp"),
-        ("ld.global.b32 %r3, [%rd1]; st.global.b32 [%rd2], %r1;", "another warp reads"),
-        ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $L__a; bar.sync 0; $L__a:", "part of a warp"),
-    ],
-)
-def test_what_the_hardware_does_not_promise_is_a_fault(body: str, what: str) -> None:
-    body = body.replace("; ", ";\n")
-    with pytest.raises(FaultError, match=what):
-        run(body, torch.full((64,), 99, dtype=torch.int32))
-
-
-def test_programs_that_write_one_word_are_found_out() -> None:
-    body = "mov.u32 %r3, %ctaid.x;\nst.global.b32 [%rd2], %r3;"
-    with pytest.raises(FaultError, match="write"):
-        run(body, torch.zeros(64, dtype=torch.int32), programs=2)
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ("prmt.b32 %r3, %r1, 511, 0x5410;", lambda i: i | 511 << 16),
-        ("bfe.s32 %r3, %r1, 2, 3;", lambda i: ((i >> 2 & 7) ^ 4) - 4),
-        ("lop3.b32 %r3, %r1, 12, 5, 0xEA;", lambda i: i & 12 | 5),
-        ("mul.hi.s32 %r3, %r1, -1;", lambda i: -1 if i else 0),
-        ("shfl.sync.bfly.b32 %r3, %r1, 3, 31, -1;", lambda i: i ^ 3),
-        ("redux.sync.max.s32 %r3, %r1, -1;", lambda i: i | 31),
-        ("cvt.rn.f32.s32 %r3, %r1;\nmul.f32 %r3, %r3, 0f40200000;\ncvt.rzi.s32.f32 %r3, %r3;",
-         lambda i: int(2.5 * i)),
-        ("sub.s32 %r3, %r1, 40;\ndiv.s32 %r3, %r3, 7;", lambda i: int((i - 40) / 7)),
-        ("setp.lt.s32 %p1, %r1, 9;\n@%p1 bra $L__a;\nmov.b32 %r3, 1;\nbra $L__b;\n$L__a:\n"
-         "mov.b32 %r3, 2;\n$L__b:", lambda i: 2 if i < 9 else 1),
-    ],
-)  # fmt: skip
-def test_instructions(body: str, expected: Callable[[int], int]) -> None:
-    out = torch.zeros(64, dtype=torch.int32)
-    run(f"{body}\nst.global.b32 [%rd2], %r3;", out)
-    assert out.tolist() == [expected(i) for i in range(64)]

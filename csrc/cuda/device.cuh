@@ -43,6 +43,18 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Counts up, from `limit` to zero, and returns the count before. All that the block did before its
+// last barrier lies before what a block does behind its next one, whose thread counts later. Fences
+// promise this only in the thread that counts.
+__device__ __forceinline__ unsigned int count_arrival(unsigned int* counter, unsigned int limit) {
+  unsigned int before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(limit)
+               : "memory");
+  return before;
+}
+
 // Reads what another block wrote in this launch: past the first-level cache, which is not coherent.
 __device__ __forceinline__ float load_published(const float* address) { return __ldcg(address); }
 

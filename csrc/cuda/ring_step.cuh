@@ -455,8 +455,8 @@ struct RingStepBlock {
       const int pair = task / p.warps_per_head;
       const int stream = pair / heads;
       const int head = pair - stream * heads;
-      float query[kPack];
-      load_head(qkv_row(0, stream) + head * p.head_dim, query);
+      float query[kPack] = {};  // of streams that do not exist no block has put one there
+      if (exists(stream)) load_head(qkv_row(0, stream) + head * p.head_dim, query);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) query[i] *= p.scale_log2;
       Accumulator acc;
@@ -568,13 +568,11 @@ struct RingStepBlock {
   // True in the last of `count` blocks to arrive, which then sees what the others published. The
   // counter is zero again when all have arrived.
   __device__ __forceinline__ bool last_to_arrive(unsigned int* counter, int count) {
-    __threadfence();
+    const auto others = static_cast<unsigned int>(count - 1);
     __syncthreads();
-    if (thread == 0) *flag = atomicInc(counter, count - 1) == static_cast<unsigned int>(count - 1);
+    if (thread == 0) *flag = count_arrival(counter, others) == others;
     __syncthreads();
-    const bool last = *flag != 0;
-    if (last) __threadfence();
-    return last;
+    return *flag != 0;
   }
 
   __device__ __forceinline__ void store_output(int stream, int channel, float value) {

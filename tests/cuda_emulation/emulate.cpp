@@ -1,5 +1,7 @@
 // The CUDA kernels as plain C functions on host memory, for tests/test_cuda_emulation.py, which
-// compiles this with emulated_device.h in front.
+// compiles this with emulated_device.h in front. Launches may also be recorded, and not run.
+#include <dlfcn.h>
+
 #include "../../csrc/cuda/attend_shared.cuh"
 #include "../../csrc/cuda/ring_step.cuh"
 
@@ -10,12 +12,29 @@ namespace {
 // Element type, as the test passes it.
 enum DType : int64_t { kFloat32, kFloat16, kBFloat16 };
 
+// Told of launches in place of the emulation: the kernel's symbol, grid, blocks of a cluster,
+// threads of a block, bytes of shared memory, and the parameters.
+using Recorder = void (*)(const char*, int, int, int, int, const void*, int);
+Recorder recorder = nullptr;
+
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& params, int grid, int cluster, int shared_bytes,
+            uint64_t seed) {
+  if (recorder == nullptr) {
+    emulation::launch(grid, cluster, cuda::kThreads, shared_bytes, seed, [&] { kernel(params); });
+    return;
+  }
+  Dl_info symbol{};
+  if (dladdr(reinterpret_cast<void*>(kernel), &symbol) == 0) emulation::fail("a nameless kernel");
+  recorder(symbol.dli_sname, grid, cluster, cuda::kThreads, shared_bytes, &params, sizeof(params));
+}
+
 template <typename T, int kStreams, cuda::Merge kMerge>
 void launch_ring_step(const cuda::RingStepParams& p, uint64_t seed) {
   const int blocks = p.head_groups * p.splits;
   const int teams = cuda::divide_up(p.num_streams, kStreams);
-  emulation::launch(teams * blocks, kMerge == cuda::Merge::kCluster ? blocks : 1, cuda::kThreads,
-                    p.shared.total, seed, [&p] { cuda::ring_step_kernel<T, kStreams, kMerge>(p); });
+  launch(&cuda::ring_step_kernel<T, kStreams, kMerge>, p, teams * blocks,
+         kMerge == cuda::Merge::kCluster ? blocks : 1, p.shared.total, seed);
 }
 
 template <typename T>
@@ -44,7 +63,7 @@ void outer_product(const float* weights, const void* vectors, void* gradient, in
       streams * cuda::divide_up(o.rows, cuda::kTileRows) * cuda::divide_up(cols, cuda::kPack);
   o.aligned = cols * sizeof(T) % 16 == 0;
   const int blocks = static_cast<int>((o.threads + cuda::kThreads - 1) / cuda::kThreads);
-  emulation::launch(blocks, 1, cuda::kThreads, 0, seed, [&o] { cuda::outer_product_kernel<T>(o); });
+  launch(&cuda::outer_product_kernel<T>, o, blocks, 1, 0, seed);
 }
 
 template <typename T>
@@ -53,10 +72,8 @@ void run_attend_shared(cuda::AttendSharedParams p, int64_t streams, bool backwar
   p.key_aligned = p.key_dim * sizeof(T) % 16 == 0;
   p.value_aligned = p.value_dim * sizeof(T) % 16 == 0;
   const int blocks = static_cast<int>(streams) * cuda::head_tiles(p.num_heads);
-  emulation::launch(
-      blocks, 1, cuda::kThreads, cuda::attend_shared_bytes(p, sizeof(T), backward), seed, [&] {
-        backward ? cuda::attend_shared_backward_kernel<T>(p) : cuda::attend_shared_kernel<T>(p);
-      });
+  launch(backward ? &cuda::attend_shared_backward_kernel<T> : &cuda::attend_shared_kernel<T>, p,
+         blocks, 1, cuda::attend_shared_bytes(p, sizeof(T), backward), seed);
   if (!backward) return;
   outer_product<T>(p.dscores, p.query, dkey, streams, p.key_dim, p, seed);
   outer_product<T>(p.weights, p.grad_out, dvalue, streams, p.value_dim, p, seed);
@@ -69,6 +86,9 @@ extern "C" {
 void declare_memory(const void* data, int64_t bytes) {
   emulation::declare_memory(data, static_cast<size_t>(bytes));
 }
+
+// From now on launches are recorded and not run; null ends it.
+void record(Recorder told) { recorder = told; }
 
 void forget_memory() { emulation::machine().memory.clear(); }
 

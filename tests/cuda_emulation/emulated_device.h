@@ -239,14 +239,6 @@ inline Fiber& self() { return *machine().current; }
 #define blockIdx (::emulation::self().block->index)
 
 inline void __syncthreads() { ::emulation::synchronize(::emulation::self().block->barrier); }
-inline void __threadfence() {}
-
-inline unsigned int atomicInc(unsigned int* address, unsigned int limit) {
-  const unsigned int old = *address;
-  *address = old >= limit ? 0 : old + 1;
-  return old;
-}
-
 namespace continual_mha::cuda {
 
 inline unsigned char* shared_memory() {
@@ -296,6 +288,12 @@ inline void copy_async_wait() {
     }
     groups.pop_front();
   }
+}
+
+inline unsigned int count_arrival(unsigned int* counter, unsigned int limit) {
+  const unsigned int before = *counter;
+  *counter = before >= limit ? 0 : before + 1;
+  return before;
 }
 
 inline float load_published(const float* address) { return *address; }
