@@ -1115,6 +1115,7 @@ def _unordered(compare: Callable) -> Callable:
 
 _SIMPLE: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt,
+    "copysign": lambda sign, size: np.copysign(size, sign),
     "rcp": np.reciprocal, "ex2": np.exp2, "lg2": np.log2, "and": np.bitwise_and,
     "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
 }  # fmt: skip

@@ -201,9 +201,10 @@ def without(pattern: str, which: int = 0) -> Callable[[str], str]:
 
 
 def before_counting(ptx: str) -> str:
-    """PTX without the barrier before the count of the programs that have ended."""
-    at = ptx.rindex("bar.sync", 0, ptx.index("atom.global"))
-    return ptx[:at] + ptx[ptx.index("\n", at) :]
+    """PTX without barriers between the last store and the count of the programs that have ended."""
+    counts = ptx.index("atom.global")
+    stores = ptx.rindex("st.global", 0, counts)
+    return ptx[:stores] + re.sub(r"bar\.sync.*", "", ptx[stores:counts]) + ptx[counts:]
 
 
 def after_counting(ptx: str) -> str:

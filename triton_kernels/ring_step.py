@@ -603,8 +603,7 @@ def _group_step_kernel(
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(product(tl.reshape(l_i, (GROUP, BLOCK_L)), row_scale), axis=1, keep_dims=True)
     acc = tl.reshape(acc, (GROUP, BLOCK_L, BLOCK_D))
-    SMALL: tl.constexpr = BLOCK_L * BLOCK_D < 1024 or PER_LOAD > 1
-    acc = tl.sum(product(acc, row_scale[:, :, None], SMALL), axis=1)
+    acc = tl.sum(product(acc, row_scale[:, :, None]), axis=1)
 
     new_row = (first_row + new_slot)[:, None]
     k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_row, there[:, None], offs_d, mask, dtype, D,
