@@ -1092,9 +1092,6 @@ class Machine:
     def _make_griddepcontrol(self, line: Line, parts: list[str]) -> Callable:
         return lambda mask: None
 
-    def _make_nanosleep(self, line: Line, parts: list[str]) -> Callable:
-        return lambda mask: None
-
 
 def _quotient(a: Any, b: Any) -> Any:
     """Integers' quotient, rounded towards zero."""

@@ -44,6 +44,21 @@ def capability(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
+def in_both_orders(
+    capability: int, step: Callable[..., Tensor], args: list, again: list, plan: Any
+) -> Tensor:
+    """What a step gives with all programs at once, bit for bit that of one after the other.
+
+    `args` and `again` are the same arguments with states of their own.
+    """
+    with as_ptx(capability) as runs:
+        out = step(*args, plan=plan)
+    assert runs.count >= 1
+    with as_ptx(capability, one_by_one=True):
+        assert torch.equal(out, step(*again, plan=plan))
+    return out
+
+
 # N, E, H, L as the table sees them, the path it takes, and how many of the streams are here.
 STEPS = [
     (1, 512, 8, 32, HALF, None, "fused", 1),
@@ -78,13 +93,8 @@ def test_step(case: tuple, capability: int) -> None:
     exact_args = widened(args[3])
     exact_args[19:] = args[3][19:]  # scales are fp32 in every precision
     exact = reference.ring_step_(*exact_args)
-    with as_ptx(capability) as runs:
-        out = ring_step_(*args[0], plan=plan)
-    assert runs.count >= 1
-    with as_ptx(capability, one_by_one=True):
-        again = ring_step_(*args[1], plan=plan)
+    out = in_both_orders(capability, ring_step_, args[0], args[1], plan)
     assert_as_exact_as_torch(out, reference.ring_step_(*args[2]), exact)
-    assert torch.equal(out, again)
     assert all(
         torch.equal(a.nan_to_num(7), b.nan_to_num(7))
         for a, b in zip(args[0][11:], args[1][11:], strict=True)
@@ -112,12 +122,8 @@ def test_step_over_inputs(case: tuple, capability: int) -> None:
     token = ring.token()[0]
     args = [ring.arguments(ring.copied_state(), token) for _ in range(3)]
     exact = inputs.input_step_(*in_float64(args[2]))
-    with as_ptx(capability):
-        out = input_step_(*args[0], plan=plan)
-    with as_ptx(capability, one_by_one=True):
-        again = input_step_(*args[1], plan=plan)
+    out = in_both_orders(capability, input_step_, args[0], args[1], plan)
     assert_as_exact_as_torch(out, inputs.input_step_(*args[2]), exact)
-    assert torch.equal(out, again)
 
 
 @pytest.mark.parametrize(("dtype", "D", "T"), [(HALF, 64, 70), (FULL, 32, 20), (HALF, 8, 40)])
