@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import continual_mha as co
 from bench import grid, load
 
 
@@ -45,6 +46,45 @@ def test_run_writes_a_row_that_says_what_it_served(through, tmp_path, monkeypatc
     assert row["late"] <= 10
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
     assert row["machine"]["commit"]
+
+
+class _Server:
+    """Says that every tick lasted so many seconds, and notes how old its streams are."""
+
+    def __init__(self, slots: int, seconds: float) -> None:
+        self.module = co.SingleOutputMultiheadAttention(16, 2, sequence_len=4)
+        self.module.start_streams(slots)
+        self.seconds, self.ages = seconds, []
+
+    def tick(self, tick: load.Tick) -> float:
+        self.ages.append(self.module.get_stream(0).position.item())
+        return self.seconds
+
+
+def test_streams_are_served_at_their_full_age():
+    """Young ones have few slots to attend to: a short search would find room for too many."""
+    server = _Server(3, 1e-6)
+    load.serve(server, 3, 2, False)
+    assert server.ages[0] == 0
+    assert set(server.ages[1:]) == {4}
+
+
+def test_a_run_that_has_failed_ends_at_once_and_fewer_streams_are_tried(monkeypatch, capsys):
+    tried = []
+
+    def serve(slots):
+        tried.append(slots)
+        return _Server(slots, 0.05 if slots > 7 else 0.01)
+
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
+    assert load.serve(serve(8), 8, 1500, True).ticks == 2
+    assert load.serve(serve(7), 7, 1500, True).ticks == 1500
+    monkeypatch.setattr(load, "find", lambda *args, **kwargs: 8)
+    monkeypatch.setitem(load.SERVERS, "module", lambda module, slots: serve(slots))
+    monkeypatch.setattr(load, "LATE", 0.1)
+    found = load.measure(load.FAMILIES["speech"], "module", torch.device("cpu"), torch.float32, 1)
+    assert (found.slots, found.late, tried[2:]) == (7, 0, [8, 7])
+    assert "8 streams: 3 late in 3 ticks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, [60.0] * 4), (36.0, [3.0] * 4), (2.0, [])])
