@@ -7,17 +7,19 @@ from torch import Tensor
 # From this size of a key-value ring on, reading the ring decides the time of a step on a GPU, and
 # reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
 _CUDA_RING_BYTES = 64 << 20
-_CUDA_MAX_EMBED_DIM = 2048  # what the Triton kernel covers
-# Up to so many heads at most two programs of that kernel read a stream, where four would ask more
-# of the second-level cache than keys and values ask of the memory; and more heads want more
-# arithmetic for a byte than there is.
-_CUDA_MAX_HEADS = 32
+# What the Triton kernel covers, and heads, by bytes of a number. In half precision up to so many
+# heads at most two programs of that kernel read a stream, where four would ask more of the
+# second-level cache than keys and values ask of the memory; and more heads want more arithmetic for
+# a byte than there is. Without the matrix unit, in fp32, there is a quarter of it.
+_CUDA_MAX_EMBED_DIM = {2: 2048, 4: 1024}
+_CUDA_MAX_HEADS = {2: 32, 4: 8}
 
 
 def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, like: Tensor) -> str:
     """``kv`` or ``input`` for self-attention streams of the dtype and device of ``like``."""
-    if like.device.type != "cuda" or like.element_size() != 2:
+    size = like.element_size()
+    if like.device.type != "cuda" or size not in _CUDA_MAX_HEADS:
         return "kv"
-    kv_bytes = 2 * batch_size * sequence_len * embed_dim * like.element_size()
-    fits = embed_dim <= _CUDA_MAX_EMBED_DIM and num_heads <= _CUDA_MAX_HEADS
+    kv_bytes = 2 * batch_size * sequence_len * embed_dim * size
+    fits = embed_dim <= _CUDA_MAX_EMBED_DIM[size] and num_heads <= _CUDA_MAX_HEADS[size]
     return "input" if fits and kv_bytes >= _CUDA_RING_BYTES else "kv"

@@ -404,14 +404,17 @@ def chosen(batch_size, embed_dim, num_heads, length, dtype, device):
         return formulations.choose(batch_size, embed_dim, num_heads, length, like)
 
 
-def test_auto_takes_inputs_wherever_at_most_two_programs_of_the_triton_kernel_read_a_stream():
+@pytest.mark.parametrize(("dtype", "programs"), [(torch.bfloat16, 2), (torch.float32, 1)])
+def test_auto_takes_inputs_where_few_programs_of_the_triton_kernel_read_a_stream(dtype, programs):
     plan = pytest.importorskip("continual_mha.triton_kernels.plan")
+    size = dtype.itemsize
     for embed_dim in (48, 192, 512, 1000, 1024, 1536, 2048, 2049):
         for heads in (1, 2, 4, 8, 12, 16, 24, 32):
-            serves = plan.input_step_covers(embed_dim, heads, 2) is None
+            serves = plan.input_step_covers(embed_dim, heads, size) is None
             if serves:
-                serves = heads <= 2 * plan.input_plan(4096, embed_dim, heads, 4096, 2).block_h
-            kept = chosen(4096, embed_dim, heads, 4096, torch.bfloat16, "cuda")
+                block = plan.input_plan(4096, embed_dim, heads, 4096, size).block_h
+                serves = heads <= programs * (block if size == 2 else min(block, 8))
+            kept = chosen(4096, embed_dim, heads, 4096, dtype, "cuda")
             assert (kept == "input") == serves, (embed_dim, heads)
 
 
@@ -419,7 +422,12 @@ def test_auto_takes_inputs_where_a_gpu_reads_large_rings():
     sizes = (512, 512, 8, 64)  # keys and values of 64 MiB in half precision
     assert chosen(*sizes, torch.bfloat16, "cuda") == "input"
     assert chosen(*sizes, torch.float16, "cuda") == "input"
-    assert chosen(*sizes, torch.float32, "cuda") == "kv"
+    assert chosen(*sizes, torch.float32, "cuda") == "input"
+    assert chosen(256, 512, 8, 64, torch.float32, "cuda") == "input"
+    assert chosen(255, 512, 8, 64, torch.float32, "cuda") == "kv"
+    assert chosen(512, 512, 9, 64, torch.float32, "cuda") == "kv"
+    assert chosen(512, 1025, 8, 64, torch.float32, "cuda") == "kv"
+    assert chosen(*sizes, torch.float64, "cuda") == "kv"
     assert chosen(*sizes, torch.bfloat16, "cpu") == "kv"
     assert chosen(511, 512, 8, 64, torch.bfloat16, "cuda") == "kv"
     assert chosen(512, 4096, 8, 64, torch.bfloat16, "cuda") == "kv"

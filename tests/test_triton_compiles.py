@@ -65,6 +65,7 @@ def full_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for path, shape, dtype, codes in (
         ("gemm", (512, 512, 8, 250), HALF, None),
         ("gemm", (512, 1024, 8, 250), HALF, None),
+        ("gemm", (512, 256, 8, 250), FULL, None),
         ("gemm", (512, 512, 8, 250), FULL, None),
         ("gemm", (512, 512, 8, 250), HALF, torch.int8),
         ("fused", (8192, 512, 8, 32), HALF, None),
@@ -86,10 +87,11 @@ def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
         yield f"inputs-E{E}-{dtype}-int8", launches
     for E, H in ((512, 32), (2048, 32)):  # as many heads as a program may have, and two of them
         yield f"inputs-E{E}-H{H}", aot.input_step_launches(512, E, H, 250, HALF)
-    yield "inputs-H16-float32", aot.input_step_launches(512, 512, 16, 250, FULL)
+    for E in (128, 512):
+        yield f"inputs-E{E}-H16-float32", aot.input_step_launches(512, E, 16, 250, FULL)
     yield "inputs-invariant", aot.input_step_launches(64, 512, 8, 4096, HALF, path="invariant")
-    yield "inputs-split", aot.input_step_launches(16, 512, 8, 4096, HALF)
     for dtype in (HALF, FULL):
+        yield f"inputs-split-{dtype}", aot.input_step_launches(16, 512, 8, 4096, dtype)
         launches = aot.input_step_launches(8192, 512, 8, 32, dtype, path="fused")
         yield f"inputs-fused-{dtype}", launches
     yield "inputs-fused-int8", aot.input_step_launches(8192, 512, 8, 32, HALF, "fused", torch.int8)
@@ -119,7 +121,13 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
         for full in (False, True):
             name = f"shared-E{E}" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
-    yield "shared-split", aot.shared_launches(1, 16, 4096, 1024, HALF)
+    for E in plan.SHARED_ROWS_32:
+        for H in (8, 16):
+            for full in (False, True):
+                name = f"shared-E{E}-H{H}-float32" + ("-full" if full else "")
+                yield name, aot.shared_launches(256, H, 64, E, FULL, full=full)[:1]
+    for dtype in (HALF, FULL):
+        yield f"shared-split-{dtype}", aot.shared_launches(1, 16, 4096, 1024, dtype)
     for full in (False, True):
         for dtype in (HALF, FULL):
             for H in (8, 64):
@@ -189,8 +197,10 @@ def with_argument(launch: Launch, name: str, value: Any) -> Launch:
         f"fused-1-512-8-4096-{FULL}",
         f"group-64-256-8-64-{HALF}-None",
         f"chain-{HALF}",
-        "inputs-split",
-        "shared-split",
+        f"inputs-split-{HALF}",
+        f"inputs-split-{FULL}",
+        f"shared-split-{HALF}",
+        f"shared-split-{FULL}",
     ],
 )
 def test_a_program_merges_what_all_threads_of_the_others_stored(name: str, capability: int) -> None:

@@ -106,9 +106,13 @@ def test_step(case: tuple, capability: int) -> None:
 INPUT_STEPS = [
     (4096, 512, 8, 100, HALF, None, "gemm", 2),
     (4096, 256, 4, 40, FULL, None, "gemm", 2),
+    (16, 96, 12, 70, FULL, None, "gemm", 2),
+    (4096, 512, 8, 40, FULL, None, "gemm", 1),
+    (64, 1024, 16, 40, FULL, None, "gemm", 1),
     (16, 1024, 8, 600, HALF, None, "gemm", 1),
     (4096, 128, 2, 60, HALF, torch.uint8, "gemm", 2),
     (8192, 256, 4, 32, HALF, None, "fused", 3),
+    (8192, 256, 4, 32, FULL, None, "fused", 3),
 ]
 
 
@@ -164,7 +168,13 @@ def test_window_and_its_gradients(shape: tuple, capability: int) -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 8, 70, 256, 256, True, True), (1, 20, 40, 64, 128, False, False)], ids=str
+    "shape",
+    [
+        (2, 8, 70, 256, 256, True, True),
+        (1, 16, 40, 512, 512, True, False),
+        (1, 20, 40, 64, 128, False, False),
+    ],
+    ids=str,
 )
 def test_clip_and_its_gradients(shape: tuple, dtype: torch.dtype, capability: int) -> None:
     args = [*shared_arguments(dtype, *shape), None, 0.0, shape[-1]]

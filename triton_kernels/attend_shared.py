@@ -15,6 +15,7 @@ from .pieces import (
     LOG2E,
     cast,
     dot,
+    dot_of_part,
     dot_precision,
     finite_or_zero,
     is_last,
@@ -23,6 +24,7 @@ from .pieces import (
     product,
 )
 from .plan import shared_backward_plan, shared_plan
+from .row_scores import flat, row_scores, spread_features, spread_rows
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _scores(
     for e in range(0, EK, BLOCK_E):
         query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
         key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
-        scores = dot(key, tl.trans(query), scores, PRECISION)
+        scores = dot_of_part(key, tl.trans(query), scores, PRECISION)
     heads, slots = offs_h[None, :], offs_s[:, None]
     return _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
 
@@ -86,7 +88,8 @@ def _attend_shared_kernel(
     stride_ve, stride_mn, stride_mh, stride_ms, S, dropout_p,
     H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
-    ONE_TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ONE_TILE: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_V value features of all heads over one part of a stream's window.
 
@@ -114,15 +117,28 @@ def _attend_shared_kernel(
     kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
     acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
     part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
-    if ONE_TILE:
+    end = tl.minimum(split * part + part, S)
+    if GROUPS > 0:
+        features = spread_features(BLOCK_V, GROUPS)
+        in_tile = spread_rows(BLOCK_S)
+    elif ONE_TILE:
         query = _load_tile(query_ptr, offs_h, stride_qh, offs_v, stride_qe, H, EK)
-    for start in tl.range(
-        split * part, tl.minimum(split * part + part, S), BLOCK_S, num_stages=STAGES
-    ):
+    for start in tl.range(split * part, end, BLOCK_S, num_stages=STAGES):
         offs_s = start + tl.arange(0, BLOCK_S)
         if ONE_TILE:
-            value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
-            scores = dot(query, tl.trans(value), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
+            if GROUPS > 0:
+                at = start + in_tile
+                value = tl.load(
+                    key_ptr + at.to(tl.int64) * stride_ks + features.to(tl.int64) * stride_ke,
+                    mask=(at < S) & (features < EK),
+                    other=0.0,
+                )
+                scores = row_scores(query_ptr, stride_qh, stride_qe, 0, value, features,
+                                    start < end, H, EK, BLOCK_H, ACC)  # fmt: skip
+                value = flat(value)
+            else:
+                value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
+                scores = dot(query, tl.trans(value), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
             scores = _masked(
                 scores, mask_ptr, offs_h[:, None], offs_s[None, :], stride_mh, stride_ms, S, H, ACC
             )
@@ -318,7 +334,7 @@ def _attend_shared_backward_kernel(
     for e in range(0, EV, BLOCK_E):
         grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
         value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
-        grad_weight = dot(value, tl.trans(grad_out), grad_weight, PRECISION)
+        grad_weight = dot_of_part(value, tl.trans(grad_out), grad_weight, PRECISION)
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     shared = tl.load(shared_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     log2e = tl.full((), LOG2E, ACC)
@@ -442,7 +458,9 @@ def attend_shared_full(
     (N, H, EK), (S, EV) = query.shape, value.shape[1:]
     wide, acc = _acc(query.dtype)
     one_tensor = key is value or (
-        key.data_ptr() == value.data_ptr() and key.stride() == value.stride() and EK == EV
+        key.data_ptr() == value.data_ptr() != 0  # as those of meta tensors all are
+        and key.stride() == value.stride()
+        and EK == EV
     )
     plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor, seed is not None)
     out = query.new_empty((N, H, EV))
@@ -463,7 +481,7 @@ def attend_shared_full(
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
-        plan.one_tile, plan.stages, dot_precision(), acc,
+        plan.one_tile, plan.groups, plan.stages, dot_precision(), acc,
     )  # fmt: skip
     launch(
         _attend_shared_kernel,
@@ -471,6 +489,7 @@ def attend_shared_full(
         args,
         constants,
         num_warps=plan.num_warps,
+        registers=plan.registers,
     )
     average = torch.empty((N, S) if need_weights else (0,), dtype=wide, device=query.device)
     if need_weights:

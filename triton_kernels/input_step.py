@@ -35,6 +35,7 @@ from .plan import (
     invariant_step_plan,
 )
 from .project import linear as tiled_linear
+from .row_scores import flat, row_scores, spread_features, spread_rows
 
 
 @triton.jit
@@ -76,11 +77,11 @@ def _load_tile(x_ring_ptr, slots, valid, offs_e, E: tl.constexpr):
 
 @triton.jit
 def _attend_part(
-    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, begin, end, new_slot,
+    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, first, begin, end, new_slot,
     dropout_p, dtype: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
 
@@ -90,8 +91,13 @@ def _attend_part(
     underflows; the sum has that factor taken out.
     """
     offs_e = tl.arange(0, BLOCK_E)
+    offs_h = first + tl.arange(0, BLOCK_H)
     scale = tl.full((), SCALE * LOG2E, ACC)
-    query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
+    if GROUPS == 0:
+        query = _load_query(query_ptr, stride_qh, offs_h, offs_e, H, E)
+    else:
+        features = spread_features(BLOCK_E, GROUPS)
+        in_tile = spread_rows(BLOCK_S)
     m_i = tl.full((BLOCK_H,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_H,), ACC)
     kept_i = tl.zeros((BLOCK_H,), ACC)  # of l_i, after dropout
@@ -104,13 +110,23 @@ def _attend_part(
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_S)
         valid = (slots < end) & (slots != new_slot)
-        if x_scale_ptr is None:
+        if GROUPS > 0:
+            at = start + in_tile
+            mask = (at < end) & (at != new_slot) & (features < E)
+            tile = tl.load(x_ring_ptr + at * E + features, mask=mask, other=0.0)
+        elif x_scale_ptr is None:
             tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
         else:
             tile = decode(next_codes, dtype)
             by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
             by_slot *= unit_of(x_ring_ptr.dtype.element_ty)
-        scores = dot(query, tl.trans(tile), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION) * scale
+        if GROUPS > 0:
+            scores = row_scores(query_ptr, stride_qh, 1, first, tile, features, start < end, H, E,
+                                BLOCK_H, ACC)  # fmt: skip
+            tile = flat(tile)
+        else:
+            scores = dot(query, tl.trans(tile), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
+        scores *= scale
         if x_scale_ptr is not None:
             scores *= by_slot.to(ACC)[None, :]
             after = slots + BLOCK_S
@@ -230,7 +246,7 @@ def _input_step_kernel(
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one stream over one part of its window.
@@ -257,9 +273,9 @@ def _input_step_kernel(
     stride_h = tl.cast(N, tl.int64) * E
     PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_S - 1) // BLOCK_S * BLOCK_S
     m, l_sum, kept, acc = _attend_part(
-        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h, split * PART,
-        tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E, BLOCK_H, BLOCK_S,
-        BLOCK_E, STAGES, SCALE, PRECISION, ACC,
+        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, h_block * BLOCK_H,
+        split * PART, tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E,
+        BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, STAGES, SCALE, PRECISION, ACC,
     )  # fmt: skip
     if split == 0:
         m, l_sum, kept, acc = _add_token(
@@ -316,7 +332,7 @@ def _input_group_kernel(
     out_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -368,9 +384,9 @@ def _input_group_kernel(
             scale_ptr = x_scale_ptr + stream * L
         rows_ptr = scratch_ptr + n * (H * E)
         m, l_sum, kept, acc = _attend_part(
-            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, offs_h, 0,
+            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, 0, 0,
             tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
-            BLOCK_S, BLOCK_E, STAGES, SCALE, PRECISION, ACC,
+            BLOCK_S, BLOCK_E, GROUPS, STAGES, SCALE, PRECISION, ACC,
         )  # fmt: skip
         m, l_sum, kept, acc = _add_token(
             rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
@@ -591,7 +607,7 @@ def input_step_(
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, dot_precision(),
                tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip
-    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e)
+    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
         args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,
@@ -617,7 +633,10 @@ def input_step_(
             dropout_p)  # fmt: skip
     constants = constants_of(num_heads, E, L, plan.splits, *sizes, *options)
     grid = (groups * plan.splits, 1, 1)
-    launch(_input_step_kernel, grid, args, constants, num_warps=plan.num_warps)
+    launch(
+        _input_step_kernel, grid, args, constants, num_warps=plan.num_warps,
+        registers=plan.registers,
+    )  # fmt: skip
     if update and groups > N:  # no program of a stream knows when the others have read it
         position.add_(1 if active is None else active)
     out = query.new_empty((N, num_heads, E // num_heads))

@@ -42,6 +42,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_of_part(a, b, acc, PRECISION: tl.constexpr):
+    """`dot` for one part of a long sum: fp32 adds up each part alone, for sums of sums err less.
+
+    A plain addition Triton would turn into what continues the sum, so this subtracts.
+    """
+    if a.dtype == tl.float32:
+        return acc - (-dot(a, b, tl.zeros(acc.shape, acc.dtype), PRECISION))
+    else:
+        return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def product(a, b, ALONE: tl.constexpr = True):
     """a * b for a sum across threads; `ALONE` where a thread may have no more than one of a sum.
 

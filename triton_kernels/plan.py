@@ -164,8 +164,25 @@ def invariant_step_plan(E: int, H: int, L: int, itemsize: int, slot_itemsize: in
     return plan._replace(block_n=INVARIANT_TOKENS, block_o=INVARIANT_FEATURES)
 
 
+def row_groups(block_e: int, warps: int) -> int:
+    """Groups of features in `row_scores`, which has 32 of them in the lanes of a warp."""
+    return min(warps, block_e // 32)
+
+
+def row_registers(block_e: int, block_h: int) -> int | None:
+    """Registers of a thread in kernels with `row_scores`, where the assembler takes too many.
+
+    512 features of 8 heads need no more than lets two programs of 8 warps share a multiprocessor.
+    """
+    return 128 if (block_e, block_h) == (512, 8) else None
+
+
 class SharedPlan(NamedTuple):
-    """How `attend_shared` or its backward runs; `one_tile`: one load serves both products."""
+    """How `attend_shared` or its backward runs.
+
+    one_tile: one load serves both products.
+    groups, registers: as of `InputPlan`.
+    """
 
     splits: int
     block_h: int
@@ -173,13 +190,18 @@ class SharedPlan(NamedTuple):
     block_e: int
     block_v: int
     one_tile: bool
+    groups: int
     num_warps: int
     stages: int
+    registers: int | None = None
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
 # beside the queries, on every architecture; once of the widest.
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# The same for fp32, whose scores are computed from registers: what fits there beside the sums.
+SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
+MAX_ROW_HEADS = 16  # of a program with `row_scores`
 
 
 @lru_cache(maxsize=1024)
@@ -190,9 +212,13 @@ def shared_plan(
     # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
     block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
-    one_tile = one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16
+    rows = SHARED_ROWS if itemsize == 2 else SHARED_ROWS_32
+    one_tile = one_tensor and width in rows and block_h <= MAX_ROW_HEADS
     if one_tile:
-        block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
+        block_s, block_v = rows[width], width
+        warps = 8 if width >= (1024 if itemsize == 2 else 512) else 4
+        if itemsize > 2 and width >= 1024 and block_h == 8:
+            warps = 16
     else:
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
@@ -204,8 +230,13 @@ def shared_plan(
     splits = 1
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
-    stages = 3 if one_tile and width <= 1024 else 2
-    return SharedPlan(splits, block_h, block_s, 64, block_v, one_tile, warps, stages)
+    stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
+    groups, registers = 0, None
+    if one_tile and itemsize > 2:
+        groups, registers = row_groups(width, warps), row_registers(width, block_h)
+    return SharedPlan(
+        splits, block_h, block_s, 64, block_v, one_tile, groups, warps, stages, registers
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -216,7 +247,7 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
     block_e = 64 if itemsize == 2 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
-    return SharedPlan(1, block_h, block_s, block_e, block_e, False, warps, 2)
+    return SharedPlan(1, block_h, block_s, block_e, block_e, False, 0, warps, 2)
 
 
 class InputPlan(NamedTuple):
@@ -226,6 +257,8 @@ class InputPlan(NamedTuple):
     block_c: features of the weights that "fused" takes at a time.
     block_q: features of the queries that are in registers for the new token's scores.
     block_h: heads of a program; of more, each block is a program.
+    groups: of features, one for each warp, in `row_scores`; 0 where the scores are the matrix unit's.
+    registers: that a thread may have, where the assembler's choice is not the best.
     stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
     for fewer; codes are fetched ahead into registers, without.
     """
@@ -239,8 +272,10 @@ class InputPlan(NamedTuple):
     block_h: int
     block_s: int
     block_e: int
+    groups: int
     num_warps: int
     stages: int
+    registers: int | None = None
 
 
 class InputRule(NamedTuple):
@@ -262,7 +297,7 @@ INPUT_RULES = (
 )
 # Slots of a tile by padded embed_dim; of 8 bits, what fits decoded into registers.
 INPUT_ROWS_16 = SHARED_ROWS
-INPUT_ROWS_32 = {64: 64, 128: 32, 256: 32, 512: 16, 1024: 16}
+INPUT_ROWS_32 = SHARED_ROWS_32
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
 # Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
 # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
@@ -296,7 +331,8 @@ def input_plan(
     least, most = 8, MAX_INPUT_ACCUMULATORS_32
     if itemsize == 2:
         least, most = 16, MAX_INPUT_ACCUMULATORS_16
-    block_h = min(max(least, triton.next_power_of_2(H)), MAX_INPUT_HEADS)
+    by_rows = itemsize > 2 and not codes
+    block_h = min(triton.next_power_of_2(H), MAX_ROW_HEADS if by_rows else MAX_INPUT_HEADS)
     block_h = max(least, min(block_h, most // block_e))
     for rule in INPUT_RULES:
         fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
@@ -316,6 +352,8 @@ def input_plan(
         while streams * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
             splits *= 2
     block_d = max(16, triton.next_power_of_2(E // H))
+    wide = block_e >= 512 or rule.path == "fused" if itemsize > 2 else block_h * block_e >= most
+    warps = 8 if wide else 4
     return InputPlan(
         path=rule.path,
         splits=splits,
@@ -328,8 +366,10 @@ def input_plan(
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
-        num_warps=8 if block_h * block_e >= most or (itemsize > 2 and rule.path == "fused") else 4,
-        stages=1 if codes else 3 if block_e <= 1024 else 2,
+        groups=row_groups(block_e, warps) if by_rows else 0,
+        num_warps=warps,
+        stages=1 if codes else 3 if itemsize == 2 and block_e <= 1024 else 2,
+        registers=row_registers(block_e, block_h) if by_rows and rule.path == "gemm" else None,
     )
 
 
