@@ -91,23 +91,27 @@ def _attend_shared_kernel(
     ONE_TILE: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_V value features of all heads over one part of a stream's window.
+    """One program: BLOCK_V value features of BLOCK_H heads over one part of a stream's window.
 
     Reads its part of key and value once; with ONE_TILE they are one tensor and BLOCK_V spans it,
     so that both products use one load. That tile is the right operand of both: where it is the left
     one of either, Triton copies no tile ahead.
     """
     V_BLOCKS: tl.constexpr = (EV + BLOCK_V - 1) // BLOCK_V
+    BLOCKS: tl.constexpr = V_BLOCKS * ((H + BLOCK_H - 1) // BLOCK_H)
     program = tl.program_id(0)
     split = program % SPLITS
-    v_block = program // SPLITS % V_BLOCKS
-    stream = (program // (SPLITS * V_BLOCKS)).to(tl.int64)
+    block = program // SPLITS % BLOCKS
+    v_block = block % V_BLOCKS
+    first = block // V_BLOCKS * BLOCK_H
+    stream = (program // (SPLITS * BLOCKS)).to(tl.int64)
     query_ptr += stream * stride_qn
     key_ptr += stream * stride_kn
     value_ptr += stream * stride_vn
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
-    offs_h = tl.arange(0, BLOCK_H)
+    in_block = tl.arange(0, BLOCK_H)
+    offs_h = first + in_block
     offs_v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
     log2e = tl.full((), LOG2E, ACC)
     ln2 = tl.full((), LN2, ACC)
@@ -129,13 +133,13 @@ def _attend_shared_kernel(
             if GROUPS > 0:
                 at = start + in_tile
                 value = tl.load(
-                    key_ptr + at.to(tl.int64) * stride_ks + features.to(tl.int64) * stride_ke,
+                    key_ptr + at.to(tl.int64) * stride_ks + features,
                     mask=(at < S) & (features < EK),
                     other=0.0,
                 )
-                scores = row_scores(query_ptr, stride_qh, stride_qe, 0, value, features,
-                                    start < end, H, EK, BLOCK_H, ACC)  # fmt: skip
-                value = flat(value)
+                scores = row_scores(query_ptr, stride_qh, first, value, features, start < end,
+                                    H, EK, BLOCK_H, BLOCK_S, BLOCK_V, GROUPS, ACC)  # fmt: skip
+                value = flat(value, BLOCK_S, BLOCK_V)
             else:
                 value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
                 scores = dot(query, tl.trans(value), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
@@ -188,25 +192,25 @@ def _attend_shared_kernel(
                 tl.store(kept_ptr + stream * H + offs_h, kept_i / l_i, mask=offs_h < H)
     else:
         partial_ptr += stream * SPLITS * (H * EV)
-        ml_ptr += (stream * V_BLOCKS + v_block) * (SPLITS * 3 * BLOCK_H)
+        ml_ptr += (stream * BLOCKS + block) * (SPLITS * 3 * BLOCK_H)
         tl.store(partial_ptr + split * (H * EV) + out_offsets, acc, mask_out)
-        tl.store(ml_ptr + split * 3 * BLOCK_H + offs_h, m_i)
-        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + offs_h, l_i)
+        tl.store(ml_ptr + split * 3 * BLOCK_H + in_block, m_i)
+        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + in_block, l_i)
         if seed_ptr is not None:
-            tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + offs_h, kept_i)
-        if is_last(counter_ptr + stream * V_BLOCKS + v_block, SPLITS):
+            tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + in_block, kept_i)
+        if is_last(counter_ptr + stream * BLOCKS + block, SPLITS):
             top = tl.full((BLOCK_H,), float("-inf"), ACC)
             for s in range(SPLITS):
                 top = tl.maximum(
-                    top, tl.load(ml_ptr + s * 3 * BLOCK_H + offs_h, cache_modifier=".cg")
+                    top, tl.load(ml_ptr + s * 3 * BLOCK_H + in_block, cache_modifier=".cg")
                 )
             shift = finite_or_zero(top)
             total = tl.zeros((BLOCK_H,), ACC)
             kept = tl.zeros((BLOCK_H,), ACC)
             acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
             for s in range(SPLITS):
-                m = tl.load(ml_ptr + s * 3 * BLOCK_H + offs_h, cache_modifier=".cg")
-                l_sum = tl.load(ml_ptr + (s * 3 + 1) * BLOCK_H + offs_h, cache_modifier=".cg")
+                m = tl.load(ml_ptr + s * 3 * BLOCK_H + in_block, cache_modifier=".cg")
+                l_sum = tl.load(ml_ptr + (s * 3 + 1) * BLOCK_H + in_block, cache_modifier=".cg")
                 rows = tl.load(
                     partial_ptr + s * (H * EV) + out_offsets, mask=mask_out, other=0.0,
                     cache_modifier=".cg",
@@ -215,7 +219,7 @@ def _attend_shared_kernel(
                 total += l_sum * scale
                 if seed_ptr is not None:
                     kept_ptr_s = ml_ptr + (s * 3 + 2) * BLOCK_H
-                    kept += tl.load(kept_ptr_s + offs_h, cache_modifier=".cg") * scale
+                    kept += tl.load(kept_ptr_s + in_block, cache_modifier=".cg") * scale
                 acc += rows * scale[:, None]
             out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
             tl.store(out_ptr + out_offsets, out, mask_out)
@@ -463,20 +467,21 @@ def attend_shared_full(
         and EK == EV
     )
     plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor, seed is not None)
+    if plan.groups:  # whose features must lie side by side
+        query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
     out = query.new_empty((N, H, EV))
     lse = torch.empty((N, H), dtype=wide, device=query.device)
     kept = torch.empty((0,) if seed is None else (N, H), dtype=wide, device=query.device)
-    v_blocks = triton.cdiv(EV, plan.block_v)
+    groups = N * triton.cdiv(EV, plan.block_v) * triton.cdiv(H, plan.block_h)
     partial = ml = counter = None
     if plan.splits > 1:
-        groups = N * v_blocks
         partial = torch.empty((N, plan.splits, H, EV), dtype=wide, device=query.device)
         ml = torch.empty((groups, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
         counter = counters(query, groups)
     sink = None if sink is None else sink.contiguous()
     args = (
-        query, key, value, mask, sink, seed, out, lse, kept, partial, ml, counter,
-        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
+        query, key, key if plan.one_tile else value, mask, sink, seed, out, lse, kept, partial, ml,
+        counter, *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
         dropout_p,
     )  # fmt: skip
     constants = constants_of(
@@ -485,7 +490,7 @@ def attend_shared_full(
     )  # fmt: skip
     launch(
         _attend_shared_kernel,
-        (N * v_blocks * plan.splits, 1, 1),
+        (groups * plan.splits, 1, 1),
         args,
         constants,
         num_warps=plan.num_warps,

@@ -121,9 +121,9 @@ def _attend_part(
             by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
             by_slot *= unit_of(x_ring_ptr.dtype.element_ty)
         if GROUPS > 0:
-            scores = row_scores(query_ptr, stride_qh, 1, first, tile, features, start < end, H, E,
-                                BLOCK_H, ACC)  # fmt: skip
-            tile = flat(tile)
+            scores = row_scores(query_ptr, stride_qh, first, tile, features, start < end, H, E,
+                                BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, ACC)  # fmt: skip
+            tile = flat(tile, BLOCK_S, BLOCK_E)
         else:
             scores = dot(query, tl.trans(tile), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
         scores *= scale
@@ -246,7 +246,8 @@ def _input_step_kernel(
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUPS: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one stream over one part of its window.

@@ -169,14 +169,6 @@ def row_groups(block_e: int, warps: int) -> int:
     return min(warps, block_e // 32)
 
 
-def row_registers(block_e: int, block_h: int) -> int | None:
-    """Registers of a thread in kernels with `row_scores`, where the assembler takes too many.
-
-    512 features of 8 heads need no more than lets two programs of 8 warps share a multiprocessor.
-    """
-    return 128 if (block_e, block_h) == (512, 8) else None
-
-
 class SharedPlan(NamedTuple):
     """How `attend_shared` or its backward runs.
 
@@ -201,7 +193,10 @@ class SharedPlan(NamedTuple):
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
-MAX_ROW_HEADS = 16  # of a program with `row_scores`
+ROW_WARPS = {512: 8, 1024: 16}  # 4 for others
+# Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
+ROW_REGISTERS = {512: 128}
+ROW_HEADS = 8  # of a program with `row_scores`
 
 
 @lru_cache(maxsize=1024)
@@ -212,13 +207,13 @@ def shared_plan(
     # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
     block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
-    rows = SHARED_ROWS if itemsize == 2 else SHARED_ROWS_32
-    one_tile = one_tensor and width in rows and block_h <= MAX_ROW_HEADS
-    if one_tile:
-        block_s, block_v = rows[width], width
-        warps = 8 if width >= (1024 if itemsize == 2 else 512) else 4
-        if itemsize > 2 and width >= 1024 and block_h == 8:
-            warps = 16
+    by_rows = one_tensor and itemsize > 2 and width in SHARED_ROWS_32
+    one_tile = by_rows or (one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16)
+    if by_rows:
+        block_h, block_s, block_v = ROW_HEADS, SHARED_ROWS_32[width], width
+        warps = ROW_WARPS.get(width, 4)
+    elif one_tile:
+        block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
     else:
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
@@ -226,14 +221,13 @@ def shared_plan(
         block_s = 64 if itemsize == 2 and not (dropout and block_h > 16) else 32
         warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
-    blocks = N * triton.cdiv(EV, block_v)
+    blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
     splits = 1
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
     stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
-    groups, registers = 0, None
-    if one_tile and itemsize > 2:
-        groups, registers = row_groups(width, warps), row_registers(width, block_h)
+    groups = row_groups(width, warps) if by_rows else 0
+    registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
         splits, block_h, block_s, 64, block_v, one_tile, groups, warps, stages, registers
     )
@@ -257,7 +251,7 @@ class InputPlan(NamedTuple):
     block_c: features of the weights that "fused" takes at a time.
     block_q: features of the queries that are in registers for the new token's scores.
     block_h: heads of a program; of more, each block is a program.
-    groups: of features, one for each warp, in `row_scores`; 0 where the scores are the matrix unit's.
+    groups: of features, one for each warp, in `row_scores`; 0 where scores are a `tl.dot`.
     registers: that a thread may have, where the assembler's choice is not the best.
     stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
     for fewer; codes are fetched ahead into registers, without.
@@ -332,7 +326,7 @@ def input_plan(
     if itemsize == 2:
         least, most = 16, MAX_INPUT_ACCUMULATORS_16
     by_rows = itemsize > 2 and not codes
-    block_h = min(triton.next_power_of_2(H), MAX_ROW_HEADS if by_rows else MAX_INPUT_HEADS)
+    block_h = min(triton.next_power_of_2(H), ROW_HEADS if by_rows else MAX_INPUT_HEADS)
     block_h = max(least, min(block_h, most // block_e))
     for rule in INPUT_RULES:
         fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
@@ -369,7 +363,7 @@ def input_plan(
         groups=row_groups(block_e, warps) if by_rows else 0,
         num_warps=warps,
         stages=1 if codes else 3 if itemsize == 2 and block_e <= 1024 else 2,
-        registers=row_registers(block_e, block_h) if by_rows and rule.path == "gemm" else None,
+        registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
     )
 
 

@@ -260,12 +260,45 @@ INPUT_CASES = (
 )
 
 
+KERNEL_COLUMNS = [
+    "| case | kernel | programs | threads | registers | shared bytes | per SM | in flight |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def input_rows(
+    N: int, E: int, H: int, L: int, codes: torch.dtype | None, dtype: torch.dtype
+) -> list[str]:
+    """Rows of a step over inputs."""
+    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None)
+    tiles = min(max(plan.stages - 1, 1), triton.cdiv(L, plan.block_s))
+    tile = tiles * min(plan.block_s, L) * E * (codes or dtype).itemsize
+    name = f"inputs N={N} E={E} H={H} L={L}" + (", int8" if codes else "")
+    return kernel_rows(name, aot.input_step_launches(N, E, H, L, dtype, codes=codes), tile)
+
+
+def clip_rows(E: int, dtype: torch.dtype) -> list[str]:
+    """Rows of a single query over a clip, and of its gradients."""
+    plan = shared_plan(256, 8, 64, E, E, dtype.itemsize, True)
+    tiles = min(plan.stages - 1, triton.cdiv(64, plan.block_s))
+    tile = tiles * min(plan.block_s, 64) * E * dtype.itemsize
+    launches = aot.shared_launches(256, 8, 64, E, dtype)
+    return kernel_rows(f"single query N=256 L=64 E={E}", launches, tile)
+
+
+def fp32_table() -> str:
+    """The same for the kernels whose scores threads compute in fp32."""
+    rows = KERNEL_COLUMNS.copy()
+    for N, E, H, L in ((512, 512, 8, 250), (512, 1024, 8, 64)):
+        rows += input_rows(N, E, H, L, None, torch.float32)
+    for E in (512, 1024):
+        rows += clip_rows(E, torch.float32)
+    return "\n".join(rows)
+
+
 def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
     """One row per kernel and representative shape."""
-    rows = [
-        "| case | kernel | programs | threads | registers | shared bytes | per SM | in flight |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = KERNEL_COLUMNS.copy()
     few = ((1, 512, 8, 32), (64, 192, 16, 120), (8, 1024, 8, 64))
     for N, E, H, L in (*few, *((512, *shape) for shape in SHAPES)):
         plan = step_plan(N, E, H, L, dtype.itemsize)
@@ -273,11 +306,7 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
         name = f"step N={N} E={E} H={H} L={L}"
         rows += kernel_rows(name, aot.step_launches(N, E, H, L, dtype), tile)
     for N, E, H, L, codes in INPUT_CASES:
-        input_ = input_plan(N, E, H, L, dtype.itemsize, codes is not None)
-        tiles = min(max(input_.stages - 1, 1), triton.cdiv(L, input_.block_s))
-        tile = tiles * min(input_.block_s, L) * E * (codes or dtype).itemsize
-        name = f"inputs N={N} E={E} H={H} L={L}" + (", int8" if codes else "")
-        rows += kernel_rows(name, aot.input_step_launches(N, E, H, L, dtype, codes=codes), tile)
+        rows += input_rows(N, E, H, L, codes, dtype)
     rows += kernel_rows("256 tokens, E=512", aot.steps_launches(8, 256, 512, 8, 64, dtype))
     for full in (False, True):
         name = "256 tokens, E=512, gradients" + (", dropout" if full else "")
@@ -285,11 +314,7 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
     eight_bits = aot.steps_launches(8, 256, 512, 8, 64, dtype, torch.int8)
     rows += kernel_rows("256 tokens, E=512, int8", eight_bits[1:])
     for E in (512, 1024, 2048):
-        shared = shared_plan(256, 8, 64, E, E, dtype.itemsize, True)
-        tiles = min(shared.stages - 1, triton.cdiv(64, shared.block_s))
-        tile = tiles * min(shared.block_s, 64) * E * dtype.itemsize
-        name = f"single query N=256 L=64 E={E}"
-        rows += kernel_rows(name, aot.shared_launches(256, 8, 64, E, dtype), tile)
+        rows += clip_rows(E, dtype)
     full_launches = aot.shared_launches(256, 8, 64, 1024, dtype, full=True)
     rows += kernel_rows("the same with dropout and weights, E=1024", full_launches)
     return "\n".join(rows)
@@ -304,6 +329,7 @@ def main(path: str = "docs/triton.md") -> None:
         f"\n\n### {title}\n\n{table}"
         for title, table in (
             ("Kernels, bf16, sm_90", kernel_table()),
+            ("Scores in fp32, sm_90", fp32_table()),
             ("Steps, bf16", step_table()),
             ("Steps over inputs, bf16", input_table()),
             ("Clips, bf16", clip_table()),
