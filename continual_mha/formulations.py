@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
+from . import backends
+
+_DEVICE = "cuda"
+# Of the backends there Triton alone has a kernel for steps over inputs. Asked once, without loading
+# it, for torch.compile can trace neither.
+_HAS_TRITON = find_spec("triton") is not None
 # From this size of a key-value ring on, reading the ring decides the time of a step on a GPU, and
 # reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
 _CUDA_RING_BYTES = 64 << 20
@@ -18,7 +26,9 @@ _CUDA_MAX_HEADS = {2: 32, 4: 8}
 def choose(batch_size: int, embed_dim: int, num_heads: int, sequence_len: int, like: Tensor) -> str:
     """``kv`` or ``input`` for self-attention streams of the dtype and device of ``like``."""
     size = like.element_size()
-    if like.device.type != "cuda" or size not in _CUDA_MAX_HEADS:
+    if like.device.type != _DEVICE or size not in _CUDA_MAX_HEADS:
+        return "kv"
+    if not _HAS_TRITON or backends.forced() not in (None, "triton"):
         return "kv"
     kv_bytes = 2 * batch_size * sequence_len * embed_dim * size
     fits = embed_dim <= _CUDA_MAX_EMBED_DIM[size] and num_heads <= _CUDA_MAX_HEADS[size]

@@ -434,6 +434,34 @@ def test_auto_takes_inputs_where_a_gpu_reads_large_rings():
     assert chosen(512, 512, 64, 64, torch.bfloat16, "cuda") == "kv"
 
 
+def test_auto_keeps_keys_and_values_where_triton_does_not_serve(monkeypatch):
+    sizes = (512, 512, 8, 64, torch.bfloat16, "cuda")
+    for forced, expected in (
+        ("triton", "input"),
+        ("auto", "input"),
+        ("cuda", "kv"),
+        ("torch", "kv"),
+    ):
+        with continual_mha.use_backend(forced):
+            assert chosen(*sizes) == expected, forced
+    monkeypatch.setattr(formulations, "_HAS_TRITON", False)
+    assert chosen(*sizes) == "kv"
+
+
+@pytest.mark.parametrize(("forced", "expected"), [("auto", "input"), ("torch", "kv")])
+def test_auto_chooses_while_torch_compile_traces_the_first_step(forced, expected, monkeypatch):
+    """As it would for a GPU, whose tensors this machine may not have."""
+    monkeypatch.setattr(formulations, "_DEVICE", "cpu")
+    monkeypatch.setattr(formulations, "_CUDA_RING_BYTES", 1)
+    torch._dynamo.reset()
+    module = build().requires_grad_(False)
+    compiled = torch.compile(module.forward_step, fullgraph=True, backend="eager")
+    tokens = draw_tokens(module, 2, 1)[0]
+    with continual_mha.use_backend(forced):
+        compiled(tokens[:, 0])
+    assert module.formulation == expected
+
+
 @pytest.mark.parametrize("formulation", ["keys", "", None, 1])
 def test_unknown_formulation_is_refused(formulation):
     with pytest.raises(ValueError, match="formulation must be auto, kv or input"):
