@@ -134,7 +134,7 @@ def predicted_clip(
     weights, clip, rows = 4 * E * E, N * S * E, 4 * N * H * E
     size, flops = weights + clip + rows, N * (8 * E * E + 4 * H * S * E)
     launches = FORWARD_LAUNCHES
-    programs = N * plan.splits * triton.cdiv(E, plan.block_v)
+    programs = N * plan.splits * triton.cdiv(E, plan.block_v) * triton.cdiv(H, plan.block_h)
     drawn = triton.cdiv(programs, MULTIPROCESSORS) * clip / (N * plan.splits)
     if backward:
         # the clip once more, the gradients of key and value, their sum; weights read and written
