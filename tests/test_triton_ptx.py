@@ -113,6 +113,7 @@ INPUT_STEPS = [
     (4096, 128, 2, 60, HALF, torch.uint8, "gemm", 2),
     (8192, 256, 4, 32, HALF, None, "fused", 3),
     (8192, 256, 4, 32, FULL, None, "fused", 3),
+    (8192, 60, 3, 16, FULL, None, "fused", 3),
 ]
 
 

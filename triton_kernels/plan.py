@@ -164,11 +164,6 @@ def invariant_step_plan(E: int, H: int, L: int, itemsize: int, slot_itemsize: in
     return plan._replace(block_n=INVARIANT_TOKENS, block_o=INVARIANT_FEATURES)
 
 
-def row_groups(block_e: int, warps: int) -> int:
-    """Groups of features in `row_scores`, which has 32 of them in the lanes of a warp."""
-    return min(warps, block_e // 32)
-
-
 class SharedPlan(NamedTuple):
     """How `attend_shared` or its backward runs.
 
@@ -193,7 +188,8 @@ class SharedPlan(NamedTuple):
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
-ROW_WARPS = {512: 8, 1024: 16}  # 4 for others
+# Warps, which divide the features: 32 for each, or Triton would give a thread fewer than four.
+ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 16}
 # Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
 ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
@@ -211,7 +207,7 @@ def shared_plan(
     one_tile = by_rows or (one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16)
     if by_rows:
         block_h, block_s, block_v = ROW_HEADS, SHARED_ROWS_32[width], width
-        warps = ROW_WARPS.get(width, 4)
+        warps = ROW_WARPS[width]
     elif one_tile:
         block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
     else:
@@ -226,7 +222,7 @@ def shared_plan(
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
     stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
-    groups = row_groups(width, warps) if by_rows else 0
+    groups = warps if by_rows else 0
     registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
         splits, block_h, block_s, 64, block_v, one_tile, groups, warps, stages, registers
@@ -346,8 +342,11 @@ def input_plan(
         while streams * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
             splits *= 2
     block_d = max(16, triton.next_power_of_2(E // H))
-    wide = block_e >= 512 or rule.path == "fused" if itemsize > 2 else block_h * block_e >= most
-    warps = 8 if wide else 4
+    fused = rule.path == "fused"
+    if by_rows:
+        warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
+    else:
+        warps = 8 if block_h * block_e >= most or (itemsize > 2 and fused) else 4
     return InputPlan(
         path=rule.path,
         splits=splits,
@@ -360,7 +359,7 @@ def input_plan(
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
-        groups=row_groups(block_e, warps) if by_rows else 0,
+        groups=warps if by_rows else 0,
         num_warps=warps,
         stages=1 if codes else 3 if itemsize == 2 and block_e <= 1024 else 2,
         registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
