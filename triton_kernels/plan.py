@@ -168,7 +168,7 @@ class SharedPlan(NamedTuple):
     """How `attend_shared` or its backward runs.
 
     one_tile: one load serves both products.
-    groups, registers: as of `InputPlan`.
+    by_rows, registers: as of `InputPlan`.
     """
 
     splits: int
@@ -177,10 +177,15 @@ class SharedPlan(NamedTuple):
     block_e: int
     block_v: int
     one_tile: bool
-    groups: int
+    by_rows: bool
     num_warps: int
     stages: int
     registers: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """As of `InputPlan`."""
+        return self.num_warps if self.by_rows else 0
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
@@ -222,10 +227,9 @@ def shared_plan(
     while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
         splits *= 2
     stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
-    groups = warps if by_rows else 0
     registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
-        splits, block_h, block_s, 64, block_v, one_tile, groups, warps, stages, registers
+        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers
     )
 
 
@@ -237,7 +241,7 @@ def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
     block_e = 64 if itemsize == 2 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
-    return SharedPlan(1, block_h, block_s, block_e, block_e, False, 0, warps, 2)
+    return SharedPlan(1, block_h, block_s, block_e, block_e, False, False, warps, 2)
 
 
 class InputPlan(NamedTuple):
@@ -247,7 +251,7 @@ class InputPlan(NamedTuple):
     block_c: features of the weights that "fused" takes at a time.
     block_q: features of the queries that are in registers for the new token's scores.
     block_h: heads of a program; of more, each block is a program.
-    groups: of features, one for each warp, in `row_scores`; 0 where scores are a `tl.dot`.
+    by_rows: scores are those of `row_scores`, not a `tl.dot`.
     registers: that a thread may have, where the assembler's choice is not the best.
     stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
     for fewer; codes are fetched ahead into registers, without.
@@ -262,10 +266,15 @@ class InputPlan(NamedTuple):
     block_h: int
     block_s: int
     block_e: int
-    groups: int
+    by_rows: bool
     num_warps: int
     stages: int
     registers: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """Into how many the warps divide the features in `row_scores`; 0 without."""
+        return self.num_warps if self.by_rows else 0
 
 
 class InputRule(NamedTuple):
@@ -359,7 +368,7 @@ def input_plan(
         block_h=block_h,
         block_s=block_s,
         block_e=block_e,
-        groups=warps if by_rows else 0,
+        by_rows=by_rows,
         num_warps=warps,
         stages=1 if codes else 3 if itemsize == 2 and block_e <= 1024 else 2,
         registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
