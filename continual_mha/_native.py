@@ -105,11 +105,12 @@ def _why_not_cuda_step(args: tuple[Any, ...]) -> str | None:
 def _why_not_cuda_shared(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     backward: bool,
 ) -> str | None:
+    value = key if value is None else value
     if query.dtype not in _CUDA_DTYPES or not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype, or there is no kernel for it"
     if any(x is not None and x.dtype not in (torch.float32, query.dtype) for x in (mask, sink)):
@@ -161,8 +162,8 @@ def _why_not_input_step(query: Tensor, weight: Tensor, *args: Any) -> str | None
     return None
 
 
-def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor) -> str | None:
-    if any(x.dtype != query.dtype for x in (key, *others)):
+def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor | None) -> str | None:
+    if any(x is not None and x.dtype != query.dtype for x in (key, *others)):
         return "query, key, value and weights differ in dtype"
     if key.shape[1] == 0:
         return "there is nothing to attend to"

@@ -413,7 +413,7 @@ def _fused_mix(
     blank: bool,
 ) -> Mix:
     """The same by the fused operators: what they return tells the extra slots' weights too."""
-    args = (moved, key, value, mask, _sink(extra))
+    args = (moved, key, None if value is key else value, mask, _sink(extra))
     seed = dropout_seed(dropout_p, moved.device)
     attn: Tensor | None = None
     share: Tensor | None = None
@@ -463,9 +463,10 @@ def why_not_fused(
     if reason is not None:
         return reason
     first = backends.order(query.device.type)[0]
+    own = None if value is key else value
     if first == "triton":
         # what is not `full`, every backend of a GPU is asked for when the operator runs
-        asked = (query, key, value, mask, None, None, 0.0, True)
+        asked = (query, key, own, mask, None, None, 0.0, True)
         return _why_not_triton("attend_shared_full", *asked) if full else None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if first == "cpu" and needs_grad:
@@ -476,7 +477,7 @@ def why_not_fused(
         return None
     if torch.compiler.is_compiling():
         return "it cannot be asked under torch.compile"
-    return backends.why_not("cpu", "attend_shared", (query, key, value, mask, None))
+    return backends.why_not("cpu", "attend_shared", (query, key, own, mask, None))
 
 
 def _why_plain(query: Tensor) -> str | None:

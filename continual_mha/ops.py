@@ -45,7 +45,7 @@ _INPUT_ARGS = (
     "int num_heads, int delay, "
 )
 _INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
-_SHARED_ARGS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink"
+_SHARED_ARGS = "Tensor query, Tensor key, Tensor? value, Tensor? mask, Tensor? sink"
 _WINDOW_ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor k_ring, Tensor v_ring, Tensor position, "
     "Tensor? sink, Tensor? seed"
@@ -116,9 +116,9 @@ def _fake_single_query(
 
 
 def _fake_attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:2], value.shape[2]))
+    out = query.new_empty((*query.shape[:2], (key if value is None else value).shape[2]))
     return out, query.new_empty(query.shape[:2], dtype=wide(query.dtype))
 
 
@@ -127,24 +127,22 @@ def _fake_attend_shared_backward(
     grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_sink = lse.new_empty(0) if sink is None else torch.empty_like(sink, dtype=lse.dtype)
-    grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    )
-    d_query, d_key, d_value = grads
+    d_query, d_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    d_value = key.new_empty(0) if value is None else value.new_empty(value.shape)
     return d_query, d_key, d_value, d_sink
 
 
 def _fake_attend_shared_full(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -164,7 +162,7 @@ def _fake_attend_shared_full_backward(
     grad_average: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -254,7 +252,8 @@ def _differentiate_attend_shared(
     saved = ctx.saved_tensors
     backward = _backward("attend_shared_backward")
     d_query, d_key, d_value, d_sink = backward(grad_out, grad_lse, *saved)
-    sink = saved[4]
+    value, sink = saved[2], saved[4]
+    d_value = None if value is None else d_value
     return d_query, d_key, d_value, None, None if sink is None else d_sink.to(sink.dtype)
 
 
@@ -275,7 +274,7 @@ def _differentiate_attend_shared_full(
     grad_average: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    sink, seed, out = saved[4:7]
+    value, _, sink, seed, out = saved[2:7]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_kept = None if seed is None else grad_kept  # a result without elements has none
     grad_average = grad_average if ctx.need_weights else None
@@ -283,6 +282,7 @@ def _differentiate_attend_shared_full(
     d_query, d_key, d_value, d_sink = backward(
         grad_out, grad_lse, grad_kept, grad_average, *saved, ctx.dropout_p
     )
+    d_value = None if value is None else d_value
     d_sink = None if sink is None else d_sink.to(sink.dtype)
     return d_query, d_key, d_value, None, d_sink, None, None, None
 

@@ -522,14 +522,14 @@ def attend_window_backward(
 
 
 def attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Operator ``attend_shared``: the queries of all heads against one tile of keys and values.
 
     Args:
         query: ``(N, H, Ek)``, already scaled.
         key: ``(N, S, Ek)``.
-        value: ``(N, S, Ev)``.
+        value: ``(N, S, Ev)``; None for the key, so that the two have one gradient.
         mask: float, added to the scores, broadcastable to ``(N, H, S)``, or None.
         sink: ``(N, H)``, a score that takes part in the softmax but has no value, or None.
 
@@ -542,7 +542,7 @@ def attend_shared(
 def attend_shared_full(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -570,6 +570,7 @@ def attend_shared_full(
         attn = attn * _shared_dropout(attn, seed, dropout_p)
     kept = lse.new_empty(0) if seed is None else attn.sum(-1)
     average = attn.mean(1) if need_weights else lse.new_empty(0)
+    value = key if value is None else value
     return torch.matmul(attn.to(value.dtype), value), lse, kept, average
 
 
@@ -594,13 +595,16 @@ def attend_shared_backward(
     grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Operator ``attend_shared_backward``: gradients of query, key, value and sink."""
+    """Operator ``attend_shared_backward``: gradients of query, key, value and sink.
+
+    Where ``value`` is None that of ``key`` is of both, and that of ``value`` has no elements.
+    """
     kept = lse.new_empty(0)
     return attend_shared_full_backward(
         grad_out, grad_lse, None, None, query, key, value, mask, sink, None, out, lse, kept, 0.0
@@ -614,7 +618,7 @@ def attend_shared_full_backward(
     grad_average: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -623,13 +627,14 @@ def attend_shared_full_backward(
     kept: Tensor,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Operator ``attend_shared_full_backward``: gradients of query, key, value and sink.
+    """Operator ``attend_shared_full_backward``: as ``attend_shared_backward``.
 
     None stands for a gradient of zeros. A query to which the mask leaves nothing has none either.
     """
     hidden = torch.isneginf(lse)
     attn = torch.exp(shared_scores(query, key, mask) - lse.masked_fill(hidden, 0.0).unsqueeze(-1))
-    grad_attn = torch.matmul(grad_out, value.transpose(-1, -2)).to(attn.dtype)
+    given = key if value is None else value
+    grad_attn = torch.matmul(grad_out, given.transpose(-1, -2)).to(attn.dtype)
     # what every score, the sink's included, loses to the normalisation
     shared = -(grad_out.to(attn.dtype) * out.to(attn.dtype)).sum(-1)
     if grad_lse is not None:
@@ -651,6 +656,8 @@ def attend_shared_full_backward(
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
     d_query = torch.matmul(grad_scores, key)
     d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
-    d_value = torch.matmul(applied.to(value.dtype).transpose(-1, -2), grad_out)
+    d_value = torch.matmul(applied.to(given.dtype).transpose(-1, -2), grad_out)
+    if value is None:
+        d_key, d_value = d_key + d_value, d_key.new_zeros(0)
     d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared
     return d_query, d_key, d_value, d_sink

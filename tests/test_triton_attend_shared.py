@@ -54,7 +54,7 @@ def arguments(
         mask = random(wide(dtype), 1, H, S)
         mask[..., 1] = float("-inf")
         sink = random(wide(dtype), N, H)
-    value = key if one_tensor else random(dtype, N, S, EV)
+    value = None if one_tensor else random(dtype, N, S, EV)
     return [random(dtype, N, H, EK), key, value, mask, sink]
 
 

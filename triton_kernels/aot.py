@@ -281,7 +281,7 @@ def shared_launches(
 ) -> list[Launch]:
     """Our launches of `attend_shared`, or of `attend_shared_full`, and of the backward."""
     query, key = _meta(dtype, N, H, E), _meta(dtype, N, S, E)
-    args: list[Any] = [query, key, key if one_tensor else _meta(dtype, N, S, E), None, None]
+    args: list[Any] = [query, key, None if one_tensor else _meta(dtype, N, S, E), None, None]
     args.append(_meta(torch.int64, 1) if full else None)
     with record() as launches:
         out, lse, kept, average = attend_shared_full(*[*args, 0.1, full])

@@ -393,11 +393,11 @@ def _attend_shared_backward_kernel(
         )
 
 
-def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
     refused = not_taken(query)
     if refused is not None:
         return refused
-    if key.dtype != query.dtype or value.dtype != query.dtype:
+    if key.dtype != query.dtype or (value is not None and value.dtype != query.dtype):
         return "query, key and value differ in dtype"
     if query.shape[1] > MAX_HEADS:
         return f"{query.shape[1]} heads are over {MAX_HEADS}"
@@ -432,10 +432,11 @@ def _acc(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 def attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` (N, H, Ek), already scaled, over `key` (N, S, Ek), `value` (N, S, Ev).
 
+    A `value` of None is the key, for which one load serves both where it fits on chip.
     `mask`, broadcastable to (N, H, S), is added to the scores; `sink` (N, H) is one more score
     without a value. Returns the output (N, H, Ev) and, in at least fp32, the logarithm of the
     softmax's denominator (N, H). All strides are free. Covered: what `why_not` answers None to.
@@ -446,7 +447,7 @@ def attend_shared(
 def attend_shared_full(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -459,16 +460,13 @@ def attend_shared_full(
     what dropout left of the weights' sum (N, H); and the applied weights' average over heads
     (N, S), which a second launch computes from the logarithm of the denominator.
     """
-    (N, H, EK), (S, EV) = query.shape, value.shape[1:]
+    (N, H, EK), S = query.shape, key.shape[1]
+    EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
-    one_tensor = key is value or (
-        key.data_ptr() == value.data_ptr() != 0  # as those of meta tensors all are
-        and key.stride() == value.stride()
-        and EK == EV
-    )
-    plan = shared_plan(N, H, S, EK, EV, query.element_size(), one_tensor, seed is not None)
+    plan = shared_plan(N, H, S, EK, EV, query.element_size(), value is None, seed is not None)
     if plan.groups:  # whose features must lie side by side
         query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
+    value = key if value is None else value
     out = query.new_empty((N, H, EV))
     lse = torch.empty((N, H), dtype=wide, device=query.device)
     kept = torch.empty((0,) if seed is None else (N, H), dtype=wide, device=query.device)
@@ -480,7 +478,7 @@ def attend_shared_full(
         counter = counters(query, groups)
     sink = None if sink is None else sink.contiguous()
     args = (
-        query, key, key if plan.one_tile else value, mask, sink, seed, out, lse, kept, partial, ml,
+        query, key, value, mask, sink, seed, out, lse, kept, partial, ml,
         counter, *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S,
         dropout_p,
     )  # fmt: skip
@@ -531,7 +529,7 @@ def attend_shared_backward(
     grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     out: Tensor,
@@ -554,7 +552,7 @@ def attend_shared_full_backward(
     grad_average: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     sink: Tensor | None,
     seed: Tensor | None,
@@ -567,6 +565,12 @@ def attend_shared_full_backward(
 
     Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
     """
+    if value is None:
+        both = (grad_out, grad_lse, grad_kept, grad_average, query, key, key)
+        d_query, d_key, d_value, d_sink = attend_shared_full_backward(
+            *both, mask, sink, seed, out, lse, kept, dropout_p
+        )
+        return d_query, d_key + d_value, d_key.new_empty(0), d_sink
     (N, H, EK), (S, EV) = query.shape, value.shape[1:]
     wide, acc = _acc(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, EV, query.element_size())

@@ -44,14 +44,14 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
            [&](int64_t begin, int64_t end) { kernel(p, scratch<SharedTag>(bytes), begin, end); });
 }
 
-std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, Tensor value,
+std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTensor value,
                                          OptionalTensor mask, OptionalTensor sink) {
-  check_shared(query, key, value, mask, sink, kOp);
+  check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
   const Tensor queries = as_contiguous(query);
   const Tensor keys = as_rows(key);
-  const Tensor values = as_rows(value);
+  const Tensor values = value ? as_rows(*value) : keys;
   if (mask) mask = torch::stable::to(*mask, acc);
   if (sink) sink = as_contiguous(torch::stable::to(*sink, acc));
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
