@@ -1,4 +1,4 @@
-// continual_mha::cpu_attend_shared: all heads of a stream against one tile.
+// continual_mha::cpu_attend_shared_full and its short form: all heads of a stream against one tile.
 #include "attend_shared.h"
 
 #include <tuple>
@@ -9,6 +9,7 @@ namespace {
 constexpr const char* kOp = "cpu_attend_shared";
 
 struct SharedTag {};
+struct WeightsTag {};
 
 }  // namespace
 
@@ -44,8 +45,17 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
            [&](int64_t begin, int64_t end) { kernel(p, scratch<SharedTag>(bytes), begin, end); });
 }
 
-std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTensor value,
-                                         OptionalTensor mask, OptionalTensor sink) {
+void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& average) {
+  const Kernels& table = kernels(dtype);
+  parallel(p.streams, p.num_heads * (p.slots + p.extra_weights), [&](int64_t begin, int64_t end) {
+    table.average_weights(p, average.mutable_data_ptr(), begin, end);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
+    Tensor query, Tensor key, OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
+    OptionalTensor seed, double /*dropout_p*/, bool need_weights) {
+  STD_TORCH_CHECK(!seed, kOp, ": dropout is not covered");
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
@@ -61,12 +71,27 @@ std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTenso
   p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
+  const Tensor none = torch::stable::new_empty(query, {0}, acc);
+  if (!need_weights) {
+    attend(p, dtype, false);
+    return {out, lse, none, none};
+  }
+  const Tensor average = torch::stable::new_empty(query, {p.streams, p.slots}, acc);
+  p.weights = scratch<WeightsTag>(p.streams * p.num_heads * p.slots * acc_size(dtype));
   attend(p, dtype, false);
-  return {out, lse};
+  average_weights(p, dtype, average);
+  return {out, lse, none, average};
+}
+
+std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTensor value,
+                                         OptionalTensor mask, OptionalTensor sink) {
+  const auto full = attend_shared_full(query, key, value, mask, sink, std::nullopt, 0.0, false);
+  return {std::get<0>(full), std::get<1>(full)};
 }
 
 }  // namespace continual_mha::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cpu_attend_shared_full", TORCH_BOX(&continual_mha::cpu::attend_shared_full));
   m.impl("cpu_attend_shared", TORCH_BOX(&continual_mha::cpu::attend_shared));
 }

@@ -19,4 +19,7 @@ AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t
 // Run the kernel: queries and results are of `dtype`, or with `by_acc` of its accumulators.
 void attend(const AttendSharedParams& p, DType dtype, bool by_acc);
 
+// The weights that the kernel left in `p.weights`, averaged over the heads.
+void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& average);
+
 }  // namespace continual_mha::cpu

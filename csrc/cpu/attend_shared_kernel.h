@@ -97,7 +97,7 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
   const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
   Q* out = static_cast<Q*>(p.out) + row * p.value_dim;
-  for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.q[i] = widen(query[i]);
+  copy_widened(query, kC * p.key_dim, A{1}, scratch.q);
   dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
                [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
                  scratch.scores[c * scratch.score_stride + s] = sum;
@@ -119,21 +119,30 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   }
 }
 
-// Tasks are (stream, block of kHeadBlock heads). Q is what queries and results are stored as.
-template <class S, class Q>
-void attend_shared(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
-  Arena arena(memory);
-  const AttendSharedScratch<S> scratch(p, arena);
+// Calls run(stream, first head, Int<heads>) for tasks that are (stream, block of kHeadBlock heads).
+template <class Run>
+CMHA_INLINE void for_head_blocks(const AttendSharedParams& p, int64_t begin, int64_t end,
+                                 const Run& run) {
   const int64_t blocks = (p.num_heads + kHeadBlock - 1) / kHeadBlock;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / blocks;
     const int64_t head = task % blocks * kHeadBlock;
     const int64_t count = min_of(kHeadBlock, p.num_heads - head);
-    if (count == 4) attend_heads<4, S, Q>(p, scratch, n, head);
-    if (count == 3) attend_heads<3, S, Q>(p, scratch, n, head);
-    if (count == 2) attend_heads<2, S, Q>(p, scratch, n, head);
-    if (count == 1) attend_heads<1, S, Q>(p, scratch, n, head);
+    if (count == 4) run(n, head, Int<4>{});
+    if (count == 3) run(n, head, Int<3>{});
+    if (count == 2) run(n, head, Int<2>{});
+    if (count == 1) run(n, head, Int<1>{});
   }
+}
+
+// Q is what queries and results are stored as.
+template <class S, class Q>
+void attend_shared(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
+  Arena arena(memory);
+  const AttendSharedScratch<S> scratch(p, arena);
+  for_head_blocks(p, begin, end, [&](int64_t n, int64_t head, auto count) {
+    attend_heads<decltype(count)::value, S, Q>(p, scratch, n, head);
+  });
 }
 
 // Tasks are streams: the weights (N, H, S + extra_weights), averaged over the heads into `average`.

@@ -6,11 +6,6 @@
 namespace continual_mha::cpu {
 namespace {
 
-template <class S, class A>
-CMHA_INLINE void copy_widened(const S* src, int64_t count, A scale, A* dst) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = widen(src[i]) * scale;
-}
-
 // Keys and values outside the ring: the learned slot of add_bias_kv and the zeros of add_zero_attn.
 template <class S>
 struct ExtraSlots {

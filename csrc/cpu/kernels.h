@@ -152,8 +152,21 @@ struct AttendSharedParams {
   bool blank;             // a query to which the mask leaves nothing gets zeros, else NaN
 };
 
-constexpr int64_t kHeadBlock = 4;  // heads of one task of attend_shared
-constexpr int64_t kRowBlock = 16;  // rows of one task of project
+// Its gradients. `out` and `lse` are results of the forward, and `weights` is not used.
+struct SharedGradientParams : AttendSharedParams {
+  const void* grad_out;      // (N, H, Ev)
+  const void* grad_lse;      // (N, H) acc, or null
+  const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null
+  void* pairs;               // (N, S, 2H) acc: per slot the scores' gradients, then the weights
+  void* grad_query;          // (N, H, Ek)
+  void* grad_key;            // (N, S, Ek); of key and value together where grad_value is null
+  void* grad_value;          // (N, S, Ev)
+  void* grad_sink;           // (N, H) acc, or null
+};
+
+constexpr int64_t kHeadBlock = 4;   // heads of one task of attend_shared
+constexpr int64_t kSlotBlock = 32;  // slots of one task of shared_tile_gradient
+constexpr int64_t kRowBlock = 16;   // rows of one task of project
 
 // What one instruction set offers for one DType. Every function works on a range of independent
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
@@ -185,6 +198,13 @@ struct Kernels {
   // The same with query and out as acc.
   void (*attend_shared_acc)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
   void (*average_weights)(const AttendSharedParams&, void* average, int64_t begin, int64_t end);
+  int64_t (*shared_gradient_scratch)(const SharedGradientParams&);
+  // Tasks as of attend_shared: `pairs`, and the gradients of query and sink. After all of them, the
+  // other: tasks are (stream, block of kSlotBlock slots).
+  void (*shared_query_gradient)(const SharedGradientParams&, void* scratch, int64_t begin,
+                                int64_t end);
+  void (*shared_tile_gradient)(const SharedGradientParams&, void* scratch, int64_t begin,
+                               int64_t end);
 };
 
 // One table per instruction set, indexed by DType; null where the compiler cannot target it.

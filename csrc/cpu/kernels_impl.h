@@ -1,6 +1,7 @@
 // The table of one instruction set: included by kernels_*.cpp alone.
 #pragma once
 
+#include "attend_shared_backward_kernel.h"
 #include "attend_shared_kernel.h"
 #include "input_step_kernel.h"
 #include "kernels.h"
@@ -47,6 +48,9 @@ constexpr Kernels table_of() {
   table.attend_shared = attend_shared<S, S>;
   table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;
   table.average_weights = average_weights<S>;
+  table.shared_gradient_scratch = shared_gradient_scratch<S>;
+  table.shared_query_gradient = shared_query_gradient<S>;
+  table.shared_tile_gradient = shared_tile_gradient<S>;
   return table;
 }
 

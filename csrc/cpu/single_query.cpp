@@ -87,9 +87,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
   }
   attend(shared, dtype, true);
   if (need_weights) {
-    parallel(n, num_heads * slots, [&](int64_t begin, int64_t end) {
-      table.average_weights(shared, attn.mutable_data_ptr(), begin, end);
-    });
+    average_weights(shared, dtype, attn);
   }
   parallel(num_heads, n * e * shared.value_dim / num_heads,
            [&](int64_t begin, int64_t end) { table.project_mixed(moved, begin, end); });

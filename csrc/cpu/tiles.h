@@ -17,6 +17,11 @@ CMHA_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
+template <class S, class A>
+CMHA_INLINE void copy_widened(const S* src, int64_t count, A scale, A* dst) {
+  for (int64_t i = 0; i < count; ++i) dst[i] = widen(src[i]) * scale;
+}
+
 // A number as a type, to choose a template's argument inside a generic lambda.
 template <int kValue>
 struct Int {

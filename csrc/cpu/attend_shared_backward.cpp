@@ -1,0 +1,102 @@
+// continual_mha::cpu_attend_shared_full_backward and its short form.
+#include <tuple>
+#include <utility>
+
+#include "attend_shared.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+constexpr const char* kOp = "cpu_attend_shared_full_backward";
+
+struct PairsTag {};
+struct GradientTag {};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
+  if (!x) return std::nullopt;
+  return as_contiguous(torch::stable::to(*x, acc));
+}
+
+Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
+                                      OptionalTensor grad_kept, OptionalTensor grad_average,
+                                      Tensor query, Tensor key, OptionalTensor value,
+                                      OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
+                                      Tensor out, Tensor lse, Tensor /*kept*/,
+                                      double /*dropout_p*/) {
+  const Tensor& given = value ? *value : key;
+  check_shared(query, key, given, mask, sink, kOp);
+  STD_TORCH_CHECK(!seed && !grad_kept, kOp, ": dropout is not covered");
+  const DType dtype = dtype_of(query, kOp);
+  const ScalarType acc = acc_type(dtype);
+  const int64_t n = query.size(0);
+  const int64_t heads = query.size(1);
+  for (const auto& [x, name] : {std::pair{grad_out, "grad_out"}, std::pair{out, "out"}}) {
+    check_like(x, query, kOp, name);
+    check_shape(x, {n, heads, given.size(2)}, kOp, name);
+  }
+  check_shape(lse, {n, heads}, kOp, "lse");
+  if (grad_lse) check_shape(*grad_lse, {n, heads}, kOp, "grad_lse");
+  if (grad_average) check_shape(*grad_average, {n, key.size(1)}, kOp, "grad_average");
+  const Tensor queries = as_contiguous(query);
+  const Tensor keys = as_rows(key);
+  const Tensor values = value ? as_rows(*value) : keys;
+  const Tensor grads = as_contiguous(grad_out);
+  const Tensor outs = as_contiguous(out);
+  if (mask) mask = torch::stable::to(*mask, acc);
+  sink = contiguous_acc(sink, acc);
+  const OptionalTensor known = contiguous_acc(lse, acc);
+  grad_lse = contiguous_acc(grad_lse, acc);
+  grad_average = contiguous_acc(grad_average, acc);
+
+  SharedGradientParams p{};
+  static_cast<AttendSharedParams&>(p) = shared_params(keys, values, heads, mask);
+  const Tensor d_query = new_like(query, {n, heads, p.key_dim});
+  const Tensor d_key = new_like(query, {n, p.slots, p.key_dim});
+  const Tensor d_value =
+      value ? new_like(query, {n, p.slots, p.value_dim}) : torch::stable::new_empty(query, {0});
+  const Tensor d_sink = sink ? torch::stable::new_empty(query, {n, heads}, acc)
+                             : torch::stable::new_empty(query, {0}, acc);
+  p.query = queries.const_data_ptr();
+  p.sink = data_or_null(sink);
+  p.out = outs.mutable_data_ptr();
+  p.lse = known->mutable_data_ptr();
+  p.grad_out = grads.const_data_ptr();
+  p.grad_lse = data_or_null(grad_lse);
+  p.grad_average = data_or_null(grad_average);
+  p.grad_query = d_query.mutable_data_ptr();
+  p.grad_key = d_key.mutable_data_ptr();
+  p.grad_value = value ? d_value.mutable_data_ptr() : nullptr;
+  p.grad_sink = sink ? d_sink.mutable_data_ptr() : nullptr;
+  p.pairs = scratch<PairsTag>(n * p.slots * 2 * heads * acc_size(dtype));
+
+  const Kernels& table = kernels(dtype);
+  const int64_t bytes = table.shared_gradient_scratch(p);
+  const int64_t features = p.key_dim + p.value_dim;
+  parallel(n * ((heads + kHeadBlock - 1) / kHeadBlock),
+           kHeadBlock * p.slots * (features + p.key_dim), [&](int64_t begin, int64_t end) {
+             table.shared_query_gradient(p, scratch<GradientTag>(bytes), begin, end);
+           });
+  parallel(n * ((p.slots + kSlotBlock - 1) / kSlotBlock), kSlotBlock * heads * features,
+           [&](int64_t begin, int64_t end) {
+             table.shared_tile_gradient(p, scratch<GradientTag>(bytes), begin, end);
+           });
+  return {d_query, d_key, d_value, d_sink};
+}
+
+Gradients attend_shared_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,
+                                 OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
+                                 Tensor out, Tensor lse) {
+  return attend_shared_full_backward(grad_out, grad_lse, std::nullopt, std::nullopt, query, key,
+                                     value, mask, sink, std::nullopt, out, lse, lse, 0.0);
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cpu_attend_shared_backward", TORCH_BOX(&continual_mha::cpu::attend_shared_backward));
+  m.impl("cpu_attend_shared_full_backward",
+         TORCH_BOX(&continual_mha::cpu::attend_shared_full_backward));
+}

@@ -1,0 +1,184 @@
+// The gradients of attend_shared.
+#pragma once
+
+#include "kernels.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+template <class S>
+struct SharedGradientScratch {
+  using A = typename AccOf<S>::type;
+  A* vectors;  // of heads: queries, then the outputs' gradients
+  A* weights;  // (kHeadBlock, score_stride): scores, then weights
+  A* scores;   // (kHeadBlock, score_stride): gradients of the weights, then of the scores
+  A* rows;     // (kHeadBlock, Ek), or a few slots' gradients
+  int64_t score_stride;
+
+  SharedGradientScratch(const SharedGradientParams& p, Arena& arena) {
+    const int64_t heads = max_of(p.num_heads, kHeadBlock);
+    score_stride = p.slots + Simd<A>::kLanes;
+    vectors = arena.take<A>(heads * (p.key_dim + p.value_dim));
+    weights = arena.take<A>(kHeadBlock * score_stride);
+    scores = arena.take<A>(kHeadBlock * score_stride);
+    rows = arena.take<A>(kHeadBlock * max_of(p.key_dim, p.value_dim));
+  }
+};
+
+template <class S>
+int64_t shared_gradient_scratch(const SharedGradientParams& p) {
+  Arena arena(nullptr);
+  SharedGradientScratch<S>(p, arena);
+  return arena.used();
+}
+
+// `count` rows of S from `first` on.
+template <class S, class A>
+CMHA_INLINE void widen_rows(const void* rows, int64_t first, int64_t count, int64_t size, A* to) {
+  copy_widened(static_cast<const S*>(rows) + first * size, count * size, A{1}, to);
+}
+
+template <class S, class A>
+CMHA_INLINE void narrow_all(const A* from, int64_t count, S* to) {
+  for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
+}
+
+// What every score of a head gets through the normalisation: the gradient of the logarithm of the
+// denominator less what reaches the weights.
+template <class S, class A>
+CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, int64_t row,
+                                    const A* grad_out, const A* weights) {
+  if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
+  const S* out = static_cast<const S*>(p.out) + row * p.value_dim;
+  A sum = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
+  for (int64_t d = 0; d < p.value_dim; ++d) sum -= grad_out[d] * widen(out[d]);
+  if (p.grad_average == nullptr) return sum;
+  const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
+  for (int64_t s = 0; s < p.slots; ++s) sum -= weights[s] * average[s] / p.num_heads;
+  return sum;
+}
+
+// Scores of one head to weights, and the weights' gradients to those of the scores.
+template <class S, class A>
+CMHA_INLINE void finish_gradients(const SharedGradientParams& p, int64_t n, int64_t head,
+                                  const A* grad_out, A* weights, A* scores) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  const int64_t row = n * p.num_heads + head;
+  if (p.mask != nullptr) {
+    const A* mask =
+        static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
+    for (int64_t s = 0; s < p.slots; ++s) weights[s] += mask[s * p.mask_slot_stride];
+  }
+  const A lse = static_cast<const A*>(p.lse)[row];
+  const A known = lse == kMinusInfinity<A> ? 0 : lse;
+  for (int64_t s = 0; s < p.slots; s += kLanes) {
+    store<A>(weights + s, exp_nonpositive(load(weights + s) - known));
+  }
+  const A shared = through_normalisation<S>(p, n, row, grad_out, weights);
+  if (p.grad_average != nullptr) {
+    const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
+    for (int64_t s = 0; s < p.slots; ++s) scores[s] += average[s] / p.num_heads;
+  }
+  for (int64_t s = 0; s < p.slots; s += kLanes) {
+    store<A>(scores + s, load(weights + s) * (load(scores + s) + shared));
+  }
+  if (p.grad_sink == nullptr) return;
+  static_cast<A*>(p.grad_sink)[row] = exp_of(static_cast<const A*>(p.sink)[row] - lse) * shared;
+}
+
+// kC heads from `head` on.
+template <int kC, class S>
+CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
+                                         const SharedGradientScratch<S>& scratch, int64_t n,
+                                         int64_t head) {
+  using A = typename AccOf<S>::type;
+  const int64_t row = n * p.num_heads + head;
+  const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
+  const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
+  A* query = scratch.vectors;
+  A* grad_out = query + kC * p.key_dim;
+  widen_rows<S>(p.query, row, kC, p.key_dim, query);
+  widen_rows<S>(p.grad_out, row, kC, p.value_dim, grad_out);
+  const auto to = [&](A* sums) {
+    return [=](int64_t s, int c, A sum)
+               __attribute__((always_inline)) { sums[c * scratch.score_stride + s] = sum; };
+  };
+  dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, query, p.key_dim, p.key_dim,
+               to(scratch.weights));
+  dot_rows<kC>(value, p.value_slot_stride, 0, p.slots, grad_out, p.value_dim, p.value_dim,
+               to(scratch.scores));
+  A* pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+  for (int c = 0; c < kC; ++c) {
+    A* weights = scratch.weights + c * scratch.score_stride;
+    A* scores = scratch.scores + c * scratch.score_stride;
+    finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights, scores);
+    for (int64_t s = 0; s < p.slots; ++s) {
+      pairs[s * 2 * p.num_heads + c] = scores[s];
+      pairs[s * 2 * p.num_heads + p.num_heads + c] = weights[s];
+    }
+  }
+  for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.rows[i] = 0;
+  weighted_rows<kC>(scratch.scores, scratch.score_stride, key, p.key_slot_stride, 0, p.slots,
+                    p.key_dim, scratch.rows, p.key_dim);
+  narrow_all(scratch.rows, kC * p.key_dim, static_cast<S*>(p.grad_query) + row * p.key_dim);
+}
+
+template <class S>
+void shared_query_gradient(const SharedGradientParams& p, void* memory, int64_t begin,
+                           int64_t end) {
+  Arena arena(memory);
+  const SharedGradientScratch<S> scratch(p, arena);
+  for_head_blocks(p, begin, end, [&](int64_t n, int64_t head, auto count) {
+    query_gradient_of_heads<decltype(count)::value>(p, scratch, n, head);
+  });
+}
+
+// to[s] = sum over `count` vectors of pairs[s] times them, for slots [begin, end).
+template <class S, class A>
+CMHA_INLINE void tile_gradient(const A* pairs, int64_t pair_stride, const A* vectors, int64_t count,
+                               int64_t features, int64_t begin, int64_t end, A* rows, S* to) {
+  const auto block = [&](int64_t s, auto slots) __attribute__((always_inline)) {
+    constexpr int kQ = decltype(slots)::value;
+    for (int64_t i = 0; i < kQ * features; ++i) rows[i] = 0;
+    weighted_rows<kQ>(pairs + s * pair_stride, pair_stride, vectors, features, 0, count, features,
+                      rows, features);
+    narrow_all(rows, kQ * features, to + s * features);
+  };
+  for (; begin + kHeadBlock <= end; begin += kHeadBlock) block(begin, Int<kHeadBlock>{});
+  for (; begin < end; ++begin) block(begin, Int<1>{});
+}
+
+template <class S>
+void shared_tile_gradient(const SharedGradientParams& p, void* memory, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  Arena arena(memory);
+  const SharedGradientScratch<S> scratch(p, arena);
+  const int64_t blocks = (p.slots + kSlotBlock - 1) / kSlotBlock;
+  const int64_t heads = p.num_heads;
+  int64_t there = -1;  // the stream whose vectors are in scratch
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / blocks;
+    const int64_t first = task % blocks * kSlotBlock;
+    const int64_t last = min_of(first + kSlotBlock, p.slots);
+    const A* pairs = static_cast<const A*>(p.pairs) + n * p.slots * 2 * heads;
+    A* query = scratch.vectors;
+    A* grad_out = scratch.vectors + heads * p.key_dim;
+    if (n != there) {
+      widen_rows<S>(p.query, n * heads, heads, p.key_dim, query);
+      widen_rows<S>(p.grad_out, n * heads, heads, p.value_dim, grad_out);
+      there = n;
+    }
+    S* grad_key = static_cast<S*>(p.grad_key) + n * p.slots * p.key_dim;
+    const int64_t count = p.grad_value == nullptr ? 2 * heads : heads;
+    tile_gradient(pairs, 2 * heads, query, count, p.key_dim, first, last, scratch.rows, grad_key);
+    if (p.grad_value == nullptr) continue;
+    S* grad_value = static_cast<S*>(p.grad_value) + n * p.slots * p.value_dim;
+    tile_gradient(pairs + heads, 2 * heads, grad_out, heads, p.value_dim, first, last, scratch.rows,
+                  grad_value);
+  }
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu
