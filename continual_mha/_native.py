@@ -21,6 +21,13 @@ _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _CPU_INPUT_STEPS = ("input_step_", "input_steps_")
+# Where the query is among the arguments, before key and value.
+_QUERY_OF_SHARED = {
+    "attend_shared": 0,
+    "attend_shared_full": 0,
+    "attend_shared_backward": 2,
+    "attend_shared_full_backward": 4,
+}
 # Of the arguments of a step: what follows the in-projection's weights, with one matrix in it.
 _BIASES = slice(6, 11)
 _INPUT_BIASES = slice(2, 7)
@@ -61,8 +68,9 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
         return _why_not_biases(args[_INPUT_BIASES]) or _why_not_input_step(query, *args[1:])
     if name == "single_query":
         return _why_not_biases(args[_BIASES]) or _why_not_tile(*args[:4])
-    if name == "attend_shared":
-        return _why_not_tile(*args[:3])
+    if name in _QUERY_OF_SHARED:
+        first = _QUERY_OF_SHARED[name]
+        return _why_not_tile(*args[first : first + 3])
     return f"no kernel for {name}"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
+from .clips import attend_clip
 from .functional import Tokens
 from .modes import (
     checked_mode,
@@ -433,9 +434,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
         average = average_attn_weights or not self.forward_returns_attn_mask
-        tokens = (query[:, self.query_index], key, value)
         how = (self.num_heads, self._options(), mask, *wants, average)
-        out, attn = functional.attend_clip(tokens, self._weights(), *how)
+        clips = (query, key, value)
+        out, attn = attend_clip(clips, self.query_index, self._weights(), *how)
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
@@ -702,9 +703,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         else:
             checks.check_tokens(self, clips, "(N, T, E)" if self.batch_first else "(T, N, E)", 2)
         query, key, value = clips
-        if functional.is_shared(clips):  # keep it one tensor for those who ask
-            return (self._to_layout(query),) * 3
-        return self._to_layout(query), self._to_layout(key), self._to_layout(value)
+        asked = self._to_layout(query)
+        seen = asked if key is query else self._to_layout(key)  # what is one tensor stays one
+        said = asked if value is query else seen if value is key else self._to_layout(value)
+        return asked, seen, said
 
     def _to_layout(self, x: Tensor) -> Tensor:
         """From ``(N, T, E)`` to the module's layout, or back: both swap the same axes."""

@@ -6,14 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, inputs, ops, reference, ring  # noqa: F401  (ops registers the operators)
+from . import backends, inputs, mixing, ops, reference, ring  # noqa: F401  (ops registers the operators)
 from .dropout import dropout_seed
-from .inputs import Inputs, Mix
-from .modes import is_opaque, is_transformed
-from .precision import autocast_dtype, wide
+from .inputs import Inputs
+from .modes import is_opaque
 from .quantized import QuantizedRing
 from .reference import Options, Rings, Weights
 from .repeat import Run
@@ -26,9 +24,6 @@ from .ring import (
     RingState,
     State,
 )
-
-# From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
-_CPU_MANY_STREAMS = 32
 
 NO_GRADIENT = "a gradient is needed, for which it has no kernel"
 
@@ -73,7 +68,7 @@ def step(
         return _differentiable_step(tokens, _rings(state), active, call)
     sizes = (call.layout.num_heads, call.layout.delay)
     return inputs.input_step(
-        tokens[0], call.weights, _inputs(state), *sizes, active, *call.options, mixing=_mix
+        tokens[0], call.weights, _inputs(state), *sizes, active, *call.options, mixing=mixing.mix
     )
 
 
@@ -207,17 +202,17 @@ def _attend_window(
     extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device)
     attend = torch.ops.continual_mha.attend_window
-    out, lse = attend(*given, _sink(extra), seed, first, dropout_p)
-    on_extra = _weights_of_extra(extra, lse, dropout_p)
+    out, lse = attend(*given, mixing.sink(extra), seed, first, dropout_p)
+    on_extra = mixing.weights_of_extra(extra, lse, dropout_p)
     return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
 
 
 def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
     """Why the fused operator does not serve; None if it does."""
-    reason = _why_plain(query)
+    reason = mixing.why_plain(query)
     if reason is None and backends.order(query.device.type)[0] != "triton":
         reason = NO_GRADIENT
-    return reason or _why_not_triton("attend_window", query, *args)
+    return reason or mixing.why_not_triton("attend_window", query, *args)
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Any:
@@ -313,19 +308,6 @@ def _quantized(state: RingState, layout: Layout) -> QuantizedRingState:
     return QuantizedRingState(k, v, k_scale, v_scale, state.q, state.position, state.clock)
 
 
-def input_formulation_is_cheaper(
-    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int
-) -> bool:
-    """Whether moving the key and value projections to the query's side saves multiply-adds.
-
-    Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, and the attention ``2 S E``. Moving
-    the projections costs ``E (Ek + Ev)`` once, and the attention over inputs ``H S (Ek + Ev)``.
-    """
-    projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
-    moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
-    return moved < projected
-
-
 def moving_is_cheaper(num_heads: int, queries: int, embed_dim: int) -> bool:
     """Whether so many queries save multiply-adds by being moved to a ring of inputs.
 
@@ -333,163 +315,6 @@ def moving_is_cheaper(num_heads: int, queries: int, embed_dim: int) -> bool:
     each costs ``2 H L E``.
     """
     return queries * (num_heads - 1) < embed_dim
-
-
-def attend_clip(
-    tokens: Tokens,
-    weights: Weights,
-    num_heads: int,
-    options: Options,
-    mask: Tensor | None = None,
-    need_weights: bool = False,
-    blank: bool = True,
-    average: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains."""
-    query, key, value = tokens
-    sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
-    # all kernels are for moved projections: who forces them means them whatever they cost
-    kernels = backends.forced() not in (None, "torch")
-    moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
-    asked = (num_heads, options, mask, need_weights, blank, moved)
-    if need_weights and not average:
-        backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
-        return inputs.attend_clip(tokens, weights, *asked, average=False)
-    # the operator for all of it computes weights where NaN is asked for
-    as_with_weights = need_weights or (mask is not None and not blank)
-    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
-    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
-        out, attn = _run("single_query", args)
-        return out, attn if need_weights else None
-    return inputs.attend_clip(tokens, weights, *asked, _mix)
-
-
-def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
-    """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
-    query, key, num_heads = args[0], args[1], args[12]
-    if backends.order(query.device.type)[0] != "cpu":
-        return False
-    needs_grad = any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    if is_transformed() or (needs_grad and torch.is_grad_enabled()):
-        return False
-    if backends.forced():
-        return True  # or it says why not
-    if torch.compiler.is_compiling():
-        return False
-    if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
-        projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
-        if projections_dominate:
-            return False
-    return backends.why_not("cpu", "single_query", args) is None
-
-
-def _mix(
-    moved: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: Tensor | None,
-    dropout_p: float,
-    need_weights: bool,
-    blank: bool,
-) -> Mix:
-    """Attention over inputs, fused where that serves and gains."""
-    args = (moved, key, value, mask, extra, dropout_p, need_weights, blank)
-    reason = why_not_fused(*args[:4], full=need_weights or dropout_p > 0.0)
-    if reason is None:
-        return _fused_mix(*args)
-    backends.leave_to_pytorch("attend_shared", reason)
-    return inputs.plain_mix(*args)
-
-
-def _fused_mix(
-    moved: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    extra: Tensor | None,
-    dropout_p: float,
-    need_weights: bool,
-    blank: bool,
-) -> Mix:
-    """The same by the fused operators: what they return tells the extra slots' weights too."""
-    args = (moved, key, None if value is key else value, mask, _sink(extra))
-    seed = dropout_seed(dropout_p, moved.device)
-    attn: Tensor | None = None
-    share: Tensor | None = None
-    if seed is None and not need_weights:
-        mixed, lse = torch.ops.continual_mha.attend_shared(*args)
-    else:
-        full = torch.ops.continual_mha.attend_shared_full
-        mixed, lse, kept, attn = full(*args, seed, dropout_p, need_weights)
-        share = None if seed is None else kept.unsqueeze(-1)
-    on_extra = _weights_of_extra(extra, lse, dropout_p)
-    if on_extra is not None and share is None:
-        share = 1.0 - on_extra.sum(-1, keepdim=True)
-    if not need_weights:
-        attn = None
-    elif on_extra is not None and attn is not None:
-        attn = torch.cat([attn, on_extra.mean(1)], dim=-1)
-    if mask is not None and extra is None and blank:
-        hidden = torch.isneginf(lse).unsqueeze(-1)
-        mixed = mixed.masked_fill(hidden, 0.0)
-        share = (~hidden).to(mixed.dtype) if share is None else share.masked_fill(hidden, 0.0)
-    return Mix(mixed, share, on_extra, attn)
-
-
-def _sink(extra: Tensor | None) -> Tensor | None:
-    """One score that weighs as much as all extra slots ``(..., H, X)`` together."""
-    return None if extra is None else torch.logsumexp(extra.to(wide(extra.dtype)), dim=-1)
-
-
-def _weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Tensor | None:
-    """Weights of the extra slots, given the logarithm of the softmax's whole denominator."""
-    if extra is None:
-        return None
-    on_extra = torch.exp(extra - lse.unsqueeze(-1))
-    return F.dropout(on_extra, dropout_p) if dropout_p > 0.0 else on_extra
-
-
-def why_not_fused(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, full: bool = False
-) -> str | None:
-    """Why the fused operator does not serve, or gains nothing; None if it is to run.
-
-    ``full`` asks for the operator that also knows dropout and returns weights.
-    """
-    reason = _why_plain(query)
-    if reason is None and mask is not None and mask.requires_grad:
-        reason = "the mask needs a gradient"
-    if reason is not None:
-        return reason
-    first = backends.order(query.device.type)[0]
-    own = None if value is key else value
-    if first == "triton":
-        # what is not `full`, every backend of a GPU is asked for when the operator runs
-        asked = (query, key, own, mask, None, None, 0.0, True)
-        return _why_not_triton("attend_shared_full", *asked) if full else None
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if first == "cpu" and needs_grad:
-        return NO_GRADIENT
-    if first == "torch" or full:
-        return "it has no kernel for dropout on the weights, nor for weights that are returned"
-    if first == "cuda":
-        return None
-    if torch.compiler.is_compiling():
-        return "it cannot be asked under torch.compile"
-    return backends.why_not("cpu", "attend_shared", (query, key, own, mask, None))
-
-
-def _why_plain(query: Tensor) -> str | None:
-    """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
-    if autocast_dtype(query.device.type):
-        return "autocast is on, and the kernels run in one dtype"
-    return "torch.func or torch.jit looks into its operators" if is_transformed() else None
-
-
-def _why_not_triton(name: str, *args: Any) -> str | None:
-    """Why Triton does not run an operator; where that cannot be asked, let it be so."""
-    return None if is_opaque(args[0]) else backends.why_not("triton", name, args)
 
 
 def check_all_queries() -> None:

@@ -330,24 +330,35 @@ def _attend_inputs(
     """
     heads = q.shape[1:]
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
-    scale = 1.0 / math.sqrt(heads[1])
     extra = extra_scores(q, weights, options.add_zero_attn)
     if extra is not None and b_k is not None:
         extra = extra - (q * b_k.view(heads)).sum(-1, keepdim=True)
-    extra = None if extra is None else extra * scale
-    # products by heads, (H, N, ...): with what could be steps of their own, scale and bias, in them
-    w_k, w_v = (w.unflatten(0, heads) for w in (w_k, w_v))
-    moved = torch.baddbmm(q.new_empty(()), q.transpose(0, 1), w_k, beta=0, alpha=scale)
+    extra = None if extra is None else extra / math.sqrt(heads[1])
     asked = (options.dropout_p, need_weights, blank)
-    mix = mixing(moved.transpose(0, 1), key, value, mask, extra, *asked)
-    mixed, w_v = mix.inputs.transpose(0, 1), w_v.transpose(1, 2)
-    if b_v is None or mix.share is not None:
-        found = torch.bmm(mixed, w_v).transpose(0, 1)
-    else:
-        found = torch.baddbmm(b_v.view(heads).unsqueeze(1), mixed, w_v).transpose(0, 1)
-    if b_v is not None and mix.share is not None:
-        found = found + b_v.view(heads) * mix.share.to(found.dtype)
+    mix = mixing(moved_queries(q, w_k), key, value, mask, extra, *asked)
+    found = projected_mix(mix.inputs, mix.share, w_v, b_v)
     return _Attended(found, mix.on_extra, mix.attn)
+
+
+def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
+    """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
+    w_k = w_k.unflatten(0, q.shape[1:])
+    scale = 1.0 / math.sqrt(q.shape[2])
+    # by heads, (H, N, ...), and with what could be a step of its own in the product
+    moved = torch.baddbmm(q.new_empty(()), q.transpose(0, 1), w_k, beta=0, alpha=scale)
+    return moved.transpose(0, 1)
+
+
+def projected_mix(mixed: Tensor, share: Tensor | None, w_v: Tensor, b_v: Tensor | None) -> Tensor:
+    """Heads' outputs ``(N, H, D)`` from their mixed inputs ``(N, H, Ev)``, of weights ``share``."""
+    heads = (mixed.shape[1], w_v.shape[0] // mixed.shape[1])
+    mixed, w_v = mixed.transpose(0, 1), w_v.unflatten(0, heads).transpose(1, 2)
+    if b_v is not None and share is None:
+        return torch.baddbmm(b_v.view(heads).unsqueeze(1), mixed, w_v).transpose(0, 1)
+    found = torch.bmm(mixed, w_v).transpose(0, 1)
+    if b_v is None or share is None:
+        return found
+    return found + b_v.view(heads) * share.to(found.dtype)
 
 
 def plain_mix(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,12 +28,21 @@ from torch.utils.flop_counter import FlopCounterMode
 import continual_mha
 from bench import formulations as bench
 from bench import grid
-from continual_mha import InputState, RingState, backends, formulations, functional
+from continual_mha import (
+    InputState,
+    RingState,
+    backends,
+    clips,
+    formulations,
+    mixing,
+    reference,
+)
 
 SELF_ATTENTION = [
     name for name, arguments in CONSTRUCTIONS.items() if not {"kdim", "vdim"} & set(arguments)
 ]
 DROPOUT = 0.4
+SEED = torch.tensor([5])
 
 
 def agree(left, right, tolerance=1e-10):
@@ -44,16 +54,26 @@ def agree(left, right, tolerance=1e-10):
     )
 
 
+def dropped(slots, weights, dropout_p):
+    """What the operators drop by `SEED`: of all weights of a clip, or of the slots behind it."""
+    first = 0 if weights.shape[-1] >= slots else slots
+    all_slots = weights.new_empty((*weights.shape[:-1], first + weights.shape[-1]))
+    scale = reference._shared_dropout(all_slots, SEED, dropout_p)
+    return weights * scale[..., first:]
+
+
 def forward_with(monkeypatch, moved, module, tokens, **arguments):
     """Outputs and gradients of `forward` in one formulation, whatever the cost rule says."""
-    monkeypatch.setattr(functional, "input_formulation_is_cheaper", lambda *sizes: moved)
+    monkeypatch.setattr(clips, "input_formulation_is_cheaper", lambda *sizes: moved)
+    for drawing in (clips, mixing):
+        monkeypatch.setattr(drawing, "dropout_seed", lambda p, device: SEED if p else None)
+    monkeypatch.setattr(torch.nn.functional, "dropout", partial(dropped, tokens[1].shape[1]))
     tokens = [x.detach().requires_grad_() for x in tokens]
     masks = {
         name: mask.detach().requires_grad_(mask.is_floating_point())
         for name, mask in arguments.items()
         if isinstance(mask, torch.Tensor)
     }
-    torch.manual_seed(5)
     out, weights = module(*(to_layout(module, x) for x in tokens), **{**arguments, **masks})
     results = [out] if weights is None else [out, weights]
     generator = torch.Generator().manual_seed(9)
@@ -119,7 +139,7 @@ COUNTED = {torch.ops.aten.mul: lambda *shapes, out_shape, **options: 2 * math.pr
 
 
 def flops_of_forward(monkeypatch, moved, module, tokens):
-    monkeypatch.setattr(functional, "input_formulation_is_cheaper", lambda *sizes: moved)
+    monkeypatch.setattr(clips, "input_formulation_is_cheaper", lambda *sizes: moved)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
         module(*tokens)
     return counter.get_total_flops()
@@ -142,7 +162,7 @@ EDGES = {
 @continual_mha.use_backend("torch")  # whose operators the counter knows
 def test_cost_rule_chooses_as_counted_multiplications_do(sizes, monkeypatch):
     heads, embed_dim, kdim, vdim = sizes
-    rule = functional.input_formulation_is_cheaper
+    rule = clips.input_formulation_is_cheaper
     longest = EDGES[sizes]
     for clip in sorted({1, 2, 3, longest - 1, longest, longest + 1, 2 * longest, 100} - {0}):
         module = build(

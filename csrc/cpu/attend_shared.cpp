@@ -2,6 +2,7 @@
 #include "attend_shared.h"
 
 #include <tuple>
+#include <vector>
 
 namespace continual_mha::cpu {
 namespace {
@@ -45,6 +46,16 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
            [&](int64_t begin, int64_t end) { kernel(p, scratch<SharedTag>(bytes), begin, end); });
 }
 
+void set_dropout(AttendSharedParams& p, const OptionalTensor& seed, double dropout_p,
+                 const Tensor& kept, const char* op) {
+  if (!seed) return;
+  check_shape(*seed, {1}, op, "seed");
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, op, ": seed must be int64");
+  p.kept = kept.mutable_data_ptr();
+  p.seed = *static_cast<const int64_t*>(seed->const_data_ptr());
+  p.dropout_p = static_cast<float>(dropout_p);
+}
+
 void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& average) {
   const Kernels& table = kernels(dtype);
   parallel(p.streams, p.num_heads * (p.slots + p.extra_weights), [&](int64_t begin, int64_t end) {
@@ -54,8 +65,7 @@ void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& ave
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
     Tensor query, Tensor key, OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
-    OptionalTensor seed, double /*dropout_p*/, bool need_weights) {
-  STD_TORCH_CHECK(!seed, kOp, ": dropout is not covered");
+    OptionalTensor seed, double dropout_p, bool need_weights) {
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
@@ -71,16 +81,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  const Tensor none = torch::stable::new_empty(query, {0}, acc);
-  if (!need_weights) {
-    attend(p, dtype, false);
-    return {out, lse, none, none};
+  const auto optional = [&](bool there, std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(query, there ? sizes : std::vector<int64_t>{0}, acc);
+  };
+  const Tensor kept = optional(seed.has_value(), {p.streams, p.num_heads});
+  const Tensor average = optional(need_weights, {p.streams, p.slots});
+  set_dropout(p, seed, dropout_p, kept, kOp);
+  if (need_weights) {
+    p.weights = scratch<WeightsTag>(p.streams * p.num_heads * p.slots * acc_size(dtype));
   }
-  const Tensor average = torch::stable::new_empty(query, {p.streams, p.slots}, acc);
-  p.weights = scratch<WeightsTag>(p.streams * p.num_heads * p.slots * acc_size(dtype));
   attend(p, dtype, false);
-  average_weights(p, dtype, average);
-  return {out, lse, none, average};
+  if (need_weights) average_weights(p, dtype, average);
+  return {out, lse, kept, average};
 }
 
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTensor value,

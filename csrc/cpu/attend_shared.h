@@ -16,6 +16,10 @@ inline ScalarType acc_type(DType dtype) {
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
                                  const OptionalTensor& mask);
 
+// Drop weights by `seed`, (1,), if there is one; `kept` (N, H) of acc is for what is left of them.
+void set_dropout(AttendSharedParams& p, const OptionalTensor& seed, double dropout_p,
+                 const Tensor& kept, const char* op);
+
 // Run the kernel: queries and results are of `dtype`, or with `by_acc` of its accumulators.
 void attend(const AttendSharedParams& p, DType dtype, bool by_acc);
 

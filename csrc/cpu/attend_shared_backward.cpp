@@ -23,11 +23,9 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
                                       OptionalTensor grad_kept, OptionalTensor grad_average,
                                       Tensor query, Tensor key, OptionalTensor value,
                                       OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
-                                      Tensor out, Tensor lse, Tensor /*kept*/,
-                                      double /*dropout_p*/) {
+                                      Tensor out, Tensor lse, Tensor kept, double dropout_p) {
   const Tensor& given = value ? *value : key;
   check_shared(query, key, given, mask, sink, kOp);
-  STD_TORCH_CHECK(!seed && !grad_kept, kOp, ": dropout is not covered");
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
   const int64_t n = query.size(0);
@@ -38,6 +36,8 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   }
   check_shape(lse, {n, heads}, kOp, "lse");
   if (grad_lse) check_shape(*grad_lse, {n, heads}, kOp, "grad_lse");
+  if (grad_kept) check_shape(*grad_kept, {n, heads}, kOp, "grad_kept");
+  if (seed) check_shape(kept, {n, heads}, kOp, "kept");
   if (grad_average) check_shape(*grad_average, {n, key.size(1)}, kOp, "grad_average");
   const Tensor queries = as_contiguous(query);
   const Tensor keys = as_rows(key);
@@ -48,7 +48,9 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   sink = contiguous_acc(sink, acc);
   const OptionalTensor known = contiguous_acc(lse, acc);
   grad_lse = contiguous_acc(grad_lse, acc);
+  grad_kept = contiguous_acc(grad_kept, acc);
   grad_average = contiguous_acc(grad_average, acc);
+  const OptionalTensor left = seed ? contiguous_acc(kept, acc) : std::nullopt;
 
   SharedGradientParams p{};
   static_cast<AttendSharedParams&>(p) = shared_params(keys, values, heads, mask);
@@ -64,12 +66,15 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   p.lse = known->mutable_data_ptr();
   p.grad_out = grads.const_data_ptr();
   p.grad_lse = data_or_null(grad_lse);
+  p.grad_kept = data_or_null(grad_kept);
   p.grad_average = data_or_null(grad_average);
   p.grad_query = d_query.mutable_data_ptr();
   p.grad_key = d_key.mutable_data_ptr();
   p.grad_value = value ? d_value.mutable_data_ptr() : nullptr;
   p.grad_sink = sink ? d_sink.mutable_data_ptr() : nullptr;
   p.pairs = scratch<PairsTag>(n * p.slots * 2 * heads * acc_size(dtype));
+
+  if (left) set_dropout(p, seed, dropout_p, *left, kOp);
 
   const Kernels& table = kernels(dtype);
   const int64_t bytes = table.shared_gradient_scratch(p);

@@ -1,6 +1,7 @@
 // The gradients of attend_shared.
 #pragma once
 
+#include "attend_shared_kernel.h"
 #include "kernels.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -14,6 +15,7 @@ struct SharedGradientScratch {
   A* vectors;  // of heads: queries, then the outputs' gradients
   A* weights;  // (kHeadBlock, score_stride): scores, then weights
   A* scores;   // (kHeadBlock, score_stride): gradients of the weights, then of the scores
+  A* scales;   // (score_stride,)
   A* rows;     // (kHeadBlock, Ek), or a few slots' gradients
   int64_t score_stride;
 
@@ -23,6 +25,7 @@ struct SharedGradientScratch {
     vectors = arena.take<A>(heads * (p.key_dim + p.value_dim));
     weights = arena.take<A>(kHeadBlock * score_stride);
     scores = arena.take<A>(kHeadBlock * score_stride);
+    scales = arena.take<A>(score_stride);
     rows = arena.take<A>(kHeadBlock * max_of(p.key_dim, p.value_dim));
   }
 };
@@ -49,43 +52,54 @@ CMHA_INLINE void narrow_all(const A* from, int64_t count, S* to) {
 // denominator less what reaches the weights.
 template <class S, class A>
 CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, int64_t row,
-                                    const A* grad_out, const A* weights) {
+                                    const A* grad_out, const A* applied) {
   if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
   const S* out = static_cast<const S*>(p.out) + row * p.value_dim;
   A sum = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
   for (int64_t d = 0; d < p.value_dim; ++d) sum -= grad_out[d] * widen(out[d]);
+  if (p.grad_kept != nullptr) {
+    sum -= static_cast<const A*>(p.grad_kept)[row] * static_cast<const A*>(p.kept)[row];
+  }
   if (p.grad_average == nullptr) return sum;
   const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
-  for (int64_t s = 0; s < p.slots; ++s) sum -= weights[s] * average[s] / p.num_heads;
+  for (int64_t s = 0; s < p.slots; ++s) sum -= applied[s] * average[s] / p.num_heads;
   return sum;
 }
 
-// Scores of one head to weights, and the weights' gradients to those of the scores.
+// Scores of one head to weights, and the gradients of the applied weights to those of the scores.
+// Returns the applied weights, which with dropout are in `scales`.
 template <class S, class A>
-CMHA_INLINE void finish_gradients(const SharedGradientParams& p, int64_t n, int64_t head,
-                                  const A* grad_out, A* weights, A* scores) {
+CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, int64_t head,
+                                      const A* grad_out, A* weights, A* scores, A* scales) {
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t row = n * p.num_heads + head;
-  if (p.mask != nullptr) {
-    const A* mask =
-        static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
-    for (int64_t s = 0; s < p.slots; ++s) weights[s] += mask[s * p.mask_slot_stride];
-  }
+  add_mask(p, n, head, weights);
   const A lse = static_cast<const A*>(p.lse)[row];
   const A known = lse == kMinusInfinity<A> ? 0 : lse;
   for (int64_t s = 0; s < p.slots; s += kLanes) {
     store<A>(weights + s, exp_nonpositive(load(weights + s) - known));
   }
-  const A shared = through_normalisation<S>(p, n, row, grad_out, weights);
   if (p.grad_average != nullptr) {
     const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
     for (int64_t s = 0; s < p.slots; ++s) scores[s] += average[s] / p.num_heads;
   }
+  if (p.kept != nullptr) {
+    const A grad_kept = p.grad_kept == nullptr ? 0 : static_cast<const A*>(p.grad_kept)[row];
+    keep_scales(p.seed, p.dropout_p, n, head, p.slots, scales);
+    for (int64_t s = 0; s < p.slots; ++s) {
+      scores[s] = (scores[s] + grad_kept) * scales[s];
+      scales[s] *= weights[s];
+    }
+  }
+  const A* applied = p.kept == nullptr ? weights : scales;
+  const A shared = through_normalisation<S>(p, n, row, grad_out, applied);
   for (int64_t s = 0; s < p.slots; s += kLanes) {
     store<A>(scores + s, load(weights + s) * (load(scores + s) + shared));
   }
-  if (p.grad_sink == nullptr) return;
-  static_cast<A*>(p.grad_sink)[row] = exp_of(static_cast<const A*>(p.sink)[row] - lse) * shared;
+  if (p.grad_sink != nullptr) {
+    static_cast<A*>(p.grad_sink)[row] = exp_of(static_cast<const A*>(p.sink)[row] - lse) * shared;
+  }
+  return applied;
 }
 
 // kC heads from `head` on.
@@ -113,10 +127,11 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
   for (int c = 0; c < kC; ++c) {
     A* weights = scratch.weights + c * scratch.score_stride;
     A* scores = scratch.scores + c * scratch.score_stride;
-    finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights, scores);
+    const A* applied = finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights,
+                                           scores, scratch.scales);
     for (int64_t s = 0; s < p.slots; ++s) {
       pairs[s * 2 * p.num_heads + c] = scores[s];
-      pairs[s * 2 * p.num_heads + p.num_heads + c] = weights[s];
+      pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
     }
   }
   for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.rows[i] = 0;

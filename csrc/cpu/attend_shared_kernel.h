@@ -1,6 +1,7 @@
 // The queries of all heads of a stream against one tile of keys and values.
 #pragma once
 
+#include "dropout.h"
 #include "kernels.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -14,6 +15,7 @@ struct AttendSharedScratch {
   A* q;       // (kHeadBlock, Ek)
   A* out;     // (kHeadBlock, Ev)
   A* scores;  // (kHeadBlock, score_stride)
+  A* scales;  // (score_stride,)
   int64_t score_stride;
 
   AttendSharedScratch(const AttendSharedParams& p, Arena& arena) {
@@ -21,6 +23,7 @@ struct AttendSharedScratch {
     q = arena.take<A>(kHeadBlock * p.key_dim);
     out = arena.take<A>(kHeadBlock * p.value_dim);
     scores = arena.take<A>(kHeadBlock * score_stride);
+    scales = arena.take<A>(score_stride);
   }
 };
 
@@ -38,16 +41,20 @@ struct Normaliser {
   A extra[2];
 };
 
+template <class A>
+CMHA_INLINE void add_mask(const AttendSharedParams& p, int64_t n, int64_t head, A* scores) {
+  if (p.mask == nullptr) return;
+  const A* mask =
+      static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
+  for (int64_t s = 0; s < p.slots; ++s) scores[s] += mask[s * p.mask_slot_stride];
+}
+
 // Adds the mask and turns scores into numerators of the softmax; stores the logarithm of the
 // denominator, and in `extra` the weights of its first slot and of all inputs.
 template <class A>
 CMHA_INLINE Normaliser<A> finish_scores(const AttendSharedParams& p, int64_t n, int64_t head,
                                         A* scores) {
-  if (p.mask != nullptr) {
-    const A* mask =
-        static_cast<const A*>(p.mask) + n * p.mask_stream_stride + head * p.mask_head_stride;
-    for (int64_t s = 0; s < p.slots; ++s) scores[s] += mask[s * p.mask_slot_stride];
-  }
+  add_mask(p, n, head, scores);
   const int64_t row = n * p.num_heads + head;
   A* extra = p.extra == nullptr ? nullptr : static_cast<A*>(p.extra) + 2 * row;
   A others[2] = {kMinusInfinity<A>, kMinusInfinity<A>};
@@ -87,6 +94,15 @@ CMHA_INLINE void store_weights(const AttendSharedParams& p, int64_t row, const A
   if (p.extra_weights == 1) *weights = normaliser.extra[0] + normaliser.extra[1];
 }
 
+// Applies dropout to numerators and returns what is left of their sum.
+template <class A>
+CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scores, A* scales) {
+  keep_scales(p.seed, p.dropout_p, n, head, p.slots, scales);
+  A sum = 0;
+  for (int64_t s = 0; s < p.slots; ++s) sum += scores[s] *= scales[s];
+  return sum;
+}
+
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.
 template <int kC, class S, class Q>
 CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S>& scratch,
@@ -106,6 +122,10 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   for (int c = 0; c < kC; ++c) {
     A* scores = scratch.scores + c * scratch.score_stride;
     const Normaliser<A> normaliser = finish_scores(p, n, head + c, scores);
+    if (p.kept != nullptr) {
+      static_cast<A*>(p.kept)[row + c] =
+          drop(p, n, head + c, scores, scratch.scales) * normaliser.inputs;
+    }
     if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
     scale[c] = normaliser.inputs;
   }

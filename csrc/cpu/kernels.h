@@ -136,6 +136,9 @@ struct AttendSharedParams {
   void* out;          // (N, H, Ev)
   void* lse;          // (N, H) acc, or null
   void* weights;      // (N, H, S + extra_weights) acc, or null
+  void* kept;         // what dropout leaves of the weights' sum, (N, H) acc, or null without it
+  int64_t seed;
+  float dropout_p;
   int64_t mask_stream_stride;
   int64_t mask_head_stride;
   int64_t mask_slot_stride;
@@ -152,10 +155,11 @@ struct AttendSharedParams {
   bool blank;             // a query to which the mask leaves nothing gets zeros, else NaN
 };
 
-// Its gradients. `out` and `lse` are results of the forward, and `weights` is not used.
+// Its gradients. `out`, `lse` and `kept` are results of the forward, and `weights` is not used.
 struct SharedGradientParams : AttendSharedParams {
   const void* grad_out;      // (N, H, Ev)
   const void* grad_lse;      // (N, H) acc, or null
+  const void* grad_kept;     // (N, H) acc, or null
   const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null
   void* pairs;               // (N, S, 2H) acc: per slot the scores' gradients, then the weights
   void* grad_query;          // (N, H, Ek)

@@ -1,0 +1,283 @@
+"""One query over a clip: in which formulation, by which kernels, and with what gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, inputs, mixing
+from .dropout import dropout_seed
+from .modes import is_opaque, is_transformed
+from .reference import Options, Weights
+
+# From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
+_CPU_MANY_STREAMS = 32
+
+Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
+
+
+def input_formulation_is_cheaper(
+    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int
+) -> bool:
+    """Whether moving the key and value projections to the query's side saves multiply-adds.
+
+    Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, and the attention ``2 S E``. Moving
+    the projections costs ``E (Ek + Ev)`` once, and the attention over inputs ``H S (Ek + Ev)``.
+    """
+    projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
+    moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
+    return moved < projected
+
+
+def attend_clip(
+    clips: Tokens,
+    index: int,
+    weights: Weights,
+    num_heads: int,
+    options: Options,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+    blank: bool = True,
+    average: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains.
+
+    Query, key and value are ``(N, S, E*)``; it is the query of the token ``index`` that asks.
+    """
+    asked, key, value = clips
+    query = asked[:, index]
+    sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
+    # all kernels are for moved projections: who forces them means them whatever they cost
+    kernels = backends.forced() not in (None, "torch")
+    moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
+    tokens = (query, key, value)
+    how = (num_heads, options, mask, need_weights, blank, moved)
+    if need_weights and not average:
+        backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
+        return inputs.attend_clip(tokens, weights, *how, average=False)
+    # the operator for all of it computes weights where NaN is asked for
+    as_with_weights = need_weights or (mask is not None and not blank)
+    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
+    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
+        out, attn = backends.choose("single_query", args)(*args)
+        return out, attn if need_weights else None
+    if moved and _is_one_node(clips, weights, options, mask):
+        given = (None if asked is key else query, key, None if value is key else value)
+        node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
+        out, attn = _AttendClip.apply(node, *given, mask, *weights[:6])
+        return out, attn if need_weights else None
+    return inputs.attend_clip(tokens, weights, *how, mixing.mix)
+
+
+def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
+    """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
+    query, key, num_heads = args[0], args[1], args[12]
+    if is_opaque(query) or backends.order(query.device.type)[0] != "cpu":
+        return False
+    if is_transformed() or _needs_gradient(args):
+        return False
+    if backends.forced():
+        return True  # or it says why not
+    if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
+        projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
+        if projections_dominate:
+            return False
+    return backends.why_not("cpu", "single_query", args) is None
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    """Whether autograd follows a function of these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _is_one_node(clips: Tokens, weights: Weights, options: Options, mask: Tensor | None) -> bool:
+    """Whether ``_AttendClip`` serves: in training, but for what looks into it or it does not know.
+
+    ``torch.compile`` writes the parts of a gradient in place by itself.
+    """
+    if not _needs_gradient((*clips, *weights)) or is_opaque(clips[0]):
+        return False
+    if weights.bias_k is not None or options.add_zero_attn:
+        return False
+    if mask is not None and mask.requires_grad:
+        return False
+    kernels = backends.order(clips[0].device.type)[0] != "torch"
+    return kernels and mixing.why_plain(clips[0]) is None
+
+
+class _Node(NamedTuple):
+    """What ``_AttendClip`` is told besides tensors."""
+
+    num_heads: int
+    query_index: int
+    dropout_p: float
+    need_weights: bool
+    blank: bool
+
+    def asking(self, query: Tensor | None, key: Tensor) -> Tensor:
+        """The queries' tokens ``(N, E)``."""
+        return key[:, self.query_index] if query is None else query
+
+
+class _Found(NamedTuple):
+    """What the gradients need of the forward."""
+
+    q: Tensor  # (N, H, D)
+    moved: Tensor  # (N, H, Ek)
+    mixed: Tensor  # (N, H, Ev)
+    share: Tensor | None
+    lse: Tensor
+    kept: Tensor
+    heads: Tensor  # (N, H, D)
+    seed: Tensor | None
+
+
+class _AttendClip(torch.autograd.Function):
+    """Attention over inputs with its projections, without extra slots, as one node of autograd.
+
+    From single operators autograd would make, for each part that is taken of the packed weight or
+    of the clip, a gradient as large as the whole, and add them up. This writes every part in place.
+    A query of None is a token of the keys, and a value of None the keys. Returns the output and the
+    averaged weights, the latter without elements where they are not asked for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        node: _Node,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor | None,
+        mask: Tensor | None,
+        *params: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        weights = _without_extra_slots(params)
+        (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
+        q = F.linear(node.asking(query, key), w_q, b_q).unflatten(-1, (node.num_heads, -1))
+        moved = inputs.moved_queries(q, w_k)
+        seed = dropout_seed(node.dropout_p, key.device)
+        name = "attend_shared"
+        args: tuple[Any, ...] = (moved, key, value, mask, None)
+        if not mixing.is_plain(node.dropout_p, node.need_weights):
+            name, args = f"{name}_full", (*args, seed, node.dropout_p, node.need_weights)
+        mixed, lse, *more = backends.choose(name, args)(*args)
+        kept, attn = more or (lse.new_empty(0), lse.new_empty(0))
+        share = None if seed is None else kept.unsqueeze(-1)
+        if mask is not None and node.blank:
+            mixed, share = mixing.blanked(mixed, share, lse)
+        heads = inputs.projected_mix(mixed, share, w_v, b_v)
+        ctx.node = node
+        ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
+        found = _Found(q, moved, mixed, share, lse, kept, heads, seed)
+        ctx.save_for_backward(query, key, value, mask, *params, *found)
+        return F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias), attn
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_attn: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        given, found = ctx.saved_tensors[:10], _Found(*ctx.saved_tensors[10:])
+        if grad_out is None:
+            grad_out = found.heads.new_zeros(found.heads.shape[0], given[8].shape[0])
+        grads = (grad_out, grad_attn if ctx.node.need_weights else None)
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # that is, with create_graph
+            return None, *_gradients_with_graph(ctx.node, given, found.seed, grads, needed)
+        return None, *_gradients(ctx.node, given, found, grads, needed)
+
+
+def _without_extra_slots(params: Sequence[Any]) -> Weights:
+    return Weights._make((*params, None, None))
+
+
+def _gradients(
+    node: _Node,
+    given: tuple[Any, ...],
+    found: _Found,
+    grads: tuple[Tensor, Tensor | None],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments ``given`` to a node, of those that need one."""
+    query, key, value, mask, *params = given
+    weights = _without_extra_slots(params)
+    (w_q, w_k, w_v), (_, _, b_v) = weights.split(), weights.split_bias()
+    d_out, d_attn = grads
+    q, moved, mixed, share, lse, kept, heads, seed = found
+    N, H, D = q.shape
+
+    d_heads = (d_out @ weights.out_proj_weight).view(N, H, D)
+    d_mixed = torch.bmm(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+    d_kept = None
+    if seed is not None and b_v is not None:
+        d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
+    if mask is not None and node.blank:
+        hidden = torch.isneginf(lse)
+        d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
+        d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
+    tile = (moved, key, value, mask, None)
+    name = "attend_shared_full_backward"
+    args: tuple[Any, ...] = (d_mixed, None, d_kept, d_attn, *tile, seed, mixed, lse, kept)
+    args = (*args, node.dropout_p)
+    if mixing.is_plain(node.dropout_p, node.need_weights):
+        name, args = "attend_shared_backward", (d_mixed, torch.zeros_like(lse), *tile, mixed, lse)
+    d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
+    d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
+    scale = 1.0 / math.sqrt(D)
+    d_q = torch.bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2)) * scale
+    d_q = d_q.transpose(0, 1).reshape(N, H * D)
+
+    d_query = None
+    if query is None:
+        if needed[1]:  # the tokens that ask are the clip's, whose gradient is this node's own
+            d_key[:, node.query_index].addmm_(d_q, w_q)
+    elif needed[0]:
+        d_query = d_q @ w_q
+
+    # one buffer for what is one parameter, of which `split` gives the parts
+    d_params: list[Any] = [None if x is None else torch.empty_like(x) for x in params]
+    if any(needed[4:7]):
+        d_w_q, d_w_k, d_w_v = _without_extra_slots(d_params).split()
+        torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
+        torch.bmm((q * scale).permute(1, 2, 0), d_moved, out=d_w_k.unflatten(0, (H, D)))
+        torch.bmm(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=d_w_v.unflatten(0, (H, D)))
+    if needed[7]:
+        d_b_q, d_b_k, d_b_v = d_params[3].chunk(3)
+        torch.sum(d_q, 0, out=d_b_q)
+        d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
+        torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
+    if needed[8]:
+        torch.mm(d_out.t(), heads.flatten(1), out=d_params[4])
+    if needed[9]:
+        torch.sum(d_out, 0, out=d_params[5])
+    gradients = (d_query, d_key, d_value, None, *d_params)
+    return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
+
+
+def _gradients_with_graph(
+    node: _Node,
+    given: tuple[Any, ...],
+    seed: Tensor | None,
+    grads: tuple[Tensor, Tensor | None],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same by operators that can be differentiated once more, from the arguments on."""
+    query, key, value, mask, *params = given
+    tokens = (node.asking(query, key), key, key if value is None else value)
+    weights = _without_extra_slots(params)
+    options = Options(False, node.dropout_p)
+    how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+    again = partial(mixing.fused_mix, seed=seed)
+    results = inputs.attend_clip(tokens, weights, *how, again)
+    followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
+    outs, grads_of_outs = zip(*followed, strict=True)
+    wanted = [x for x, need in zip(given, needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(outs, wanted, grads_of_outs, create_graph=True, allow_unused=True)
+    )
+    return tuple(next(found) if need else None for need in needed)

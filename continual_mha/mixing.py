@@ -1,0 +1,133 @@
+"""Attention over inputs by the operators that attend to tiles which all heads share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, inputs
+from .dropout import dropout_seed
+from .inputs import Mix
+from .modes import is_opaque, is_transformed
+from .precision import autocast_dtype, wide
+
+
+def mix(
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+    blank: bool,
+) -> Mix:
+    """``inputs.plain_mix``, fused where that serves and gains."""
+    args = (moved, key, value, mask, extra, dropout_p, need_weights, blank)
+    reason = why_not_fused(*args[:4], dropout_p, need_weights)
+    if reason is None:
+        return fused_mix(*args, dropout_seed(dropout_p, moved.device))
+    backends.leave_to_pytorch("attend_shared", reason)
+    return inputs.plain_mix(*args)
+
+
+def fused_mix(
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+    blank: bool,
+    seed: Tensor | None,
+) -> Mix:
+    """The same by the fused operators: what they return tells the extra slots' weights too."""
+    args = (moved, key, None if value is key else value, mask, sink(extra))
+    attend = torch.ops.continual_mha.attend_shared
+    full = torch.ops.continual_mha.attend_shared_full
+    if is_plain(dropout_p, need_weights):
+        (mixed, lse), share, attn = attend(*args), None, None
+    else:
+        mixed, lse, kept, attn = full(*args, seed, dropout_p, need_weights)
+        share = None if seed is None else kept.unsqueeze(-1)
+    on_extra = weights_of_extra(extra, lse, dropout_p)
+    if on_extra is not None and share is None:
+        share = 1.0 - on_extra.sum(-1, keepdim=True)
+    if not need_weights:
+        attn = None
+    elif on_extra is not None and attn is not None:
+        attn = torch.cat([attn, on_extra.mean(1)], dim=-1)
+    if mask is not None and extra is None and blank:
+        mixed, share = blanked(mixed, share, lse)
+    return Mix(mixed, share, on_extra, attn)
+
+
+def is_plain(dropout_p: float, need_weights: bool) -> bool:
+    """Whether ``attend_shared`` does, of which ``attend_shared_full`` knows more."""
+    return dropout_p == 0.0 and not need_weights
+
+
+def blanked(mixed: Tensor, share: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed inputs and shares with zeros for the heads to which a mask leaves nothing."""
+    hidden = torch.isneginf(lse).unsqueeze(-1)
+    mixed = mixed.masked_fill(hidden, 0.0)
+    return mixed, (~hidden).to(mixed.dtype) if share is None else share.masked_fill(hidden, 0.0)
+
+
+def sink(extra: Tensor | None) -> Tensor | None:
+    """One score that weighs as much as all extra slots ``(..., H, X)`` together."""
+    return None if extra is None else torch.logsumexp(extra.to(wide(extra.dtype)), dim=-1)
+
+
+def weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Tensor | None:
+    """Weights of the extra slots, given the logarithm of the softmax's whole denominator."""
+    if extra is None:
+        return None
+    on_extra = torch.exp(extra - lse.unsqueeze(-1))
+    return F.dropout(on_extra, dropout_p) if dropout_p > 0.0 else on_extra
+
+
+def why_not_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+) -> str | None:
+    """Why the fused operators do not serve, or gain nothing; None if one is to run."""
+    reason = why_plain(query)
+    if reason is None and mask is not None and mask.requires_grad:
+        reason = "the mask needs a gradient"
+    if reason is not None:
+        return reason
+    plain = is_plain(dropout_p, need_weights)
+    first = backends.order(query.device.type)[0]
+    own = None if value is key else value
+    asked = (query, key, own, mask, None, None, dropout_p, need_weights)
+    if first == "triton":
+        # what is plain, every backend of a GPU is asked for when the operator runs
+        return None if plain else why_not_triton("attend_shared_full", *asked)
+    if first == "cuda" and plain:
+        return None
+    if first != "cpu":
+        return "it has no kernel for dropout on the weights, nor for weights that are returned"
+    if torch.compiler.is_compiling():
+        return "it cannot be asked under torch.compile"
+    return backends.why_not("cpu", "attend_shared_full", asked)
+
+
+def why_plain(query: Tensor) -> str | None:
+    """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
+    if autocast_dtype(query.device.type):
+        return "autocast is on, and the kernels run in one dtype"
+    return "torch.func or torch.jit looks into its operators" if is_transformed() else None
+
+
+def why_not_triton(name: str, *args: Any) -> str | None:
+    """Why Triton does not run an operator; where that cannot be asked, let it be so."""
+    return None if is_opaque(args[0]) else backends.why_not("triton", name, args)
