@@ -317,19 +317,23 @@ __global__ void __launch_bounds__(kThreads)
   const int col = static_cast<int>(index % chunks) * kPack;
   const int first = static_cast<int>(index / chunks % groups) * kTileRows;
   const int64_t stream = index / chunks / groups;
-  const T* vectors = static_cast<const T*>(p.vectors) + stream * p.num_heads * p.cols;
   float sum[kTileRows][kPack] = {};
-  for (int h = 0; h < p.num_heads; ++h) {
-    float vector[kPack];
-    unpack(load_columns(vectors + static_cast<int64_t>(h) * p.cols, col, p.cols, p.aligned),
-           vector);
-    const int64_t tile = stream * head_tiles(p.num_heads) + h / kTileHeads;
+#pragma unroll 1
+  for (const OuterProduct& term : p.terms) {
+    if (term.weights == nullptr) break;
+    const T* vectors = static_cast<const T*>(term.vectors) + stream * p.num_heads * p.cols;
+    for (int h = 0; h < p.num_heads; ++h) {
+      float vector[kPack];
+      unpack(load_columns(vectors + static_cast<int64_t>(h) * p.cols, col, p.cols, p.aligned),
+             vector);
+      const int64_t tile = stream * head_tiles(p.num_heads) + h / kTileHeads;
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const int row = min(first + r, p.rows - 1);
-      const float weight = p.weights[(tile * p.rows + row) * kTileHeads + h % kTileHeads];
+      for (int r = 0; r < kTileRows; ++r) {
+        const int row = min(first + r, p.rows - 1);
+        const float weight = term.weights[(tile * p.rows + row) * kTileHeads + h % kTileHeads];
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum[r][i] += weight * vector[i];
+        for (int i = 0; i < kPack; ++i) sum[r][i] += weight * vector[i];
+      }
     }
   }
 #pragma unroll
