@@ -227,7 +227,7 @@ def test_a_refused_launch_is_an_exception_that_names_operator_and_shape() -> Non
             OPS.cuda_attend_shared(x, x, value, None, None)
 
 
-SHARED_OPTIONS = ["", "mask", "mask sink", "broadcast_mask strided", "misaligned"]
+SHARED_OPTIONS = ["", "mask", "mask sink", "broadcast_mask strided", "misaligned", "mask hidden"]
 SHARED_OPTIONS += ["one_tensor " + options for options in SHARED_OPTIONS]
 
 
@@ -243,6 +243,8 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
     if "mask" in options:
         mask = torch.randn(N, H, S, generator=gen)
         mask[0, 1, 2:] = -torch.inf
+    if "hidden" in options and mask is not None:
+        mask[1, 2] = -torch.inf  # leaves a query nothing
     if "broadcast" in options and mask is not None:
         mask = mask[:1, :1]
     if "sink" in options:
@@ -253,7 +255,7 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
     expected = reference.attend_shared(*wide)  # type: ignore[arg-type]
     actual = OPS.cuda_attend_shared(query, key, value, mask, sink)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6, equal_nan=True)
 
     grads = torch.randn(N, H, Ev, generator=gen), torch.randn(N, H, generator=gen)
     if "misaligned" in options:

@@ -262,7 +262,8 @@ struct AttendSharedBlock {
     }
     dot = warp_sum(dot) - p.grad_lse[row];
     if (lane != 0) return;
-    lse[head] = p.lse[row];
+    // Infinity lets a query to which the mask leaves nothing have weights, and gradients, of zero.
+    lse[head] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
     offset[head] = dot;
     if (p.sink.data != nullptr) {
       p.dsink[row] = -expf(load_float<T>(p.sink, row) - lse[head]) * dot;
