@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A thread computes kPack columns of kTileRows rows, and reads each head's columns once for them.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     outer_product_kernel(const __grid_constant__ OuterProductParams p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= p.threads) return;
