@@ -373,6 +373,7 @@ class SharedCase:
     dtype: torch.dtype = torch.float32
     mask: bool = False
     sink: bool = False
+    one_tensor: bool = False
 
 
 SHARED_CASES = {
@@ -384,16 +385,26 @@ SHARED_CASES = {
     "one_row_unaligned": SharedCase(S=1, Ek=7, Ev=3),
     "unaligned": SharedCase(S=70, Ek=21, Ev=44, dtype=torch.bfloat16),
     "wide": SharedCase(N=1, H=2, S=5, Ek=300, Ev=2056),
+    "one_tensor": SharedCase(Ev=16, one_tensor=True),
+    "one_tensor_mask_and_sink": SharedCase(
+        S=33, Ek=24, Ev=24, dtype=torch.bfloat16, mask=True, sink=True, one_tensor=True
+    ),
+    "one_tensor_two_head_tiles": SharedCase(
+        H=11, S=5, Ek=21, Ev=21, dtype=torch.float16, mask=True, one_tensor=True
+    ),
+    "one_tensor_of_one_row": SharedCase(N=3, S=1, Ek=7, Ev=7, sink=True, one_tensor=True),
+    "one_tensor_wide": SharedCase(N=1, H=2, S=3, Ek=2056, Ev=2056, one_tensor=True),
 }
 
 
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     mask: torch.Tensor | None,
     sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    v = k if v is None else v
     scores = q @ k.mT + (mask if mask is not None else 0)
     extra = [] if sink is None else [sink.unsqueeze(-1)]
     lse = torch.cat([scores, *extra], -1).logsumexp(-1)
@@ -408,7 +419,7 @@ def make_shared(case: SharedCase) -> list[torch.Tensor | None]:
 
     N, H, S = case.N, case.H, case.S
     query, key = draw(N, H, case.Ek) * case.Ek**-0.5, draw(N, S, case.Ek)
-    value, mask, sink = draw(N, S, case.Ev), None, None
+    value, mask, sink = None if case.one_tensor else draw(N, S, case.Ev), None, None
     if case.mask:
         mask = draw(N, H, S)
         mask[0, :, 2] = -torch.inf
@@ -453,7 +464,7 @@ def run_shared(
     grad_lse: torch.Tensor,
     device: Device,
 ) -> list[torch.Tensor]:
-    """out, lse and the gradients of query, key, value and (if there is one) sink."""
+    """out, lse and the gradients of query, key and, if they are there, of value and sink."""
     N, H, S = case.N, case.H, case.S
     out = torch.full((N, H, case.Ev), torch.nan, dtype=case.dtype)
     lse = torch.full((N, H), torch.nan)
@@ -461,24 +472,26 @@ def run_shared(
     tensors = [*inputs, out, lse, weights]
     sizes = [N, H, S, case.Ek, case.Ev, DTYPES.index(case.dtype)]
     device.call("attend_shared", [*tensors, *[None] * 7], [*sizes, 0])
-    grads = [torch.full_like(t, torch.nan) for t in inputs[:3] if t is not None]
+    grads = [None if t is None else torch.full_like(t, torch.nan) for t in inputs[:3]]
     dsink = torch.full((N, H), torch.nan)
     weights.fill_(torch.nan)
     tensors += [grad_out, grad_lse, *grads, dsink, torch.full_like(weights, torch.nan)]
     device.call("attend_shared", tensors, [*sizes, 1])
-    return [out, lse, *grads, *([dsink] if case.sink else [])]
+    return [t for t in (out, lse, *grads, dsink if case.sink else None) if t is not None]
 
 
-def test_attend_shared_ignores_what_masked_rows_hold() -> None:
-    case = SharedCase(mask=True)
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_attend_shared_ignores_what_masked_rows_hold(one_tensor: bool) -> None:
+    case = SharedCase(Ev=16, mask=True, one_tensor=one_tensor)
     query, key, value, mask, sink = make_shared(case)
     assert key is not None
-    assert value is not None
     assert mask is not None
     mask[:, :, 4] = -torch.inf
     grad_out, grad_lse = torch.randn(case.N, case.H, case.Ev), torch.randn(case.N, case.H)
     before = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse, DEVICES[0])
-    key[:, 4], value[:, 4] = torch.nan, torch.nan
+    for tile in (key, value):
+        if tile is not None:
+            tile[:, 4] = torch.nan
     after = run_shared(case, [query, key, value, mask, sink], grad_out, grad_lse, DEVICES[0])
     for b, a in zip(before, after, strict=True):
         assert torch.equal(a, b)

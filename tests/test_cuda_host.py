@@ -221,37 +221,61 @@ def test_a_refused_launch_is_an_exception_that_names_operator_and_shape() -> Non
     with pytest.raises(RuntimeError, match=r"cuda_ring_step_ for query \(3, 16\).*failed"):
         OPS.cuda_ring_step_(*make_args())
     x = torch.zeros(2, 3, 8)
-    with pytest.raises(RuntimeError, match=r"cuda_attend_shared for query \(2, 3, 8\).*failed"):
-        OPS.cuda_attend_shared(x, x, x, None, None)
+    for value, named in ((x, r"\(2, 3, 8\)"), (None, "None")):
+        call = rf"cuda_attend_shared for query \(2, 3, 8\), .* value {named}: .*failed"
+        with pytest.raises(RuntimeError, match=call):
+            OPS.cuda_attend_shared(x, x, value, None, None)
 
 
-@pytest.mark.parametrize("options", ["", "mask", "mask sink", "broadcast_mask strided"])
+SHARED_OPTIONS = ["", "mask", "mask sink", "broadcast_mask strided", "misaligned", "mask hidden"]
+SHARED_OPTIONS += ["one_tensor " + options for options in SHARED_OPTIONS]
+
+
+@pytest.mark.parametrize("options", SHARED_OPTIONS)
 def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> None:
     use_device("sm_90")
     gen = torch.Generator().manual_seed(3)
-    N, H, S, Ek, Ev = 2, 3, 7, 12, 9
+    N, H, S, Ek = 2, 3, 7, 12
+    Ev = Ek if "one_tensor" in options else 9
     query, key = torch.randn(N, H, Ek, generator=gen), torch.randn(N, S, Ek, generator=gen)
-    value, mask, sink = torch.randn(N, S, Ev, generator=gen), None, None
+    value = None if "one_tensor" in options else torch.randn(N, S, Ev, generator=gen)
+    mask, sink = None, None
     if "mask" in options:
         mask = torch.randn(N, H, S, generator=gen)
         mask[0, 1, 2:] = -torch.inf
+    if "hidden" in options and mask is not None:
+        mask[1, 2] = -torch.inf  # leaves a query nothing
     if "broadcast" in options and mask is not None:
         mask = mask[:1, :1]
     if "sink" in options:
         sink = torch.randn(N, H, generator=gen)
     if "strided" in options:
-        key, value = key.mT.contiguous().mT, value.mT.contiguous().mT
+        key, value = (None if x is None else x.mT.contiguous().mT for x in (key, value))
     wide = [None if x is None else x.double() for x in (query, key, value, mask, sink)]
     expected = reference.attend_shared(*wide)  # type: ignore[arg-type]
     actual = OPS.cuda_attend_shared(query, key, value, mask, sink)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6, equal_nan=True)
 
     grads = torch.randn(N, H, Ev, generator=gen), torch.randn(N, H, generator=gen)
+    if "misaligned" in options:
+        grads = torch.cat([grads[0].new_zeros(1), grads[0].flatten()])[1:].view(N, H, Ev), grads[1]
     expected = reference.attend_shared_backward(*(g.double() for g in grads), *wide, *expected)
     actual = OPS.cuda_attend_shared_backward(*grads, query, key, value, mask, sink, *actual)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_one_tensor_gets_its_gradient_in_one_launch() -> None:
+    use_device("sm_90")
+    query, key = torch.randn(2, 3, 8), torch.randn(2, 7, 8)
+    out, lse = OPS.cuda_attend_shared(query, key, None, None, None)
+    launches = []
+    for value in (key, None):
+        before = library().count_launches()
+        OPS.cuda_attend_shared_backward(out, lse, query, key, value, None, None, out, lse)
+        launches.append(library().count_launches() - before)
+    assert launches == [3, 2]
 
 
 def test_queries_beyond_the_default_shared_memory_are_served() -> None:

@@ -8,22 +8,25 @@
 namespace continual_mha::cuda {
 namespace {
 
-// What both directions take.
+// What both directions take. Without a value, `value` is the key.
 struct AttendArgs {
   const char* op;
+  bool one_tensor;
   Tensor query, key, value;
   OptionalTensor mask, sink;
 
   std::string describe() const {
     return concat(op, " for query ", shape_of(query), ", key ", shape_of(key), " and value ",
-                  shape_of(value));
+                  one_tensor ? "None" : shape_of(value));
   }
 };
 
 AttendArgs contiguous_args(const char* op, const Tensor& query, const Tensor& key,
-                           const Tensor& value, const OptionalTensor& mask,
+                           const OptionalTensor& value, const OptionalTensor& mask,
                            const OptionalTensor& sink) {
-  AttendArgs a{op, as_contiguous(query), as_contiguous(key), as_contiguous(value), mask, sink};
+  const Tensor keys = as_contiguous(key);
+  const Tensor values = value ? as_contiguous(*value) : keys;
+  AttendArgs a{op, !value, as_contiguous(query), keys, values, mask, sink};
   if (sink) a.sink = as_contiguous(*sink);
   return a;
 }
@@ -91,31 +94,33 @@ void launch_blocks(const void* kernel, int64_t blocks, int shared_bytes, const P
   launch(config, kernel, p, where);
 }
 
-void launch_outer_product(const float* weights, const Tensor& vectors, const Tensor& gradient,
-                          const AttendArgs& a) {
+// `second` may be empty.
+void launch_outer_product(const OuterProduct& first, const OuterProduct& second,
+                          const Tensor& gradient, const AttendArgs& a) {
   OuterProductParams p{};
-  p.weights = weights;
-  p.vectors = vectors.data_ptr();
+  p.terms[0] = first;
+  p.terms[1] = second;
   p.gradient = gradient.data_ptr();
-  p.num_heads = static_cast<int>(vectors.size(1));
+  p.num_heads = static_cast<int>(a.query.size(1));
   p.rows = static_cast<int>(gradient.size(1));
   p.cols = static_cast<int>(gradient.size(2));
   p.threads = gradient.size(0) * divide_up(p.rows, kTileRows) * divide_up(p.cols, kPack);
-  p.aligned = aligned16(p.vectors, p.cols * static_cast<int64_t>(vectors.element_size()));
-  launch_blocks(outer_product_kernel_for(element_of(vectors, a.op)),
+  p.aligned = aligned16(first.vectors, p.cols * static_cast<int64_t>(gradient.element_size())) &&
+              aligned16(second.vectors);
+  launch_blocks(outer_product_kernel_for(element_of(gradient, a.op)),
                 (p.threads + kThreads - 1) / kThreads, 0, p, a);
 }
 
 }  // namespace
 
 // The operator attend_shared of continual_mha/ops.py for CUDA tensors.
-std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, Tensor value,
+std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, OptionalTensor value,
                                               OptionalTensor mask, OptionalTensor sink) {
   const AttendArgs a = contiguous_args("cuda_attend_shared", query, key, value, mask, sink);
   check_args(a);
   const int64_t N = query.size(0);
   const int64_t H = query.size(1);
-  Tensor out = torch::stable::new_empty(query, {N, H, value.size(2)});
+  Tensor out = torch::stable::new_empty(query, {N, H, a.value.size(2)});
   Tensor lse = torch::stable::new_empty(query, {N, H}, ScalarType::Float);
   if (N == 0) return {out, lse};
   AttendSharedParams p = make_params(a);
@@ -132,8 +137,8 @@ std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, Tensor v
 
 // The operator attend_shared_backward of continual_mha/ops.py for CUDA tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
-    Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor mask,
-    OptionalTensor sink, Tensor out, Tensor lse) {
+    Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, OptionalTensor value,
+    OptionalTensor mask, OptionalTensor sink, Tensor out, Tensor lse) {
   const AttendArgs a =
       contiguous_args("cuda_attend_shared_backward", query, key, value, mask, sink);
   check_args(a);
@@ -143,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   const int64_t H = query.size(1);
   for (const auto& [tensor, name] : {std::pair{grad_out, "grad_out"}, std::pair{out, "out"}}) {
     check_like(tensor, query, a.op, name);
-    check_shape(tensor, {N, H, value.size(2)}, a.op, name);
+    check_shape(tensor, {N, H, a.value.size(2)}, a.op, name);
   }
   for (const auto& [tensor, name] : {std::pair{grad_lse, "grad_lse"}, std::pair{lse, "lse"}}) {
     check_shape(tensor, {N, H}, a.op, name);
@@ -157,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   };
   Tensor dquery = gradient_of(query);
   Tensor dkey = gradient_of(key);
-  Tensor dvalue = gradient_of(value);
+  Tensor dvalue = value ? gradient_of(*value) : torch::stable::new_empty(query, {0});
   Tensor dsink = sink ? torch::stable::new_empty(query, {N, H}, ScalarType::Float)
                       : torch::stable::new_empty(query, {0}, ScalarType::Float);
   if (N == 0) return {dquery, dkey, dvalue, dsink};
@@ -176,8 +181,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   const Element element = element_of(query, a.op);
   launch_blocks(attend_shared_kernel_for(element, true), N * head_tiles(p.num_heads),
                 attend_shared_bytes(p, element_size(element), true), p, a);
-  launch_outer_product(p.dscores, a.query, dkey, a);
-  launch_outer_product(p.weights, grad_out, dvalue, a);
+  const OuterProduct of_key{p.dscores, p.query};
+  const OuterProduct of_value{p.weights, p.grad_out};
+  launch_outer_product(of_key, a.one_tensor ? of_value : OuterProduct{}, dkey, a);
+  if (!a.one_tensor) launch_outer_product(of_value, {}, dvalue, a);
   return {dquery, dkey, dvalue, dsink};
 }
 

@@ -262,7 +262,8 @@ struct AttendSharedBlock {
     }
     dot = warp_sum(dot) - p.grad_lse[row];
     if (lane != 0) return;
-    lse[head] = p.lse[row];
+    // Infinity lets a query to which the mask leaves nothing have weights, and gradients, of zero.
+    lse[head] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
     offset[head] = dot;
     if (p.sink.data != nullptr) {
       p.dsink[row] = -expf(load_float<T>(p.sink, row) - lse[head]) * dot;
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A thread computes kPack columns of kTileRows rows, and reads each head's columns once for them.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     outer_product_kernel(const __grid_constant__ OuterProductParams p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= p.threads) return;
@@ -317,19 +318,23 @@ __global__ void __launch_bounds__(kThreads)
   const int col = static_cast<int>(index % chunks) * kPack;
   const int first = static_cast<int>(index / chunks % groups) * kTileRows;
   const int64_t stream = index / chunks / groups;
-  const T* vectors = static_cast<const T*>(p.vectors) + stream * p.num_heads * p.cols;
   float sum[kTileRows][kPack] = {};
-  for (int h = 0; h < p.num_heads; ++h) {
-    float vector[kPack];
-    unpack(load_columns(vectors + static_cast<int64_t>(h) * p.cols, col, p.cols, p.aligned),
-           vector);
-    const int64_t tile = stream * head_tiles(p.num_heads) + h / kTileHeads;
+#pragma unroll 1
+  for (const OuterProduct& term : p.terms) {
+    if (term.weights == nullptr) break;
+    const T* vectors = static_cast<const T*>(term.vectors) + stream * p.num_heads * p.cols;
+    for (int h = 0; h < p.num_heads; ++h) {
+      float vector[kPack];
+      unpack(load_columns(vectors + static_cast<int64_t>(h) * p.cols, col, p.cols, p.aligned),
+             vector);
+      const int64_t tile = stream * head_tiles(p.num_heads) + h / kTileHeads;
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const int row = min(first + r, p.rows - 1);
-      const float weight = p.weights[(tile * p.rows + row) * kTileHeads + h % kTileHeads];
+      for (int r = 0; r < kTileRows; ++r) {
+        const int row = min(first + r, p.rows - 1);
+        const float weight = term.weights[(tile * p.rows + row) * kTileHeads + h % kTileHeads];
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum[r][i] += weight * vector[i];
+        for (int i = 0; i < kPack; ++i) sum[r][i] += weight * vector[i];
+      }
     }
   }
 #pragma unroll

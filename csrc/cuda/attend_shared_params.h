@@ -21,7 +21,7 @@ struct FloatLike {
 struct AttendSharedParams {
   const void* query;  // (N, num_heads, key_dim)
   const void* key;    // (N, rows, key_dim)
-  const void* value;  // (N, rows, value_dim)
+  const void* value;  // (N, rows, value_dim), maybe the key itself
   FloatLike mask;     // (N or 1, num_heads or 1, rows) or null
   int64_t mask_stride_n;
   int64_t mask_stride_h;
@@ -55,13 +55,18 @@ inline int attend_shared_bytes(const AttendSharedParams& p, int element_size, bo
          (2 * kTileHeads + kThreads * kPack) * static_cast<int>(sizeof(float));
 }
 
-// gradient[n, s] = sum over heads of weight[n, s, h] * vectors[n, h]: of the keys from dscores and
-// queries, of the values from weights and output gradients.
-struct OuterProductParams {
+struct OuterProduct {
   const float* weights;  // (N, head tiles, rows, kTileHeads)
   const void* vectors;   // (N, num_heads, cols)
-  void* gradient;        // (N, rows, cols)
-  int64_t threads;       // N * row groups * column packs
+};
+
+// gradient[n, s] = sum over terms and heads of weights[n, s, h] * vectors[n, h]: of the keys from
+// dscores and queries, of the values from weights and output gradients, of one tensor that is both
+// from both.
+struct OuterProductParams {
+  OuterProduct terms[2];  // the second null if there is one
+  void* gradient;         // (N, rows, cols)
+  int64_t threads;        // N * row groups * column packs
   int num_heads;
   int rows;
   int cols;

@@ -50,11 +50,12 @@ void choose_ring_step(cuda::RingStepParams p, int streams, bool cluster, uint64_
 }
 
 template <typename T>
-void outer_product(const float* weights, const void* vectors, void* gradient, int64_t streams,
-                   int cols, const cuda::AttendSharedParams& p, uint64_t seed) {
+void outer_product(const cuda::OuterProduct& first, const cuda::OuterProduct& second,
+                   void* gradient, int64_t streams, int cols, const cuda::AttendSharedParams& p,
+                   uint64_t seed) {
   cuda::OuterProductParams o{};
-  o.weights = weights;
-  o.vectors = vectors;
+  o.terms[0] = first;
+  o.terms[1] = second;
   o.gradient = gradient;
   o.num_heads = p.num_heads;
   o.rows = p.rows;
@@ -75,8 +76,12 @@ void run_attend_shared(cuda::AttendSharedParams p, int64_t streams, bool backwar
   launch(backward ? &cuda::attend_shared_backward_kernel<T> : &cuda::attend_shared_kernel<T>, p,
          blocks, 1, cuda::attend_shared_bytes(p, sizeof(T), backward), seed);
   if (!backward) return;
-  outer_product<T>(p.dscores, p.query, dkey, streams, p.key_dim, p, seed);
-  outer_product<T>(p.weights, p.grad_out, dvalue, streams, p.value_dim, p, seed);
+  const bool one_tensor = p.value == p.key;
+  const cuda::OuterProduct of_key{p.dscores, p.query};
+  const cuda::OuterProduct of_value{p.weights, p.grad_out};
+  outer_product<T>(of_key, one_tensor ? of_value : cuda::OuterProduct{}, dkey, streams, p.key_dim,
+                   p, seed);
+  if (!one_tensor) outer_product<T>(of_value, {}, dvalue, streams, p.value_dim, p, seed);
 }
 
 }  // namespace
@@ -187,14 +192,15 @@ void plan_step(const int64_t* sizes, int64_t* plan) {
 }
 
 // `tensors`: query, key, value, mask, sink, out, lse, weights, and for the backward pass grad_out,
-// grad_lse, dquery, dkey, dvalue, dsink, dscores. mask is a full (N, H, S) tensor.
+// grad_lse, dquery, dkey, dvalue, dsink, dscores. mask is a full (N, H, S) tensor. Without a value
+// there is no dvalue, and dkey is of both.
 void attend_shared(void* const* tensors, const int64_t* sizes) {
   enum { N, H, S, Ek, Ev, kDType, kBackward, kSeed };
   cuda::AttendSharedParams p{};
   const bool is_float = sizes[kDType] == kFloat32;
   p.query = tensors[0];
   p.key = tensors[1];
-  p.value = tensors[2];
+  p.value = tensors[2] != nullptr ? tensors[2] : tensors[1];
   p.mask = {tensors[3], is_float};
   p.mask_stride_n = sizes[H] * sizes[S];
   p.mask_stride_h = sizes[S];

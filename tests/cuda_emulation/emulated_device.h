@@ -38,9 +38,6 @@ struct Dim3 {
 struct alignas(16) uint4 {
   unsigned int x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 
 using std::max;
 using std::min;
