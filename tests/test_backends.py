@@ -23,22 +23,23 @@ from continual_mha import backends
 @pytest.mark.parametrize("grad", [False, True])
 def test_forward_on_a_forced_backend_that_cannot_run_raises(grad, need_weights):
     mha = co.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
-    expected = pytest.raises(RuntimeError, match=r"attend_shared; triton: .* are on cpu")
+    expected = pytest.raises(RuntimeError, match=r"attend_shared\w*; triton: .* are on cpu")
     with torch.set_grad_enabled(grad), co.use_backend("triton"), expected:
         mha(torch.randn(1, 4, 8), need_weights=need_weights)
 
 
 class Operators(TorchDispatchMode):
-    """The operators of the CPU library that ran."""
+    """The operators of the CPU library that ran, or those that ask the backends who runs them."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname.startswith("cpu_"):
+        result = function(*args, **(kwargs or {}))
+        if function._opname.startswith(("cpu_", "attend_shared")):
             self.names.append(function._opname)
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 # name: (constructor's arguments, call with a clip, whether a gradient is needed,
@@ -54,13 +55,19 @@ ENTRIES = {
         True,
     ),
     "forward of all queries": ({"single_output_forward": False}, lambda m, x: m(x), False, False),
-    "forward with dropout": ({"dropout": 0.5}, lambda m, x: m(x), False, False),
-    "forward with a gradient": ({}, lambda m, x: m(x), True, False),
+    "forward with dropout": ({"dropout": 0.5}, lambda m, x: m(x), False, True),
+    "forward with a gradient": ({}, lambda m, x: m(x), True, True),
+    "forward with a gradient and extra slots": (
+        {"add_zero_attn": True, "dropout": 0.5},
+        lambda m, x: m(x),
+        True,
+        True,
+    ),
     "forward with a gradient, heads of one feature": (
         {"num_heads": 12},
         lambda m, x: m(x, need_weights=False),
         True,
-        False,
+        True,
     ),
     "step": ({}, lambda m, x: m.forward_step(x[:, 0]), False, True),
     "step over inputs": (
@@ -78,7 +85,7 @@ ENTRIES = {
         {"formulation": "input"},
         lambda m, x: m.forward_step(x[:, 0]),
         True,
-        False,
+        True,
     ),
     "steps with a gradient": ({}, lambda m, x: m.forward_steps(x), True, False),
     "steps over inputs with a gradient": (

@@ -134,7 +134,6 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
       pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
     }
   }
-  for (int64_t i = 0; i < kC * p.key_dim; ++i) scratch.rows[i] = 0;
   weighted_rows<kC>(scratch.scores, scratch.score_stride, key, p.key_slot_stride, 0, p.slots,
                     p.key_dim, scratch.rows, p.key_dim);
   narrow_all(scratch.rows, kC * p.key_dim, static_cast<S*>(p.grad_query) + row * p.key_dim);
@@ -156,10 +155,11 @@ CMHA_INLINE void tile_gradient(const A* pairs, int64_t pair_stride, const A* vec
                                int64_t features, int64_t begin, int64_t end, A* rows, S* to) {
   const auto block = [&](int64_t s, auto slots) __attribute__((always_inline)) {
     constexpr int kQ = decltype(slots)::value;
-    for (int64_t i = 0; i < kQ * features; ++i) rows[i] = 0;
+    A* out = rows;
+    if constexpr (sizeof(S) == sizeof(A)) out = to + s * features;
     weighted_rows<kQ>(pairs + s * pair_stride, pair_stride, vectors, features, 0, count, features,
-                      rows, features);
-    narrow_all(rows, kQ * features, to + s * features);
+                      out, features);
+    if constexpr (sizeof(S) < sizeof(A)) narrow_all(rows, kQ * features, to + s * features);
   };
   for (; begin + kHeadBlock <= end; begin += kHeadBlock) block(begin, Int<kHeadBlock>{});
   for (; begin < end; ++begin) block(begin, Int<1>{});

@@ -129,7 +129,6 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
     if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
     scale[c] = normaliser.inputs;
   }
-  for (int64_t i = 0; i < kC * p.value_dim; ++i) scratch.out[i] = 0;
   weighted_rows<kC>(scratch.scores, scratch.score_stride, value, p.value_slot_stride, 0, p.slots,
                     p.value_dim, scratch.out, p.value_dim);
   for (int c = 0; c < kC; ++c) {

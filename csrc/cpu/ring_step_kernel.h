@@ -29,7 +29,6 @@ CMHA_INLINE void attend(const A* q, HeadRing<R> k, HeadRing<R> v, int64_t slots,
   extra.score(q, head_dim, scores + slots);
   const A scale = 1 / softmax_numerators(scores, slots + extra.count(), kMinusInfinity<A>).sum;
   if constexpr (kIsCode<R>) multiply_scales<R>(v.scale, slots, scores);
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
   weighted_rows<1>(scores, 0, v.rows, head_dim, 0, slots, head_dim, out, 0);
   extra.add_value(scores[slots], head_dim, out);
   for (int64_t d = 0; d < head_dim; ++d) out[d] *= scale;

@@ -124,7 +124,6 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
     scales[q] =
         1 / softmax_numerators(scores + begin, end - begin + extra.count(), kMinusInfinity<A>).sum;
   }
-  for (int64_t i = 0; i < kQ * head_dim; ++i) scratch.out[i] = 0;
   weighted_rows<kQ>(scratch.scores, stride, v, head_dim, shared_begin, shared_end, head_dim,
                     scratch.out, head_dim);
   for (int q = 0; q < kQ; ++q) {
@@ -132,8 +131,9 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
     A* out = scratch.out + q * head_dim;
     const int64_t begin = head.window_begin(token + q) - first;
     const int64_t end = token + q + 1 - first;
-    weighted_rows<1>(scores, 0, v, head_dim, begin, min_of(shared_begin, end), head_dim, out, 0);
-    weighted_rows<1>(scores, 0, v, head_dim, shared_end, end, head_dim, out, 0);
+    weighted_rows<1, true>(scores, 0, v, head_dim, begin, min_of(shared_begin, end), head_dim, out,
+                           0);
+    weighted_rows<1, true>(scores, 0, v, head_dim, shared_end, end, head_dim, out, 0);
     extra.add_value(scores[end], head_dim, out);
     for (int64_t d = 0; d < head_dim; ++d) out[d] *= scales[q];
   }

@@ -145,11 +145,11 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
 
 constexpr int64_t kAhead = 16;  // rows from the one in use to the one prefetched
 
-// out[q][0..columns) += sum over rows l of p[q][l] * row l, for kQ rows of weights and kVecs
-// vectors of columns, or with kTail for `tail` columns of one vector. The rows are
+// out[q][0..columns) = sum over rows l of p[q][l] * row l, or += with kAdd, for kQ rows of weights
+// and kVecs vectors of columns, or with kTail for `tail` columns of one vector. The rows are
 // dealt out to kPhases accumulators, so that a narrow chunk is not bound by the latency of one
 // addition.
-template <int kQ, int kVecs, int kPhases, bool kTail, class S, class A>
+template <int kQ, int kVecs, int kPhases, bool kTail, bool kAdd, class S, class A>
 CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
                              int64_t begin, int64_t end, int64_t tail, A* out, int64_t out_stride) {
   using Vec = typename Simd<A>::Vec;
@@ -181,17 +181,18 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
 #pragma GCC unroll 4
       for (int phase = 1; phase < kPhases; ++phase) sum += acc[phase][q][j];
       A* to = out + q * out_stride + j * kLanes;
+      if constexpr (kAdd) sum += kTail ? load_partial(to, tail) : load(to);
       if constexpr (kTail) {
-        store_partial<A>(to, load_partial(to, tail) + sum, tail);
+        store_partial<A>(to, sum, tail);
       } else {
-        store<A>(to, load(to) + sum);
+        store<A>(to, sum);
       }
     }
   }
 }
 
 // The same for any number of columns.
-template <int kQ, class S, class A>
+template <int kQ, bool kAdd = false, class S, class A>
 CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
                                int64_t begin, int64_t end, int64_t columns, A* out,
                                int64_t out_stride) {
@@ -202,8 +203,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
     constexpr int kSpare = kTileVectors / (kVecs * kQ);
     constexpr int kPhases = kSpare < 1 ? 1 : kSpare > 4 ? 4 : kSpare;
     for (; d + kVecs * kLanes <= columns; d += kVecs * kLanes) {
-      weighted_tile<kQ, kVecs, kPhases, false>(p, p_stride, rows + d, row_stride, begin, end, 0,
-                                               out + d, out_stride);
+      weighted_tile<kQ, kVecs, kPhases, false, kAdd>(p, p_stride, rows + d, row_stride, begin, end,
+                                                     0, out + d, out_stride);
     }
   };
   if constexpr (kTileVectors / kQ >= 16) chunks_of(Int<16>{});
@@ -212,8 +213,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
   chunks_of(Int<2>{});
   chunks_of(Int<1>{});
   if (d < columns) {
-    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1, true>(p, p_stride, rows + d, row_stride, begin, end,
-                                                columns - d, out + d, out_stride);
+    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1, true, kAdd>(p, p_stride, rows + d, row_stride, begin, end,
+                                                      columns - d, out + d, out_stride);
   }
 }
 
