@@ -182,7 +182,8 @@ class _AttendClip(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_attn: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        given, found = ctx.saved_tensors[:10], _Found(*ctx.saved_tensors[10:])
+        saved = ctx.saved_tensors  # which may be asked for but once
+        given, found = saved[:10], _Found(*saved[10:])
         if grad_out is None:
             grad_out = found.heads.new_zeros(found.heads.shape[0], given[8].shape[0])
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)

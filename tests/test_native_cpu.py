@@ -587,6 +587,64 @@ def test_shared_tile_is_as_exact_as_torch(
         assert_as_exact_as_torch(lse, exact_lse, expected_lse)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("mask", [None, (1, 1), (3, 6)])
+@pytest.mark.parametrize("sizes", [(1, 1, None), (7, 12, 20), (70, 33, None), (33, 130, 64)])
+def test_shared_tile_and_its_gradients_are_as_exact_as_torch(
+    sizes: tuple[int, int, int | None],
+    mask: tuple[int, int] | None,
+    sink: bool,
+    dropout: bool,
+    dtype: torch.dtype,
+    isa: str,
+) -> None:
+    """With all that `attend_shared_full` knows, and gradients of all of its results."""
+    N, H = 3, 6
+    slots, key_dim, value_dim = sizes
+    seed, p = (torch.tensor([1 << 61 | 12345]), 0.3) if dropout else (None, 0.0)
+    args = [
+        (torch.randn(N, H, key_dim) * key_dim**-0.5).to(dtype),
+        torch.randn(N, key_dim, slots).to(dtype).mT,  # whose features are far apart
+        None if value_dim is None else torch.randn(slots, N, value_dim).to(dtype).transpose(0, 1),
+        None if mask is None else torch.randn(*mask, slots),
+        torch.randn(N, H) if sink else None,
+    ]
+    if args[3] is not None:
+        args[3][0, 0, slots // 2 + 1 :] = -math.inf
+    exact_args = [cast(x, torch.float64) for x in args]
+    how = (seed, p, True)
+    results = torch.ops.continual_mha.cpu_attend_shared_full(*args, *how)
+    plain = reference.attend_shared_full(*args, *how)
+    exact = reference.attend_shared_full(*exact_args, *how)
+    for actual, best, expected in zip(results, exact, plain, strict=True):
+        assert_as_exact_as_torch(actual, best, expected)
+
+    grads = [torch.randn(x.shape).to(x.dtype) for x in results]
+    grads[2] = grads[2] if dropout else None
+    given = [*grads, *args]
+    mine = torch.ops.continual_mha.cpu_attend_shared_full_backward(*given, seed, *results[:3], p)
+    plain = reference.attend_shared_full_backward(*given, seed, *plain[:3], p)
+    exact = reference.attend_shared_full_backward(
+        *(cast(x, torch.float64) for x in given), seed, *exact[:3], p
+    )
+    for actual, best, expected in zip(mine, exact, plain, strict=True):
+        # the sink's gradient is fp32, but comes from outputs that were rounded
+        assert_as_exact_as_torch(actual.to(dtype), best, expected.to(dtype))
+
+
+def test_what_is_dropped_is_what_the_reference_drops(isa: str) -> None:
+    """Weights as they are applied: zeros in the same places."""
+    N, H, S, p = 2, 3, 37, 0.6
+    query, key = torch.zeros(N, H, S), torch.eye(S).expand(N, S, S)
+    args = (query, key, None, None, None, torch.tensor([-7]), p, False)
+    out = torch.ops.continual_mha.cpu_attend_shared_full(*args)[0]
+    expected = reference.attend_shared_full(*args)[0]
+    assert torch.equal(out == 0, expected == 0)
+    assert 0 < (out == 0).sum() < out.numel()
+
+
 def test_shared_tile_with_everything_masked_is_nan_as_in_torch() -> None:
     mask = torch.full((1, 1, 3), -math.inf)
     tokens = torch.randn(1, 2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 4)

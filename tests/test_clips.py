@@ -1,0 +1,247 @@
+"""`forward` with its gradient as one node of autograd: what it allocates, and what it gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from oracles import LENGTH, build, draw_tokens
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import continual_mha as co
+from continual_mha import SingleOutputMultiheadAttention, backends, clips
+
+pytestmark = pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
+
+STREAMS = 3
+
+
+def drawn(module: SingleOutputMultiheadAttention, count: int = LENGTH + 2) -> Tensor:
+    x: Tensor = draw_tokens(module, STREAMS, count)[0]
+    return x.requires_grad_()
+
+
+def gradients(
+    module: SingleOutputMultiheadAttention, *tokens: Tensor, weight_of_attn: float = 0.5, **how: Any
+) -> list[Tensor | None]:
+    """Of a function of output and weights, by the tokens and all parameters that need one."""
+    out, attn = module(*tokens, **how)
+    total = out.square().sum()
+    if attn is not None:
+        total = total + weight_of_attn * attn.square().sum()
+    leaves = [x for x in (*tokens, *module.parameters()) if x.requires_grad]
+    return list(torch.autograd.grad(total, leaves, allow_unused=True))
+
+
+def plain_gradients(
+    module: SingleOutputMultiheadAttention, *tokens: Tensor, **how: Any
+) -> list[Tensor | None]:
+    with co.use_backend("torch"):
+        return gradients(module, *tokens, **how)
+
+
+def assert_same(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for left, right in zip(actual, expected, strict=True):
+        if right is None or not right.any():  # a query alone in its softmax, a bias of keys
+            assert left is None or left.abs().max() < 1e-12
+        else:
+            assert left is not None
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
+def is_one_node(out: Tensor) -> bool:
+    """Whether the node is behind the change of layout."""
+    function = out.grad_fn
+    while function is not None and "AttendClip" not in function.name():
+        function = function.next_functions[0][0]
+    return function is not None
+
+
+class Allocations(TorchDispatchMode):
+    """How many tensors of each number of elements were made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: Counter[int] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {x.data_ptr() for x in args if isinstance(x, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            known = isinstance(x, Tensor) and (x._is_view() or x.data_ptr() in given)
+            if isinstance(x, Tensor) and not known and "out" not in (kwargs or {}):
+                self.made[x.numel()] += 1
+        return result
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_backward_makes_one_gradient_of_the_clip_and_one_of_the_packed_weight(
+    dropout: float, need_weights: bool
+) -> None:
+    module = build(dropout=dropout)
+    x = drawn(module, 29)
+    out, _ = module(x, need_weights=need_weights)
+    assert is_one_node(out)
+    with Allocations() as allocations:
+        out.backward(torch.ones_like(out))
+    made = allocations.made
+    assert made[x.numel()] == 1
+    assert made[module.in_proj_weight.numel()] == 1
+    assert made[module.out_proj.weight.numel()] == 1
+    assert x.grad is not None
+    with co.use_backend("torch"):
+        out, _ = module(x, need_weights=need_weights)
+    with Allocations() as allocations:
+        out.backward(torch.ones_like(out))
+    assert allocations.made[x.numel()] > 2  # the instrument sees what is made
+    assert allocations.made[module.out_proj.weight.numel()] > 3
+
+
+@pytest.mark.parametrize("weight_of_attn", [0.0, 0.5])
+@pytest.mark.parametrize("query_index", [-1, 0, 2, -LENGTH])
+def test_the_token_that_asks_gets_both_of_its_gradients(
+    query_index: int, weight_of_attn: float
+) -> None:
+    module = build(query_index=query_index, dtype=torch.float64)
+    x = drawn(module, LENGTH)
+    how = {"weight_of_attn": weight_of_attn}
+    assert_same(gradients(module, x, **how), plain_gradients(module, x, **how))
+
+
+@pytest.mark.parametrize("kind", ["another query", "another value", "three tensors", "one tensor"])
+def test_tensors_of_their_own_have_gradients_of_their_own(kind: str) -> None:
+    module = build(dtype=torch.float64)
+    x, y, z = (drawn(module, LENGTH).detach() * scale for scale in (1.0, 0.5, -1.5))
+    tokens = {
+        "another query": (x, y, y),
+        "another value": (x, x, y),
+        "three tensors": (x, y, z),
+        "one tensor": (x, x, x),
+    }[kind]
+    tokens = tuple(t.requires_grad_() for t in tokens)
+    assert is_one_node(module(*tokens)[0])
+    assert_same(gradients(module, *tokens), plain_gradients(module, *tokens))
+
+
+def test_the_weights_alone_have_a_gradient() -> None:
+    module = build(dtype=torch.float64)
+    x = drawn(module)
+
+    def of_weights() -> list[Tensor | None]:
+        leaves = [x, *module.parameters()]
+        total = module(x)[1].square().sum()
+        return list(torch.autograd.grad(total, leaves, allow_unused=True))
+
+    actual = of_weights()
+    with co.use_backend("torch"):
+        expected = of_weights()
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "trained", ["", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
+)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
+    module = build(dtype=torch.float64)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    x = drawn(module).requires_grad_(of_tokens)
+    if not trained and not of_tokens:
+        assert not module(x)[0].requires_grad
+        return
+    assert_same(gradients(module, x), plain_gradients(module, x))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_streams_that_see_nothing(need_weights: bool) -> None:
+    module = build(dtype=torch.float64)
+    x = drawn(module, LENGTH)
+    hidden = torch.zeros(STREAMS, LENGTH, dtype=torch.bool)
+    hidden[1] = True
+    how = {"key_padding_mask": hidden, "need_weights": need_weights}
+    actual, expected = gradients(module, x, **how), plain_gradients(module, x, **how)
+    if need_weights:  # the answer is NaN then, as torch's
+        assert actual[0] is not None
+        assert actual[0][1].isnan().all()
+        return
+    assert_same(actual, expected)
+    assert actual[0] is not None
+    assert not actual[0][1].any()
+
+
+def test_the_backward_may_run_twice() -> None:
+    module = build(dtype=torch.float64)
+    x = drawn(module)
+    out = module(x)[0].sum()
+    first = torch.autograd.grad(out, x, retain_graph=True)
+    second = torch.autograd.grad(out, x)
+    assert torch.equal(first[0], second[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, x)
+
+
+def test_a_clip_that_is_changed_before_the_backward_is_an_error() -> None:
+    module = build()
+    x = drawn(module).detach()
+    out = module(x)[0].sum()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_second_derivatives(
+    need_weights: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build(embed_dim=6, num_heads=2, dropout=dropout, dtype=torch.float64)
+    seed = torch.tensor([11]) if dropout else None
+    monkeypatch.setattr(clips, "dropout_seed", lambda p, device: seed)
+    hidden = torch.tensor([[False, True, False], [False, False, False]])
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, values, strict=True))
+        how = {"key_padding_mask": hidden, "need_weights": need_weights}
+        out, attn = torch.func.functional_call(module, given, (x,), how)
+        return (out,) if attn is None else (out, attn)
+
+    x = draw_tokens(module, 2, 3)[0].requires_grad_()
+    leaves = (x, *(p.detach().requires_grad_() for p in parameters))
+    assert gradcheck(run, leaves)
+    assert gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_under_checkpoint_the_same_weights_are_dropped_again() -> None:
+    module = build(dropout=0.5, dtype=torch.float64)
+    x = drawn(module)
+
+    def grad(run: Any) -> Tensor:
+        torch.manual_seed(3)
+        return torch.autograd.grad(run(x).square().sum(), x)[0]
+
+    def out(x: Tensor) -> Tensor:
+        return module(x, need_weights=False)[0]
+
+    plain = grad(out)
+    assert torch.equal(grad(lambda x: checkpoint(out, x, use_reentrant=False)), plain)
+    torch.manual_seed(4)
+    assert not torch.equal(torch.autograd.grad(out(x).square().sum(), x)[0], plain)
+
+
+@pytest.mark.parametrize("layout", [{"batch_first": False}, {"embed_dim_second": True}])
+def test_layouts_that_are_views(layout: dict[str, bool]) -> None:
+    module = build(dtype=torch.float64, **layout)
+    x = drawn(module)
+    shaped = x.transpose(0, 1) if "batch_first" in layout else x.transpose(1, 2)
+    x = shaped.detach().contiguous().requires_grad_()
+    assert_same(gradients(module, x), plain_gradients(module, x))
