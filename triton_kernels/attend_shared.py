@@ -42,6 +42,26 @@ def _load_tile(
 
 
 @triton.jit
+def _products(
+    query_ptr, other_ptr, key_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_oh, stride_oe,
+    stride_ks, stride_ke, S, H: tl.constexpr, EK: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Products of a tile with the queries and, of the same load, others  # 2 [BLOCK_S, BLOCK_H]"""
+    offs_e = tl.arange(0, BLOCK_E)
+    scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    others = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    for e in range(0, EK, BLOCK_E):
+        query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
+        key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
+        scores = dot_of_part(key, tl.trans(query), scores, PRECISION)
+        if other_ptr is not None:
+            other = _load_tile(other_ptr, offs_h, stride_oh, e + offs_e, stride_oe, H, EK)
+            others = dot_of_part(key, tl.trans(other), others, PRECISION)
+    return scores, others
+
+
+@triton.jit
 def _scores(
     query_ptr, key_ptr, mask_ptr, offs_h, offs_s,
     stride_qh, stride_qe, stride_ks, stride_ke, stride_mh, stride_ms, S,
@@ -49,12 +69,10 @@ def _scores(
     BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile, transposed, and -inf behind its end  # [BLOCK_S, BLOCK_H]"""
-    offs_e = tl.arange(0, BLOCK_E)
-    scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-    for e in range(0, EK, BLOCK_E):
-        query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
-        key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
-        scores = dot_of_part(key, tl.trans(query), scores, PRECISION)
+    scores, _ = _products(
+        query_ptr, None, key_ptr, offs_h, offs_s, stride_qh, stride_qe, 0, 0, stride_ks, stride_ke,
+        S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
+    )  # fmt: skip
     heads, slots = offs_h[None, :], offs_s[:, None]
     return _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
 
@@ -326,19 +344,22 @@ def _attend_shared_backward_kernel(
     grad_out_ptr += stream * stride_gn
     query_ptr += stream * stride_qn
     key_ptr += stream * stride_kn
-    value_ptr += stream * stride_vn
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
 
-    scores = _scores(
-        query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
-        stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
+    scores, grad_weight = _products(
+        query_ptr, grad_out_ptr if value_ptr is None else None, key_ptr, offs_h, offs_s, stride_qh,
+        stride_qe, stride_gh, stride_ge, stride_ks, stride_ke, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E,
+        PRECISION, ACC,
     )  # fmt: skip
-    grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-    for e in range(0, EV, BLOCK_E):
-        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
-        value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
-        grad_weight = dot_of_part(value, tl.trans(grad_out), grad_weight, PRECISION)
+    heads, slots = offs_h[None, :], offs_s[:, None]
+    scores = _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
+    if value_ptr is not None:
+        grad_weight, _ = _products(
+            grad_out_ptr, None, value_ptr + stream * stride_vn, offs_h, offs_s, stride_gh,
+            stride_ge, 0, 0, stride_vs, stride_ve, S, H, EV, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION,
+            ACC,
+        )  # fmt: skip
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     shared = tl.load(shared_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     log2e = tl.full((), LOG2E, ACC)
@@ -351,7 +372,7 @@ def _attend_shared_backward_kernel(
         grad_weight += grad_kept.to(ACC)[None, :]
     applied = weight
     if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        keep = _keep(seed_ptr, stream, heads, slots, dropout_p, ACC)
         applied = weight * keep
         grad_weight *= keep
     dtype = grad_key_ptr.dtype.element_ty
@@ -371,6 +392,9 @@ def _attend_shared_backward_kernel(
         query = _load_tile(query_ptr, offs_h, stride_qh, columns, stride_qe, H, EK)
         key = _load_tile(key_ptr, offs_s, stride_ks, columns, stride_ke, S, EK)
         grad_key = dot(grad_score, query, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+        if value_ptr is None:
+            grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EK)
+            grad_key = dot(applied, grad_out, grad_key, PRECISION)
         tl.store(
             grad_key_ptr + (stream * S + offs_s)[:, None] * EK + columns[None, :],
             cast(grad_key, dtype),
@@ -382,15 +406,16 @@ def _attend_shared_backward_kernel(
             cast(grad_query, grad_query_ptr.dtype.element_ty),
             mask=mask_h[None, :] & mask_e[:, None],
         )
-    for e in range(0, EV, BLOCK_E):
-        columns = e + offs_e
-        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
-        grad_value = dot(applied, grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
-        tl.store(
-            grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
-            cast(grad_value, dtype),
-            mask=(offs_s < S)[:, None] & (columns < EV)[None, :],
-        )
+    if value_ptr is not None:
+        for e in range(0, EV, BLOCK_E):
+            columns = e + offs_e
+            grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
+            grad_value = dot(applied, grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+            tl.store(
+                grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
+                cast(grad_value, dtype),
+                mask=(offs_s < S)[:, None] & (columns < EV)[None, :],
+            )
 
 
 def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
@@ -565,13 +590,8 @@ def attend_shared_full_backward(
 
     Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
     """
-    if value is None:
-        both = (grad_out, grad_lse, grad_kept, grad_average, query, key, key)
-        d_query, d_key, d_value, d_sink = attend_shared_full_backward(
-            *both, mask, sink, seed, out, lse, kept, dropout_p
-        )
-        return d_query, d_key + d_value, d_key.new_empty(0), d_sink
-    (N, H, EK), (S, EV) = query.shape, value.shape[1:]
+    (N, H, EK), S = query.shape, key.shape[1]
+    EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, EV, query.element_size())
     tiles = triton.cdiv(S, plan.block_s)
@@ -592,7 +612,8 @@ def attend_shared_full_backward(
     block_e = min(triton.next_power_of_2(EV), 4096 // plan.block_h)
     constants = constants_of(H, EV, plan.block_h, block_e, acc)
     launch(_shared_gradient_kernel, (N, 1, 1), args, constants, num_warps=4)
-    grad_key, grad_value = query.new_empty((N, S, EK)), query.new_empty((N, S, EV))
+    grad_key = query.new_empty((N, S, EK))
+    grad_value = query.new_empty((0,) if value is None else (N, S, EV))
     grad_query = torch.empty(
         (N, tiles, H, EK), dtype=query.dtype if tiles == 1 else wide, device=query.device
     )
@@ -601,8 +622,8 @@ def attend_shared_full_backward(
         grad_out, shared, grad_kept, grad_average,
         query, key, value, mask, None if sink is None else sink.contiguous(), seed,
         lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
-        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles,
-        dropout_p,
+        *query.stride(), *key.stride(), *(key if value is None else value).stride(),
+        *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
