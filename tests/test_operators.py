@@ -25,14 +25,14 @@ def step_operands(steps=None, **arguments):
     return functional.operands(now, state, None if steps is None else 0, call)
 
 
-def shared_operands(mask, sink):
+def shared_operands(mask, sink, one_tensor=False):
     torch.manual_seed(0)
     query, key = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
     value = torch.randn(2, 7, 6)
     return (
         query.requires_grad_(),
         key.requires_grad_(),
-        value.requires_grad_(),
+        None if one_tensor else value.requires_grad_(),
         torch.randn(2, 1, 7) if mask else None,
         torch.randn(2, 3, requires_grad=True) if sink else None,
     )
@@ -62,8 +62,10 @@ def test_steps_over_inputs_pass_torchs_own_checks(steps, query_index, cache_dtyp
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
-def test_shared_attention_passes_torchs_own_checks(mask, sink):
-    opcheck(torch.ops.continual_mha.attend_shared.default, shared_operands(mask, sink))
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_shared_attention_passes_torchs_own_checks(one_tensor, sink, mask):
+    operands = shared_operands(mask, sink, one_tensor)
+    opcheck(torch.ops.continual_mha.attend_shared.default, operands)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -79,9 +81,14 @@ def test_single_query_passes_torchs_own_checks(extra, need_weights):
     )
 
 
+def detached(operands):
+    return [x if x is None else x.detach() for x in operands]
+
+
 @pytest.mark.parametrize("sink", [False, True])
-def test_backward_of_shared_attention_passes_torchs_own_checks(sink):
-    operands = [x if x is None else x.detach() for x in shared_operands(True, sink)]
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_backward_of_shared_attention_passes_torchs_own_checks(one_tensor, sink):
+    operands = detached(shared_operands(True, sink, one_tensor))
     out, lse = torch.ops.continual_mha.attend_shared(*operands)
     arguments = (torch.randn_like(out), torch.randn_like(lse), *operands, out, lse)
     opcheck(torch.ops.continual_mha.attend_shared_backward.default, arguments)
@@ -89,15 +96,17 @@ def test_backward_of_shared_attention_passes_torchs_own_checks(sink):
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_full_shared_attention_passes_torchs_own_checks(dropout, need_weights):
-    seed = torch.tensor([7]) if dropout else None
-    arguments = (*shared_operands(True, True), seed, 0.25 if dropout else 0.0, need_weights)
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_full_shared_attention_passes_torchs_own_checks(one_tensor, dropout, need_weights):
+    more = (torch.tensor([7]), 0.25) if dropout else (None, 0.0)
+    arguments = (*shared_operands(True, True, one_tensor), *more, need_weights)
     opcheck(torch.ops.continual_mha.attend_shared_full.default, arguments)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_backward_of_full_shared_attention_passes_torchs_own_checks(dropout):
-    operands = [x.detach() for x in shared_operands(True, True)]
+@pytest.mark.parametrize("one_tensor", [False, True])
+def test_backward_of_full_shared_attention_passes_torchs_own_checks(one_tensor, dropout):
+    operands = detached(shared_operands(True, True, one_tensor))
     seed, p = (torch.tensor([7]), 0.25) if dropout else (None, 0.0)
     results = torch.ops.continual_mha.attend_shared_full(*operands, seed, p, True)
     out, lse, kept, average = results

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 from continual_mha.triton_kernels import aot, plan
+from continual_mha.triton_kernels.attend_shared import _one_tile_backward_kernel
 from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.input_step import _asked_kernel
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch
@@ -116,21 +118,27 @@ def steps_configurations() -> Iterator[tuple[str, list[Launch]]]:
 
 
 def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
-    for E in plan.SHARED_ROWS:  # the backward's blocks are those of any width
+    for E in plan.SHARED_ROWS:  # the backward's blocks are those of any width, but of one tile
         for full in (False, True):
             name = f"shared-E{E}" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
+            for H, dtype in product((8, 16), (HALF, torch.float16)):
+                launch = aot.shared_launches(256, H, 64, E, dtype, full=full)[-1]
+                if launch.kernel is _one_tile_backward_kernel:
+                    end = f"H{H}-{dtype}" + ("-full" if full else "")
+                    yield f"shared-backward-E{E}-{end}", [launch]
     for E in plan.SHARED_ROWS_32:
         for full in (False, True):
             name = f"shared-E{E}-float32" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, FULL, full=full)[:1]
     for E, dtype in ((1024, HALF), (512, FULL)):
         yield f"shared-split-{dtype}", aot.shared_launches(1, 16, 4096, E, dtype)
-    for full in (False, True):
-        for dtype in (HALF, FULL):
-            for H in (8, 64):
-                name = f"shared-two-tensors-H{H}-{dtype}" + ("-full" if full else "")
-                yield name, aot.shared_launches(256, H, 64, 1024, dtype, False, full)
+    for full, dtype, H, one in product(
+        (False, True), (HALF, torch.float16, FULL), (8, 64), (False, True)
+    ):
+        name = f"shared-{'one-tensor' if one else 'two-tensors'}-H{H}-{dtype}"
+        launches = aot.shared_launches(256, H, 64, 1024, dtype, one, full)
+        yield name + ("-full" if full else ""), launches
 
 
 CONFIGURATIONS = dict(
@@ -145,9 +153,10 @@ CONFIGURATIONS = dict(
 
 
 def tile_bytes(launch: Launch) -> int:
-    """Bytes of a tile of the ring in a step over inputs."""
+    """Bytes of a tile of the ring in a step over inputs, or of the clip in a backward."""
     given = dict(zip((x.name for x in launch.kernel.params), launch.args, strict=True))
-    return given["BLOCK_S"] * given["BLOCK_E"] * given["x_ring_ptr"].dtype.itemsize
+    tokens = given.get("x_ring_ptr", given.get("key_ptr"))
+    return given["BLOCK_S"] * given["BLOCK_E"] * tokens.dtype.itemsize
 
 
 @pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
@@ -172,9 +181,12 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
                 copies = report.loads_in_loops(into="shared memory")
                 assert set(copies) == {"128"}
                 assert len(copies) * 16 * report.threads == size
+        if report.kernel == "_one_tile_backward_kernel":  # narrower ones are of heads
+            copies = report.loads_in_loops(into="shared memory")
+            assert copies.count("128") * 16 * report.threads == tile_bytes(launch)
         without = ("_write_rings_kernel", "_quantise_tokens_kernel", "_shared_gradient_kernel")
         multiplies = report.kernel not in without and not (reads_ring and "fused" not in name)
-        if multiplies and launch.args[0].dtype == HALF:
+        if multiplies and launch.args[0].dtype.itemsize == 2:
             assert report.has_matrix_instructions(), report.kernel
 
 

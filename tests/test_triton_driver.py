@@ -116,6 +116,12 @@ def attention_calls() -> Iterator[tuple[str, Any, list[Any]]]:
     results = [torch.randn(N, H, E), torch.randn(N, H), torch.randn(N, H)]
     backward = triton_kernels.attend_shared_full_backward
     yield "shared-backward", backward, [*grads, *shared, *results, 0.1]
+    shared[2] = None  # the value is the key
+    yield "shared-backward-one-tensor", backward, [*grads, *shared, *results, 0.1]
+    for given in (grads, shared, results):
+        given[:1] = [given[0].to(HALF)]
+    shared[1] = shared[1].to(HALF)
+    yield "shared-backward-one-tile", backward, [*grads, *shared, *results, 0.1]
     T, L = 3, 5
     clips, rings = [torch.randn(N, T, H, E) for _ in range(3)], [torch.randn(N, H, L, E)] * 2
     window = [*clips, *rings, torch.zeros(N, dtype=torch.int64), None, None]

@@ -95,6 +95,14 @@ def test_what_spills_registers_gets_those_of_one_program_less_at_a_time(kernel: 
     assert kernel.calls == ["compile"] * 4 + ["run"] * 2
 
 
+def test_what_spills_gets_more_registers_even_if_that_takes_several_programs(
+    kernel: StandIn,
+) -> None:
+    kernel.taken, kernel.needed = 40, 48
+    launch(kernel, (1, 1, 1), (torch.zeros(4),), constants_of(), num_warps=4)
+    assert kernel.limits == [None, 48]  # twelve programs, of eleven each thread would have 40 too
+
+
 @pytest.mark.parametrize(("warps", "most"), [(4, 255), (16, 128)])
 def test_what_spills_whatever_it_gets_is_launched_as_it_spills_least(
     kernel: StandIn, warps: int, most: int

@@ -173,6 +173,7 @@ def test_window_and_its_gradients(shape: tuple, capability: int) -> None:
     [
         (2, 8, 70, 256, 256, True, True),
         (1, 16, 40, 512, 512, True, False),
+        (1, 8, 40, 1024, 1024, True, False),
         (1, 20, 40, 64, 128, False, False),
     ],
     ids=str,

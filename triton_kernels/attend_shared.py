@@ -42,6 +42,26 @@ def _load_tile(
 
 
 @triton.jit
+def _products(
+    query_ptr, other_ptr, key_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_oh, stride_oe,
+    stride_ks, stride_ke, S, H: tl.constexpr, EK: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Products of a tile with the queries and, of the same load, others  # 2 [BLOCK_S, BLOCK_H]"""
+    offs_e = tl.arange(0, BLOCK_E)
+    scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    others = tl.zeros((BLOCK_S, BLOCK_H), ACC)
+    for e in range(0, EK, BLOCK_E):
+        query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
+        key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
+        scores = dot_of_part(key, tl.trans(query), scores, PRECISION)
+        if other_ptr is not None:
+            other = _load_tile(other_ptr, offs_h, stride_oh, e + offs_e, stride_oe, H, EK)
+            others = dot_of_part(key, tl.trans(other), others, PRECISION)
+    return scores, others
+
+
+@triton.jit
 def _scores(
     query_ptr, key_ptr, mask_ptr, offs_h, offs_s,
     stride_qh, stride_qe, stride_ks, stride_ke, stride_mh, stride_ms, S,
@@ -49,12 +69,10 @@ def _scores(
     BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile, transposed, and -inf behind its end  # [BLOCK_S, BLOCK_H]"""
-    offs_e = tl.arange(0, BLOCK_E)
-    scores = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-    for e in range(0, EK, BLOCK_E):
-        query = _load_tile(query_ptr, offs_h, stride_qh, e + offs_e, stride_qe, H, EK)
-        key = _load_tile(key_ptr, offs_s, stride_ks, e + offs_e, stride_ke, S, EK)
-        scores = dot_of_part(key, tl.trans(query), scores, PRECISION)
+    scores, _ = _products(
+        query_ptr, None, key_ptr, offs_h, offs_s, stride_qh, stride_qe, 0, 0, stride_ks, stride_ke,
+        S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
+    )  # fmt: skip
     heads, slots = offs_h[None, :], offs_s[:, None]
     return _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
 
@@ -301,6 +319,47 @@ def _shared_gradient_kernel(
 
 
 @triton.jit
+def _of_heads(ptr, stream, heads, H: tl.constexpr, ACC: tl.constexpr):
+    """A number for each head of a stream  # like heads"""
+    return tl.load(ptr + stream * H + heads, mask=heads < H, other=0.0).to(ACC)
+
+
+@triton.jit
+def _score_gradients(
+    scores, grad_weight, heads, slots, stream, lse, shared, grad_kept_ptr, grad_average_ptr,
+    mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile's scores, and the weights that were applied.
+
+    `grad_weight`: the products of its values and the output's gradient; `heads` and `slots` span
+    the tile; `lse` and `shared` are those of the heads.
+    """
+    scores = _masked(scores, mask_ptr, heads, slots, stride_mh, stride_ms, S, H, ACC)
+    weight = tl.exp2((scores - finite_or_zero(lse)) * tl.full((), LOG2E, ACC))
+    if grad_average_ptr is not None:
+        at = grad_average_ptr + stream * S + slots
+        grad_weight += tl.load(at, mask=slots < S, other=0.0).to(ACC) / H
+    if grad_kept_ptr is not None:
+        grad_weight += _of_heads(grad_kept_ptr, stream, heads, H, ACC)
+    applied = weight
+    if seed_ptr is not None:
+        keep = _keep(seed_ptr, stream, heads, slots, dropout_p, ACC)
+        applied = weight * keep
+        grad_weight *= keep
+    return weight * (grad_weight + shared), applied
+
+
+@triton.jit
+def _sink_gradient(
+    sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H: tl.constexpr, ACC: tl.constexpr
+):
+    """Write the gradients of a stream's extra scores."""
+    sink = _of_heads(sink_ptr, stream, heads, H, ACC)
+    grad_sink = tl.exp2((sink - lse) * tl.full((), LOG2E, ACC)) * shared
+    tl.store(grad_sink_ptr + stream * H + heads, grad_sink, mask=heads < H)
+
+
+@triton.jit
 def _attend_shared_backward_kernel(
     grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, value_ptr,
     mask_ptr, sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
@@ -326,43 +385,32 @@ def _attend_shared_backward_kernel(
     grad_out_ptr += stream * stride_gn
     query_ptr += stream * stride_qn
     key_ptr += stream * stride_kn
-    value_ptr += stream * stride_vn
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
 
-    scores = _scores(
-        query_ptr, key_ptr, mask_ptr, offs_h, offs_s, stride_qh, stride_qe, stride_ks, stride_ke,
-        stride_mh, stride_ms, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION, ACC,
+    scores, grad_weight = _products(
+        query_ptr, grad_out_ptr if value_ptr is None else None, key_ptr, offs_h, offs_s, stride_qh,
+        stride_qe, stride_gh, stride_ge, stride_ks, stride_ke, S, H, EK, BLOCK_H, BLOCK_S, BLOCK_E,
+        PRECISION, ACC,
     )  # fmt: skip
-    grad_weight = tl.zeros((BLOCK_S, BLOCK_H), ACC)
-    for e in range(0, EV, BLOCK_E):
-        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, e + offs_e, stride_ge, H, EV)
-        value = _load_tile(value_ptr, offs_s, stride_vs, e + offs_e, stride_ve, S, EV)
-        grad_weight = dot_of_part(value, tl.trans(grad_out), grad_weight, PRECISION)
-    lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
-    shared = tl.load(shared_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
-    log2e = tl.full((), LOG2E, ACC)
-    weight = tl.exp2((scores - finite_or_zero(lse)[None, :]) * log2e)
-    if grad_average_ptr is not None:
-        at = grad_average_ptr + stream * S + offs_s
-        grad_weight += tl.load(at, mask=offs_s < S, other=0.0).to(ACC)[:, None] / H
-    if grad_kept_ptr is not None:
-        grad_kept = tl.load(grad_kept_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
-        grad_weight += grad_kept.to(ACC)[None, :]
-    applied = weight
-    if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
-        applied = weight * keep
-        grad_weight *= keep
+    if value_ptr is not None:
+        grad_weight, _ = _products(
+            grad_out_ptr, None, value_ptr + stream * stride_vn, offs_h, offs_s, stride_gh,
+            stride_ge, 0, 0, stride_vs, stride_ve, S, H, EV, BLOCK_H, BLOCK_S, BLOCK_E, PRECISION,
+            ACC,
+        )  # fmt: skip
+    heads = offs_h[None, :]
+    lse = _of_heads(lse_ptr, stream, heads, H, ACC)
+    shared = _of_heads(shared_ptr, stream, heads, H, ACC)
+    grad_score, applied = _score_gradients(
+        scores, grad_weight, heads, offs_s[:, None], stream, lse, shared, grad_kept_ptr,
+        grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
+    )  # fmt: skip
     dtype = grad_key_ptr.dtype.element_ty
-    grad_score = cast(weight * (grad_weight + shared[None, :]), dtype)  # [BLOCK_S, BLOCK_H]
-    applied = cast(applied, dtype)
-
+    grad_score, applied = cast(grad_score, dtype), cast(applied, dtype)  # [BLOCK_S, BLOCK_H]
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if tile == 0:
-            sink = tl.load(sink_ptr + stream * H + offs_h, mask=mask_h, other=0.0).to(ACC)
-            grad_sink = tl.exp2((sink - lse) * log2e) * shared
-            tl.store(grad_sink_ptr + stream * H + offs_h, grad_sink, mask=mask_h)
+            _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
 
     grad_query_ptr += program.to(tl.int64) * (H * EK)
     for e in range(0, EK, BLOCK_E):
@@ -371,6 +419,9 @@ def _attend_shared_backward_kernel(
         query = _load_tile(query_ptr, offs_h, stride_qh, columns, stride_qe, H, EK)
         key = _load_tile(key_ptr, offs_s, stride_ks, columns, stride_ke, S, EK)
         grad_key = dot(grad_score, query, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+        if value_ptr is None:
+            grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EK)
+            grad_key = dot(applied, grad_out, grad_key, PRECISION)
         tl.store(
             grad_key_ptr + (stream * S + offs_s)[:, None] * EK + columns[None, :],
             cast(grad_key, dtype),
@@ -382,15 +433,83 @@ def _attend_shared_backward_kernel(
             cast(grad_query, grad_query_ptr.dtype.element_ty),
             mask=mask_h[None, :] & mask_e[:, None],
         )
-    for e in range(0, EV, BLOCK_E):
-        columns = e + offs_e
-        grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
-        grad_value = dot(applied, grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+    if value_ptr is not None:
+        for e in range(0, EV, BLOCK_E):
+            columns = e + offs_e
+            grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
+            grad_value = dot(applied, grad_out, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+            tl.store(
+                grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
+                cast(grad_value, dtype),
+                mask=(offs_s < S)[:, None] & (columns < EV)[None, :],
+            )
+
+
+@triton.jit
+def _one_tile_backward_kernel(
+    grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, mask_ptr,
+    sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_sink_ptr,
+    stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
+    stride_ke, stride_mn, stride_mh, stride_ms, S, SPLITS, dropout_p,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one part of a stream's window in tiles of BLOCK_S slots, all heads and features.
+
+    For one tensor that is key and value. A tile is loaded once, as in the forward, and its gradient
+    written once. Queries and the output's gradient are the rows of one operand, so that one product
+    gives scores and the weights' gradients, and one the tile's.
+    """
+    program = tl.program_id(0)
+    split = program % SPLITS
+    stream = (program // SPLITS).to(tl.int64)
+    grad_out_ptr += stream * stride_gn
+    query_ptr += stream * stride_qn
+    key_ptr += stream * stride_kn
+    if mask_ptr is not None:
+        mask_ptr += stream * stride_mn
+    dtype = grad_key_ptr.dtype.element_ty
+    heads = tl.arange(0, BLOCK_H)[:, None]
+    lse = _of_heads(lse_ptr, stream, heads, H, ACC)
+    shared = _of_heads(shared_ptr, stream, heads, H, ACC)
+    offs_e = tl.arange(0, BLOCK_E)
+    rows = tl.arange(0, 2 * BLOCK_H)
+    row = rows % BLOCK_H
+    both = tl.where(
+        (rows < BLOCK_H)[:, None],
+        _load_tile(query_ptr, row, stride_qh, offs_e, stride_qe, H, E),
+        _load_tile(grad_out_ptr, row, stride_gh, offs_e, stride_ge, H, E),
+    )
+    acc = tl.zeros((2 * BLOCK_H, BLOCK_E), ACC)
+    part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
+    end = tl.minimum(split * part + part, S)
+    for start in tl.range(split * part, end, BLOCK_S, num_stages=STAGES):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        tile = _load_tile(key_ptr, offs_s, stride_ks, offs_e, stride_ke, S, E)
+        products = dot(both, tl.trans(tile), tl.zeros((2 * BLOCK_H, BLOCK_S), ACC), PRECISION)
+        products = tl.permute(tl.reshape(products, (2, BLOCK_H, BLOCK_S)), (1, 2, 0))
+        scores, grad_weight = tl.split(products)
+        grad_score, applied = _score_gradients(
+            scores, grad_weight, heads, offs_s[None, :], stream, lse, shared, grad_kept_ptr,
+            grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
+        )  # fmt: skip
+        weights = tl.permute(tl.join(grad_score, applied), (2, 0, 1))
+        weights = cast(tl.reshape(weights, (2 * BLOCK_H, BLOCK_S)), dtype)
+        acc = dot(weights, tile, acc, PRECISION)
+        grad_key = dot(tl.trans(weights), both, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
         tl.store(
-            grad_value_ptr + (stream * S + offs_s)[:, None] * EV + columns[None, :],
-            cast(grad_value, dtype),
-            mask=(offs_s < S)[:, None] & (columns < EV)[None, :],
+            grad_key_ptr + (stream * S + offs_s)[:, None] * E + offs_e[None, :],
+            cast(grad_key, dtype),
+            mask=(offs_s < S)[:, None] & (offs_e < E)[None, :],
         )
+    tl.store(
+        grad_query_ptr + program.to(tl.int64) * (H * E) + rows[:, None] * E + offs_e[None, :],
+        cast(acc, grad_query_ptr.dtype.element_ty),
+        mask=(rows < H)[:, None] & (offs_e < E)[None, :],
+    )
+    if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if split == 0:
+            _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
 
 
 def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
@@ -494,9 +613,10 @@ def attend_shared_full(
         num_warps=plan.num_warps,
         registers=plan.registers,
     )
-    average = torch.empty((N, S) if need_weights else (0,), dtype=wide, device=query.device)
     if need_weights:
-        _weights(query, key, mask, lse, seed, dropout_p, None, average)
+        average = _weights(query, key, mask, lse, seed, dropout_p, None)
+    else:
+        average = torch.empty((0,), dtype=wide, device=query.device)
     return out, lse, kept, average
 
 
@@ -508,20 +628,21 @@ def _weights(
     seed: Tensor | None,
     dropout_p: float,
     grad: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write the average of the weights to `out` (N, S), or their products to (N, tiles, H)."""
+) -> Tensor:
+    """The average of the weights (N, S), or the products with its gradient (N, tiles, H)."""
     (N, H, EK), S = query.shape, key.shape[1]
+    wide, acc = _acc(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, EK, query.element_size())
     tiles = triton.cdiv(S, plan.block_s)
+    shape = (N, S) if grad is None else (N, tiles, H)
+    out = torch.empty(shape, dtype=wide, device=query.device)
     args = (
         query, key, mask, lse, seed, grad, out, *query.stride(), *key.stride(),
         *_mask_strides(mask, N, H, S), S, tiles, dropout_p,
     )  # fmt: skip
-    constants = constants_of(
-        H, EK, plan.block_h, plan.block_s, plan.block_e, dot_precision(), _acc(query.dtype)[1]
-    )
+    constants = constants_of(H, EK, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc)
     launch(_shared_weights_kernel, (N * tiles, 1, 1), args, constants, num_warps=plan.num_warps)
+    return out
 
 
 def attend_shared_backward(
@@ -565,25 +686,19 @@ def attend_shared_full_backward(
 
     Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
     """
-    if value is None:
-        both = (grad_out, grad_lse, grad_kept, grad_average, query, key, key)
-        d_query, d_key, d_value, d_sink = attend_shared_full_backward(
-            *both, mask, sink, seed, out, lse, kept, dropout_p
-        )
-        return d_query, d_key + d_value, d_key.new_empty(0), d_sink
-    (N, H, EK), (S, EV) = query.shape, value.shape[1:]
+    (N, H, EK), S = query.shape, key.shape[1]
+    EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
-    plan = shared_backward_plan(N, H, S, EK, EV, query.element_size())
-    tiles = triton.cdiv(S, plan.block_s)
+    plan = shared_backward_plan(N, H, S, EK, EV, query.element_size(), value is None)
+    parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)
     lse = lse.contiguous()
     if grad_kept is not None:
         grad_kept = grad_kept.contiguous()
         grad_lse = -grad_kept * kept if grad_lse is None else grad_lse - grad_kept * kept
     if grad_average is not None:
         grad_average = grad_average.contiguous()
-        products = torch.empty((N, tiles, H), dtype=wide, device=query.device)
-        _weights(query, key, mask, lse, seed, dropout_p, grad_average, products)
-        grad_lse = -products.sum(1) if grad_lse is None else grad_lse - products.sum(1)
+        products = _weights(query, key, mask, lse, seed, dropout_p, grad_average).sum(1)
+        grad_lse = -products if grad_lse is None else grad_lse - products
     shared = torch.empty((N, H), dtype=wide, device=query.device)
     args: tuple = (
         grad_out, None if grad_lse is None else grad_lse.contiguous(), out.contiguous(), lse,
@@ -592,23 +707,33 @@ def attend_shared_full_backward(
     block_e = min(triton.next_power_of_2(EV), 4096 // plan.block_h)
     constants = constants_of(H, EV, plan.block_h, block_e, acc)
     launch(_shared_gradient_kernel, (N, 1, 1), args, constants, num_warps=4)
-    grad_key, grad_value = query.new_empty((N, S, EK)), query.new_empty((N, S, EV))
+    grad_key = query.new_empty((N, S, EK))
+    grad_value = query.new_empty((0,) if value is None else (N, S, EV))
     grad_query = torch.empty(
-        (N, tiles, H, EK), dtype=query.dtype if tiles == 1 else wide, device=query.device
+        (N, parts, H, EK), dtype=query.dtype if parts == 1 else wide, device=query.device
     )
     grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
-    args = (
-        grad_out, shared, grad_kept, grad_average,
-        query, key, value, mask, None if sink is None else sink.contiguous(), seed,
-        lse, grad_query, grad_key, grad_value, grad_sink, *grad_out.stride(),
-        *query.stride(), *key.stride(), *value.stride(), *_mask_strides(mask, N, H, S), S, tiles,
-        dropout_p,
-    )  # fmt: skip
-    constants = constants_of(
-        H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
-    )  # fmt: skip
-    launch(
-        _attend_shared_backward_kernel, (N * tiles, 1, 1), args, constants, num_warps=plan.num_warps
-    )
-    grad_query = grad_query[:, 0] if tiles == 1 else grad_query.sum(1).to(query.dtype)
+    sink = None if sink is None else sink.contiguous()
+    given = (grad_out, shared, grad_kept, grad_average, query, key)
+    strides = (*grad_out.stride(), *query.stride(), *key.stride())
+    last = (*_mask_strides(mask, N, H, S), S, parts, dropout_p)
+    if plan.one_tile:
+        kernel: Any = _one_tile_backward_kernel
+        args = (
+            *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, *strides, *last,
+        )  # fmt: skip
+        constants = constants_of(
+            H, EK, plan.block_h, plan.block_s, plan.block_e, plan.stages, dot_precision(), acc,
+        )  # fmt: skip
+    else:
+        kernel = _attend_shared_backward_kernel
+        args = (
+            *given, value, mask, sink, seed, lse, grad_query, grad_key, grad_value, grad_sink,
+            *strides, *(key if value is None else value).stride(), *last,
+        )  # fmt: skip
+        constants = constants_of(
+            H, EK, EV, plan.block_h, plan.block_s, plan.block_e, dot_precision(), acc,
+        )  # fmt: skip
+    launch(kernel, (N * parts, 1, 1), args, constants, num_warps=plan.num_warps)
+    grad_query = grad_query[:, 0] if parts == 1 else grad_query.sum(1).to(query.dtype)
     return grad_query, grad_key, grad_value, grad_sink

@@ -135,7 +135,8 @@ def without_spills(
     best, registers, least = compile_with(options)
     threads = 32 * options["num_warps"]
     while least:
-        programs = max(_REGISTERS // (registers * threads) - 1, 1)
+        # the most programs whose threads can have more, which they get by eights
+        programs = max(_REGISTERS // ((registers // 8 * 8 + 8) * threads), 1)
         more = min(_REGISTERS // (programs * threads) // 8 * 8, MOST_REGISTERS)
         if more <= registers:
             break

@@ -223,9 +223,7 @@ def shared_plan(
         warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
-    splits = 1
-    while blocks * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
-        splits *= 2
+    splits = _splits(blocks, S, block_s)
     stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
     registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
@@ -233,15 +231,42 @@ def shared_plan(
     )
 
 
+# Of one tensor, the backward keeps a tile in shared memory for all its products. Read again from
+# the second-level cache, as with two tensors, not every tile would still be there: with 64 slots of
+# 1024 features the resident programs have 69 MB, and write as much. Each of them also has a part of
+# the query's gradient in fp32, which comes to a quarter of the bytes of the clip and its gradient.
+# Here are the accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16
+# slots; two tiles are under way while one is worked on, in every resident program.
+MAX_BACKWARD_ACCUMULATORS = 8192
+
+
 @lru_cache(maxsize=1024)
-def shared_backward_plan(N: int, H: int, S: int, EK: int, EV: int, itemsize: int) -> SharedPlan:
-    """The plan of `attend_shared_backward`; its tiles are its splits."""
-    block_h = max(16, triton.next_power_of_2(H))
+def shared_backward_plan(
+    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool = False
+) -> SharedPlan:
+    """The plan of `attend_shared_backward`, whose tiles are its splits unless `one_tile`."""
+    block_h = max(8, triton.next_power_of_2(H))
+    width = max(64, triton.next_power_of_2(EK))
+    accumulators = block_h * width
+    if one_tensor and itemsize == 2 and block_h <= 16 and accumulators <= MAX_BACKWARD_ACCUMULATORS:
+        block_s = min(32 if accumulators <= 2048 else 16, max(16, triton.next_power_of_2(S)))
+        warps = 8 if accumulators > 4096 else 4
+        splits = _splits(N, S, block_s)
+        return SharedPlan(splits, block_h, block_s, width, width, True, False, warps, 3)
+    block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
     block_e = 64 if itemsize == 2 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, False, warps, 2)
+
+
+def _splits(programs: int, S: int, block_s: int) -> int:
+    """Parts of a window of `S` slots that fill the chip with so many programs of each part."""
+    splits = 1
+    while programs * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < S:
+        splits *= 2
+    return splits
 
 
 class InputPlan(NamedTuple):
@@ -345,11 +370,7 @@ def input_plan(
     block_s = max(16, min(rows, triton.next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
-    if not splits:
-        splits = 1
-        streams = N * triton.cdiv(H, block_h)
-        while streams * splits * 2 <= 2 * MULTIPROCESSORS and (splits * 2 - 1) * block_s < L:
-            splits *= 2
+    splits = splits or _splits(N * triton.cdiv(H, block_h), L, block_s)
     block_d = max(16, triton.next_power_of_2(E // H))
     fused = rule.path == "fused"
     if by_rows:
