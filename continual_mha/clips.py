@@ -226,11 +226,11 @@ def _gradients(
     args: tuple[Any, ...] = (d_mixed, None, d_kept, d_attn, *tile, seed, mixed, lse, kept)
     args = (*args, node.dropout_p)
     if mixing.is_plain(node.dropout_p, node.need_weights):
-        name, args = "attend_shared_backward", (d_mixed, torch.zeros_like(lse), *tile, mixed, lse)
+        name, args = "attend_shared_backward", (d_mixed, None, *tile, mixed, lse)
     d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
     d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
     scale = 1.0 / math.sqrt(D)
-    d_q = torch.bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2)) * scale
+    d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)
     d_q = d_q.transpose(0, 1).reshape(N, H * D)
 
     d_query = None
@@ -245,7 +245,7 @@ def _gradients(
     if any(needed[4:7]):
         d_w_q, d_w_k, d_w_v = _without_extra_slots(d_params).split()
         torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
-        torch.bmm((q * scale).permute(1, 2, 0), d_moved, out=d_w_k.unflatten(0, (H, D)))
+        inputs.scaled_bmm(q.permute(1, 2, 0), d_moved, scale, out=d_w_k.unflatten(0, (H, D)))
         torch.bmm(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=d_w_v.unflatten(0, (H, D)))
     if needed[7]:
         d_b_q, d_b_k, d_b_v = d_params[3].chunk(3)

@@ -342,11 +342,15 @@ def _attend_inputs(
 
 def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
     """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
-    w_k = w_k.unflatten(0, q.shape[1:])
-    scale = 1.0 / math.sqrt(q.shape[2])
-    # by heads, (H, N, ...), and with what could be a step of its own in the product
-    moved = torch.baddbmm(q.new_empty(()), q.transpose(0, 1), w_k, beta=0, alpha=scale)
-    return moved.transpose(0, 1)
+    by_head = scaled_bmm(
+        q.transpose(0, 1), w_k.unflatten(0, q.shape[1:]), 1.0 / math.sqrt(q.shape[2])
+    )
+    return by_head.transpose(0, 1)
+
+
+def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """``torch.bmm(left, right) * scale`` in one step."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
 
 
 def projected_mix(mixed: Tensor, share: Tensor | None, w_v: Tensor, b_v: Tensor | None) -> Tensor:

@@ -59,7 +59,7 @@ SCHEMAS = {
     "single_query": f"({_TOKENS_AND_WEIGHTS} Tensor? mask, int num_heads, bool add_zero_attn, "
     "bool need_weights) -> (Tensor, Tensor)",
     "attend_shared": f"({_SHARED_ARGS}) -> (Tensor, Tensor)",
-    "attend_shared_backward": f"(Tensor grad_out, Tensor grad_lse, {_SHARED_ARGS}, "
+    "attend_shared_backward": f"(Tensor grad_out, Tensor? grad_lse, {_SHARED_ARGS}, "
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
     "attend_shared_full": f"({_SHARED_ARGS}, Tensor? seed, float dropout_p, bool need_weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -124,7 +124,7 @@ def _fake_attend_shared(
 
 def _fake_attend_shared_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -244,12 +244,14 @@ def _save_for_attend_shared(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
     ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)  # only extra slots ask for the second result
 
 
 def _differentiate_attend_shared(
-    ctx: Any, grad_out: Tensor, grad_lse: Tensor
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    grad_out = torch.zeros_like(saved[5]) if grad_out is None else grad_out
     backward = _backward("attend_shared_backward")
     d_query, d_key, d_value, d_sink = backward(grad_out, grad_lse, *saved)
     value, sink = saved[2], saved[4]

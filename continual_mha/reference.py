@@ -592,7 +592,7 @@ def shared_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 
 def attend_shared_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -603,7 +603,8 @@ def attend_shared_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator ``attend_shared_backward``: gradients of query, key, value and sink.
 
-    Where ``value`` is None that of ``key`` is of both, and that of ``value`` has no elements.
+    A gradient of a result may be None for zeros. Where ``value`` is None that of ``key`` is of
+    both, and that of ``value`` has no elements.
     """
     kept = lse.new_empty(0)
     return attend_shared_full_backward(
@@ -629,7 +630,7 @@ def attend_shared_full_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator ``attend_shared_full_backward``: as ``attend_shared_backward``.
 
-    None stands for a gradient of zeros. A query to which the mask leaves nothing has none either.
+    A query to which the mask leaves nothing has none either.
     """
     hidden = torch.isneginf(lse)
     attn = torch.exp(shared_scores(query, key, mask) - lse.masked_fill(hidden, 0.0).unsqueeze(-1))

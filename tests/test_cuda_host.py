@@ -227,7 +227,15 @@ def test_a_refused_launch_is_an_exception_that_names_operator_and_shape() -> Non
             OPS.cuda_attend_shared(x, x, value, None, None)
 
 
-SHARED_OPTIONS = ["", "mask", "mask sink", "broadcast_mask strided", "misaligned", "mask hidden"]
+SHARED_OPTIONS = [
+    "",
+    "mask",
+    "mask sink",
+    "broadcast_mask strided",
+    "misaligned",
+    "mask hidden",
+    "out alone",
+]
 SHARED_OPTIONS += ["one_tensor " + options for options in SHARED_OPTIONS]
 
 
@@ -260,7 +268,10 @@ def test_attend_shared_and_gradients_equal_float64_reference(options: str) -> No
     grads = torch.randn(N, H, Ev, generator=gen), torch.randn(N, H, generator=gen)
     if "misaligned" in options:
         grads = torch.cat([grads[0].new_zeros(1), grads[0].flatten()])[1:].view(N, H, Ev), grads[1]
-    expected = reference.attend_shared_backward(*(g.double() for g in grads), *wide, *expected)
+    if "out alone" in options:
+        grads = grads[0], None
+    exact = (None if g is None else g.double() for g in grads)
+    expected = reference.attend_shared_backward(*exact, *wide, *expected)
     actual = OPS.cuda_attend_shared_backward(*grads, query, key, value, mask, sink, *actual)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=1e-5)

@@ -647,7 +647,7 @@ def _weights(
 
 def attend_shared_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,

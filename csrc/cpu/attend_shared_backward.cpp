@@ -90,7 +90,7 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   return {d_query, d_key, d_value, d_sink};
 }
 
-Gradients attend_shared_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,
+Gradients attend_shared_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key,
                                  OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
                                  Tensor out, Tensor lse) {
   return attend_shared_full_backward(grad_out, grad_lse, std::nullopt, std::nullopt, query, key,

@@ -137,20 +137,21 @@ std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, Optional
 
 // The operator attend_shared_backward of continual_mha/ops.py for CUDA tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
-    Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, OptionalTensor value,
+    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, OptionalTensor value,
     OptionalTensor mask, OptionalTensor sink, Tensor out, Tensor lse) {
   const AttendArgs a =
       contiguous_args("cuda_attend_shared_backward", query, key, value, mask, sink);
   check_args(a);
   grad_out = as_contiguous(grad_out);
-  grad_lse = as_contiguous(grad_lse);
+  if (grad_lse) grad_lse = as_contiguous(*grad_lse);
   const int64_t N = query.size(0);
   const int64_t H = query.size(1);
   for (const auto& [tensor, name] : {std::pair{grad_out, "grad_out"}, std::pair{out, "out"}}) {
     check_like(tensor, query, a.op, name);
     check_shape(tensor, {N, H, a.value.size(2)}, a.op, name);
   }
-  for (const auto& [tensor, name] : {std::pair{grad_lse, "grad_lse"}, std::pair{lse, "lse"}}) {
+  for (const auto& [tensor, name] :
+       {std::pair{grad_lse.value_or(lse), "grad_lse"}, std::pair{lse, "lse"}}) {
     check_shape(tensor, {N, H}, a.op, name);
     STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.device() == query.device(),
                     a.op, ": ", name, " must be float32 on the query's device");
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   p.grad_out = grad_out.data_ptr();
-  p.grad_lse = static_cast<const float*>(grad_lse.data_ptr());
+  p.grad_lse = static_cast<const float*>(data_or_null(grad_lse));
   p.dquery = dquery.data_ptr();
   p.dsink = static_cast<float*>(dsink.data_ptr());
   p.weights = static_cast<float*>(weights.data_ptr());

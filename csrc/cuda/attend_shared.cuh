@@ -260,7 +260,8 @@ struct AttendSharedBlock {
       dot += static_cast<float>(static_cast<const T*>(p.out)[row * p.value_dim + e]) *
              static_cast<float>(static_cast<const T*>(p.grad_out)[row * p.value_dim + e]);
     }
-    dot = warp_sum(dot) - p.grad_lse[row];
+    dot = warp_sum(dot);
+    if (p.grad_lse != nullptr) dot -= p.grad_lse[row];
     if (lane != 0) return;
     // Infinity lets a query to which the mask leaves nothing have weights, and gradients, of zero.
     lse[head] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];

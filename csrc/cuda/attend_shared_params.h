@@ -30,7 +30,7 @@ struct AttendSharedParams {
   void* out;              // (N, num_heads, value_dim)
   float* lse;             // (N, num_heads)
   const void* grad_out;   // (N, num_heads, value_dim)
-  const float* grad_lse;  // (N, num_heads)
+  const float* grad_lse;  // (N, num_heads) or null
   void* dquery;           // (N, num_heads, key_dim)
   float* dsink;           // (N, num_heads)
   float* weights;         // (N, head tiles, rows, kTileHeads)
