@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import is_transformed
+from .modes import is_opaque, is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -161,6 +161,16 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return loaded.why_not(name, *args)
 
 
+def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """``why_not``, or where that can be asked only when the operator runs, why it cannot be."""
+    return _why_missing_here(backend) if is_opaque(args[0]) else why_not(backend, name, args)
+
+
+@torch.compiler.assume_constant_result
+def _why_missing_here(backend: str) -> str | None:
+    return why_missing(backend)
+
+
 def leave_to_pytorch(name: str, reason: str) -> None:
     """Say that plain PyTorch will do what the operator ``name`` does, and for what ``reason``.
 
@@ -205,6 +215,17 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
         )
 
     return unchanged
+
+
+def run(name: str, args: tuple[Any, ...]) -> Any:
+    """Run the operator ``name``: by that name where it is opaque, else directly.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
+    if is_opaque(args[0]):
+        return getattr(torch.ops.continual_mha, name)(*args)
+    return choose(name, args)(*args)
 
 
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:

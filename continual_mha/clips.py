@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, inputs, mixing
 from .dropout import dropout_seed
-from .modes import is_opaque, is_transformed
+from .modes import is_opaque
 from .reference import Options, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
@@ -65,7 +65,7 @@ def attend_clip(
     as_with_weights = need_weights or (mask is not None and not blank)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
-        out, attn = backends.choose("single_query", args)(*args)
+        out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
     if moved and _is_one_node(clips, weights, options, mask):
         given = (None if asked is key else query, key, None if value is key else value)
@@ -78,17 +78,19 @@ def attend_clip(
 def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
     """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
     query, key, num_heads = args[0], args[1], args[12]
-    if is_opaque(query) or backends.order(query.device.type)[0] != "cpu":
+    if backends.order(query.device.type)[0] != "cpu":
         return False
-    if is_transformed() or _needs_gradient(args):
+    if mixing.why_plain(query) or _needs_gradient(args):
         return False
     if backends.forced():
         return True  # or it says why not
+    if torch.compiler.is_exporting():
+        return False  # to where this package may not be
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
         if projections_dominate:
             return False
-    return backends.why_not("cpu", "single_query", args) is None
+    return backends.why_not_later("cpu", "single_query", args) is None
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

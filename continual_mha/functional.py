@@ -63,7 +63,7 @@ def step(
     """
     if not call.differentiable:
         before, after = _operands_of(tokens, state, call)
-        return _run(_name(state), (*before, active, *after)), state[:-1]
+        return backends.run(_name(state), (*before, active, *after)), state[:-1]
     if isinstance(state, RingState | QuantizedRingState):
         return _differentiable_step(tokens, _rings(state), active, call)
     sizes = (call.layout.num_heads, call.layout.delay)
@@ -105,7 +105,7 @@ def steps(
         return reference.ring_steps(
             *tokens, call.weights, rings, first, *call.options, attending=_attend_window
         )
-    return _run(_many(state), operands(tokens, state, first, call)), state[:-1]
+    return backends.run(_many(state), operands(tokens, state, first, call)), state[:-1]
 
 
 def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> str:
@@ -141,7 +141,9 @@ def _projected_steps(
         if call.differentiable:
             given = (asked, seen, seen, call.weights, rings, *options)
             return reference.ring_steps(*given, put=None, attending=_attend_window)[0]
-        return _run("ring_steps_", (asked, seen, seen, *call.weights, *rings, *options, False))
+        return backends.run(
+            "ring_steps_", (asked, seen, seen, *call.weights, *rings, *options, False)
+        )
 
     put = reference.put if call.differentiable else reference.put_
     sizes = (call.layout.num_heads, call.layout.delay)
@@ -213,13 +215,6 @@ def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
     if reason is None and backends.order(query.device.type)[0] != "triton":
         reason = NO_GRADIENT
     return reason or mixing.why_not_triton("attend_window", query, *args)
-
-
-def _run(name: str, args: tuple[Any, ...]) -> Any:
-    """Run an operator: by its name where it is opaque, else directly."""
-    if is_opaque(args[0]):
-        return getattr(torch.ops.continual_mha, name)(*args)
-    return backends.choose(name, args)(*args)
 
 
 def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:

@@ -116,9 +116,9 @@ def why_not_fused(
         return None
     if first != "cpu":
         return "it has no kernel for dropout on the weights, nor for weights that are returned"
-    if torch.compiler.is_compiling():
-        return "it cannot be asked under torch.compile"
-    return backends.why_not("cpu", "attend_shared_full", asked)
+    if torch.compiler.is_exporting():
+        return "an exported program may go to where this package is not"
+    return backends.why_not_later("cpu", "attend_shared_full", asked)
 
 
 def why_plain(query: Tensor) -> str | None:

@@ -221,6 +221,59 @@ def test_compiled_step_runs_on_the_backend_of_its_block(monkeypatch):
             assert asked == [name]
 
 
+def own_operators(graph):
+    """Names of the operators of this package in a graph."""
+    targets = [str(node.target) for node in graph.nodes]
+    return [name.split(".")[1] for name in targets if name.startswith("continual_mha.")]
+
+
+@pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_clip_on_the_cpu_is_an_operator_with_a_kernel(training, need_weights):
+    """Which takes a third of the time of what the compiler makes of single ones."""
+    module = build(dropout=0.3).train(training)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    found = []
+
+    def note(graph, inputs):
+        found.extend(own_operators(graph.graph))
+        return graph
+
+    call = torch.compile(module, fullgraph=True, backend=note)
+    with torch.set_grad_enabled(training):
+        call(x, need_weights=need_weights)
+    assert found == (["attend_shared_full"] if training else ["single_query"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_exported_clip_holds_no_operator_of_this_package(mode):
+    """It may be run where the package is not."""
+    module = build()
+    x = draw_tokens(module, 2, LENGTH)[0]
+    with mode():
+        program = torch.export.export(module, (x,))
+        torch.testing.assert_close(program.module()(x), module(x))
+    assert own_operators(program.graph) == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_clip_has_the_gradients_of_the_eager_one(training):
+    module = build().train(training)
+    x, *_ = draw_tokens(module, 2, LENGTH)
+
+    def gradients(call):
+        leaf = x.clone().requires_grad_()
+        out, attn = call(leaf)
+        total = out.square().sum() + attn.square().sum()
+        return torch.autograd.grad(total, [leaf, *module.parameters()])
+
+    for got, want in zip(
+        gradients(compiled(module, "forward", "aot_eager")), gradients(module), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_trace_holds_no_operator_of_this_package(mode):
