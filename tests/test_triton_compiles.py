@@ -122,11 +122,13 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
         for full in (False, True):
             name = f"shared-E{E}" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
-            for H, dtype in product((8, 16), (HALF, torch.float16)):
-                launch = aot.shared_launches(256, H, 64, E, dtype, full=full)[-1]
+            for H, S, dtype in product((8, 16), (64, 70), (HALF, torch.float16)):
+                launch = aot.shared_launches(256, H, S, E, dtype, full=full)[-1]
                 if launch.kernel is _one_tile_backward_kernel:
-                    end = f"H{H}-{dtype}" + ("-full" if full else "")
+                    end = f"H{H}-S{S}-{dtype}" + ("-full" if full else "")
                     yield f"shared-backward-E{E}-{end}", [launch]
+    for E in (384, 768):  # with features behind the last
+        yield f"shared-backward-E{E}", aot.shared_launches(256, 8, 70, E, HALF)[-1:]
     for E in plan.SHARED_ROWS_32:
         for full in (False, True):
             name = f"shared-E{E}-float32" + ("-full" if full else "")
