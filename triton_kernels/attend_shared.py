@@ -183,7 +183,8 @@ def _attend_shared_kernel(
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            weight *= _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            keep = _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            weight = product(weight, keep)
             kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         weight = cast(weight, value_ptr.dtype.element_ty)
         acc = dot(weight, value, acc * alpha[:, None], PRECISION)
@@ -279,7 +280,8 @@ def _shared_weights_kernel(
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     weight = tl.exp2((scores - lse[None, :]) * tl.full((), LOG2E, ACC))
     if seed_ptr is not None:
-        weight *= _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        weight = product(weight, keep)
     if grad_ptr is None:
         average = tl.sum(tl.where(mask_h[None, :], weight, 0.0), axis=1) / H
         tl.store(out_ptr + stream * S + offs_s, average, mask=offs_s < S)
