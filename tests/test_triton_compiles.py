@@ -122,20 +122,21 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
         for full in (False, True):
             name = f"shared-E{E}" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
-            for H, dtype in product((8, 16), (HALF, torch.float16)):
-                launch = aot.shared_launches(256, H, 64, E, dtype, full=full)[-1]
+            for H, S, dtype in ((8, 64, HALF), (8, 70, torch.float16), (16, 70, HALF)):
+                launch = aot.shared_launches(256, H, S, E, dtype, full=full)[-1]
                 if launch.kernel is _one_tile_backward_kernel:
-                    end = f"H{H}-{dtype}" + ("-full" if full else "")
+                    end = f"H{H}-S{S}-{dtype}" + ("-full" if full else "")
                     yield f"shared-backward-E{E}-{end}", [launch]
+    for E in (384, 768):  # with features behind the last
+        yield f"shared-backward-E{E}", aot.shared_launches(256, 8, 70, E, HALF)[-1:]
     for E in plan.SHARED_ROWS_32:
         for full in (False, True):
             name = f"shared-E{E}-float32" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, FULL, full=full)[:1]
     for E, dtype in ((1024, HALF), (512, FULL)):
         yield f"shared-split-{dtype}", aot.shared_launches(1, 16, 4096, E, dtype)
-    for full, dtype, H, one in product(
-        (False, True), (HALF, torch.float16, FULL), (8, 64), (False, True)
-    ):
+    kinds = ((HALF, 8), (HALF, 64), (FULL, 8), (FULL, 64), (torch.float16, 64))
+    for full, (dtype, H), one in product((False, True), kinds, (False, True)):
         name = f"shared-{'one-tensor' if one else 'two-tensors'}-H{H}-{dtype}"
         launches = aot.shared_launches(256, H, 64, 1024, dtype, one, full)
         yield name + ("-full" if full else ""), launches

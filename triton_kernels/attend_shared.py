@@ -24,19 +24,22 @@ from .pieces import (
     product,
 )
 from .plan import shared_backward_plan, shared_plan
-from .row_scores import flat, row_scores, spread_features, spread_rows
+from .row_scores import flat, row_scores, spread_features, spread_rows, sum_of_last
 
 
 @triton.jit
 def _load_tile(
     ptr, rows, stride_row, columns, stride_column, ROWS, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """A tile with zeros outside of (ROWS, COLUMNS)  # [rows, columns]"""
+    """A tile with zeros outside of (ROWS, COLUMNS); None: no row is  # [rows, columns]"""
+    within = (columns < COLUMNS)[None, :]
+    if ROWS is not None:
+        within = (rows < ROWS)[:, None] & within
     return tl.load(
         ptr
         + rows.to(tl.int64)[:, None] * stride_row
         + columns.to(tl.int64)[None, :] * stride_column,
-        mask=(rows < ROWS)[:, None] & (columns < COLUMNS)[None, :],
+        mask=within,
         other=0.0,
     )
 
@@ -180,7 +183,8 @@ def _attend_shared_kernel(
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            weight *= _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            keep = _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            weight = product(weight, keep)
             kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         weight = cast(weight, value_ptr.dtype.element_ty)
         acc = dot(weight, value, acc * alpha[:, None], PRECISION)
@@ -276,7 +280,8 @@ def _shared_weights_kernel(
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     weight = tl.exp2((scores - lse[None, :]) * tl.full((), LOG2E, ACC))
     if seed_ptr is not None:
-        weight *= _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        weight = product(weight, keep)
     if grad_ptr is None:
         average = tl.sum(tl.where(mask_h[None, :], weight, 0.0), axis=1) / H
         tl.store(out_ptr + stream * S + offs_s, average, mask=offs_s < S)
@@ -446,19 +451,56 @@ def _attend_shared_backward_kernel(
 
 
 @triton.jit
+def _both(
+    query_ptr, grad_out_ptr, columns, stride_qh, stride_qe, stride_gh, stride_ge,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A stream's queries and, below, the output's gradient  # [2 BLOCK_H, columns]"""
+    rows = tl.arange(0, 2 * BLOCK_H)
+    return tl.where(
+        (rows < BLOCK_H)[:, None],
+        _load_tile(query_ptr, rows % BLOCK_H, stride_qh, columns, stride_qe, H, E),
+        _load_tile(grad_out_ptr, rows % BLOCK_H, stride_gh, columns, stride_ge, H, E),
+    )
+
+
+@triton.jit
+def _store_tile(ptr, tile, rows, columns, ROWS, COLUMNS: tl.constexpr):
+    """Write what of a tile is within (ROWS, COLUMNS), contiguous."""
+    tl.store(
+        ptr + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :],
+        cast(tile, ptr.dtype.element_ty),
+        mask=(rows < ROWS)[:, None] & (columns < COLUMNS)[None, :],
+    )
+
+
+@triton.jit
+def _products_in_parts(both, tile, acc, PRECISION: tl.constexpr):
+    """acc + products of `both` and a tile over each of as many parts of the features as acc has."""
+    PARTS: tl.constexpr = acc.shape[0]
+    PART: tl.constexpr = tile.shape[1] // PARTS
+    left = tl.permute(tl.reshape(both, (acc.shape[1], PARTS, PART)), (1, 0, 2))
+    right = tl.permute(tl.reshape(tile, (acc.shape[2], PARTS, PART)), (1, 2, 0))
+    return dot(left, right, acc, PRECISION)
+
+
+@triton.jit
 def _one_tile_backward_kernel(
     grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, mask_ptr,
     sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_sink_ptr,
     stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
     stride_ke, stride_mn, stride_mh, stride_ms, S, SPLITS, dropout_p,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of a stream's window in tiles of BLOCK_S slots, all heads and features.
 
     For one tensor that is key and value. A tile is loaded once, as in the forward, and its gradient
     written once. Queries and the output's gradient are the rows of one operand, so that one product
-    gives scores and the weights' gradients, and one the tile's.
+    gives scores and the weights' gradients, and one the tile's. The former has few numbers, each a
+    sum over all features: in PARTS of these, the warps divide its work instead of repeating it.
+    Tiles come in two halves, so that registers hold the gradient of one of them.
     """
     program = tl.program_id(0)
     split = program % SPLITS
@@ -468,25 +510,31 @@ def _one_tile_backward_kernel(
     key_ptr += stream * stride_kn
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
-    dtype = grad_key_ptr.dtype.element_ty
     heads = tl.arange(0, BLOCK_H)[:, None]
     lse = _of_heads(lse_ptr, stream, heads, H, ACC)
     shared = _of_heads(shared_ptr, stream, heads, H, ACC)
-    offs_e = tl.arange(0, BLOCK_E)
-    rows = tl.arange(0, 2 * BLOCK_H)
-    row = rows % BLOCK_H
-    both = tl.where(
-        (rows < BLOCK_H)[:, None],
-        _load_tile(query_ptr, row, stride_qh, offs_e, stride_qe, H, E),
-        _load_tile(grad_out_ptr, row, stride_gh, offs_e, stride_ge, H, E),
+    low = tl.arange(0, BLOCK_E // 2)
+    high = BLOCK_E // 2 + low
+    both_low = _both(
+        query_ptr, grad_out_ptr, low, stride_qh, stride_qe, stride_gh, stride_ge, H, E, BLOCK_H
     )
-    acc = tl.zeros((2 * BLOCK_H, BLOCK_E), ACC)
+    both_high = _both(
+        query_ptr, grad_out_ptr, high, stride_qh, stride_qe, stride_gh, stride_ge, H, E, BLOCK_H
+    )
+    acc_low = tl.zeros((2 * BLOCK_H, BLOCK_E // 2), ACC)
+    acc_high = tl.zeros((2 * BLOCK_H, BLOCK_E // 2), ACC)
+    grad_key_ptr += stream * S * E
     part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
     end = tl.minimum(split * part + part, S)
     for start in tl.range(split * part, end, BLOCK_S, num_stages=STAGES):
         offs_s = start + tl.arange(0, BLOCK_S)
-        tile = _load_tile(key_ptr, offs_s, stride_ks, offs_e, stride_ke, S, E)
-        products = dot(both, tl.trans(tile), tl.zeros((2 * BLOCK_H, BLOCK_S), ACC), PRECISION)
+        there = tl.minimum(offs_s, S - 1)  # whose weights are zero; fewer registers than a mask
+        tile_low = _load_tile(key_ptr, there, stride_ks, low, stride_ke, None, E)
+        tile_high = _load_tile(key_ptr, there, stride_ks, high, stride_ke, None, E)
+        products = tl.zeros((PARTS, 2 * BLOCK_H, BLOCK_S), ACC)
+        products = _products_in_parts(both_low, tile_low, products, PRECISION)
+        products = _products_in_parts(both_high, tile_high, products, PRECISION)
+        products = sum_of_last(tl.permute(products, (1, 2, 0)), PARTS)
         products = tl.permute(tl.reshape(products, (2, BLOCK_H, BLOCK_S)), (1, 2, 0))
         scores, grad_weight = tl.split(products)
         grad_score, applied = _score_gradients(
@@ -494,19 +542,19 @@ def _one_tile_backward_kernel(
             grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
         )  # fmt: skip
         weights = tl.permute(tl.join(grad_score, applied), (2, 0, 1))
-        weights = cast(tl.reshape(weights, (2 * BLOCK_H, BLOCK_S)), dtype)
-        acc = dot(weights, tile, acc, PRECISION)
-        grad_key = dot(tl.trans(weights), both, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
-        tl.store(
-            grad_key_ptr + (stream * S + offs_s)[:, None] * E + offs_e[None, :],
-            cast(grad_key, dtype),
-            mask=(offs_s < S)[:, None] & (offs_e < E)[None, :],
-        )
-    tl.store(
-        grad_query_ptr + program.to(tl.int64) * (H * E) + rows[:, None] * E + offs_e[None, :],
-        cast(acc, grad_query_ptr.dtype.element_ty),
-        mask=(rows < H)[:, None] & (offs_e < E)[None, :],
-    )
+        weights = cast(tl.reshape(weights, (2 * BLOCK_H, BLOCK_S)), grad_key_ptr.dtype.element_ty)
+        acc_low = dot(weights, tile_low, acc_low, PRECISION)
+        acc_high = dot(weights, tile_high, acc_high, PRECISION)
+        weights = tl.trans(weights)
+        none = tl.zeros((BLOCK_S, BLOCK_E // 2), ACC)
+        grad_key = dot(weights, both_low, none, PRECISION)
+        _store_tile(grad_key_ptr, grad_key, offs_s, low, S, E)
+        grad_key = dot(weights, both_high, none, PRECISION)
+        _store_tile(grad_key_ptr, grad_key, offs_s, high, S, E)
+    grad_query_ptr += program.to(tl.int64) * (H * E)
+    rows = tl.arange(0, 2 * BLOCK_H)
+    _store_tile(grad_query_ptr, acc_low, rows, low, H, E)
+    _store_tile(grad_query_ptr, acc_high, rows, high, H, E)
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if split == 0:
             _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
@@ -723,7 +771,8 @@ def attend_shared_full_backward(
             *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, *strides, *last,
         )  # fmt: skip
         constants = constants_of(
-            H, EK, plan.block_h, plan.block_s, plan.block_e, plan.stages, dot_precision(), acc,
+            H, EK, plan.block_h, plan.block_s, plan.block_e, plan.parts, plan.stages,
+            dot_precision(), acc,
         )  # fmt: skip
     else:
         kernel = _attend_shared_backward_kernel

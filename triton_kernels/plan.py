@@ -169,6 +169,7 @@ class SharedPlan(NamedTuple):
 
     one_tile: one load serves both products.
     by_rows, registers: as of `InputPlan`.
+    parts: of the features, among which warps divide the first product of the backward in one tile.
     """
 
     splits: int
@@ -181,6 +182,7 @@ class SharedPlan(NamedTuple):
     num_warps: int
     stages: int
     registers: int | None = None
+    parts: int = 1
 
     @property
     def groups(self) -> int:
@@ -235,8 +237,8 @@ def shared_plan(
 # the second-level cache, as with two tensors, not every tile would still be there: with 64 slots of
 # 1024 features the resident programs have 69 MB, and write as much. Each of them also has a part of
 # the query's gradient in fp32, which comes to a quarter of the bytes of the clip and its gradient.
-# Here are the accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16
-# slots; two tiles are under way while one is worked on, in every resident program.
+# Two tiles are under way while one is worked on, in every resident program. Here are the
+# accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16 slots.
 MAX_BACKWARD_ACCUMULATORS = 8192
 
 
@@ -251,8 +253,11 @@ def shared_backward_plan(
     if one_tensor and itemsize == 2 and block_h <= 16 and accumulators <= MAX_BACKWARD_ACCUMULATORS:
         block_s = min(32 if accumulators <= 2048 else 16, max(16, triton.next_power_of_2(S)))
         warps = 8 if accumulators > 4096 else 4
-        splits = _splits(N, S, block_s)
-        return SharedPlan(splits, block_h, block_s, width, width, True, False, warps, 3)
+        # Of 1024 features, eight warps that repeat the first product would take 5300 cycles of
+        # shared memory a tile, whose bytes take 5000 of an H100's memory; they divide it in 3500.
+        parts = min(warps, width // 32)
+        blocks = (_splits(N, S, block_s), block_h, block_s, width, width)
+        return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))

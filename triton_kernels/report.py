@@ -20,6 +20,7 @@ from .plan import (
     SHARED_MEMORY,
     StepPlan,
     input_plan,
+    shared_backward_plan,
     shared_plan,
     step_plan,
     steps_plan,
@@ -40,7 +41,8 @@ LAUNCHES = {"fused": 1, "group": 1, "chain": 3, "gemm": 4}
 INPUT_CHAIN = {"fused": 9, "gemm": 13}
 INPUT_LAUNCHES = {"fused": 3, "gemm": 5}
 # Of a clip: the query's projection, its move to the tokens, attention, values, output; two of each
-# matrix product's gradients and the attention's, in two; sums of gradients of biases and tokens.
+# matrix product's gradients and the attention's, in two; the sums of three biases' gradients, and
+# the gradient of the query's token, which is added to the clip's.
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 5, 14
 STEPS_LAUNCHES = 5  # projection, attention, ring, position, output
 PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, their successors
@@ -132,15 +134,21 @@ def predicted_clip(
     """One query over a clip of `S` tokens, whose key is its value; with all gradients."""
     plan = shared_plan(N, H, S, E, E, itemsize, True)
     weights, clip, rows = 4 * E * E, N * S * E, 4 * N * H * E
-    size, flops = weights + clip + rows, N * (8 * E * E + 4 * H * S * E)
+    size: float = weights + clip + rows
+    flops = N * (8 * E * E + 4 * H * S * E)
     launches = FORWARD_LAUNCHES
     programs = N * plan.splits * triton.cdiv(E, plan.block_v) * triton.cdiv(H, plan.block_h)
     drawn = triton.cdiv(programs, MULTIPROCESSORS) * clip / (N * plan.splits)
     if backward:
-        # the clip once more, the gradients of key and value, their sum; weights read and written
-        size += 2 * weights + 6 * clip + 2 * rows
+        # the clip once more and its gradient; weights read and written
+        size += 2 * weights + 2 * clip + 2 * rows
         flops += N * (16 * E * E + 10 * H * S * E)
         launches += BACKWARD_LAUNCHES
+        splits = shared_backward_plan(N, H, S, E, E, itemsize, True).splits
+        drawn += triton.cdiv(N * splits, MULTIPROCESSORS) * clip / (N * splits)
+        if splits > 1:  # parts of the moved query's gradient in fp32 are written, read and added
+            size += 2 * N * splits * H * E * 4 / itemsize
+            launches += 1
     chain = launches * PER_LAUNCH
     seconds = seconds_of(launches, chain, drawn * itemsize, size * itemsize, flops)
     return Prediction(size * itemsize, flops, seconds)
@@ -229,6 +237,7 @@ def clip_table(dtype: torch.dtype = torch.bfloat16) -> str:
 # Of these the resident programs can each have whole tiles under way.
 STREAMING = (
     "_ring_step_kernel", "_group_step_kernel", "_input_step_kernel", "_attend_shared_kernel",
+    "_one_tile_backward_kernel",
 )  # fmt: skip
 
 
@@ -279,11 +288,16 @@ def input_rows(
 
 def clip_rows(E: int, dtype: torch.dtype) -> list[str]:
     """Rows of a single query over a clip, and of its gradients."""
-    plan = shared_plan(256, 8, 64, E, E, dtype.itemsize, True)
-    tiles = min(plan.stages - 1, triton.cdiv(64, plan.block_s))
-    tile = tiles * min(plan.block_s, 64) * E * dtype.itemsize
-    launches = aot.shared_launches(256, 8, 64, E, dtype)
-    return kernel_rows(f"single query N=256 L=64 E={E}", launches, tile)
+    name, shape = f"single query N=256 L=64 E={E}", (256, 8, 64, E, E, dtype.itemsize, True)
+    *forward, backward = aot.shared_launches(256, 8, 64, E, dtype)
+    rows = []
+    for launches, plan in (
+        (forward, shared_plan(*shape)), ([backward], shared_backward_plan(*shape)),
+    ):  # fmt: skip
+        tiles = min(plan.stages - 1, triton.cdiv(64, plan.block_s))
+        tile = tiles * min(plan.block_s, 64) * E * dtype.itemsize
+        rows += kernel_rows(name, launches, tile)
+    return rows
 
 
 def fp32_table() -> str:

@@ -56,7 +56,7 @@ def flat(tile, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_last(x, SIZE: tl.constexpr):
+def sum_of_last(x, SIZE: tl.constexpr):
     """Sum over the last axis, of SIZE, which other warps have; flat.
 
     By moving halves into the registers of one thread: `tl.sum` would pass them through shared
@@ -66,7 +66,7 @@ def _sum_of_last(x, SIZE: tl.constexpr):
         return tl.reshape(x, (x.numel,))
     else:
         a, b = tl.split(tl.reshape(x, (x.numel // 2, 2)))
-        return _sum_of_last(a + b, SIZE // 2)
+        return sum_of_last(a + b, SIZE // 2)
 
 
 @triton.jit
@@ -106,4 +106,4 @@ def row_scores(
         scores = tl.permute(scores, (2, 0, 3, 1))
     else:
         scores = tl.permute(scores, (0, 2, 3, 1))
-    return tl.trans(tl.reshape(_sum_of_last(scores, GROUPS), (BLOCK_S, BLOCK_H)))
+    return tl.trans(tl.reshape(sum_of_last(scores, GROUPS), (BLOCK_S, BLOCK_H)))
