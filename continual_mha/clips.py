@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from . import backends, inputs, mixing
 from .dropout import dropout_seed
-from .modes import is_opaque
+from .modes import is_batched, is_opaque, is_transformed
+from .precision import autocast_dtype
 from .reference import Options, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
@@ -190,9 +192,18 @@ class _AttendClip(torch.autograd.Function):
             grad_out = found.heads.new_zeros(found.heads.shape[0], given[8].shape[0])
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # that is, with create_graph
-            return None, *_gradients_with_graph(ctx.node, given, found.seed, grads, needed)
-        return None, *_gradients(ctx.node, given, found, grads, needed)
+        followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
+        if followed or any(map(is_batched, grads)):
+            return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
+        with _without_autocast(grad_out.device.type):
+            return None, *_gradients(ctx.node, given, found, grads, needed)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """As the forward ran, whatever surrounds its backward."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _without_extra_slots(params: Sequence[Any]) -> Weights:
@@ -262,25 +273,32 @@ def _gradients(
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 
 
-def _gradients_with_graph(
+def _gradients_by_operators(
     node: _Node,
     given: tuple[Any, ...],
     seed: Tensor | None,
     grads: tuple[Tensor, Tensor | None],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The same by operators that can be differentiated once more, from the arguments on."""
-    query, key, value, mask, *params = given
-    tokens = (node.asking(query, key), key, key if value is None else value)
-    weights = _without_extra_slots(params)
+    """The same by operators that can be differentiated and transformed, from the arguments on.
+
+    What they are of are views: a gradient then ends here, even where one argument comes from
+    another or is given twice, and no hook of an argument runs.
+    """
+    create_graph = torch.is_grad_enabled()
     options = Options(False, node.dropout_p)
-    how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
-    again = partial(mixing.fused_mix, seed=seed)
-    results = inputs.attend_clip(tokens, weights, *how, again)
-    followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
-    outs, grads_of_outs = zip(*followed, strict=True)
-    wanted = [x for x, need in zip(given, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(outs, wanted, grads_of_outs, create_graph=True, allow_unused=True)
-    )
+    with torch.enable_grad(), _without_autocast(given[1].device.type):
+        given = tuple(None if x is None else x.view_as(x) for x in given)
+        query, key, value, mask, *params = given
+        tokens = (node.asking(query, key), key, key if value is None else value)
+        weights = _without_extra_slots(params)
+        how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+        results = inputs.attend_clip(tokens, weights, *how, partial(mixing.fused_mix, seed=seed))
+        followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
+        outs, grads_of_outs = zip(*followed, strict=True)
+        wanted = [x for x, need in zip(given, needed, strict=True) if need]
+        gradients = torch.autograd.grad(
+            outs, wanted, grads_of_outs, create_graph=create_graph, allow_unused=True
+        )
+    found = iter(gradients)
     return tuple(next(found) if need else None for need in needed)
