@@ -69,9 +69,9 @@ def attend_clip(
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
         out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
-    if moved and _is_one_node(clips, weights, options, mask):
+    node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
+    if moved and _is_one_node(node, clips, weights, options, mask):
         given = (None if asked is key else query, key, None if value is key else value)
-        node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
         out, attn = _AttendClip.apply(node, *given, mask, *weights[:6])
         return out, attn if need_weights else None
     return inputs.attend_clip(tokens, weights, *how, mixing.mix)
@@ -100,19 +100,21 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def _is_one_node(clips: Tokens, weights: Weights, options: Options, mask: Tensor | None) -> bool:
+def _is_one_node(
+    node: _Node, clips: Tokens, weights: Weights, options: Options, mask: Tensor | None
+) -> bool:
     """Whether ``_AttendClip`` serves: in training, but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
-    if not _needs_gradient((*clips, *weights)) or is_opaque(clips[0]):
+    asked, key, value = clips
+    if not _needs_gradient((*clips, *weights)) or is_opaque(asked):
         return False
     if weights.bias_k is not None or options.add_zero_attn:
         return False
-    if mask is not None and mask.requires_grad:
-        return False
-    kernels = backends.order(clips[0].device.type)[0] != "torch"
-    return kernels and mixing.why_plain(clips[0]) is None
+    as_moved = key[:, :1].expand(-1, node.num_heads, -1)  # what decides is shape and dtype
+    how = (mask, node.dropout_p, node.need_weights)
+    return mixing.why_not_fused(as_moved, key, value, *how) is None
 
 
 class _Node(NamedTuple):
@@ -254,7 +256,11 @@ def _gradients(
         d_query = d_q @ w_q
 
     # one buffer for what is one parameter, of which `split` gives the parts
-    d_params: list[Any] = [None if x is None else torch.empty_like(x) for x in params]
+    wanted = (*[any(needed[4:7])] * 3, *needed[7:])
+    d_params: list[Any] = [
+        torch.empty_like(x) if x is not None and want else None
+        for x, want in zip(params, wanted, strict=True)
+    ]
     if any(needed[4:7]):
         d_w_q, d_w_k, d_w_v = _without_extra_slots(d_params).split()
         torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
