@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from . import backends, inputs, mixing
 from .dropout import dropout_seed
-from .modes import is_opaque
+from .modes import is_batched, is_opaque, is_transformed
+from .precision import autocast_dtype
 from .reference import Options, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
@@ -67,9 +69,9 @@ def attend_clip(
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
         out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
-    if moved and _is_one_node(clips, weights, options, mask):
+    node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
+    if moved and _is_one_node(node, clips, weights, options, mask):
         given = (None if asked is key else query, key, None if value is key else value)
-        node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
         out, attn = _AttendClip.apply(node, *given, mask, *weights[:6])
         return out, attn if need_weights else None
     return inputs.attend_clip(tokens, weights, *how, mixing.mix)
@@ -98,19 +100,21 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def _is_one_node(clips: Tokens, weights: Weights, options: Options, mask: Tensor | None) -> bool:
+def _is_one_node(
+    node: _Node, clips: Tokens, weights: Weights, options: Options, mask: Tensor | None
+) -> bool:
     """Whether ``_AttendClip`` serves: in training, but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
-    if not _needs_gradient((*clips, *weights)) or is_opaque(clips[0]):
+    asked, key, value = clips
+    if not _needs_gradient((*clips, *weights)) or is_opaque(asked):
         return False
     if weights.bias_k is not None or options.add_zero_attn:
         return False
-    if mask is not None and mask.requires_grad:
-        return False
-    kernels = backends.order(clips[0].device.type)[0] != "torch"
-    return kernels and mixing.why_plain(clips[0]) is None
+    as_moved = key[:, :1].expand(-1, node.num_heads, -1)  # what decides is shape and dtype
+    how = (mask, node.dropout_p, node.need_weights)
+    return mixing.why_not_fused(as_moved, key, value, *how) is None
 
 
 class _Node(NamedTuple):
@@ -190,9 +194,18 @@ class _AttendClip(torch.autograd.Function):
             grad_out = found.heads.new_zeros(found.heads.shape[0], given[8].shape[0])
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # that is, with create_graph
-            return None, *_gradients_with_graph(ctx.node, given, found.seed, grads, needed)
-        return None, *_gradients(ctx.node, given, found, grads, needed)
+        followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
+        if followed or any(map(is_batched, grads)):
+            return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
+        with _without_autocast(grad_out.device.type):
+            return None, *_gradients(ctx.node, given, found, grads, needed)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """As the forward ran, whatever surrounds its backward."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _without_extra_slots(params: Sequence[Any]) -> Weights:
@@ -243,7 +256,11 @@ def _gradients(
         d_query = d_q @ w_q
 
     # one buffer for what is one parameter, of which `split` gives the parts
-    d_params: list[Any] = [None if x is None else torch.empty_like(x) for x in params]
+    wanted = (*[any(needed[4:7])] * 3, *needed[7:])
+    d_params: list[Any] = [
+        torch.empty_like(x) if x is not None and want else None
+        for x, want in zip(params, wanted, strict=True)
+    ]
     if any(needed[4:7]):
         d_w_q, d_w_k, d_w_v = _without_extra_slots(d_params).split()
         torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
@@ -262,25 +279,32 @@ def _gradients(
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 
 
-def _gradients_with_graph(
+def _gradients_by_operators(
     node: _Node,
     given: tuple[Any, ...],
     seed: Tensor | None,
     grads: tuple[Tensor, Tensor | None],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The same by operators that can be differentiated once more, from the arguments on."""
-    query, key, value, mask, *params = given
-    tokens = (node.asking(query, key), key, key if value is None else value)
-    weights = _without_extra_slots(params)
+    """The same by operators that can be differentiated and transformed, from the arguments on.
+
+    What they are of are views: a gradient then ends here, even where one argument comes from
+    another or is given twice, and no hook of an argument runs.
+    """
+    create_graph = torch.is_grad_enabled()
     options = Options(False, node.dropout_p)
-    how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
-    again = partial(mixing.fused_mix, seed=seed)
-    results = inputs.attend_clip(tokens, weights, *how, again)
-    followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
-    outs, grads_of_outs = zip(*followed, strict=True)
-    wanted = [x for x, need in zip(given, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(outs, wanted, grads_of_outs, create_graph=True, allow_unused=True)
-    )
+    with torch.enable_grad(), _without_autocast(given[1].device.type):
+        given = tuple(None if x is None else x.view_as(x) for x in given)
+        query, key, value, mask, *params = given
+        tokens = (node.asking(query, key), key, key if value is None else value)
+        weights = _without_extra_slots(params)
+        how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+        results = inputs.attend_clip(tokens, weights, *how, partial(mixing.fused_mix, seed=seed))
+        followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
+        outs, grads_of_outs = zip(*followed, strict=True)
+        wanted = [x for x, need in zip(given, needed, strict=True) if need]
+        gradients = torch.autograd.grad(
+            outs, wanted, grads_of_outs, create_graph=create_graph, allow_unused=True
+        )
+    found = iter(gradients)
     return tuple(next(found) if need else None for need in needed)

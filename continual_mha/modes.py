@@ -124,6 +124,7 @@ def is_opaque(x: Tensor) -> bool:
 # Private to torch: where one is not there, operators are taken as they are found.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
 
 
 def is_transformed() -> bool:
@@ -136,3 +137,11 @@ def is_transformed() -> bool:
     """
     transformed = forward_ad._current_level >= 0 or _transforms_are_active()
     return transformed or _tracing_state() is not None
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """Whether it stands for many gradients at once, as with ``is_grads_batched`` of ``grad``.
+
+    Only operators that return new tensors take such a one.
+    """
+    return x is not None and bool(_is_batched(x))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .modes import is_transformed
 from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
@@ -234,8 +235,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def _backward(name: str) -> Callable[..., Any]:
-    """The backward operator ``name``, or what autograd can differentiate once more."""
-    if torch.is_grad_enabled():  # that is, with create_graph
+    """The backward operator ``name``, or what can be differentiated once more or transformed."""
+    if torch.is_grad_enabled() or is_transformed():  # the former with create_graph
         return getattr(reference, name)
     return getattr(torch.ops.continual_mha, name)
 

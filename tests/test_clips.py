@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import LENGTH, build, draw_tokens
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +58,7 @@ def is_one_node(out: Tensor) -> bool:
     """Whether the node is behind the change of layout."""
     function = out.grad_fn
     while function is not None and "AttendClip" not in function.name():
-        function = function.next_functions[0][0]
+        function = function.next_functions[0][0] if function.next_functions else None
     return function is not None
 
 
@@ -161,6 +161,33 @@ def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
     assert_same(gradients(module, x), plain_gradients(module, x))
 
 
+def test_nothing_is_made_for_what_is_frozen() -> None:
+    module = build().requires_grad_(False)
+    x = drawn(module, 29)
+    out, _ = module(x)
+    with Allocations() as allocations:
+        out.backward(torch.ones_like(out))
+    assert allocations.made[x.numel()] == 1
+    assert allocations.made[module.in_proj_weight.numel()] == 0
+    assert allocations.made[module.out_proj.weight.numel()] == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_a_kernel_autograd_follows_single_operators(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is faster then, with dropout up to four times."""
+    module = build(dropout=dropout)
+    assert is_one_node(module(drawn(module))[0])
+    why_not = backends.why_not
+    monkeypatch.setattr(
+        backends,
+        "why_not",
+        lambda backend, *args: "declined" if backend == "cpu" else why_not(backend, *args),
+    )
+    assert not is_one_node(module(drawn(module))[0])
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_streams_that_see_nothing(need_weights: bool) -> None:
     module = build(dtype=torch.float64)
@@ -219,6 +246,73 @@ def test_second_derivatives(
     leaves = (x, *(p.detach().requires_grad_() for p in parameters))
     assert gradcheck(run, leaves)
     assert gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["query of key", "value of key", "tied weights", "hooked"])
+def test_with_create_graph_a_gradient_goes_no_further_than_the_node(kind: str) -> None:
+    """Else it comes twice: where an argument is made of another, is another, or has a hook."""
+    module = build(dtype=torch.float64)
+    x = drawn(module)
+    tokens = (x, x, x)
+    if kind == "query of key":
+        tokens = (2 * x, x, x)
+    if kind == "value of key":
+        tokens = (x, x, 2 * x)
+    if kind == "hooked":
+        x.register_hook(lambda grad: 2 * grad)
+    if kind == "tied weights":
+        module = build(dtype=torch.float64, kdim=7, vdim=7)
+        module.v_proj_weight = module.k_proj_weight
+        tokens = (x, x[..., :7], x[..., :7])
+
+    def grads(create_graph: bool) -> list[Tensor | None]:
+        out, attn = module(*tokens)
+        assert is_one_node(out)
+        total = out.square().sum() + attn.square().sum()
+        how = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
+        return list(torch.autograd.grad(total, [x, *module.parameters()], **how))
+
+    assert_same(grads(True), grads(False))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_many_gradients_at_once(need_weights: bool, dropout: float) -> None:
+    module = build(dropout=dropout, dtype=torch.float64)
+    x = drawn(module)
+    outs = tuple(y for y in module(x, need_weights=need_weights) if y is not None)
+    assert is_one_node(outs[0])
+    given = tuple(torch.randn(4, *y.shape, dtype=y.dtype) for y in outs)
+    leaves = [x, *module.parameters()]
+    batched = torch.autograd.grad(outs, leaves, given, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        single = torch.autograd.grad(outs, leaves, [y[i] for y in given], retain_graph=True)
+        assert_same([grad[i] for grad in batched], list(single))
+
+
+def test_forward_mode_follows_the_backward() -> None:
+    module = build(dtype=torch.float64)
+    x = drawn(module)
+    out = module(x, need_weights=False)[0]
+    assert is_one_node(out)
+    with forward_ad.dual_level():
+        given = forward_ad.make_dual(torch.ones_like(out), torch.full_like(out, 2.0))
+        grad, tangent = forward_ad.unpack_dual(torch.autograd.grad(out, x, given)[0])
+    torch.testing.assert_close(tangent, 2 * grad)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast_around_the_backward_alone_changes_nothing(create_graph: bool) -> None:
+    module = build()
+    x = drawn(module)
+    leaves = [x, *module.parameters()]
+    total = module(x, need_weights=False)[0].sum()
+    expected = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(total, leaves, create_graph=create_graph)
+    for left, right in zip(actual, expected, strict=True):
+        scale = float(right.abs().max())
+        torch.testing.assert_close(left, right, rtol=0, atol=scale * (2e-2 if create_graph else 0))
 
 
 def test_under_checkpoint_the_same_weights_are_dropped_again() -> None:

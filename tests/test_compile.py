@@ -246,6 +246,16 @@ def test_compiled_clip_on_the_cpu_is_an_operator_with_a_kernel(training, need_we
     assert found == (["attend_shared_full"] if training else ["single_query"])
 
 
+@pytest.mark.skipif("cpu" not in backends.available(), reason="nothing can be forced")
+def test_compiled_clip_runs_on_a_backend_that_is_forced():
+    module = build()
+    x = draw_tokens(module, 2, LENGTH)[0]
+    with torch.no_grad(), backends.use_backend("cpu"):
+        actual = compiled(module, "forward")(x)
+        for output, expected in zip(actual, module(x), strict=True):
+            torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_exported_clip_holds_no_operator_of_this_package(mode):
     """It may be run where the package is not."""
