@@ -140,7 +140,7 @@ class _Found(NamedTuple):
     share: Tensor | None
     lse: Tensor
     kept: Tensor
-    heads: Tensor  # (N, H, D)
+    heads: Tensor  # (N, E)
     seed: Tensor | None
 
 
@@ -177,12 +177,12 @@ class _AttendClip(torch.autograd.Function):
         share = None if seed is None else kept.unsqueeze(-1)
         if mask is not None and node.blank:
             mixed, share = mixing.blanked(mixed, share, lse)
-        heads = inputs.projected_mix(mixed, share, w_v, b_v)
+        heads = inputs.projected_mix(mixed, share, w_v, b_v).flatten(1)
         ctx.node = node
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         found = _Found(q, moved, mixed, share, lse, kept, heads, seed)
         ctx.save_for_backward(query, key, value, mask, *params, *found)
-        return F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias), attn
+        return F.linear(heads, weights.out_proj_weight, weights.out_proj_bias), attn
 
     @staticmethod
     def backward(
@@ -272,7 +272,7 @@ def _gradients(
         d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
         torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
     if needed[8]:
-        torch.mm(d_out.t(), heads.flatten(1), out=d_params[4])
+        torch.mm(d_out.t(), heads, out=d_params[4])
     if needed[9]:
         torch.sum(d_out, 0, out=d_params[5])
     gradients = (d_query, d_key, d_value, None, *d_params)
