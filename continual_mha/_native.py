@@ -27,6 +27,7 @@ _QUERY_OF_SHARED = {
     "attend_shared_full": 0,
     "attend_shared_backward": 2,
     "attend_shared_full_backward": 4,
+    "attend_shared_query_backward": 4,
 }
 # Of the arguments of a step: what follows the in-projection's weights, with one matrix in it.
 _BIASES = slice(6, 11)

@@ -237,12 +237,18 @@ def _gradients(
         d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
         d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
     tile = (moved, key, value, mask, None)
-    name = "attend_shared_full_backward"
     args: tuple[Any, ...] = (d_mixed, None, d_kept, d_attn, *tile, seed, mixed, lse, kept)
     args = (*args, node.dropout_p)
-    if mixing.is_plain(node.dropout_p, node.need_weights):
-        name, args = "attend_shared_backward", (d_mixed, None, *tile, mixed, lse)
-    d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
+    of_query = "attend_shared_query_backward"
+    d_key: Any = None
+    d_value: Any = None
+    if not any(needed[1:3]) and backends.has_kernel(of_query, args):
+        d_moved, _ = backends.choose(of_query, args)(*args)
+    else:
+        name = "attend_shared_full_backward"
+        if mixing.is_plain(node.dropout_p, node.need_weights):
+            name, args = "attend_shared_backward", (d_mixed, None, *tile, mixed, lse)
+        d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
     d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
     scale = 1.0 / math.sqrt(D)
     d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)

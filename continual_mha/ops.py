@@ -47,6 +47,10 @@ _INPUT_ARGS = (
 )
 _INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor? value, Tensor? mask, Tensor? sink"
+_FULL_BACKWARD_ARGS = (
+    "Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, Tensor? grad_average, "
+    f"{_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, float dropout_p"
+)
 _WINDOW_ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor k_ring, Tensor v_ring, Tensor position, "
     "Tensor? sink, Tensor? seed"
@@ -64,9 +68,8 @@ SCHEMAS = {
     "Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
     "attend_shared_full": f"({_SHARED_ARGS}, Tensor? seed, float dropout_p, bool need_weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    "attend_shared_full_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, "
-    f"Tensor? grad_average, {_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, "
-    "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_shared_full_backward": f"({_FULL_BACKWARD_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attend_shared_query_backward": f"({_FULL_BACKWARD_ARGS}) -> (Tensor, Tensor)",
     "attend_window": f"({_WINDOW_ARGS}, SymInt first, float dropout_p) -> (Tensor, Tensor)",
     "attend_window_backward": f"(Tensor grad_out, Tensor? grad_lse, {_WINDOW_ARGS}, Tensor out, "
     "Tensor lse, SymInt first, float dropout_p, bool rings) "
@@ -175,6 +178,11 @@ def _fake_attend_shared_full_backward(
     return _fake_attend_shared_backward(grad_out, lse, query, key, value, mask, sink, out, lse)
 
 
+def _fake_attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    d_query, _, _, d_sink = _fake_attend_shared_full_backward(*args)
+    return d_query, d_sink
+
+
 def _fake_attend_window(
     query: Tensor,
     key: Tensor,
@@ -229,6 +237,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attend_shared_backward": _fake_attend_shared_backward,
     "attend_shared_full": _fake_attend_shared_full,
     "attend_shared_full_backward": _fake_attend_shared_full_backward,
+    "attend_shared_query_backward": _fake_attend_shared_query_backward,
     "attend_window": _fake_attend_window,
     "attend_window_backward": _fake_attend_window_backward,
 }

@@ -662,3 +662,12 @@ def attend_shared_full_backward(
         d_key, d_value = d_key + d_value, d_key.new_zeros(0)
     d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared
     return d_query, d_key, d_value, d_sink
+
+
+def attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Operator ``attend_shared_query_backward``: where key and value need no gradient.
+
+    Takes what ``attend_shared_full_backward`` does, and returns the gradients of query and sink.
+    """
+    d_query, _, _, d_sink = attend_shared_full_backward(*args)
+    return d_query, d_sink

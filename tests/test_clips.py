@@ -173,6 +173,16 @@ def test_nothing_is_made_for_what_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_clip_without_a_gradient_costs_none(dropout: float) -> None:
+    module = build(dropout=dropout)
+    x = drawn(module, 29).detach()
+    out, _ = module(x)
+    with Allocations() as allocations:
+        out.backward(torch.ones_like(out))
+    assert allocations.made[x.numel()] == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_without_a_kernel_autograd_follows_single_operators(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +196,14 @@ def test_without_a_kernel_autograd_follows_single_operators(
         lambda backend, *args: "declined" if backend == "cpu" else why_not(backend, *args),
     )
     assert not is_one_node(module(drawn(module))[0])
+
+
+@pytest.mark.parametrize("kind", ["query alone", "value alone", "key alone"])
+def test_of_three_tensors_one_has_a_gradient(kind: str) -> None:
+    module = build(dtype=torch.float64)
+    x, y, z = (drawn(module, LENGTH).detach() * scale for scale in (1.0, 0.5, -1.5))
+    {"query alone": x, "key alone": y, "value alone": z}[kind].requires_grad_()
+    assert_same(gradients(module, x, y, z), plain_gradients(module, x, y, z))
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

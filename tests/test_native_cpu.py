@@ -632,6 +632,10 @@ def test_shared_tile_and_its_gradients_are_as_exact_as_torch(
     for actual, best, expected in zip(mine, exact, plain, strict=True):
         # the sink's gradient is fp32, but comes from outputs that were rounded
         assert_as_exact_as_torch(actual.to(dtype), best, expected.to(dtype))
+    results = (*results[:3], p)
+    of_query = torch.ops.continual_mha.cpu_attend_shared_query_backward(*given, seed, *results)
+    for alone, together in zip(of_query, mine[::3], strict=True):
+        assert torch.equal(alone, together)
 
 
 def test_what_is_dropped_is_what_the_reference_drops(isa: str) -> None:

@@ -113,6 +113,7 @@ def test_backward_of_full_shared_attention_passes_torchs_own_checks(one_tensor, 
     grads = (torch.ones_like(out), None, torch.ones_like(kept) if dropout else None, average)
     arguments = (*grads, *operands, seed, out, lse, kept, p)
     opcheck(torch.ops.continual_mha.attend_shared_full_backward.default, arguments)
+    opcheck(torch.ops.continual_mha.attend_shared_query_backward.default, arguments)
 
 
 def window_operands(extra):

@@ -10,7 +10,6 @@ namespace {
 constexpr const char* kOp = "cpu_attend_shared";
 
 struct SharedTag {};
-struct WeightsTag {};
 
 }  // namespace
 
@@ -87,9 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   const Tensor kept = optional(seed.has_value(), {p.streams, p.num_heads});
   const Tensor average = optional(need_weights, {p.streams, p.slots});
   set_dropout(p, seed, dropout_p, kept, kOp);
-  if (need_weights) {
-    p.weights = scratch<WeightsTag>(p.streams * p.num_heads * p.slots * acc_size(dtype));
-  }
+  const Tensor weights = optional(need_weights, {p.streams, p.num_heads, p.slots});
+  if (need_weights) p.weights = weights.mutable_data_ptr();
   attend(p, dtype, false);
   if (need_weights) average_weights(p, dtype, average);
   return {out, lse, kept, average};

@@ -1,6 +1,7 @@
-// continual_mha::cpu_attend_shared_full_backward and its short form.
+// continual_mha::cpu_attend_shared_full_backward, its short form, and its part for frozen tiles.
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "attend_shared.h"
 
@@ -9,7 +10,6 @@ namespace {
 
 constexpr const char* kOp = "cpu_attend_shared_full_backward";
 
-struct PairsTag {};
 struct GradientTag {};
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -19,11 +19,11 @@ OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
   return as_contiguous(torch::stable::to(*x, acc));
 }
 
-Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
-                                      OptionalTensor grad_kept, OptionalTensor grad_average,
-                                      Tensor query, Tensor key, OptionalTensor value,
-                                      OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
-                                      Tensor out, Tensor lse, Tensor kept, double dropout_p) {
+// Without `of_tiles`, those of key and value have no elements.
+Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor grad_kept,
+                    OptionalTensor grad_average, Tensor query, Tensor key, OptionalTensor value,
+                    OptionalTensor mask, OptionalTensor sink, OptionalTensor seed, Tensor out,
+                    Tensor lse, Tensor kept, double dropout_p, bool of_tiles) {
   const Tensor& given = value ? *value : key;
   check_shared(query, key, given, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
@@ -55,11 +55,14 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   SharedGradientParams p{};
   static_cast<AttendSharedParams&>(p) = shared_params(keys, values, heads, mask);
   const Tensor d_query = new_like(query, {n, heads, p.key_dim});
-  const Tensor d_key = new_like(query, {n, p.slots, p.key_dim});
-  const Tensor d_value =
-      value ? new_like(query, {n, p.slots, p.value_dim}) : torch::stable::new_empty(query, {0});
-  const Tensor d_sink = sink ? torch::stable::new_empty(query, {n, heads}, acc)
-                             : torch::stable::new_empty(query, {0}, acc);
+  const auto optional = [&](bool there, std::vector<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(query, there ? sizes : std::vector<int64_t>{0}, type);
+  };
+  const ScalarType own = query.scalar_type();
+  const Tensor d_key = optional(of_tiles, {n, p.slots, p.key_dim}, own);
+  const Tensor d_value = optional(of_tiles && value.has_value(), {n, p.slots, p.value_dim}, own);
+  const Tensor d_sink = optional(sink.has_value(), {n, heads}, acc);
+  const Tensor pairs = optional(of_tiles, {n, p.slots, 2 * heads}, acc);
   p.query = queries.const_data_ptr();
   p.sink = data_or_null(sink);
   p.out = outs.mutable_data_ptr();
@@ -72,8 +75,7 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
   p.grad_key = d_key.mutable_data_ptr();
   p.grad_value = value ? d_value.mutable_data_ptr() : nullptr;
   p.grad_sink = sink ? d_sink.mutable_data_ptr() : nullptr;
-  p.pairs = scratch<PairsTag>(n * p.slots * 2 * heads * acc_size(dtype));
-
+  p.pairs = of_tiles ? pairs.mutable_data_ptr() : nullptr;
   if (left) set_dropout(p, seed, dropout_p, *left, kOp);
 
   const Kernels& table = kernels(dtype);
@@ -83,11 +85,30 @@ Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
            kHeadBlock * p.slots * (features + p.key_dim), [&](int64_t begin, int64_t end) {
              table.shared_query_gradient(p, scratch<GradientTag>(bytes), begin, end);
            });
+  if (!of_tiles) return {d_query, d_key, d_value, d_sink};
   parallel(n * ((p.slots + kSlotBlock - 1) / kSlotBlock), kSlotBlock * heads * features,
            [&](int64_t begin, int64_t end) {
              table.shared_tile_gradient(p, scratch<GradientTag>(bytes), begin, end);
            });
   return {d_query, d_key, d_value, d_sink};
+}
+
+Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
+                                      OptionalTensor grad_kept, OptionalTensor grad_average,
+                                      Tensor query, Tensor key, OptionalTensor value,
+                                      OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
+                                      Tensor out, Tensor lse, Tensor kept, double dropout_p) {
+  return gradients(grad_out, grad_lse, grad_kept, grad_average, query, key, value, mask, sink, seed,
+                   out, lse, kept, dropout_p, true);
+}
+
+std::tuple<Tensor, Tensor> attend_shared_query_backward(
+    Tensor grad_out, OptionalTensor grad_lse, OptionalTensor grad_kept, OptionalTensor grad_average,
+    Tensor query, Tensor key, OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
+    OptionalTensor seed, Tensor out, Tensor lse, Tensor kept, double dropout_p) {
+  const Gradients all = gradients(grad_out, grad_lse, grad_kept, grad_average, query, key, value,
+                                  mask, sink, seed, out, lse, kept, dropout_p, false);
+  return {std::get<0>(all), std::get<3>(all)};
 }
 
 Gradients attend_shared_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key,
@@ -104,4 +125,6 @@ STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
   m.impl("cpu_attend_shared_backward", TORCH_BOX(&continual_mha::cpu::attend_shared_backward));
   m.impl("cpu_attend_shared_full_backward",
          TORCH_BOX(&continual_mha::cpu::attend_shared_full_backward));
+  m.impl("cpu_attend_shared_query_backward",
+         TORCH_BOX(&continual_mha::cpu::attend_shared_query_backward));
 }

@@ -123,13 +123,16 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
                to(scratch.weights));
   dot_rows<kC>(value, p.value_slot_stride, 0, p.slots, grad_out, p.value_dim, p.value_dim,
                to(scratch.scores));
-  A* pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+  A* pairs = nullptr;
+  if (p.pairs != nullptr) {
+    pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+  }
   for (int c = 0; c < kC; ++c) {
     A* weights = scratch.weights + c * scratch.score_stride;
     A* scores = scratch.scores + c * scratch.score_stride;
     const A* applied = finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights,
                                            scores, scratch.scales);
-    for (int64_t s = 0; s < p.slots; ++s) {
+    for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
       pairs[s * 2 * p.num_heads + c] = scores[s];
       pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
     }

@@ -161,11 +161,11 @@ struct SharedGradientParams : AttendSharedParams {
   const void* grad_lse;      // (N, H) acc, or null
   const void* grad_kept;     // (N, H) acc, or null
   const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null
-  void* pairs;               // (N, S, 2H) acc: per slot the scores' gradients, then the weights
-  void* grad_query;          // (N, H, Ek)
-  void* grad_key;            // (N, S, Ek); of key and value together where grad_value is null
-  void* grad_value;          // (N, S, Ev)
-  void* grad_sink;           // (N, H) acc, or null
+  void* pairs;       // (N, S, 2H) acc: per slot the scores' gradients, then the weights; or null
+  void* grad_query;  // (N, H, Ek)
+  void* grad_key;    // (N, S, Ek); of key and value together where grad_value is null
+  void* grad_value;  // (N, S, Ev)
+  void* grad_sink;   // (N, H) acc, or null
 };
 
 constexpr int64_t kHeadBlock = 4;   // heads of one task of attend_shared
@@ -203,8 +203,8 @@ struct Kernels {
   void (*attend_shared_acc)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
   void (*average_weights)(const AttendSharedParams&, void* average, int64_t begin, int64_t end);
   int64_t (*shared_gradient_scratch)(const SharedGradientParams&);
-  // Tasks as of attend_shared: `pairs`, and the gradients of query and sink. After all of them, the
-  // other: tasks are (stream, block of kSlotBlock slots).
+  // Tasks as of attend_shared: the gradients of query and sink, and `pairs`. After all of them, the
+  // other, which takes `pairs`: tasks are (stream, block of kSlotBlock slots).
   void (*shared_query_gradient)(const SharedGradientParams&, void* scratch, int64_t begin,
                                 int64_t end);
   void (*shared_tile_gradient)(const SharedGradientParams&, void* scratch, int64_t begin,
