@@ -191,7 +191,7 @@ class _AttendClip(torch.autograd.Function):
         saved = ctx.saved_tensors  # which may be asked for but once
         given, found = saved[:10], _Found(*saved[10:])
         if grad_out is None:
-            grad_out = found.heads.new_zeros(found.heads.shape[0], given[8].shape[0])
+            grad_out = torch.zeros_like(found.heads).flatten(1)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = ctx.needs_input_grad[1:]
         followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
@@ -305,7 +305,8 @@ def _gradients_by_operators(
         tokens = (node.asking(query, key), key, key if value is None else value)
         weights = _without_extra_slots(params)
         how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
-        results = inputs.attend_clip(tokens, weights, *how, partial(mixing.fused_mix, seed=seed))
+        again = None if seed is None else partial(mixing.fused_mix, seed=seed)
+        results = inputs.attend_clip(tokens, weights, *how, again)
         followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
         outs, grads_of_outs = zip(*followed, strict=True)
         wanted = [x for x, need in zip(given, needed, strict=True) if need]
