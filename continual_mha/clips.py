@@ -191,7 +191,7 @@ class _AttendClip(torch.autograd.Function):
         saved = ctx.saved_tensors  # which may be asked for but once
         given, found = saved[:10], _Found(*saved[10:])
         if grad_out is None:
-            grad_out = torch.zeros_like(found.heads).flatten(1)
+            grad_out = torch.zeros_like(found.heads)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = ctx.needs_input_grad[1:]
         followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
