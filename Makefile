@@ -64,7 +64,7 @@ sanitize: $(VENV)/.dev
 
 # One wheel under the oldest and the newest torch: the documented example, and the tests of what
 # torch's versions treat differently. It downloads both.
-ABI_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile operators reference_table state))
+ABI_TESTS := $(addprefix tests/test_,$(addsuffix .py,clips compile operators reference_table state))
 abi-check: wheel
 	for torch in 'torch==2.10.*' torch; do \
 		rm -rf build/abi && $(PYTHON) -m venv build/abi && cp -R tests pyproject.toml build/abi && \
