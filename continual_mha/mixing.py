@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends, inputs
 from .dropout import dropout_seed
 from .inputs import Mix
-from .modes import is_opaque, is_transformed
+from .modes import is_exporting, is_opaque, is_transformed
 from .precision import autocast_dtype, wide
 
 
@@ -116,7 +116,7 @@ def why_not_fused(
         return None
     if first != "cpu":
         return "it has no kernel for dropout on the weights, nor for weights that are returned"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "an exported program may go to where this package is not"
     return backends.why_not_later("cpu", "attend_shared_full", asked)
 

@@ -121,6 +121,15 @@ def is_opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces: its program may go to where this package is not.
+
+    Asked while it traces: some versions of the compiler take torch's function to be true always.
+    """
+    return torch.compiler.is_exporting()
+
+
 # Private to torch: where one is not there, operators are taken as they are found.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)

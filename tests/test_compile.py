@@ -269,7 +269,7 @@ def test_exported_clip_holds_no_operator_of_this_package(mode):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_clip_has_the_gradients_of_the_eager_one(training):
-    module = build().train(training)
+    module = build(dtype=torch.float64).train(training)
     x, *_ = draw_tokens(module, 2, LENGTH)
 
     def gradients(call):
