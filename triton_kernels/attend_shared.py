@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -560,6 +561,78 @@ def _one_tile_backward_kernel(
             _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
 
 
+@triton.jit
+def _rows_backward_kernel(
+    grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, mask_ptr,
+    sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_sink_ptr, weights_ptr,
+    stride_gn, stride_gh, stride_ge, stride_qn, stride_qh, stride_qe, stride_kn, stride_ks,
+    stride_ke, stride_mn, stride_mh, stride_ms, S, SPLITS, dropout_p,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The same with `row_scores`; features lie side by side, and BLOCK_V spans them.
+
+    Beside a tile registers hold no part of its gradient. So each slot's gradients of scores and
+    applied weights are stored, and when all tiles are read, the gradients of 2 BLOCK_S slots and
+    BLOCK_E features at a time are made from those.
+    """
+    program = tl.program_id(0)
+    split = program % SPLITS
+    stream = (program // SPLITS).to(tl.int64)
+    grad_out_ptr += stream * stride_gn
+    query_ptr += stream * stride_qn
+    key_ptr += stream * stride_kn
+    grad_key_ptr += stream * S * E
+    weights_ptr += stream * S * (2 * BLOCK_H)
+    if mask_ptr is not None:
+        mask_ptr += stream * stride_mn
+    rows = tl.arange(0, BLOCK_H)
+    heads = rows[:, None]
+    lse = _of_heads(lse_ptr, stream, heads, H, ACC)
+    shared = _of_heads(shared_ptr, stream, heads, H, ACC)
+    kinds = tl.arange(0, 2 * BLOCK_H)
+    features = spread_features(BLOCK_V, GROUPS)
+    in_tile = spread_rows(BLOCK_S)
+    acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
+    part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
+    first = split * part
+    end = tl.minimum(first + part, S)
+    for start in tl.range(first, end, BLOCK_S, num_stages=STAGES):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        there = tl.minimum(start + in_tile, S - 1).to(tl.int64)
+        tile = tl.load(key_ptr + there * stride_ks + features, mask=features < E, other=0.0)
+        scores = row_scores(query_ptr, stride_qh, 0, tile, features, start < end,
+                            H, E, BLOCK_H, BLOCK_S, BLOCK_V, GROUPS, ACC)  # fmt: skip
+        grad_weight = row_scores(grad_out_ptr, stride_gh, 0, tile, features, start < end,
+                                 H, E, BLOCK_H, BLOCK_S, BLOCK_V, GROUPS, ACC)  # fmt: skip
+        grad_score, applied = _score_gradients(
+            scores, grad_weight, heads, offs_s[None, :], stream, lse, shared, grad_kept_ptr,
+            grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
+        )  # fmt: skip
+        acc = dot(grad_score, flat(tile, BLOCK_S, BLOCK_V), acc, PRECISION)
+        weights = tl.permute(tl.join(grad_score, applied), (1, 2, 0))
+        weights = tl.reshape(weights, (BLOCK_S, 2 * BLOCK_H))
+        _store_tile(weights_ptr, weights, offs_s, kinds, S, 2 * BLOCK_H)
+    grad_query_ptr += program.to(tl.int64) * (H * E)
+    _store_tile(grad_query_ptr, acc, rows, tl.arange(0, BLOCK_V), H, E)
+    if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if split == 0:
+            _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
+    tl.debug_barrier()  # the weights come from other threads
+    BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    for block in range(tl.cdiv(end - first, 2 * BLOCK_S) * BLOCKS):
+        offs_s = first + block // BLOCKS * (2 * BLOCK_S) + tl.arange(0, 2 * BLOCK_S)
+        columns = block % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
+        weights = _load_tile(weights_ptr, offs_s, 2 * BLOCK_H, kinds, 1, end, 2 * BLOCK_H)
+        both = _both(
+            query_ptr, grad_out_ptr, columns, stride_qh, stride_qe, stride_gh, stride_ge, H, E,
+            BLOCK_H,
+        )  # fmt: skip
+        grad_key = dot(weights, both, tl.zeros((2 * BLOCK_S, BLOCK_E), ACC), PRECISION)
+        _store_tile(grad_key_ptr, grad_key, offs_s, columns, end, E)
+
+
 def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
     refused = not_taken(query)
     if refused is not None:
@@ -598,6 +671,11 @@ def _acc(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def _side_by_side(*tensors: Tensor) -> Iterator[Tensor]:
+    """The same with features that lie side by side."""
+    return (x if x.stride(2) == 1 else x.contiguous() for x in tensors)
+
+
 def attend_shared(
     query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -631,8 +709,8 @@ def attend_shared_full(
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
     plan = shared_plan(N, H, S, EK, EV, query.element_size(), value is None, seed is not None)
-    if plan.groups:  # whose features must lie side by side
-        query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
+    if plan.by_rows:
+        query, key = _side_by_side(query, key)
     value = key if value is None else value
     out = query.new_empty((N, H, EV))
     lse = torch.empty((N, H), dtype=wide, device=query.device)
@@ -739,6 +817,8 @@ def attend_shared_full_backward(
     wide, acc = _acc(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, EV, query.element_size(), value is None)
     parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)
+    if plan.by_rows:
+        query, key, grad_out = _side_by_side(query, key, grad_out)
     lse = lse.contiguous()
     if grad_kept is not None:
         grad_kept = grad_kept.contiguous()
@@ -765,8 +845,19 @@ def attend_shared_full_backward(
     given = (grad_out, shared, grad_kept, grad_average, query, key)
     strides = (*grad_out.stride(), *query.stride(), *key.stride())
     last = (*_mask_strides(mask, N, H, S), S, parts, dropout_p)
-    if plan.one_tile:
-        kernel: Any = _one_tile_backward_kernel
+    if plan.by_rows:
+        kernel: Any = _rows_backward_kernel
+        weights = torch.empty((N, S, 2 * plan.block_h), dtype=wide, device=query.device)
+        args = (
+            *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, weights, *strides,
+            *last,
+        )  # fmt: skip
+        constants = constants_of(
+            H, EK, plan.block_h, plan.block_s, plan.block_e, plan.block_v, plan.groups,
+            plan.stages, dot_precision(), acc,
+        )  # fmt: skip
+    elif plan.one_tile:
+        kernel = _one_tile_backward_kernel
         args = (
             *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, *strides, *last,
         )  # fmt: skip

@@ -237,7 +237,7 @@ def shared_plan(
 # the second-level cache, as with two tensors, not every tile would still be there: with 64 slots of
 # 1024 features the resident programs have 69 MB, and write as much. Each of them also has a part of
 # the query's gradient in fp32, which comes to a quarter of the bytes of the clip and its gradient.
-# Two tiles are under way while one is worked on, in every resident program. Here are the
+# Two tiles are under way while one is worked on, in every resident program. Here are the 16-bit
 # accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16 slots.
 MAX_BACKWARD_ACCUMULATORS = 8192
 
@@ -258,6 +258,9 @@ def shared_backward_plan(
         parts = min(warps, width // 32)
         blocks = (_splits(N, S, block_s), block_h, block_s, width, width)
         return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
+    if one_tensor and itemsize > 2 and block_h <= ROW_HEADS and width in ROW_WARPS:
+        warps = min(8, ROW_WARPS[width])  # or a thread has no registers for two products of a tile
+        return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, 2)
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))

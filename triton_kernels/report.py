@@ -237,7 +237,7 @@ def clip_table(dtype: torch.dtype = torch.bfloat16) -> str:
 # Of these the resident programs can each have whole tiles under way.
 STREAMING = (
     "_ring_step_kernel", "_group_step_kernel", "_input_step_kernel", "_attend_shared_kernel",
-    "_one_tile_backward_kernel",
+    "_one_tile_backward_kernel", "_rows_backward_kernel",
 )  # fmt: skip
 
 
