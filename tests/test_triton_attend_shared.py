@@ -23,6 +23,7 @@ from continual_mha.triton_kernels import (
     attend_shared_backward,
     attend_shared_full,
     attend_shared_full_backward,
+    attend_shared_query_backward,
     why_not,
 )
 from continual_mha.triton_kernels.plan import shared_plan
@@ -82,7 +83,15 @@ def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dt
     backward = attend_shared_backward(*grads, *args, *results)
     plain = reference.attend_shared_backward(*grads, *args, *plain)
     exact = reference.attend_shared_backward(*widened(grads), *exact_args, *exact)
-    for mine, theirs, best in zip(backward, plain, exact, strict=True):
+    assert_gradients(backward, plain, exact)
+    of_query = attend_shared_query_backward(
+        *grads, None, None, *args, None, *results, results[1], 0.0
+    )
+    assert_gradients(of_query, plain[::3], exact[::3])
+
+
+def assert_gradients(actual: tuple, plain: tuple, exact: tuple) -> None:
+    for mine, theirs, best in zip(actual, plain, exact, strict=True):
         assert mine.shape == best.shape
         if best.numel():
             assert_as_exact_as_torch(mine, theirs, best)
@@ -109,9 +118,8 @@ def test_dropout_and_weights_equal_the_reference(shape: tuple, dtype: torch.dtyp
     backward = attend_shared_full_backward(*grads, *seeded)
     plain = reference.attend_shared_full_backward(*grads, *args[:6], *plain[:3], 0.3)
     exact = reference.attend_shared_full_backward(*widened(grads), *exact_args[:6], *exact[:3], 0.3)
-    for mine, theirs, best in zip(backward, plain, exact, strict=True):
-        if best.numel():
-            assert_as_exact_as_torch(mine, theirs, best)
+    assert_gradients(backward, plain, exact)
+    assert_gradients(attend_shared_query_backward(*grads, *seeded), plain[::3], exact[::3])
 
 
 def test_a_split_window_drops_what_a_whole_one_drops() -> None:

@@ -134,6 +134,9 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
             name = f"shared-E{E}-float32" + ("-full" if full else "")
             launches = aot.shared_launches(256, 8, 70, E, FULL, full=full)
             yield name, [launches[0], launches[-1]]
+    for E, dtype, one in product((512, 1024), (HALF, FULL), (True, False)):
+        launches = aot.shared_launches(256, 8, 70, E, dtype, one, full=True, frozen=True)
+        yield f"shared-frozen-E{E}-{dtype}-{one}", launches[-1:]
     for E, dtype in ((1024, HALF), (512, FULL)):
         yield f"shared-split-{dtype}", aot.shared_launches(1, 16, 4096, E, dtype)
     kinds = ((HALF, 8), (HALF, 64), (FULL, 8), (FULL, 64), (torch.float16, 64))

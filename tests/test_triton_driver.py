@@ -122,6 +122,8 @@ def attention_calls() -> Iterator[tuple[str, Any, list[Any]]]:
         given[:1] = [given[0].to(HALF)]
     shared[1] = shared[1].to(HALF)
     yield "shared-backward-one-tile", backward, [*grads, *shared, *results, 0.1]
+    of_query = triton_kernels.attend_shared_query_backward
+    yield "shared-backward-frozen", of_query, [*grads, *shared, *results, 0.1]
     T, L = 3, 5
     clips, rings = [torch.randn(N, T, H, E) for _ in range(3)], [torch.randn(N, H, L, E)] * 2
     window = [*clips, *rings, torch.zeros(N, dtype=torch.int64), None, None]

@@ -15,6 +15,7 @@ __all__ = [
     "attend_shared_backward",
     "attend_shared_full",
     "attend_shared_full_backward",
+    "attend_shared_query_backward",
     "attend_window",
     "attend_window_backward",
     "bind_ring_step_",
@@ -32,6 +33,7 @@ _MODULES = {
     "attend_shared_backward": _attend_shared,
     "attend_shared_full": _attend_shared,
     "attend_shared_full_backward": _attend_shared,
+    "attend_shared_query_backward": _attend_shared,
     "attend_window": _attend_window,
     "attend_window_backward": _attend_window,
 }
@@ -44,6 +46,7 @@ attend_shared = _attend_shared.attend_shared
 attend_shared_backward = _attend_shared.attend_shared_backward
 attend_shared_full = _attend_shared.attend_shared_full
 attend_shared_full_backward = _attend_shared.attend_shared_full_backward
+attend_shared_query_backward = _attend_shared.attend_shared_query_backward
 attend_window = _attend_window.attend_window
 attend_window_backward = _attend_window.attend_window_backward
 

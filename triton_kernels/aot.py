@@ -13,7 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attend_shared import attend_shared_full, attend_shared_full_backward
+from .attend_shared import (
+    attend_shared_full,
+    attend_shared_full_backward,
+    attend_shared_query_backward,
+)
 from .attend_window import attend_window, attend_window_backward
 from .input_step import input_step_
 from .launch import Launch, record, without_spills
@@ -278,13 +282,18 @@ def shared_launches(
     dtype: torch.dtype,
     one_tensor: bool = True,
     full: bool = False,
+    frozen: bool = False,
 ) -> list[Launch]:
-    """Our launches of `attend_shared`, or of `attend_shared_full`, and of the backward."""
+    """Our launches of `attend_shared`, or of `attend_shared_full`, and of the backward.
+
+    With `frozen` keys and values that of the query alone.
+    """
     query, key = _meta(dtype, N, H, E), _meta(dtype, N, S, E)
     args: list[Any] = [query, key, None if one_tensor else _meta(dtype, N, S, E), None, None]
     args.append(_meta(torch.int64, 1) if full else None)
     with record() as launches:
         out, lse, kept, average = attend_shared_full(*[*args, 0.1, full])
         grads = [out, lse, kept if full else None, average if full else None]
-        attend_shared_full_backward(*[*grads, *args, out, lse, kept, 0.1])
+        backward = attend_shared_query_backward if frozen else attend_shared_full_backward
+        backward(*[*grads, *args, out, lse, kept, 0.1])
     return launches

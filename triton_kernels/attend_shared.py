@@ -412,7 +412,7 @@ def _attend_shared_backward_kernel(
         scores, grad_weight, heads, offs_s[:, None], stream, lse, shared, grad_kept_ptr,
         grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
     )  # fmt: skip
-    dtype = grad_key_ptr.dtype.element_ty
+    dtype = key_ptr.dtype.element_ty
     grad_score, applied = cast(grad_score, dtype), cast(applied, dtype)  # [BLOCK_S, BLOCK_H]
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if tile == 0:
@@ -424,22 +424,23 @@ def _attend_shared_backward_kernel(
         mask_e = columns < EK
         query = _load_tile(query_ptr, offs_h, stride_qh, columns, stride_qe, H, EK)
         key = _load_tile(key_ptr, offs_s, stride_ks, columns, stride_ke, S, EK)
-        grad_key = dot(grad_score, query, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
-        if value_ptr is None:
-            grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EK)
-            grad_key = dot(applied, grad_out, grad_key, PRECISION)
-        tl.store(
-            grad_key_ptr + (stream * S + offs_s)[:, None] * EK + columns[None, :],
-            cast(grad_key, dtype),
-            mask=(offs_s < S)[:, None] & mask_e[None, :],
-        )
+        if grad_key_ptr is not None:
+            grad_key = dot(grad_score, query, tl.zeros((BLOCK_S, BLOCK_E), ACC), PRECISION)
+            if value_ptr is None:
+                grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EK)
+                grad_key = dot(applied, grad_out, grad_key, PRECISION)
+            tl.store(
+                grad_key_ptr + (stream * S + offs_s)[:, None] * EK + columns[None, :],
+                cast(grad_key, dtype),
+                mask=(offs_s < S)[:, None] & mask_e[None, :],
+            )
         grad_query = dot(tl.trans(key), grad_score, tl.zeros((BLOCK_E, BLOCK_H), ACC), PRECISION)
         tl.store(
             grad_query_ptr + offs_h[None, :] * EK + columns[:, None],
             cast(grad_query, grad_query_ptr.dtype.element_ty),
             mask=mask_h[None, :] & mask_e[:, None],
         )
-    if value_ptr is not None:
+    if grad_value_ptr is not None:
         for e in range(0, EV, BLOCK_E):
             columns = e + offs_e
             grad_out = _load_tile(grad_out_ptr, offs_h, stride_gh, columns, stride_ge, H, EV)
@@ -524,7 +525,8 @@ def _one_tile_backward_kernel(
     )
     acc_low = tl.zeros((2 * BLOCK_H, BLOCK_E // 2), ACC)
     acc_high = tl.zeros((2 * BLOCK_H, BLOCK_E // 2), ACC)
-    grad_key_ptr += stream * S * E
+    if grad_key_ptr is not None:
+        grad_key_ptr += stream * S * E
     part = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
     end = tl.minimum(split * part + part, S)
     for start in tl.range(split * part, end, BLOCK_S, num_stages=STAGES):
@@ -543,15 +545,16 @@ def _one_tile_backward_kernel(
             grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
         )  # fmt: skip
         weights = tl.permute(tl.join(grad_score, applied), (2, 0, 1))
-        weights = cast(tl.reshape(weights, (2 * BLOCK_H, BLOCK_S)), grad_key_ptr.dtype.element_ty)
+        weights = cast(tl.reshape(weights, (2 * BLOCK_H, BLOCK_S)), key_ptr.dtype.element_ty)
         acc_low = dot(weights, tile_low, acc_low, PRECISION)
         acc_high = dot(weights, tile_high, acc_high, PRECISION)
-        weights = tl.trans(weights)
-        none = tl.zeros((BLOCK_S, BLOCK_E // 2), ACC)
-        grad_key = dot(weights, both_low, none, PRECISION)
-        _store_tile(grad_key_ptr, grad_key, offs_s, low, S, E)
-        grad_key = dot(weights, both_high, none, PRECISION)
-        _store_tile(grad_key_ptr, grad_key, offs_s, high, S, E)
+        if grad_key_ptr is not None:
+            weights = tl.trans(weights)
+            none = tl.zeros((BLOCK_S, BLOCK_E // 2), ACC)
+            grad_key = dot(weights, both_low, none, PRECISION)
+            _store_tile(grad_key_ptr, grad_key, offs_s, low, S, E)
+            grad_key = dot(weights, both_high, none, PRECISION)
+            _store_tile(grad_key_ptr, grad_key, offs_s, high, S, E)
     grad_query_ptr += program.to(tl.int64) * (H * E)
     rows = tl.arange(0, 2 * BLOCK_H)
     _store_tile(grad_query_ptr, acc_low, rows, low, H, E)
@@ -583,8 +586,9 @@ def _rows_backward_kernel(
     grad_out_ptr += stream * stride_gn
     query_ptr += stream * stride_qn
     key_ptr += stream * stride_kn
-    grad_key_ptr += stream * S * E
-    weights_ptr += stream * S * (2 * BLOCK_H)
+    if grad_key_ptr is not None:
+        grad_key_ptr += stream * S * E
+        weights_ptr += stream * S * (2 * BLOCK_H)
     if mask_ptr is not None:
         mask_ptr += stream * stride_mn
     rows = tl.arange(0, BLOCK_H)
@@ -611,26 +615,28 @@ def _rows_backward_kernel(
             grad_average_ptr, mask_ptr, seed_ptr, stride_mh, stride_ms, S, dropout_p, H, ACC,
         )  # fmt: skip
         acc = dot(grad_score, flat(tile, BLOCK_S, BLOCK_V), acc, PRECISION)
-        weights = tl.permute(tl.join(grad_score, applied), (1, 2, 0))
-        weights = tl.reshape(weights, (BLOCK_S, 2 * BLOCK_H))
-        _store_tile(weights_ptr, weights, offs_s, kinds, S, 2 * BLOCK_H)
+        if grad_key_ptr is not None:
+            weights = tl.permute(tl.join(grad_score, applied), (1, 2, 0))
+            weights = tl.reshape(weights, (BLOCK_S, 2 * BLOCK_H))
+            _store_tile(weights_ptr, weights, offs_s, kinds, S, 2 * BLOCK_H)
     grad_query_ptr += program.to(tl.int64) * (H * E)
     _store_tile(grad_query_ptr, acc, rows, tl.arange(0, BLOCK_V), H, E)
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if split == 0:
             _sink_gradient(sink_ptr, grad_sink_ptr, stream, heads, lse, shared, H, ACC)
-    tl.debug_barrier()  # the weights come from other threads
-    BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    for block in range(tl.cdiv(end - first, 2 * BLOCK_S) * BLOCKS):
-        offs_s = first + block // BLOCKS * (2 * BLOCK_S) + tl.arange(0, 2 * BLOCK_S)
-        columns = block % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
-        weights = _load_tile(weights_ptr, offs_s, 2 * BLOCK_H, kinds, 1, end, 2 * BLOCK_H)
-        both = _both(
-            query_ptr, grad_out_ptr, columns, stride_qh, stride_qe, stride_gh, stride_ge, H, E,
-            BLOCK_H,
-        )  # fmt: skip
-        grad_key = dot(weights, both, tl.zeros((2 * BLOCK_S, BLOCK_E), ACC), PRECISION)
-        _store_tile(grad_key_ptr, grad_key, offs_s, columns, end, E)
+    if grad_key_ptr is not None:
+        tl.debug_barrier()  # the weights come from other threads
+        BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+        for block in range(tl.cdiv(end - first, 2 * BLOCK_S) * BLOCKS):
+            offs_s = first + block // BLOCKS * (2 * BLOCK_S) + tl.arange(0, 2 * BLOCK_S)
+            columns = block % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
+            weights = _load_tile(weights_ptr, offs_s, 2 * BLOCK_H, kinds, 1, end, 2 * BLOCK_H)
+            both = _both(
+                query_ptr, grad_out_ptr, columns, stride_qh, stride_qe, stride_gh, stride_ge, H, E,
+                BLOCK_H,
+            )  # fmt: skip
+            grad_key = dot(weights, both, tl.zeros((2 * BLOCK_S, BLOCK_E), ACC), PRECISION)
+            _store_tile(grad_key_ptr, grad_key, offs_s, columns, end, E)
 
 
 def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
@@ -652,7 +658,7 @@ def why_not(name: str, *args: Any) -> str | None:
         return _uncovered(*args[:4])
     if name == "attend_shared_backward":
         return _uncovered(*args[2:6])
-    if name == "attend_shared_full_backward":
+    if name in ("attend_shared_full_backward", "attend_shared_query_backward"):
         return _uncovered(*args[4:8])
     return f"no kernel for {name} here"
 
@@ -812,6 +818,37 @@ def attend_shared_full_backward(
 
     Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
     """
+    return _backward(
+        grad_out, grad_lse, grad_kept, grad_average, query, key, value, mask, sink, seed, out, lse,
+        kept, dropout_p, tiles=True,
+    )  # fmt: skip
+
+
+def attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of query and sink alone, of what `attend_shared_full_backward` takes."""
+    grad_query, _, _, grad_sink = _backward(*args, tiles=False)
+    return grad_query, grad_sink
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_kept: Tensor | None,
+    grad_average: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    dropout_p: float,
+    *,
+    tiles: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All gradients; those of key and value have no elements without `tiles`."""
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
@@ -835,8 +872,8 @@ def attend_shared_full_backward(
     block_e = min(triton.next_power_of_2(EV), 4096 // plan.block_h)
     constants = constants_of(H, EV, plan.block_h, block_e, acc)
     launch(_shared_gradient_kernel, (N, 1, 1), args, constants, num_warps=4)
-    grad_key = query.new_empty((N, S, EK))
-    grad_value = query.new_empty((0,) if value is None else (N, S, EV))
+    grad_key = query.new_empty((N, S, EK)) if tiles else None
+    grad_value = query.new_empty((N, S, EV)) if tiles and value is not None else None
     grad_query = torch.empty(
         (N, parts, H, EK), dtype=query.dtype if parts == 1 else wide, device=query.device
     )
@@ -847,7 +884,8 @@ def attend_shared_full_backward(
     last = (*_mask_strides(mask, N, H, S), S, parts, dropout_p)
     if plan.by_rows:
         kernel: Any = _rows_backward_kernel
-        weights = torch.empty((N, S, 2 * plan.block_h), dtype=wide, device=query.device)
+        shape = (N, S, 2 * plan.block_h)
+        weights = torch.empty(shape, dtype=wide, device=query.device) if tiles else None
         args = (
             *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, weights, *strides,
             *last,
@@ -876,4 +914,5 @@ def attend_shared_full_backward(
         )  # fmt: skip
     launch(kernel, (N * parts, 1, 1), args, constants, num_warps=plan.num_warps)
     grad_query = grad_query[:, 0] if parts == 1 else grad_query.sum(1).to(query.dtype)
-    return grad_query, grad_key, grad_value, grad_sink
+    of_key, of_value = (query.new_empty((0,)) if x is None else x for x in (grad_key, grad_value))
+    return grad_query, of_key, of_value, grad_sink

@@ -142,7 +142,8 @@ def _attend_part(
         if seed_ptr is not None:
             at = slots[None, :] + offs_h[:, None] * 0
             heads = offs_h[:, None] + slots[None, :] * 0
-            weight *= keep_scale(seed_ptr, stream, heads, at, at * 0, dropout_p).to(ACC)
+            keep = keep_scale(seed_ptr, stream, heads, at, at * 0, dropout_p).to(ACC)
+            weight = product(weight, keep)
             kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         if x_scale_ptr is not None:
             larger = tl.maximum(factor, tl.max(by_slot, axis=0))
