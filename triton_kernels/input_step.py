@@ -23,6 +23,7 @@ from .pieces import (
     is_last,
     keep_scale,
     not_taken,
+    product,
 )
 from .plan import (
     INVARIANT_FEATURES,
