@@ -236,19 +236,9 @@ def _gradients(
         hidden = torch.isneginf(lse)
         d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
         d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
-    tile = (moved, key, value, mask, None)
-    args: tuple[Any, ...] = (d_mixed, None, d_kept, d_attn, *tile, seed, mixed, lse, kept)
-    args = (*args, node.dropout_p)
-    of_query = "attend_shared_query_backward"
-    d_key: Any = None
-    d_value: Any = None
-    if not any(needed[1:3]) and backends.has_kernel(of_query, args):
-        d_moved, _ = backends.choose(of_query, args)(*args)
-    else:
-        name = "attend_shared_full_backward"
-        if mixing.is_plain(node.dropout_p, node.need_weights):
-            name, args = "attend_shared_backward", (d_mixed, None, *tile, mixed, lse)
-        d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
+    operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
+    args = (d_mixed, None, d_kept, d_attn, *operands)
+    d_moved, d_key, d_value = _attention_gradients(node, args, any(needed[1:3]))
     d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
     scale = 1.0 / math.sqrt(D)
     d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)
@@ -283,6 +273,24 @@ def _gradients(
         torch.sum(d_out, 0, out=d_params[5])
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
+
+
+def _attention_gradients(
+    node: _Node, args: tuple[Any, ...], of_tokens: bool
+) -> tuple[Tensor, Any, Any]:
+    """Gradients of moved queries and, with ``of_tokens``, of keys and values.
+
+    Takes the arguments of ``attend_shared_full_backward``, and asks for no more than is wanted.
+    """
+    name = "attend_shared_query_backward"
+    if not of_tokens and backends.has_kernel(name, args):
+        d_moved, _ = backends.choose(name, args)(*args)
+        return d_moved, None, None
+    name = "attend_shared_full_backward"
+    if mixing.is_plain(node.dropout_p, node.need_weights):
+        name, args = "attend_shared_backward", (*args[:2], *args[4:9], *args[10:12])
+    d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
+    return d_moved, d_key, d_value
 
 
 def _gradients_by_operators(
