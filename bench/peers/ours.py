@@ -97,8 +97,6 @@ def _why_absent(
         return continual_mha.backends.why_not(backend, "ring_step_", ())
     if formulation is not None and case.mode in ("forward", "forward_backward"):
         return "a clip has no state"
-    if backend == "cpu" and case.mode == "forward_backward":
-        return "it has no kernel for the gradient"
     return None
 
 
