@@ -93,11 +93,11 @@ def row_scores(
     place = tl.arange(0, _LANES)[None, None, None, :]
     if always:
         for h in tl.static_range(H if H < BLOCK_H else BLOCK_H):
-            query = tl.load(
-                query_ptr + (first + h) * stride_qh + features,
-                mask=(features < E) & (first + h < H),
-                other=0.0,
-            )
+            if H > BLOCK_H:
+                there = features < tl.where(first + h < H, E, 0)
+            else:
+                there = features < E
+            query = tl.load(query_ptr + (first + h) * stride_qh + features, mask=there, other=0.0)
             score = tl.sum(tile.to(ACC) * query.to(ACC), axis=3 if _REVERSED else 0)
             score = tl.reshape(score, (FIRST, GROUPS, THIRD, _LANES, _SPAN // _LANES))
             score = tl.sum(score, axis=4)
