@@ -813,42 +813,14 @@ def attend_shared_full_backward(
     lse: Tensor,
     kept: Tensor,
     dropout_p: float,
+    *,
+    tiles: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attend_shared_full`, as `attend_shared_backward` gives them.
 
     Takes the gradients of its results, None for one of zeros. What is dropped is drawn anew.
+    Without `tiles` those of key and value are not computed, and have no elements.
     """
-    return _backward(
-        grad_out, grad_lse, grad_kept, grad_average, query, key, value, mask, sink, seed, out, lse,
-        kept, dropout_p, tiles=True,
-    )  # fmt: skip
-
-
-def attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Gradients of query and sink alone, of what `attend_shared_full_backward` takes."""
-    grad_query, _, _, grad_sink = _backward(*args, tiles=False)
-    return grad_query, grad_sink
-
-
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    grad_kept: Tensor | None,
-    grad_average: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    mask: Tensor | None,
-    sink: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    dropout_p: float,
-    *,
-    tiles: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All gradients; those of key and value have no elements without `tiles`."""
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
@@ -916,3 +888,9 @@ def _backward(
     grad_query = grad_query[:, 0] if parts == 1 else grad_query.sum(1).to(query.dtype)
     of_key, of_value = (query.new_empty((0,)) if x is None else x for x in (grad_key, grad_value))
     return grad_query, of_key, of_value, grad_sink
+
+
+def attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of query and sink alone, of what `attend_shared_full_backward` takes."""
+    grad_query, _, _, grad_sink = attend_shared_full_backward(*args, tiles=False)
+    return grad_query, grad_sink
