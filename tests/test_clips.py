@@ -223,6 +223,21 @@ def test_streams_that_see_nothing(need_weights: bool) -> None:
     assert not actual[0][1].any()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_no_gradient_reaches_a_stream_that_sees_nothing(dropout: float) -> None:
+    """Not even one that is not finite."""
+    module = build(dropout=dropout, dtype=torch.float64)
+    x = drawn(module, LENGTH)
+    hidden = torch.zeros(STREAMS, LENGTH, dtype=torch.bool)
+    hidden[1] = True
+    out, _ = module(x, key_padding_mask=hidden, need_weights=False)
+    grad = torch.ones_like(out)
+    grad[1] = torch.nan
+    found = torch.autograd.grad(out, x, grad)[0]
+    assert not found[1].any()  # NaN would count
+    assert found[[0, 2]].isfinite().all()
+
+
 def test_the_backward_may_run_twice() -> None:
     module = build(dtype=torch.float64)
     x = drawn(module)
