@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import keep_scale
-from .modes import has_numbers
+from .modes import has_numbers, is_transformed
 from .precision import wide
 from .quantized import QuantizedRing, Ring, as_kept, tensors
 
@@ -177,8 +177,11 @@ def token_before(ring: Tensor, position: Tensor, steps: int) -> Tensor:
 
 
 def _all_warm(position: Tensor, sequence_len: int) -> bool:
-    """Whether every slot is in use once the next token is written, if that costs no waiting."""
-    if torch.compiler.is_compiling():
+    """Whether every slot is in use once the next token is written, if that costs no waiting.
+
+    A trace or a sample of ``vmap`` stands for streams of any age.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     on_host = position.device.type == "cpu" and has_numbers(position)
     return on_host and bool((position >= sequence_len - 1).all())

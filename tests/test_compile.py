@@ -294,3 +294,22 @@ def test_trace_holds_no_operator_of_this_package(mode):
         traced = torch.jit.trace(module, (query,))
         torch.testing.assert_close(traced(other), module(other))
     assert "continual_mha::" not in str(traced.inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_trace_of_a_warm_step_serves_streams_of_any_age(formulation):
+    module = build(formulation=formulation).requires_grad_(False)
+    x = draw_tokens(module, 2, LENGTH + 2)[0]
+
+    def step(token, *state):
+        output, following = module._forward_step(token, prev_state=state)
+        return output, *following
+
+    with torch.no_grad():
+        module.forward_steps(x[:, : LENGTH + 1])
+        traced = torch.jit.trace(step, (x[:, -1], *module.get_state()))
+        module.reset(1)
+        output, *following = traced(x[:, -1], *module.get_state())
+        torch.testing.assert_close(output, module.forward_step(x[:, -1]))
+        torch.testing.assert_close(following, list(module.get_state()))

@@ -531,6 +531,29 @@ def test_vmap_of_a_warm_step_is_one_step_of_every_sample(formulation):
             torch.testing.assert_close(module.forward_step(sample), output, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_no_fallback")
+@pytest.mark.parametrize("query_index", [-1, 1])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_vmap_takes_a_state_for_each_sample(formulation, query_index):
+    """One of streams at positions of their own, which nobody can read."""
+    module = build(**SMALL, formulation=formulation, query_index=query_index)
+    x = draw_tokens(module, 2, LENGTH + 2)[0]
+    with torch.no_grad():
+        step_through(module, x[:, : LENGTH + 1])
+        states = [module.get_state()]
+        module.reset(1)
+        states.append(module.get_state())
+        *parts, clock = zip(*states, strict=True)
+
+        def step(*parts):
+            output, _ = module._forward_step(x[:, -1], prev_state=(*parts, clock[0]))
+            return output
+
+        together = torch.func.vmap(step)(*map(torch.stack, parts))
+        alone = [module._forward_step(x[:, -1], prev_state=state)[0] for state in states]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-9, atol=1e-12)
+
+
 def test_transforms_differentiate_what_fused_operators_would_serve(monkeypatch):
     """The order is that of a CUDA device; its operators know nothing of transforms."""
     monkeypatch.setattr(co.backends, "order", lambda device_type: ("triton", "torch"))
