@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import is_opaque, is_transformed
+from .modes import is_exporting, is_opaque, is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -37,6 +37,8 @@ _ROUNDS_BY_BATCH = {
 }
 # Of most of an operator's arguments: known at a glance not to compute in a way of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
+_PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
+EXPORTED = "an exported program may go to where this package is not"
 
 
 def _read_environment() -> str | None:
@@ -96,7 +98,7 @@ class _Operators(NamedTuple):
 def _load(backend: str) -> _Operators | str:
     """The backend, or the reason why this machine cannot have it."""
     if backend == "torch":
-        return _Operators(ChainMap(vars(reference), vars(inputs)), lambda name, *args: None)
+        return _Operators(_PLAIN_PYTORCH, lambda name, *args: None)
     if backend == "triton":
         return _load_triton()
     missing = _native.load(backend)
@@ -220,10 +222,15 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
 def run(name: str, args: tuple[Any, ...]) -> Any:
     """Run the operator ``name``: by that name where it is opaque, else directly.
 
+    An exported program holds plain PyTorch instead, unless that cannot be ``batch_invariant``.
+
     Raises:
         RuntimeError: a backend was forced that cannot run it.
     """
     if is_opaque(args[0]):
+        if is_exporting() and not any(args[_BATCH_INVARIANT.get(name, slice(0))]):
+            leave_to_pytorch(name, EXPORTED)
+            return _PLAIN_PYTORCH[name](*args)
         return getattr(torch.ops.continual_mha, name)(*args)
     return choose(name, args)(*args)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, inputs, mixing
 from .dropout import dropout_seed
-from .modes import is_batched, is_exporting, is_opaque, is_transformed
+from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
 from .reference import Options, Weights
 
@@ -86,8 +86,6 @@ def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
         return False
     if backends.forced():
         return True  # or it says why not
-    if is_exporting():
-        return False
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
         if projections_dominate:

@@ -116,8 +116,6 @@ def why_not_fused(
         return None
     if first != "cpu":
         return "it has no kernel for dropout on the weights, nor for weights that are returned"
-    if is_exporting():
-        return "an exported program may go to where this package is not"
     return backends.why_not_later("cpu", "attend_shared_full", asked)
 
 
@@ -125,6 +123,8 @@ def why_plain(query: Tensor) -> str | None:
     """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
     if autocast_dtype(query.device.type):
         return "autocast is on, and the kernels run in one dtype"
+    if is_exporting():
+        return backends.EXPORTED
     return "torch.func or torch.jit looks into its operators" if is_transformed() else None
 
 

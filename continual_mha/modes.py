@@ -123,7 +123,7 @@ def is_opaque(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether ``torch.export`` traces: its program may go to where this package is not.
+    """Whether ``torch.export`` traces.
 
     Asked while it traces: some versions of the compiler take torch's function to be true always.
     """

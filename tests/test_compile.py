@@ -267,6 +267,51 @@ def test_exported_clip_holds_no_operator_of_this_package(mode):
     assert own_operators(program.graph) == []
 
 
+class Call(torch.nn.Module):
+    """What export needs: a module whose forward is another's."""
+
+    def __init__(self, module, way):
+        super().__init__()
+        self.module, self.way = module, way
+
+    def forward(self, x):
+        return getattr(self.module, self.way)(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", ["forward_step", "forward_steps"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"query_index": 1}, {"formulation": "input"}, {"cache_dtype": torch.int8}],
+    ids=["kv", "input", "8 bits"],
+)
+def test_exported_steps_hold_no_operator_of_this_package(arguments, way, strict):
+    module, twin = build(**arguments), build(**arguments)
+    x = draw_tokens(module, 2, 4 * LENGTH)[0]
+    taken = x.unbind(1) if way == "forward_step" else x.split(LENGTH, dim=1)
+    with torch.no_grad():
+        for each in (module, twin):
+            each.forward_steps(x)
+        program = torch.export.export(Call(module, way), (taken[0],), strict=strict)
+        run = program.module()
+        for tokens in taken:
+            torch.testing.assert_close(run(tokens), getattr(twin, way)(tokens))
+    assert own_operators(program.graph) == []
+
+
+@pytest.mark.skipif("cpu" not in backends.available(), reason="no kernel to insist on")
+def test_export_keeps_what_plain_pytorch_cannot_do():
+    module = build(batch_invariant=True)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    with torch.no_grad():
+        module.forward_steps(x)
+        program = torch.export.export(Call(module, "forward_step"), (x[:, 0],))
+        assert own_operators(program.graph) == ["ring_step_"]
+        module.batch_invariant = False
+        with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="exported"):
+            torch.export.export(Call(module, "forward_step"), (x[:, 0],))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_clip_has_the_gradients_of_the_eager_one(training):
     module = build(dtype=torch.float64).train(training)
