@@ -173,7 +173,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self.batch_invariant = batch_invariant
         self._init_streams()
         self._lay_out()
-        make_known_upstream(SingleOutputMultiheadAttention)
+        make_known_upstream(type(self))
 
     def _lay_out(self) -> None:
         """Know how states and weights look, from what they depend on."""

@@ -65,10 +65,20 @@ def surrounding_mode() -> str | None:
 
 
 def make_known_upstream(kind: type) -> None:
-    """Let an imported ``continual`` take modules of this class for its own, as they are."""
+    """Let an imported ``continual`` take modules of this class for its own, as they are.
+
+    Its own are counted by ``ptflops``, which looks for the very class.
+    """
     base = getattr(sys.modules.get("continual.module"), "CoModule", None)
     if isinstance(base, ABCMeta):
         base.register(kind)
+    counted = getattr(sys.modules.get("ptflops.pytorch_ops"), "MODULES_MAPPING", None)
+    if isinstance(counted, dict):
+        counted[kind] = _count_for_ptflops
+
+
+def _count_for_ptflops(module: Any, args: object, output: object) -> None:
+    module.__flops__ += module.flops()
 
 
 class _Here(threading.local):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -495,6 +497,24 @@ def test_flops_are_counted_as_in_the_reference(mode, single_output, bias):
             for exps in (True, False):
                 assert ours.flops(muls, adds, exps) == theirs.flops(muls, adds, exps)
     assert isinstance(ours.flops(), int)
+
+
+def test_ptflops_counts_modules_made_after_it_was_imported(monkeypatch):
+    """By a hook that it finds by the very class; here by hand what it does with that."""
+
+    class Derived(co.SingleOutputMultiheadAttention):
+        pass
+
+    ptflops = types.ModuleType("ptflops.pytorch_ops")
+    ptflops.MODULES_MAPPING = {}
+    monkeypatch.setitem(sys.modules, "ptflops.pytorch_ops", ptflops)
+    for kind in (co.SingleOutputMultiheadAttention, Derived):
+        module = kind(EMBED, HEADS, sequence_len=LENGTH)
+        module.__flops__ = 0
+        module.register_forward_hook(ptflops.MODULES_MAPPING[type(module)])
+        with torch.no_grad(), co.call_mode("forward_step"):
+            module(torch.randn(1, EMBED))
+            assert module.__flops__ == module.flops() > 0
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
