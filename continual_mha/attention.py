@@ -62,7 +62,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ``torch.nn.MultiheadAttention``. ``forward`` takes a clip; ``forward_step`` one token per
     stream, ``forward_steps`` several, and both remember the tokens before. In inference the state
     is a ring that is written in place; where a gradient is needed each call makes a new one, and
-    the gradient flows into the calls before, until ``detach_state``.
+    the gradient flows into the calls before, until ``detach_state``. Without ``torch.no_grad``
+    memory therefore grows with every step, in ``eval()`` too.
 
     Args:
         embed_dim: features of a query token and of the output, ``E``.

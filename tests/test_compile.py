@@ -149,6 +149,18 @@ def test_reset_and_new_stream_do_not_recompile():
     assert counter.frame_count == seen
 
 
+def test_streams_that_begin_when_they_like_take_one_graph_for_each_number_of_them():
+    module = build()
+    counter = CompileCounter()
+    step = compiled(module, "forward_step", counter)
+    with torch.no_grad():
+        for streams in (2, 3, 4):
+            module.start_streams(streams)
+            for token in draw_tokens(module, streams, 2 * LENGTH)[0].unbind(1):
+                step(token)
+    assert counter.frame_count <= 3
+
+
 def test_compiled_call_follows_the_call_mode():
     module, twin = build(), build()
     module.call_mode = "forward_step"
