@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import is_exporting, is_opaque, is_transformed
+from .modes import constant_while_compiling, is_exporting, is_opaque, is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -168,7 +168,7 @@ def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return _why_missing_here(backend) if is_opaque(args[0]) else why_not(backend, name, args)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _why_missing_here(backend: str) -> str | None:
     return why_missing(backend)
 

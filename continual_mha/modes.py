@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABCMeta
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 CALL_MODES = ("forward", "forward_steps", "forward_step")
 
 
@@ -131,7 +132,13 @@ def is_opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
-@torch.compiler.assume_constant_result
+def constant_while_compiling(function: _Function) -> _Function:
+    """As ``torch.compiler.assume_constant_result``, which imports all of the compiler for that."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_compiling
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces.
 

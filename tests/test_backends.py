@@ -212,6 +212,14 @@ def test_environment_forces_a_backend(name):
         assert "there is no backend 'fortran'" in done.stderr
 
 
+def test_import_loads_neither_the_compiler_nor_triton():
+    """Which take longer than all of torch, and more than 100 MB."""
+    heavy = "{'torch._dynamo', 'triton'} & set(sys.modules)"
+    code = f"import sys, torch; before = {heavy}; import continual_mha; print({heavy} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_explanation_names_formulation_and_backend():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]

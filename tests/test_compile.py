@@ -9,7 +9,7 @@ import torch
 from oracles import CONSTRUCTIONS, LENGTH, build, draw_tokens, step_through, to_layout
 from torch._dynamo.testing import CompileCounter
 
-from continual_mha import backends
+from continual_mha import backends, modes
 
 pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
@@ -231,6 +231,13 @@ def test_compiled_step_runs_on_the_backend_of_its_block(monkeypatch):
             with backends.use_backend(name):
                 step(torch.ones(2, module.embed_dim))
             assert asked == [name]
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    ours, theirs = (lambda: 1), (lambda: 1)
+    modes.constant_while_compiling(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
 
 
 def own_operators(graph):
