@@ -401,6 +401,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of the query at ``query_index`` over a clip. The state plays no part.
 
+        With ``single_output_forward=False`` every token asks, and what is 1 below is ``L``.
+
         Args:
             query: ``(N, L, E)``, ``(N, E, L)`` with ``embed_dim_second``, or ``(L, N, E)`` without
                 ``batch_first``. Any length will do: the whole clip is attended to.
