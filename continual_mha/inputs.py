@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
-from .quantized import QuantizedRing, as_kept
+from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
     Options,
     Put,
@@ -91,7 +91,7 @@ def input_step(
 
     The query of an output is that of the token ``delay`` steps before, read from the ring.
     """
-    position, length = inputs.position, inputs.x.shape[-2]
+    position, length = inputs.position, shape_of(inputs.x)[-2]
     kept = put(inputs.x, (position % length)[:, None], token.unsqueeze(1))
     x = kept.to(token.dtype)
     asked = token_before(x, position, delay) if delay else token
@@ -119,7 +119,7 @@ def input_steps(
             as they are.
         put: None leaves the ring as it is.
     """
-    kept, position, length = inputs.x, inputs.position, inputs.x.shape[-2]
+    kept, position, length = inputs.x, inputs.position, shape_of(inputs.x)[-2]
     seen = as_kept(kept, tokens)
     held = Inputs(kept.to(tokens.dtype), position)
     asked = seen if delay else tokens  # a query that waits is asked from the ring

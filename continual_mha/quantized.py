@@ -29,11 +29,6 @@ class QuantizedRing(NamedTuple):
     codes: Tensor
     scale: Tensor
 
-    @property
-    def shape(self) -> torch.Size:
-        """That of the tokens."""
-        return self.codes.shape
-
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers that the ring stands for."""
         codes = self.codes
@@ -54,6 +49,11 @@ class QuantizedRing(NamedTuple):
 
 
 Ring = Tensor | QuantizedRing
+
+
+def shape_of(ring: Ring) -> torch.Size:
+    """That of the tokens; no property, for torch.compile of torch 2.10 could not read that."""
+    return (ring.codes if isinstance(ring, QuantizedRing) else ring).shape
 
 
 def tensors(rings: Iterable[Ring]) -> Iterator[Tensor]:

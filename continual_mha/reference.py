@@ -18,7 +18,7 @@ from torch import Tensor
 from .dropout import keep_scale
 from .modes import has_numbers, is_transformed
 from .precision import wide
-from .quantized import QuantizedRing, Ring, as_kept, tensors
+from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
 
 _QUERY_BLOCK = 128
 Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
@@ -207,7 +207,7 @@ def ring_step(
     put: Put = put,
 ) -> tuple[Tensor, Rings]:
     """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token."""
-    num_heads, sequence_len = rings.k.shape[1:3]
+    num_heads, sequence_len = shape_of(rings.k)[1:3]
     q, k, v = (x.unsqueeze(1) for x in project(query, key, value, weights))
     slot = (rings.position % sequence_len)[:, None]
     k_ring = put(rings.k, slot, split_heads(k, num_heads))
@@ -236,7 +236,7 @@ def ring_steps(
 
     ``put=None`` leaves the rings as they are; ``attending`` stands in for ``attend_in_blocks``.
     """
-    num_heads, sequence_len = rings.k.shape[1:3]
+    num_heads, sequence_len = shape_of(rings.k)[1:3]
     q, k, v = project(query, key, value, weights)
     due, q_ring = _delayed_queries(q, rings, put)
     out = (attending or attend_in_blocks)(
@@ -266,7 +266,7 @@ def attend_in_blocks(
     Each block of queries attends to the ring as it lies, as far as its tokens are still in the
     window, and to a band of the clip.
     """
-    num_heads, sequence_len = rings.k.shape[1:3]
+    num_heads, sequence_len = shape_of(rings.k)[1:3]
     q, k, v = (split_heads(x, num_heads) for x in clip)
     seen_k, seen_v = as_kept(rings.k, k), as_kept(rings.v, v)
     outs = [clip[0].new_zeros((*clip[0].shape[:1], 0, clip[0].shape[2]))]
