@@ -16,6 +16,7 @@ from oracles import (
     build,
     draw_tokens,
     run_steps,
+    seeded,
     stack,
     step_through,
     to_layout,
@@ -76,7 +77,7 @@ def forward_with(monkeypatch, moved, module, tokens, **arguments):
     }
     out, weights = module(*(to_layout(module, x) for x in tokens), **{**arguments, **masks})
     results = [out] if weights is None else [out, weights]
-    generator = torch.Generator().manual_seed(9)
+    generator = seeded(9)
     cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in results]
     leaves = [*tokens, *module.parameters(), *(m for m in masks.values() if m.requires_grad)]
     grads = torch.autograd.grad(results, leaves, cotangents, allow_unused=True)
@@ -600,7 +601,7 @@ def test_streams_of_inputs_begin_pause_and_end_on_their_own(query_index, backend
     """Each stream's outputs are those of its own window, whatever the others do."""
     module = build(formulation="input", query_index=query_index)
     x = draw_tokens(module, 3, 6 * LENGTH)[0]
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     histories = [[] for _ in range(3)]
     module.start_streams(3)
     compared = 0
