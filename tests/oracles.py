@@ -90,9 +90,9 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (N, S, E), key (N, S, kdim) and value (N, S, vdim) of `count` tokens, all different."""
     generator = seeded(seed)
-    dtype = module.out_proj.weight.dtype
+    weight = module.out_proj.weight
     return tuple(  # type: ignore[return-value]
-        torch.randn(streams, count, features, generator=generator, dtype=torch.float64).to(dtype)
+        torch.randn(streams, count, features, generator=generator, dtype=torch.float64).to(weight)
         for features in (module.embed_dim, module.kdim, module.vdim)
     )
 
@@ -154,8 +154,8 @@ def window_attention(
     key = query if key is None else key
     value = query if value is None else value
     length, lag, count = module.sequence_len, query_lag(module), query.shape[1]
-    newest = torch.arange(length - 1, count)[:, None]  # of each output's window
-    token = torch.arange(count)
+    newest = torch.arange(length - 1, count, device=query.device)[:, None]  # of windows
+    token = torch.arange(count, device=query.device)
     outside = (token > newest) | (token <= newest - length)
     queries = query[:, length - 1 - lag : count - lag]
     if len(newest) == 0 or query.shape[0] == 0:

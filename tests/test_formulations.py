@@ -59,15 +59,16 @@ def dropped(slots, weights, dropout_p):
     """What the operators drop by `SEED`: of all weights of a clip, or of the slots behind it."""
     first = 0 if weights.shape[-1] >= slots else slots
     all_slots = weights.new_empty((*weights.shape[:-1], first + weights.shape[-1]))
-    scale = reference._shared_dropout(all_slots, SEED, dropout_p)
+    scale = reference._shared_dropout(all_slots, SEED.to(weights.device), dropout_p)
     return weights * scale[..., first:]
 
 
 def forward_with(monkeypatch, moved, module, tokens, **arguments):
     """Outputs and gradients of `forward` in one formulation, whatever the cost rule says."""
     monkeypatch.setattr(clips, "input_formulation_is_cheaper", lambda *sizes: moved)
+    seed_of = lambda dropout_p, device: SEED.to(device) if dropout_p else None
     for drawing in (clips, mixing):
-        monkeypatch.setattr(drawing, "dropout_seed", lambda p, device: SEED if p else None)
+        monkeypatch.setattr(drawing, "dropout_seed", seed_of)
     monkeypatch.setattr(torch.nn.functional, "dropout", partial(dropped, tokens[1].shape[1]))
     tokens = [x.detach().requires_grad_() for x in tokens]
     masks = {
