@@ -115,6 +115,20 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
         graphed(x[:, 0])
 
 
+def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
+    """That stream is the device's; torch's own for captures is that of the first device asked."""
+    used = []
+    on, captured = torch.cuda.stream, torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: (used.append(stream), on(stream))[1])
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, stream=None: (used.append(stream), captured(graph))[1]
+    )
+    module, _ = modules("kv")
+    co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
+    first, last = used
+    assert first is last
+
+
 # name: (what to make of good tokens, error, fragments)
 BAD_TOKENS = {
     "wider": (lambda x: x.double(), TypeError, ["float64", "float32", "convert"]),
