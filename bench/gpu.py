@@ -42,9 +42,9 @@ KERNELS = (
 )  # fmt: skip
 # Tests to which a GPU makes no difference.
 ELSEWHERE = (
-    "bench", "cuda_compile", "cuda_emulation", "cuda_host", "demo", "gpu_rehearsal", "load",
-    "native_build", "native_cpu", "packaging", "ray_pools", "soak", "triton_compiles",
-    "triton_driver", "triton_launch",
+    "bench", "choices", "cuda_compile", "cuda_emulation", "cuda_host", "cuda_ptx", "demo",
+    "gpu_rehearsal", "load", "native_build", "native_cpu", "packaging", "ptx_machine", "ray_pools",
+    "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
 _LEAST = 30.0  # seconds that it takes to import all and measure something
