@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -377,6 +378,20 @@ def test_cold_samples_each_follow_a_flush_of_the_whole_cache(cuda, small_flush, 
     timed = cuda.log[cuda.log.index("flush") :]
     assert timed == sample * summary.samples + ["synchronize"]
     assert len(cuda.graphs[-1].operations) == 1
+
+
+@pytest.mark.parametrize("timer", ["graph", "cold"])
+def test_graphs_are_timed_once_the_clock_has_risen(timer, cuda, small_flush, monkeypatch):
+    """After a pause of the device, as while a kernel was compiled, it runs at a lower one."""
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-4)
+    ticks = itertools.count()
+    clock = lambda: next(ticks) * timing._WAKE / 4
+    timed = timing.GpuTimer(DEVICE, budget=1e-3)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock))
+    getattr(timed, timer)(lambda: torch.zeros(4))
+    ahead = cuda.log[: cuda.log.index("record")]
+    assert ahead.count("synchronize") >= 4
+    assert cuda.graphs[-1].replays >= 4 + 5  # samples
 
 
 def test_events_are_divided_by_the_calls_between_them(cuda, small_flush, monkeypatch):
