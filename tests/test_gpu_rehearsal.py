@@ -692,7 +692,8 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
     exercises = ["exercise-triton", "exercise-cuda"]
     measured = ["kernels", "bench", "choices", "tests", "load"]
-    assert list(found) == ["build", *exercises, *measured, *gpu.TOOLS]
+    assert list(found) == ["build", "ahead", *exercises, *measured, *gpu.TOOLS]
+    assert found["ahead"].command[3:] == ["--size", "quick", "--limit", gpu.LEFT]
     for tool in gpu.TOOLS:
         watched = found[tool].command
         assert watched[:5] == [
@@ -816,7 +817,7 @@ def test_time_is_shared_among_the_chosen_stages_and_what_is_left_goes_to_the_lat
 def test_unknown_stages_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--stages", "build,bensh"])
-    assert "build,exercise-triton" in capsys.readouterr().err.replace(", ", ",")
+    assert "build,ahead,exercise-triton" in capsys.readouterr().err.replace(", ", ",")
 
 
 def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys):
