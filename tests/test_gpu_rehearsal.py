@@ -88,6 +88,15 @@ def test_pretended_graph_refuses_what_a_capture_cannot_hold(cuda):
             forbidden()
 
 
+def test_what_tests_draw_for_a_backend_is_drawn_on_its_device(cuda):
+    with torch.device("cuda"):
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(3, generator=torch.Generator())
+        module = build()
+        query, _, _ = draw_tokens(module, 2, LENGTH)
+    assert query.isfinite().all()
+
+
 def cuda_graph():
     return torch.cuda.CUDAGraph()
 
