@@ -10,11 +10,8 @@ tables choose now, the fastest one, and their ratio; with ``--report`` that alon
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +23,7 @@ from continual_mha import triton_kernels as kernels
 from continual_mha.triton_kernels.launch import record
 from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, step_plan
 
-from . import grid, machine, records
+from . import ahead, grid, machine, records
 from .formulations import FORMULATIONS
 from .lost import DeviceLostError, failing_alone, leave
 from .measure import times_of, why_too_large
@@ -139,27 +136,7 @@ def compile_way(case: grid.Case, formulation: str, plan: Plan) -> None:
     position = torch.empty(n, dtype=torch.int64, device="meta")
     with record() as launches:
         _step(formulation, mha, torch.empty(n, e, **options), rings, position, plan)
-    for launch in launches:
-        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-
-
-def compile_all(
-    work: Iterable[tuple[grid.Case, str, Plan]], processes: int, seconds: float | None = None
-) -> None:
-    """``compile_way`` of all, by several processes; what fails there will say so when it is run.
-
-    What is not done in so many ``seconds`` is left to its first run, too.
-    """
-    end = float("inf") if seconds is None else time.monotonic() + seconds
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    jobs = [pool.submit(compile_way, *each) for each in work]
-    try:
-        for job in bar(jobs, "way compiled"):
-            job.exception(None if seconds is None else max(0.0, end - time.monotonic()))
-    except TimeoutError:
-        say(f"compiled {sum(job.done() for job in jobs)} of {len(jobs)} ways ahead")
-    # Those that are done leave the device before anything is measured.
-    pool.shutdown(wait=all(job.done() for job in jobs), cancel_futures=True)
+    ahead.compile_launches(launches)
 
 
 class Race:
@@ -312,8 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
     parser.add_argument("--budget", type=float, default=0.05, help="seconds for a way and timer")
     parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
-    processes = max(1, (os.cpu_count() or 1) - 2)
-    parser.add_argument("--processes", type=int, default=processes, help="that compile")
+    parser.add_argument("--processes", type=int, default=ahead.PROCESSES, help="that compile")
     return parser.parse_args(arguments)
 
 
@@ -340,11 +316,14 @@ def main(arguments: list[str] | None = None) -> None:
         cases = [case for case in cases if case not in done]
     else:
         (folder / CHOICES).unlink(missing_ok=True)
-    work = [
-        (case, each, way) for case in cases for each in FORMULATIONS for way in ways(case, each)
+    jobs = [
+        partial(compile_way, case, each, way)
+        for case in cases
+        for each in FORMULATIONS
+        for way in ways(case, each)
     ]
-    say(f"{about['device']}: {len(work)} ways of {len(cases)} cases, into {folder}")
-    compile_all(work, options.processes, options.limit and options.limit / 2)
+    say(f"{about['device']}: {len(jobs)} ways of {len(cases)} cases, into {folder}")
+    ahead.compile_all(jobs, options.processes, options.limit and options.limit / 2)
     keep = partial(records.append, folder, name=CHOICES)
     race = Race(torch.device("cuda"), about, options.budget, keep, left_out)
     for case in bar(cases, "case"):

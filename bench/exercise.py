@@ -11,6 +11,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -20,16 +21,45 @@ from continual_mha import SingleOutputMultiheadAttention
 from .lost import why_lost
 from .problem import TOLERANCE
 
-# N, E, H, L, dtype
+
+class Shape(NamedTuple):
+    """Of a module, and how many streams it has."""
+
+    streams: int
+    embed_dim: int
+    num_heads: int
+    sequence_len: int
+    dtype: torch.dtype
+
+
 SHAPES = (
-    (1, 64, 4, 5, torch.float32),
-    (3, 48, 4, 9, torch.float32),
-    (18, 64, 2, 7, torch.bfloat16),
-    (1, 64, 2, 1100, torch.bfloat16),
+    Shape(1, 64, 4, 5, torch.float32),
+    Shape(3, 48, 4, 9, torch.float32),
+    Shape(18, 64, 2, 7, torch.bfloat16),
+    Shape(1, 64, 2, 1100, torch.bfloat16),
 )
 
 
-def _calls(
+def module_of(
+    shape: Shape, formulation: str, device: torch.device
+) -> SingleOutputMultiheadAttention:
+    """The module that is called."""
+    module = SingleOutputMultiheadAttention(
+        shape.embed_dim, shape.num_heads, sequence_len=shape.sequence_len, formulation=formulation,
+        query_index=-2, device=device, dtype=shape.dtype,
+    )  # fmt: skip
+    return module.requires_grad_(False)
+
+
+def clip_of(
+    module: SingleOutputMultiheadAttention, streams: int, device: torch.device
+) -> torch.Tensor:
+    """Random tokens for ``calls``, in the dtype of the module."""
+    size = (streams, module.sequence_len + 3, module.embed_dim)
+    return torch.randn(size, device=device).to(module.out_proj.weight.dtype)
+
+
+def calls(
     module: SingleOutputMultiheadAttention, clip: torch.Tensor
 ) -> Iterator[Callable[[], torch.Tensor | None]]:
     """Calls of all three forwards, from cold streams to warm ones of mixed ages."""
@@ -65,15 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{backend}: {continual_mha.backends.why_missing(backend)}")
             failures += 1
             continue
-        for streams, embed_dim, heads, length, dtype in SHAPES:
+        for shape in SHAPES:
             for formulation in ("kv", "input"):
-                module = SingleOutputMultiheadAttention(
-                    embed_dim, heads, sequence_len=length, formulation=formulation,
-                    query_index=-2, device=options.device, dtype=dtype,
-                ).requires_grad_(False)  # fmt: skip
-                about = f"{backend} {formulation} N={streams} {dtype} {module.extra_repr()}"
+                module = module_of(shape, formulation, torch.device(options.device))
+                about = f"N={shape.streams} {shape.dtype} {module.extra_repr()}"
+                about = f"{backend} {formulation} {about}"
                 try:
-                    print(f"{about}: {_check(backend, module, streams)}", flush=True)
+                    print(f"{about}: {_check(backend, module, shape.streams)}", flush=True)
                 except Exception as error:  # the other shapes may tell more
                     failures += 1
                     print(f"{about}: {type(error).__name__}: {error}"[:400], flush=True)
@@ -86,9 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _check(backend: str, module: SingleOutputMultiheadAttention, streams: int) -> str:
     """Make every call; what the backend declines is counted, and made by plain PyTorch."""
     weight = module.out_proj.weight
-    clip = torch.randn(streams, module.sequence_len + 3, module.embed_dim).to(weight.dtype)
+    clip = clip_of(module, streams, torch.device("cpu"))
     exact = copy.deepcopy(module).to("cpu", torch.float64)
-    pairs = zip(_calls(module, clip.to(weight.device)), _calls(exact, clip.double()), strict=True)
+    pairs = zip(calls(module, clip.to(weight.device)), calls(exact, clip.double()), strict=True)
     declined, errors = 0, []
     for call, exact_call in pairs:
         with torch.no_grad(), continual_mha.use_backend("torch"):

@@ -1,10 +1,10 @@
 """``python3 -m bench.gpu``: everything that only a machine with a GPU can tell, in one go.
 
-Builds the native libraries in the tree, calls every kernel of each backend, runs the tests of the
-kernels on CUDA tensors, measures the grid and then every way that the dispatcher could choose, runs
-all other tests, finds how many streams are served in real time, runs the sanitizer on small shapes,
-and prints a short table last. It installs nothing and
-takes whatever Python, torch and nvcc are there.
+Builds the native libraries in the tree, compiles what calls and benchmark will launch, calls every
+kernel of each backend, runs the tests of the kernels on CUDA tensors, measures the grid and
+then every way that the dispatcher could choose, runs all other tests, finds how many streams are
+served in real time, runs the sanitizer on small shapes, and prints a short table last. It installs
+nothing and takes whatever Python, torch and nvcc are there.
 Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
 benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
 pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
@@ -42,9 +42,9 @@ KERNELS = (
 )  # fmt: skip
 # Tests to which a GPU makes no difference.
 ELSEWHERE = (
-    "bench", "cuda_compile", "cuda_emulation", "cuda_host", "demo", "gpu_rehearsal", "load",
-    "native_build", "native_cpu", "packaging", "ray_pools", "soak", "triton_compiles",
-    "triton_driver", "triton_launch",
+    "ahead", "bench", "choices", "cuda_compile", "cuda_emulation", "cuda_host", "cuda_ptx", "demo",
+    "gpu_rehearsal", "load", "native_build", "native_cpu", "packaging", "ptx_machine", "ray_pools",
+    "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
 _LEAST = 30.0  # seconds that it takes to import all and measure something
@@ -98,8 +98,8 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     load = [python, "-m", "bench.load", "--device", "cuda", "--seconds", "20", "--limit", LEFT]
     load += ["--out", str(folder)]
     exercise = [python, "-m", "bench.exercise"]
-    found = [Stage("build", build, 0.2, _build_environment())]
-    # This also leaves compiled kernels behind for the sanitizer, under which compiling is slow.
+    ahead = [python, "-m", "bench.ahead", "--size", size, "--limit", LEFT]
+    found = [Stage("build", build, 0.2, _build_environment()), Stage("ahead", ahead, 0.08)]
     for backend in ("triton", "cuda"):
         found.append(Stage(f"exercise-{backend}", [*exercise, "--backend", backend], 0.06))
     files = [f"tests/test_{name}.py" for name in KERNELS]

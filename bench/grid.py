@@ -183,16 +183,19 @@ def cases(
     modes: tuple[str, ...] = MODES,
     dtypes: tuple[str, ...] | None = None,
 ) -> Iterator[Case]:
-    """The grid for ``cpu`` or ``cuda``, most important points first.
+    """The grid for ``cpu`` or ``cuda``, most important points first: a smaller size's, of any mode.
 
     Args:
-        size: ``quick``, ``standard`` or ``full``.
+        size: ``quick``, ``standard`` or ``full``, each of which holds the one before.
         modes: which modes to take.
         dtypes: names of dtypes; those that the size has by default if None.
     """
-    for dtype in dtypes or DEFAULT_DTYPES[device_type][size]:
-        for mode in modes:
-            yield from _cases_of_mode(device_type, size, mode, dtype)
+    found: dict[Case, None] = {}
+    for each in SIZES[: SIZES.index(size) + 1]:
+        for dtype in dtypes or DEFAULT_DTYPES[device_type][each]:
+            for mode in modes:
+                found |= dict.fromkeys(_cases_of_mode(device_type, each, mode, dtype))
+    yield from found
 
 
 def _cases_of_mode(device_type: str, size: str, mode: str, dtype: str) -> Iterator[Case]:

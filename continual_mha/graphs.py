@@ -72,7 +72,8 @@ class GraphedStep:
                 for _ in range(_WARM_UP_RUNS):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
+            # torch's own stream for captures stays on the device of the process's first one
+            with torch.cuda.graph(self._graph, stream=side):
                 return self._step()
 
     def __call__(self, tokens: Tensor) -> Tensor:

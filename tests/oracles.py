@@ -62,6 +62,11 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator where tensors are made here; a plain one is the CPU's, and refuses all others."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def build(seed: int = 0, **arguments: Any) -> SingleOutputMultiheadAttention:
     """A module with every parameter random: biases of zero, as constructed, would hide mistakes."""
     arguments = {
@@ -71,7 +76,7 @@ def build(seed: int = 0, **arguments: Any) -> SingleOutputMultiheadAttention:
         **arguments,
     }
     module = SingleOutputMultiheadAttention(**arguments)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             scale = parameter.shape[-1] ** -0.5
@@ -84,10 +89,10 @@ def draw_tokens(
     module: nn.MultiheadAttention, streams: int, count: int, seed: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (N, S, E), key (N, S, kdim) and value (N, S, vdim) of `count` tokens, all different."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = module.out_proj.weight.dtype
+    generator = seeded(seed)
+    weight = module.out_proj.weight
     return tuple(  # type: ignore[return-value]
-        torch.randn(streams, count, features, generator=generator, dtype=torch.float64).to(dtype)
+        torch.randn(streams, count, features, generator=generator, dtype=torch.float64).to(weight)
         for features in (module.embed_dim, module.kdim, module.vdim)
     )
 
@@ -149,8 +154,8 @@ def window_attention(
     key = query if key is None else key
     value = query if value is None else value
     length, lag, count = module.sequence_len, query_lag(module), query.shape[1]
-    newest = torch.arange(length - 1, count)[:, None]  # of each output's window
-    token = torch.arange(count)
+    newest = torch.arange(length - 1, count, device=query.device)[:, None]  # of windows
+    token = torch.arange(count, device=query.device)
     outside = (token > newest) | (token <= newest - length)
     queries = query[:, length - 1 - lag : count - lag]
     if len(newest) == 0 or query.shape[0] == 0:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 _base = torch._C.TensorBase
+_Generator = torch.Generator
 _WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select")
 
 
@@ -32,13 +33,22 @@ def _on_cpu(x):
 
 
 class _Memory(TorchFunctionMode):
-    """Whoever asks for memory on the device gets the CPU's."""
+    """Whoever asks for memory on the device gets the CPU's; only its generators draw there."""
+
+    def __init__(self, generators=()):
+        super().__init__()
+        self.generators = generators
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is torch.device:  # a name, and no memory yet
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        device, generator = kwargs.get("device"), kwargs.get("generator")
+        there = generator is not None and _on_cpu(device) is not device
+        if there and not any(generator is known for known in self.generators):
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         args = tuple(_on_cpu(x) for x in args)
-        kwargs = {name: _on_cpu(x) for name, x in (kwargs or {}).items()}
+        kwargs = {name: _on_cpu(x) for name, x in kwargs.items()}
         kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
@@ -123,6 +133,13 @@ class PretendedCuda:
         self.log = []
         self.clock = time.perf_counter
         self.capturing = False
+        self.generators = []
+
+    def generator(self, device="cpu"):
+        made = _Generator()
+        if torch.device(device).type == "cuda":
+            self.generators.append(made)
+        return made
 
     def synchronize(self, device=None):
         if self.capturing:
@@ -192,5 +209,6 @@ class PretendedCuda:
                 patch.setattr(torch.cuda, name, value)
             patch.setattr(torch.Tensor, "device", property(device_of), raising=False)
             patch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
-            with _Memory():
+            patch.setattr(torch, "Generator", self.generator)
+            with _Memory(self.generators):
                 yield self

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from pretended_cuda import PretendedCuda
 from recording_driver import recording_driver
 
-from bench import choices, grid, lost, machine, records, report, timing
+from bench import ahead, choices, grid, lost, machine, records, report, timing
 from bench.grid import Case
 from bench.ratios import Results
 from continual_mha import inputs, reference
@@ -141,15 +139,6 @@ def test_what_is_compiled_ahead_is_what_the_launch_takes(formulation, tmp_path, 
     assert set(tmp_path.rglob("*.cubin")) == compiled
 
 
-@pytest.mark.parametrize("seconds", [None, 0.3])
-def test_compiling_ahead_ends_in_time(seconds, monkeypatch, capsys):
-    monkeypatch.setattr(choices, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    monkeypatch.setattr(choices, "compile_way", time.sleep)
-    choices.compile_all([(0.2,)] * 6, 1, seconds)
-    said = capsys.readouterr().out
-    assert ("compiled 1 of 6 ways ahead" in said) is (seconds is not None)
-
-
 @pytest.fixture
 def pretended(monkeypatch):
     """A pretended GPU, on which plain PyTorch stands in for the kernels, whatever the plan."""
@@ -157,7 +146,7 @@ def pretended(monkeypatch):
         step = getattr(module, name)
         monkeypatch.setattr(choices.kernels, name, lambda *args, plan, step=step: step(*args))
     monkeypatch.setattr(timing, "_LEAST_FLUSHED", 1 << 12)
-    monkeypatch.setattr(choices, "compile_all", lambda *args: None)
+    monkeypatch.setattr(ahead, "compile_all", lambda *args: [])
     monkeypatch.setattr(grid, "cases", lambda *args: iter([TINY]))
     machine.describe.cache_clear()
     with PretendedCuda().in_place():

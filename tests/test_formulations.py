@@ -16,6 +16,7 @@ from oracles import (
     build,
     draw_tokens,
     run_steps,
+    seeded,
     stack,
     step_through,
     to_layout,
@@ -58,15 +59,16 @@ def dropped(slots, weights, dropout_p):
     """What the operators drop by `SEED`: of all weights of a clip, or of the slots behind it."""
     first = 0 if weights.shape[-1] >= slots else slots
     all_slots = weights.new_empty((*weights.shape[:-1], first + weights.shape[-1]))
-    scale = reference._shared_dropout(all_slots, SEED, dropout_p)
+    scale = reference._shared_dropout(all_slots, SEED.to(weights.device), dropout_p)
     return weights * scale[..., first:]
 
 
 def forward_with(monkeypatch, moved, module, tokens, **arguments):
     """Outputs and gradients of `forward` in one formulation, whatever the cost rule says."""
     monkeypatch.setattr(clips, "input_formulation_is_cheaper", lambda *sizes: moved)
+    seed_of = lambda dropout_p, device: SEED.to(device) if dropout_p else None
     for drawing in (clips, mixing):
-        monkeypatch.setattr(drawing, "dropout_seed", lambda p, device: SEED if p else None)
+        monkeypatch.setattr(drawing, "dropout_seed", seed_of)
     monkeypatch.setattr(torch.nn.functional, "dropout", partial(dropped, tokens[1].shape[1]))
     tokens = [x.detach().requires_grad_() for x in tokens]
     masks = {
@@ -76,7 +78,7 @@ def forward_with(monkeypatch, moved, module, tokens, **arguments):
     }
     out, weights = module(*(to_layout(module, x) for x in tokens), **{**arguments, **masks})
     results = [out] if weights is None else [out, weights]
-    generator = torch.Generator().manual_seed(9)
+    generator = seeded(9)
     cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in results]
     leaves = [*tokens, *module.parameters(), *(m for m in masks.values() if m.requires_grad)]
     grads = torch.autograd.grad(results, leaves, cotangents, allow_unused=True)
@@ -600,7 +602,7 @@ def test_streams_of_inputs_begin_pause_and_end_on_their_own(query_index, backend
     """Each stream's outputs are those of its own window, whatever the others do."""
     module = build(formulation="input", query_index=query_index)
     x = draw_tokens(module, 3, 6 * LENGTH)[0]
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     histories = [[] for _ in range(3)]
     module.start_streams(3)
     compared = 0

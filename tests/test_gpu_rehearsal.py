@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_pretended_graph_refuses_what_a_capture_cannot_hold(cuda):
             forbidden()
 
 
+def test_what_tests_draw_for_a_backend_is_drawn_on_its_device(cuda):
+    with torch.device("cuda"):
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(3, generator=torch.Generator())
+        module = build()
+        query, _, _ = draw_tokens(module, 2, LENGTH)
+    assert query.isfinite().all()
+
+
 def cuda_graph():
     return torch.cuda.CUDAGraph()
 
@@ -113,6 +123,20 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
     module.clean_state()
     with pytest.raises(RuntimeError, match="replaced"):
         graphed(x[:, 0])
+
+
+def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
+    """That stream is the device's; torch's own for captures is that of the first device asked."""
+    used = []
+    on, captured = torch.cuda.stream, torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: (used.append(stream), on(stream))[1])
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, stream=None: (used.append(stream), captured(graph))[1]
+    )
+    module, _ = modules("kv")
+    co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
+    first, last = used
+    assert first is last
 
 
 # name: (what to make of good tokens, error, fragments)
@@ -363,6 +387,20 @@ def test_cold_samples_each_follow_a_flush_of_the_whole_cache(cuda, small_flush, 
     timed = cuda.log[cuda.log.index("flush") :]
     assert timed == sample * summary.samples + ["synchronize"]
     assert len(cuda.graphs[-1].operations) == 1
+
+
+@pytest.mark.parametrize("timer", ["graph", "cold"])
+def test_graphs_are_timed_once_the_clock_has_risen(timer, cuda, small_flush, monkeypatch):
+    """After a pause of the device, as while a kernel was compiled, it runs at a lower one."""
+    monkeypatch.setattr(timing, "_seconds_of_one", lambda run: 1e-4)
+    ticks = itertools.count()
+    clock = lambda: next(ticks) * timing._WAKE / 4
+    timed = timing.GpuTimer(DEVICE, budget=1e-3)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock))
+    getattr(timed, timer)(lambda: torch.zeros(4))
+    ahead = cuda.log[: cuda.log.index("record")]
+    assert ahead.count("synchronize") >= 4
+    assert cuda.graphs[-1].replays >= 4 + 5  # samples
 
 
 def test_events_are_divided_by_the_calls_between_them(cuda, small_flush, monkeypatch):
@@ -663,7 +701,8 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     found = {stage.name: stage for stage in gpu.stages(tmp_path, "quick", ["--mode", "step"])}
     exercises = ["exercise-triton", "exercise-cuda"]
     measured = ["kernels", "bench", "choices", "tests", "load"]
-    assert list(found) == ["build", *exercises, *measured, *gpu.TOOLS]
+    assert list(found) == ["build", "ahead", *exercises, *measured, *gpu.TOOLS]
+    assert found["ahead"].command[3:] == ["--size", "quick", "--limit", gpu.LEFT]
     for tool in gpu.TOOLS:
         watched = found[tool].command
         assert watched[:5] == [
@@ -787,7 +826,7 @@ def test_time_is_shared_among_the_chosen_stages_and_what_is_left_goes_to_the_lat
 def test_unknown_stages_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--stages", "build,bensh"])
-    assert "build,exercise-triton" in capsys.readouterr().err.replace(", ", ",")
+    assert "build,ahead,exercise-triton" in capsys.readouterr().err.replace(", ", ",")
 
 
 def test_benchmark_goes_on_from_an_earlier_folder(tmp_path, monkeypatch, capsys):

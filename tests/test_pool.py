@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from oracles import EMBED, LENGTH, assert_same_state, build
+from oracles import EMBED, LENGTH, assert_same_state, build, seeded
 from torch import nn
 from upstream import continual
 
@@ -48,7 +48,7 @@ READY = 2 * LENGTH - 1  # tokens until both layers' windows are full
 
 
 def tokens(count, seed=0):
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 4, generator=seeded(seed))
 
 
 def alone(model, x):

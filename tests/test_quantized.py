@@ -14,6 +14,7 @@ from oracles import (
     build,
     draw_tokens,
     run_steps,
+    seeded,
     stack,
     step_through,
     to_layout,
@@ -326,7 +327,7 @@ def test_step_without_update_leaves_no_trace(at_once, formulation, cache_dtype):
 def test_streams_begin_pause_and_move_on_their_own(formulation, cache_dtype):
     module, single = (make(formulation, cache_dtype, query_index=1) for _ in range(2))
     x = draw_tokens(module, 3, 4 * LENGTH)[0]
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     with torch.no_grad():
         module.start_streams(3)
         history = []

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracles import EMBED, LENGTH, assert_same_state, build
+from oracles import EMBED, LENGTH, assert_same_state, build, seeded
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -268,7 +268,7 @@ def test_threads_bind_run_and_let_go_at_the_same_time():
 
     def work(seed):
         module = copy.deepcopy(origin)
-        tokens = torch.randn(20, N, EMBED, generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randn(20, N, EMBED, generator=seeded(seed))
         outputs = []
         with torch.no_grad():
             for token in tokens:

@@ -308,7 +308,7 @@ def test_streams_are_forgotten_where_their_numbers_are(on_meta):
     if on_meta:
         model.to("meta")
         assert module.forward_step(tokens[0][:, 0].to("meta")).shape == (2, module.embed_dim)
-    model.to_empty(device="cpu")
+    model.to_empty(device=tokens[0].device)
     assert module.get_state() is None
     module.load_state_dict(build().state_dict())
     assert_same_outputs(

@@ -23,6 +23,7 @@ from oracles import (
     from_layout,
     query_lag,
     run_steps,
+    seeded,
     stack,
     step_through,
     to_layout,
@@ -344,7 +345,7 @@ def test_no_tokens_change_nothing(warm, backend):
 def integer_module(dtype: torch.dtype, **arguments):
     """Projects small integers by small integers: exact in every dtype and order of summation."""
     module = build(dtype=dtype, **arguments)
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "in_proj" in name or "proj_weight" in name:
@@ -388,7 +389,7 @@ def test_rings_hold_each_token_at_position_modulo_length_bit_for_bit(
     module = integer_module(dtype, query_index=query_index)
     length = module.sequence_len
     pieces = [0] * (2 * length + 3) + [3, length, 0, 2 * length + 2, 0, 0]  # 0: one forward_step
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     total = sum(max(count, 1) for count in pieces)
     tokens = tuple(
         torch.randint(-2, 3, (3, total, module.embed_dim), generator=generator).to(dtype)
@@ -415,7 +416,7 @@ def test_rings_hold_each_token_at_position_modulo_length_bit_for_bit(
 
 def test_rings_with_other_key_and_value_sizes_bit_for_bit(backend):
     module = integer_module(torch.float32, kdim=7, vdim=10, query_index=-3)
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     tokens = tuple(
         torch.randint(-2, 3, (2, 14, size), generator=generator).float()
         for size in (module.embed_dim, 7, 10)
@@ -494,7 +495,7 @@ class SlidingWindow(RuleBasedStateMachine):
             arguments["query_index"] = index % (2 * length) - length
         self.module = build(seed=seed, **arguments, sequence_len=length, dtype=dtype)
         self.streams = streams
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded(seed)
         self.forget()
         self.saved = None
 

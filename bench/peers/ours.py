@@ -70,7 +70,8 @@ def forward_backward(module: torch.nn.Module, problem: Problem) -> Outputs:
     return out, clip.grad
 
 
-def _setup(backend: str | None, formulation: str | None, problem: Problem) -> Ready:
+def setup(backend: str | None, formulation: str | None, problem: Problem) -> Ready:
+    """The module on a backend and in a formulation; None for what it chooses."""
     context = partial(_context, backend, problem.case.mode)
     with context():
         module = build(problem, formulation)
@@ -111,7 +112,7 @@ def peers(device: torch.device) -> list[Peer]:
         Peer(
             name="ours" + "".join(f":{part}" for part in choice if part is not None),
             modes=MODES if choice[1] is None else ("step", "steps"),
-            setup=partial(_setup, *choice),
+            setup=partial(setup, *choice),
             why_absent=partial(_why_absent, *choice, device),
             formulation=choice[1] or "kv",
         )
