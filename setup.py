@@ -34,17 +34,12 @@ BUILD_CUDA = os.environ.get("CONTINUAL_MHA_BUILD_CUDA", "auto")
 TORCH_ABI = "0x020a000000000000"  # 2.10
 CUDA_ARCHS = ("80", "90", "100")
 # Only these files hold instructions that not every machine of the platform has.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_FLAGS = {
-    "kernels_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-    ],
-    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "kernels_avx512": AVX512,
+    "kernels_avx2": AVX2,
 }
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_nat
 assert ops  # it declares the operators that the library implements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = ["avx512", "avx2", "baseline"]
+ISAS = ["avx512_bf16", "avx512", "avx2", "baseline"]
 
 
 @pytest.fixture(params=ISAS)

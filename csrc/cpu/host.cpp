@@ -31,12 +31,6 @@ void project(const Tokens& x, const void* weight, const void* bias, DType dtype,
   in_blocks(project_params(x, weight, bias, out, out_stride, rows), kernels(dtype).project);
 }
 
-void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
-  const Tensor weight = as_contiguous(w.out_proj_weight);
-  project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
-          out.mutable_data_ptr(), attended.features, attended.features);
-}
-
 Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const Weights& w,
                              DType dtype) {
   const int64_t e = w.out_proj_weight.size(0);
@@ -179,19 +173,37 @@ Tensor flat(const Tensor& x) {
   return torch::stable::reshape(x, {x.size(0) * x.size(1), x.size(2)});
 }
 
+namespace {
+
+int64_t token_size(DType dtype) {
+  return kernels(dtype).tokens_are_acc ? acc_size(dtype) : element_size(dtype);
+}
+
+template <class Gather>
+Tokens gathered(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t count,
+                int64_t features, DType dtype, const Gather& gather) {
+  void* buffer = scratch<InputTag>(count * features * token_size(dtype));
+  parallel(count, features, [&](int64_t begin, int64_t end) {
+    gather(src, stream_stride, feature_stride, features, buffer, begin, end);
+  });
+  return {buffer, features, count, features};
+}
+
+}  // namespace
+
 Tokens tokens_of(const Tensor& x, DType dtype) {
   const int64_t count = x.size(0);
   const int64_t features = x.size(1);
-  const bool as_acc = dtype == DType::kFloat32 || dtype == DType::kFloat64;
-  if (as_acc && x.stride(1) == 1) return {x.const_data_ptr(), x.stride(0), count, features};
-  void* buffer = scratch<InputTag>(count * features * acc_size(dtype));
-  const void* src = x.const_data_ptr();
-  const int64_t stream_stride = x.stride(0);
-  const int64_t feature_stride = x.stride(1);
-  parallel(count, features, [&](int64_t begin, int64_t end) {
-    kernels(dtype).gather(src, stream_stride, feature_stride, features, buffer, begin, end);
-  });
-  return {buffer, features, count, features};
+  if (token_size(dtype) == element_size(dtype) && x.stride(1) == 1) {
+    return {x.const_data_ptr(), x.stride(0), count, features};
+  }
+  return gathered(x.const_data_ptr(), x.stride(0), x.stride(1), count, features, dtype,
+                  kernels(dtype).gather);
+}
+
+Tokens tokens_of(const void* acc, int64_t count, int64_t features, DType dtype) {
+  if (kernels(dtype).tokens_are_acc) return {acc, features, count, features};
+  return gathered(acc, features, 1, count, features, dtype, kernels(dtype).gather_acc);
 }
 
 void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtype,
@@ -219,11 +231,14 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType
   in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
 }
 
-// Measured with MKL and oneDNN on AVX-512, see docs/cpu.md: bfloat16 has dot products of its own
-// there; short rows leave the kernels too much time in adding up lanes. Elsewhere the kernels are
-// at least as fast, and give a stream the same bits in a batch of any size.
+// Measured with MKL and oneDNN on AVX-512, see docs/cpu.md: oneDNN has bfloat16's own instructions,
+// which the kernels match up to some 100 tokens where they have those of vectors; short rows leave
+// the kernels too much time in adding up lanes. Elsewhere the kernels are at least as fast, and
+// give a stream the same bits in a batch of any size.
 bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim) {
-  if (dtype == DType::kBFloat16) return tokens >= 16;
+  if (dtype == DType::kBFloat16) {
+    return tokens >= (kernels(dtype).tokens_are_acc || has_matrix_unit() ? 16 : 128);
+  }
   return dtype == DType::kFloat32 && embed_dim < 256 && tokens >= 32;
 }
 
@@ -253,9 +268,15 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
   return {out, out + part, out + 2 * part, 3 * e, {}};
 }
 
+void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
+  const Tensor weight = as_contiguous(w.out_proj_weight);
+  project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
+          out.mutable_data_ptr(), attended.features, attended.features);
+}
+
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
   const int64_t e = w.out_proj_weight.size(0);
-  project_out({attended, e, out.numel() / e, e}, w, dtype, out);
+  project_out(tokens_of(attended, out.numel() / e, e, dtype), w, dtype, out);
 }
 
 void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out) {

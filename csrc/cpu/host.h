@@ -87,14 +87,17 @@ Tensor flat(const Tensor& x);
 
 // Tokens as a projection reads them.
 struct Tokens {
-  const void* data;  // (count, features) acc
+  const void* data;  // (count, features), acc or DType by Kernels::tokens_are_acc
   int64_t stride;
   int64_t count;
   int64_t features;
 };
 
-// (count, features) of any strides. Valid until the thread's next call.
+// (count, features) of any strides. Valid until the thread's next call, as is the other.
 Tokens tokens_of(const Tensor& x, DType dtype);
+
+// (count, features) acc.
+Tokens tokens_of(const void* acc, int64_t count, int64_t features, DType dtype);
 
 // Where the rows of query, key and value in the packed weight or bias begin; null for null.
 inline const void* third_at(const void* packed, int64_t i, int64_t elements, DType dtype) {
@@ -130,10 +133,13 @@ bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim);
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
                      DType dtype, bool gemm);
 
-// out = attended weight^T + bias for (tokens, E) acc.
+// out = attended weight^T + bias for (tokens, E).
+void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out);
+
+// The same for acc.
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out);
 
-// The same for (tokens, E) of the weights' dtype.
+// The same for the weights' dtype.
 void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out);
 
 }  // namespace continual_mha::cpu

@@ -370,7 +370,7 @@ void project_mixed(const MovedParams& p, int64_t begin, int64_t end) {
                                p.queries,
                                head_dim,
                                width};
-    project<S, A>(params, 0, (head_dim + kRowBlock - 1) / kRowBlock);
+    project<S, A, A>(params, 0, (head_dim + kRowBlock - 1) / kRowBlock);
     if (p.extra == nullptr) continue;
     for (int64_t n = 0; n < p.queries; ++n) {
       const A* share = static_cast<const A*>(p.extra) + (n * p.num_heads + head) * 2;

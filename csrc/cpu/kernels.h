@@ -17,7 +17,7 @@ constexpr int kNumRingDTypes = 3;
 
 // Rows [row_begin, row_end) of `out = x weight^T + bias`.
 struct ProjectParams {
-  const void* x;       // (streams, in_features) acc
+  const void* x;       // (streams, in_features), acc or DType by Kernels::tokens_are_acc
   const void* weight;  // (rows, in_features), contiguous
   const void* bias;    // (rows,), or null
   void* out;           // (streams, rows), DType or acc
@@ -175,9 +175,13 @@ constexpr int64_t kRowBlock = 16;   // rows of one task of project
 // What one instruction set offers for one DType. Every function works on a range of independent
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
 struct Kernels {
-  // Tokens (streams, in_features) of any strides to a contiguous array of acc.
+  // Whether projections take tokens as acc, or else as DType.
+  bool tokens_are_acc;
+  // Tokens (streams, in_features) of any strides, DType or acc, to an array as projections take it.
   void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
                  void* dst, int64_t begin, int64_t end);
+  void (*gather_acc)(const void* src, int64_t stream_stride, int64_t feature_stride,
+                     int64_t features, void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
   // By RingDType, here and below: null for codes where DType is kFloat64.
@@ -212,11 +216,15 @@ struct Kernels {
 };
 
 // One table per instruction set, indexed by DType; null where the compiler cannot target it.
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_baseline();
 
 // The kernels of the instruction set in use.
 const Kernels& kernels(DType dtype);
+
+// Whether the processor multiplies matrices of bfloat16 by itself.
+bool has_matrix_unit();
 
 }  // namespace continual_mha::cpu

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #include "kernels_impl.h"
 
 namespace continual_mha::cpu {
@@ -5,3 +6,4 @@ namespace continual_mha::cpu {
 const Kernels* kernels_avx512() { return kTable; }
 
 }  // namespace continual_mha::cpu
+#endif

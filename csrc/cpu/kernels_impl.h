@@ -15,9 +15,7 @@ namespace {
 template <class S>
 constexpr Kernels table_of() {
   Kernels table{};
-  table.gather = gather<S>;
-  table.project = project<S, S>;
-  table.project_to_acc = project<S, typename AccOf<S>::type>;
+  set_projections<S, typename AccOf<S>::type>(table);
   table.ring_step_scratch[0] = ring_step_scratch<S, S>;
   table.ring_step[0] = ring_step<S, S>;
   if constexpr (sizeof(S) < 8) {

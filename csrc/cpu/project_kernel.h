@@ -1,61 +1,91 @@
 // Projections of tokens with the weights as they lie in the module.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "tiles.h"
 
 namespace continual_mha::cpu {
 namespace {
 
-template <class S>
+// X: what projections multiply, DType or acc.
+template <class S, class X>
 void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
             void* dst, int64_t begin, int64_t end) {
-  using A = typename AccOf<S>::type;
   for (int64_t n = begin; n < end; ++n) {
     const S* from = static_cast<const S*>(src) + n * stream_stride;
-    A* to = static_cast<A*>(dst) + n * features;
-    for (int64_t i = 0; i < features; ++i) to[i] = widen(from[i * feature_stride]);
+    X* to = static_cast<X*>(dst) + n * features;
+    for (int64_t i = 0; i < features; ++i) narrow(widen(from[i * feature_stride]), to + i);
+  }
+}
+
+template <int kCount, class A, class O>
+CMHA_INLINE void narrow_all(const A* x, O* out) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  if constexpr (std::is_same_v<O, BFloat16> && kCount >= kLanes) {
+    const FHalf bits = narrow_to_bfloat16(load(x));
+    memcpy(out, &bits, sizeof(bits));
+    if constexpr (kCount > kLanes) narrow_all<kCount - kLanes>(x + kLanes, out + kLanes);
+  } else {
+    for (int i = 0; i < kCount; ++i) narrow(x[i], out + i);
   }
 }
 
 // kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
-template <class S, class O, int kCount, int kC>
+template <class S, class X, class O, int kCount, int kC>
 CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stretch,
                               int64_t stream) {
   using A = typename AccOf<S>::type;
   const S* weight = static_cast<const S*>(p.weight) + row * p.in_features;
-  const A* x = static_cast<const A*>(p.x) + stream * p.x_stride;
+  const X* x = static_cast<const X*>(p.x) + stream * p.x_stride;
   const S* bias = static_cast<const S*>(p.bias);
   O* out = static_cast<O*>(p.out) + stream * p.out_stride;
   A sums[kCount * kC];
   dot_rows_tile<kCount, kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
+  if (bias != nullptr) {
+    for (int r = 0; r < kCount; ++r) {
+      const A b = widen(bias[row + r * stretch]);
+      for (int c = 0; c < kC; ++c) sums[r * kC + c] += b;
+    }
+  }
+  O narrowed[kCount * kC];
+  narrow_all<kCount * kC>(sums, narrowed);
   for (int r = 0; r < kCount; ++r) {
-    const int64_t at = row + r * stretch;
     for (int c = 0; c < kC; ++c) {
-      const A y = bias == nullptr ? sums[r * kC + c] : sums[r * kC + c] + widen(bias[at]);
-      narrow(y, out + c * p.out_stride + at);
+      out[c * p.out_stride + row + r * stretch] = narrowed[r * kC + c];
     }
   }
 }
 
 // Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while all
 // streams pass by, so that weights are read from memory once per call.
-template <class S, class O>
+template <class S, class X, class O>
 void project(const ProjectParams& p, int64_t begin, int64_t end) {
   const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
     constexpr int kCount = decltype(tag)::value;
     int64_t groups = (p.streams + kMaxColumns - 1) / kMaxColumns;
     for (int64_t n = 0; n < p.streams; --groups) {
       const int64_t count = (p.streams - n + groups - 1) / groups;  // as even as can be
-      if (count == 5) project_tile<S, O, kCount, kMaxColumns>(p, row, stretch, n);
-      if (count == 4) project_tile<S, O, kCount, 4>(p, row, stretch, n);
-      if (count == 3) project_tile<S, O, kCount, 3>(p, row, stretch, n);
-      if (count == 2) project_tile<S, O, kCount, 2>(p, row, stretch, n);
-      if (count == 1) project_tile<S, O, kCount, 1>(p, row, stretch, n);
+      if (count == 5) project_tile<S, X, O, kCount, kMaxColumns>(p, row, stretch, n);
+      if (count == 4) project_tile<S, X, O, kCount, 4>(p, row, stretch, n);
+      if (count == 3) project_tile<S, X, O, kCount, 3>(p, row, stretch, n);
+      if (count == 2) project_tile<S, X, O, kCount, 2>(p, row, stretch, n);
+      if (count == 1) project_tile<S, X, O, kCount, 1>(p, row, stretch, n);
       n += count;
     }
   };
   tiles_of_rows(begin * kRowBlock, min_of(end * kRowBlock, p.rows), tile);
+}
+
+template <class S, class X>
+constexpr void set_projections(Kernels& table) {
+  using A = typename AccOf<S>::type;
+  table.tokens_are_acc = std::is_same_v<X, A>;
+  table.gather = gather<S, X>;
+  table.gather_acc = gather<A, X>;
+  table.project = project<S, X, S>;
+  table.project_to_acc = project<S, X, A>;
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
     write_rings(p, heads, dtype);
     advance_positions(position, std::nullopt, count);
   }
-  if (!batch_invariant) return linear(out, out_proj_weight, out_proj_bias);
+  if (gemm) return linear(out, out_proj_weight, out_proj_bias);
   const Tensor projected = new_like(query, {s.streams, count - first, e});
   project_out(flat(out), w, dtype, projected);
   return projected;

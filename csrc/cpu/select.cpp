@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace continual_mha::cpu {
 namespace {
 
@@ -19,9 +23,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // older compilers do not know f16c by its name
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
 }
 #endif
 
@@ -30,6 +37,7 @@ bool always() { return true; }
 // The fastest first.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
     {"avx512", kernels_avx512, has_avx512},
     {"avx2", kernels_avx2, has_avx2},
 #endif
@@ -52,6 +60,19 @@ std::atomic<const Isa*>& current() {
 
 const Kernels& kernels(DType dtype) {
   return current().load(std::memory_order_relaxed)->table()[static_cast<int>(dtype)];
+}
+
+bool has_matrix_unit() {
+#if defined(__x86_64__)
+  static const bool found = [] {  // once: a virtual machine may take microseconds to answer
+    constexpr unsigned kAmxBf16 = 1u << 22;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
 }  // namespace continual_mha::cpu

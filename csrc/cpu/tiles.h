@@ -75,8 +75,8 @@ constexpr int kRows = 4;                                 // rows that are multip
 constexpr int kMaxColumns = kTileVectors == 16 ? 5 : 4;  // vectors, at most
 
 // dot_tile<kCount, kC>, in as many parts as the registers ask for.
-template <int kCount, int kC, class S, class A>
-CMHA_INLINE void dot_rows_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
+template <int kCount, int kC, class S, class X, class A>
+CMHA_INLINE void dot_rows_tile(const S* rows, int64_t row_stride, const X* x, int64_t x_stride,
                                int64_t count, A* sums) {
   constexpr int kR = kCount < kRows || kTileVectors == 16 || kC <= 2 ? kCount : kCount / 2;
   for (int r = 0; r < kCount; r += kR) {

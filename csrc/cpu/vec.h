@@ -23,6 +23,9 @@ constexpr int kTileVectors = 16;  // accumulators of a tile; of 32 registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileVectors = 8;  // of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 16;  // of 32 registers
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 8;
@@ -160,11 +163,24 @@ CMHA_INLINE FVec load(const Float16* p) {
   __m128i half;
   memcpy(&half, p, sizeof(half));
   return bit_cast<FVec>(_mm256_cvtph_ps(half));
+#elif defined(__aarch64__)
+  typedef __fp16 Native __attribute__((vector_size(kVectorBytes / 2)));
+  Native half;
+  memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, FVec);
 #else
   FVec v;
   for (int i = 0; i < Simd<float>::kLanes; ++i) v[i] = widen(p[i]);
   return v;
 #endif
+}
+
+// As `narrow`, each lane. The processor's own conversion would make zeros of subnormal numbers.
+CMHA_INLINE FHalf narrow_to_bfloat16(FVec x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, FHalf);
 }
 
 // The first `count` < kLanes elements, zeros behind them; reads no byte beyond.
