@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
-  const Tensor queries = as_contiguous(query);
+  const Tensor queries = as_rows(query);
   const Tensor keys = as_rows(key);
   const Tensor values = value ? as_rows(*value) : keys;
   if (mask) mask = torch::stable::to(*mask, acc);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
-  p.query = queries.const_data_ptr();
+  p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();

@@ -5,8 +5,13 @@
 
 namespace continual_mha::cpu {
 
-// Tiles (N, S, E*) whose features are next to each other; slots and streams may lie anywhere.
+// Tiles (N, S, E*) and vectors (N, H, E*) whose features are next to each other; the rest may lie
+// anywhere.
 inline Tensor as_rows(const Tensor& x) { return x.stride(2) == 1 ? x : as_contiguous(x); }
+
+inline HeadVectors head_vectors(const Tensor& rows) {
+  return {rows.const_data_ptr(), rows.stride(0), rows.stride(1)};
+}
 
 inline ScalarType acc_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;

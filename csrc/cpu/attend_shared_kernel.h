@@ -103,17 +103,26 @@ CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scor
   return sum;
 }
 
+// Those of `count` heads of a stream from `head` on.
+template <class S, class A>
+CMHA_INLINE void widen_vectors(const HeadVectors& vectors, int64_t n, int64_t head, int64_t count,
+                               int64_t features, A* to) {
+  const S* from = static_cast<const S*>(vectors.data) + n * vectors.stream_stride;
+  for (int64_t c = 0; c < count; ++c) {
+    copy_widened(from + (head + c) * vectors.head_stride, features, A{1}, to + c * features);
+  }
+}
+
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.
 template <int kC, class S, class Q>
 CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S>& scratch,
                               int64_t n, int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
-  const Q* query = static_cast<const Q*>(p.query) + row * p.key_dim;
   const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
   const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
   Q* out = static_cast<Q*>(p.out) + row * p.value_dim;
-  copy_widened(query, kC * p.key_dim, A{1}, scratch.q);
+  widen_vectors<Q>(p.query, n, head, kC, p.key_dim, scratch.q);
   dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
                [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
                  scratch.scores[c * scratch.score_stride + s] = sum;
@@ -132,9 +141,7 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   weighted_rows<kC>(scratch.scores, scratch.score_stride, value, p.value_slot_stride, 0, p.slots,
                     p.value_dim, scratch.out, p.value_dim);
   for (int c = 0; c < kC; ++c) {
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      narrow(scratch.out[c * p.value_dim + d] * scale[c], out + c * p.value_dim + d);
-    }
+    copy_narrowed(scratch.out + c * p.value_dim, p.value_dim, scale[c], out + c * p.value_dim);
   }
 }
 

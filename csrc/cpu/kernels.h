@@ -126,8 +126,15 @@ struct InputStepParams : MovedParams {
 };
 
 // A query per head against one key and value tile per stream.
+// A vector of each head of each stream, (N, H, E*), whose features are next to each other.
+struct HeadVectors {
+  const void* data;
+  int64_t stream_stride;
+  int64_t head_stride;
+};
+
 struct AttendSharedParams {
-  const void* query;  // (N, H, Ek)
+  HeadVectors query;
   const void* key;    // (N, S, Ek)
   const void* value;  // (N, S, Ev)
   const void* mask;   // acc, or null
@@ -157,7 +164,7 @@ struct AttendSharedParams {
 
 // Its gradients. `out`, `lse` and `kept` are results of the forward, and `weights` is not used.
 struct SharedGradientParams : AttendSharedParams {
-  const void* grad_out;      // (N, H, Ev)
+  HeadVectors grad_out;
   const void* grad_lse;      // (N, H) acc, or null
   const void* grad_kept;     // (N, H) acc, or null
   const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
                  moved.q, e);
   parallel(num_heads, n * e * shared.key_dim / num_heads,
            [&](int64_t begin, int64_t end) { table.move_queries(moved, begin, end); });
-  shared.query = moved.moved;
+  shared.query = {moved.moved, num_heads * shared.key_dim, shared.key_dim};
   shared.out = moved.mixed;
   shared.extra = moved.extra;
   if (need_weights) {
