@@ -40,8 +40,8 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   if (seed) check_shape(kept, {n, heads}, kOp, "kept");
   if (grad_average) check_shape(*grad_average, {n, key.size(1)}, kOp, "grad_average");
   const Tensor queries = as_rows(query);
-  const Tensor keys = as_rows(key);
-  const Tensor values = value ? as_rows(*value) : keys;
+  const Tensor keys = as_tiles(key);
+  const Tensor values = value ? as_tiles(*value) : keys;
   const Tensor grads = as_rows(grad_out);
   const Tensor outs = as_contiguous(out);
   if (mask) mask = torch::stable::to(*mask, acc);

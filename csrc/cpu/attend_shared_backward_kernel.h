@@ -100,20 +100,14 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
                                          int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
-  const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
-  const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
+  const SharedTile<S> key(p.key, n, p.slots, p.key_dim);
+  const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
   A* query = scratch.vectors;
   A* grad_out = query + kC * p.key_dim;
   widen_vectors<S>(p.query, n, head, kC, p.key_dim, query);
   widen_vectors<S>(p.grad_out, n, head, kC, p.value_dim, grad_out);
-  const auto to = [&](A* sums) {
-    return [=](int64_t s, int c, A sum)
-               __attribute__((always_inline)) { sums[c * scratch.score_stride + s] = sum; };
-  };
-  dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, query, p.key_dim, p.key_dim,
-               to(scratch.weights));
-  dot_rows<kC>(value, p.value_slot_stride, 0, p.slots, grad_out, p.value_dim, p.value_dim,
-               to(scratch.scores));
+  key.template dot<kC>(query, scratch.weights, scratch.score_stride);
+  value.template dot<kC>(grad_out, scratch.scores, scratch.score_stride);
   A* pairs = nullptr;
   if (p.pairs != nullptr) {
     pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
@@ -128,8 +122,7 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
       pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
     }
   }
-  weighted_rows<kC>(scratch.scores, scratch.score_stride, key, p.key_slot_stride, 0, p.slots,
-                    p.key_dim, scratch.rows, p.key_dim);
+  key.template sum<kC>(scratch.scores, scratch.score_stride, scratch.rows);
   copy_narrowed(scratch.rows, kC * p.key_dim, A{1},
                 static_cast<S*>(p.grad_query) + row * p.key_dim);
 }

@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
   check(query, key, value, w, mask, num_heads);
   const DType dtype = dtype_of(query, kOp);
   const Kernels& table = kernels(dtype);
-  const Tensor keys = as_rows(key);
-  const Tensor values = same_tokens(key, value) ? keys : as_rows(value);
+  const Tensor keys = as_tiles(key);
+  const Tensor values = same_tokens(key, value) ? keys : as_tiles(value);
   if (mask) mask = torch::stable::to(*mask, acc_type(dtype));
   AttendSharedParams shared = shared_params(keys, values, num_heads, mask);
   shared.blank = mask.has_value() && !need_weights;
