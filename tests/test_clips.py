@@ -381,6 +381,34 @@ def test_with_create_graph_a_gradient_goes_no_further_than_the_node(kind: str) -
     assert_same(grads(True), grads(False))
 
 
+@pytest.mark.parametrize("kind", ["leaf", "made of another", "query of key", "weights"])
+def test_a_penalty_on_some_gradients(kind: str) -> None:
+    """By `grad` and by `backward`, which ask for the gradients of different arguments."""
+    module = build(dtype=torch.float64)
+    start = drawn(module, LENGTH)
+
+    def of_penalty(by_grad: bool) -> list[Tensor | None]:
+        module.zero_grad()
+        start.grad = None
+        x = start if kind == "leaf" else 0.5 * start
+        tokens = (2 * x, x, x) if kind == "query of key" else (x, x, x)
+        out, _ = module(*tokens, need_weights=False)
+        asked = [module.in_proj_weight, module.out_proj.weight] if kind == "weights" else [x]
+        found = torch.autograd.grad(out.square().sum(), asked, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in found)
+        leaves = [start, *module.parameters()]
+        if by_grad:
+            return list(torch.autograd.grad(penalty, leaves, allow_unused=True))
+        penalty.backward()
+        return [leaf.grad for leaf in leaves]
+
+    for by_grad in (False, True):
+        actual = of_penalty(by_grad)
+        with co.use_backend("torch"):
+            expected = of_penalty(by_grad)
+        assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_many_gradients_at_once(need_weights: bool, dropout: float) -> None:
