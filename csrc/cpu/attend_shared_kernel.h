@@ -142,7 +142,7 @@ struct SharedTile {
                      __attribute__((always_inline)) { products[c * stride + slot] = sum; });
   }
 
-  // sums[c * features...] = the sum over slots of weights[c * stride + slot] times the slot's row.
+  // sums[c * features + feature], over slots, of weights[c * stride + slot] times the slot's row.
   template <int kC, class A>
   CMHA_INLINE void sum(const A* weights, int64_t stride, A* sums) const {
     if (feature_stride == 1) {
