@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,33 @@ def why_not_cuda(name: str, *args: Any) -> str | None:
         backward = name == "attend_shared_backward"
         query, key, value, mask, sink = args[2:7] if backward else args[:5]
         return _why_not_cuda_shared(query, key, value, mask, sink, backward)
+    if name == "attend_shared_query_backward":
+        plain = plain_backward(args)
+        if plain is None:
+            return "dropout and the gradient of returned weights are not covered"
+        return why_not_cuda("attend_shared_backward", *plain)
     return f"no kernel for {name}"
+
+
+def plain_backward(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Of arguments of ``attend_shared_full_backward`` those that ``attend_shared_backward`` takes.
+
+    None where it does not do: with dropout or a gradient of returned weights.
+    """
+    grad_average, seed = args[3], args[9]
+    if grad_average is not None or seed is not None:
+        return None
+    return (*args[:2], *args[4:9], *args[10:12])
+
+
+def query_backward(
+    functions: Mapping[str, Callable[..., Any]], *args: Any
+) -> tuple[Tensor, Tensor]:
+    """``attend_shared_query_backward`` by the function that computes all gradients."""
+    plain = plain_backward(args)
+    assert plain is not None
+    d_query, _, _, d_sink = functions["attend_shared_backward"](*plain)
+    return d_query, d_sink
 
 
 def _why_not_cuda_step(args: tuple[Any, ...]) -> str | None:

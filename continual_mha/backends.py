@@ -106,6 +106,8 @@ def _load(backend: str) -> _Operators | str:
     if backend == "cpu":
         for name in ("ring_step_", "input_step_"):
             functions["bind_" + name] = partial(_native.bind_cpu_step, name)
+    if backend == "cuda":
+        functions["attend_shared_query_backward"] = partial(_native.query_backward, functions)
     return missing or _Operators(functions, _native.WHY_NOT[backend])
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, inputs, mixing
+from . import backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
@@ -191,7 +191,7 @@ class _AttendClip(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(found.heads)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
-        needed = ctx.needs_input_grad[1:]
+        needed = _Needed(*ctx.needs_input_grad[1:])
         followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
         if followed or any(map(is_batched, grads)):
             return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
@@ -210,12 +210,27 @@ def _without_extra_slots(params: Sequence[Any]) -> Weights:
     return Weights._make((*params, None, None))
 
 
+class _Needed(NamedTuple):
+    """Which arguments of a node need a gradient."""
+
+    query: bool
+    key: bool
+    value: bool
+    mask: bool
+    in_proj_weight: bool
+    k_proj_weight: bool
+    v_proj_weight: bool
+    in_proj_bias: bool
+    out_proj_weight: bool
+    out_proj_bias: bool
+
+
 def _gradients(
     node: _Node,
     given: tuple[Any, ...],
     found: _Found,
     grads: tuple[Tensor, Tensor | None],
-    needed: tuple[bool, ...],
+    needed: _Needed,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments ``given`` to a node, of those that need one."""
     query, key, value, mask, *params = given
@@ -224,71 +239,71 @@ def _gradients(
     d_out, d_attn = grads
     q, moved, mixed, share, lse, kept, heads, seed = found
     N, H, D = q.shape
-
-    d_heads = (d_out @ weights.out_proj_weight).view(N, H, D)
-    d_mixed = torch.bmm(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
-    d_kept = None
-    if seed is not None and b_v is not None:
-        d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
-    if mask is not None and node.blank:
-        hidden = torch.isneginf(lse)
-        d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
-        d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
-    operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
-    args = (d_mixed, None, d_kept, d_attn, *operands)
-    d_moved, d_key, d_value = _attention_gradients(node, args, any(needed[1:3]))
-    d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
     scale = 1.0 / math.sqrt(D)
-    d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)
-    d_q = d_q.transpose(0, 1).reshape(N, H * D)
-
-    d_query = None
-    if query is None:
-        if needed[1]:  # the tokens that ask are the clip's, whose gradient is this node's own
-            d_key[:, node.query_index].addmm_(d_q, w_q)
-    elif needed[0]:
-        d_query = d_q @ w_q
-
-    # one buffer for what is one parameter, of which `split` gives the parts
-    wanted = (*[any(needed[4:7])] * 3, *needed[7:])
+    # what they take, from the queries' projection to the heads' outputs
+    asking_in_clip = needed.key and query is None
+    of_queries = needed.query or asking_in_clip or needed.in_proj_weight or needed.in_proj_bias
+    of_attention = of_queries or needed.key or needed.value or needed.k_proj_weight
+    of_heads = of_attention or needed.v_proj_weight
+    d_query = d_key = d_value = None
     d_params: list[Any] = [
-        torch.empty_like(x) if x is not None and want else None
-        for x, want in zip(params, wanted, strict=True)
+        torch.empty_like(x) if x is not None and need else None
+        for x, need in zip(params, needed[4:], strict=True)
     ]
-    if any(needed[4:7]):
-        d_w_q, d_w_k, d_w_v = _without_extra_slots(d_params).split()
-        torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
-        inputs.scaled_bmm(q.permute(1, 2, 0), d_moved, scale, out=d_w_k.unflatten(0, (H, D)))
-        torch.bmm(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=d_w_v.unflatten(0, (H, D)))
-    if needed[7]:
-        d_b_q, d_b_k, d_b_v = d_params[3].chunk(3)
-        torch.sum(d_q, 0, out=d_b_q)
-        d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
-        torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
-    if needed[8]:
+    # one buffer for what is one parameter, of which these are the parts
+    d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
+    d_b_q, d_b_k, d_b_v = _parts(d_params[3])
+
+    if needed.out_proj_weight:
         torch.mm(d_out.t(), heads, out=d_params[4])
-    if needed[9]:
+    if needed.out_proj_bias:
         torch.sum(d_out, 0, out=d_params[5])
+    if of_heads:
+        d_heads = (d_out @ weights.out_proj_weight).view(N, H, D)
+        if d_w_v is not None:
+            by_head = d_w_v.unflatten(0, (H, D))
+            torch.bmm(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
+        if d_b_v is not None:
+            torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
+    if of_attention:
+        d_mixed = torch.bmm(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+        d_kept = None
+        if seed is not None and b_v is not None:
+            d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
+        if mask is not None and node.blank:
+            hidden = torch.isneginf(lse)
+            d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
+            d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
+        operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
+        of_tiles = needed.key or needed.value
+        d_moved, d_key, d_value, _ = ops.shared_gradients(
+            ops.run, of_tiles, d_mixed, None, d_kept, d_attn, *operands
+        )
+        d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
+        if d_w_k is not None:
+            by_head = d_w_k.unflatten(0, (H, D))
+            inputs.scaled_bmm(q.permute(1, 2, 0), d_moved, scale, out=by_head)
+        if d_b_k is not None:
+            d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
+    if of_queries:
+        d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)
+        d_q = d_q.transpose(0, 1).reshape(N, H * D)
+        if d_w_q is not None:
+            torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
+        if d_b_q is not None:
+            torch.sum(d_q, 0, out=d_b_q)
+        if needed.query:
+            d_query = d_q @ w_q
+        if asking_in_clip:
+            assert d_key is not None
+            d_key[:, node.query_index].addmm_(d_q, w_q)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 
 
-def _attention_gradients(
-    node: _Node, args: tuple[Any, ...], of_tokens: bool
-) -> tuple[Tensor, Any, Any]:
-    """Gradients of moved queries and, with ``of_tokens``, of keys and values.
-
-    Takes the arguments of ``attend_shared_full_backward``, and asks for no more than is wanted.
-    """
-    name = "attend_shared_query_backward"
-    if not of_tokens and backends.has_kernel(name, args):
-        d_moved, _ = backends.choose(name, args)(*args)
-        return d_moved, None, None
-    name = "attend_shared_full_backward"
-    if mixing.is_plain(node.dropout_p, node.need_weights):
-        name, args = "attend_shared_backward", (*args[:2], *args[4:9], *args[10:12])
-    d_moved, d_key, d_value, _ = backends.choose(name, args)(*args)
-    return d_moved, d_key, d_value
+def _parts(packed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of query, key and value of a parameter that has all three."""
+    return (None,) * 3 if packed is None else packed.chunk(3)
 
 
 def _gradients_by_operators(

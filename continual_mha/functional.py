@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, mixing, ops, reference, ring  # noqa: F401  (ops registers the operators)
+from . import backends, inputs, mixing, ops, reference, ring
 from .dropout import dropout_seed
 from .inputs import Inputs
 from .modes import is_opaque
@@ -203,8 +203,8 @@ def _attend_window(
         return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
     extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device)
-    attend = torch.ops.continual_mha.attend_window
-    out, lse = attend(*given, mixing.sink(extra), seed, first, dropout_p)
+    how = (mixing.sink(extra), seed, first, dropout_p)
+    out, lse = ops.call("attend_window", *given, *how)
     on_extra = mixing.weights_of_extra(extra, lse, dropout_p)
     return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, inputs
+from . import backends, inputs, ops
 from .dropout import dropout_seed
 from .inputs import Mix
 from .modes import is_exporting, is_opaque, is_transformed
@@ -47,12 +47,11 @@ def fused_mix(
 ) -> Mix:
     """The same by the fused operators: what they return tells the extra slots' weights too."""
     args = (moved, key, None if value is key else value, mask, sink(extra))
-    attend = torch.ops.continual_mha.attend_shared
-    full = torch.ops.continual_mha.attend_shared_full
     if is_plain(dropout_p, need_weights):
-        (mixed, lse), share, attn = attend(*args), None, None
+        (mixed, lse), share, attn = ops.call("attend_shared", *args), None, None
     else:
-        mixed, lse, kept, attn = full(*args, seed, dropout_p, need_weights)
+        how = (seed, dropout_p, need_weights)
+        mixed, lse, kept, attn = ops.call("attend_shared_full", *args, *how)
         share = None if seed is None else kept.unsqueeze(-1)
     on_extra = weights_of_extra(extra, lse, dropout_p)
     if on_extra is not None and share is None:

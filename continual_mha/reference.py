@@ -630,10 +630,13 @@ def attend_shared_full_backward(
     lse: Tensor,
     kept: Tensor,
     dropout_p: float,
+    *,
+    tiles: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operator ``attend_shared_full_backward``: as ``attend_shared_backward``.
 
-    A query to which the mask leaves nothing has none either.
+    A query to which the mask leaves nothing has none either. Without ``tiles`` those of key and
+    value have no elements.
     """
     hidden = torch.isneginf(lse)
     attn = torch.exp(shared_scores(query, key, mask) - lse.masked_fill(hidden, 0.0).unsqueeze(-1))
@@ -659,9 +662,11 @@ def attend_shared_full_backward(
     shared = shared.masked_fill(hidden, 0.0)
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
     d_query = torch.matmul(grad_scores, key)
-    d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
-    d_value = torch.matmul(applied.to(given.dtype).transpose(-1, -2), grad_out)
-    if value is None:
+    d_key = d_value = key.new_zeros(0)
+    if tiles:
+        d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
+        d_value = torch.matmul(applied.to(given.dtype).transpose(-1, -2), grad_out)
+    if tiles and value is None:
         d_key, d_value = d_key + d_value, d_key.new_zeros(0)
     d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared
     return d_query, d_key, d_value, d_sink
@@ -672,5 +677,5 @@ def attend_shared_query_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
     Takes what ``attend_shared_full_backward`` does, and returns the gradients of query and sink.
     """
-    d_query, _, _, d_sink = attend_shared_full_backward(*args)
+    d_query, _, _, d_sink = attend_shared_full_backward(*args, tiles=False)
     return d_query, d_sink

@@ -172,14 +172,87 @@ def test_nothing_is_made_for_what_is_frozen() -> None:
     assert allocations.made[module.out_proj.weight.numel()] == 0
 
 
+@pytest.mark.parametrize("slots", ["none", "add_bias_kv", "add_zero_attn"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_clip_without_a_gradient_costs_none(dropout: float) -> None:
-    module = build(dropout=dropout)
+def test_a_clip_without_a_gradient_costs_none(dropout: float, slots: str) -> None:
+    module = build(dropout=dropout, **({} if slots == "none" else {slots: True}))
     x = drawn(module, 29).detach()
     out, _ = module(x)
     with Allocations() as allocations:
         out.backward(torch.ones_like(out))
     assert allocations.made[x.numel()] == 0
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("slots", ["add_bias_kv", "add_zero_attn"])
+def test_the_weights_alone_train_beside_extra_slots(slots: str, need_weights: bool) -> None:
+    module = build(dtype=torch.float64, **{slots: True})
+    x = drawn(module, 9).detach()
+    how = {"need_weights": need_weights}
+    assert_same(gradients(module, x, **how), plain_gradients(module, x, **how))
+
+
+class Work(TorchDispatchMode):
+    """How many products of matrices there were, and which gradients of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.attention: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        space, name = function._schema.name.split("::")
+        self.products += name in ("mm", "bmm", "addmm", "addmm_", "baddbmm")
+        if space == "continual_mha":
+            self.attention.add(name.removeprefix("cpu_attend_shared_"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "products", "attention"),
+    [
+        (["out_proj.bias"], 0, None),
+        (["out_proj.weight"], 1, None),
+        (["in_proj_bias"], 3, "query_backward"),
+        (["in_proj_weight"], 6, "query_backward"),
+        (["out_proj.weight", "in_proj_weight"], 7, "query_backward"),
+        (["v_proj_weight"], 2, None),
+        (["k_proj_weight"], 3, "query_backward"),
+        (["q_proj_weight"], 4, "query_backward"),
+        (["q_proj_weight", "v_proj_weight"], 5, "query_backward"),
+        (["query"], 4, "query_backward"),
+        (["key"], 2, "backward"),
+        (["query", "key"], 4, "backward"),
+        (["one tensor"], 4, "backward"),
+        (["one tensor", "out_proj.weight"], 5, "backward"),
+    ],
+)
+def test_the_backward_computes_what_the_trained_parts_take(
+    trained: list[str], products: int, attention: str | None
+) -> None:
+    packed = not any(
+        name in ("q_proj_weight", "k_proj_weight", "v_proj_weight") for name in trained
+    )
+    module = build(dtype=torch.float64, **({} if packed else {"kdim": 7, "vdim": 7}))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+    x = drawn(module).detach()
+    query, key = x.clone(), x if packed else x[..., :7].contiguous()
+    if "one tensor" in trained:
+        query = key
+    key.requires_grad_("one tensor" in trained or "key" in trained)
+    query.requires_grad_("one tensor" in trained or "query" in trained)
+    tokens = (query, key, key)
+    out, _ = module(*tokens, need_weights=False)
+    assert is_one_node(out)
+    with Work() as work:
+        out.backward(torch.ones_like(out))
+    assert work.products == products
+    assert work.attention == (set() if attention is None else {attention})
+    how = {"need_weights": False}
+    assert_same(gradients(module, *tokens, **how), plain_gradients(module, *tokens, **how))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -306,6 +379,34 @@ def test_with_create_graph_a_gradient_goes_no_further_than_the_node(kind: str) -
         return list(torch.autograd.grad(total, [x, *module.parameters()], **how))
 
     assert_same(grads(True), grads(False))
+
+
+@pytest.mark.parametrize("kind", ["leaf", "made of another", "query of key", "weights"])
+def test_a_penalty_on_some_gradients(kind: str) -> None:
+    """By `grad` and by `backward`, which ask for the gradients of different arguments."""
+    module = build(dtype=torch.float64)
+    start = drawn(module, LENGTH)
+
+    def of_penalty(by_grad: bool) -> list[Tensor | None]:
+        module.zero_grad()
+        start.grad = None
+        x = start if kind == "leaf" else 0.5 * start
+        tokens = (2 * x, x, x) if kind == "query of key" else (x, x, x)
+        out, _ = module(*tokens, need_weights=False)
+        asked = [module.in_proj_weight, module.out_proj.weight] if kind == "weights" else [x]
+        found = torch.autograd.grad(out.square().sum(), asked, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in found)
+        leaves = [start, *module.parameters()]
+        if by_grad:
+            return list(torch.autograd.grad(penalty, leaves, allow_unused=True))
+        penalty.backward()
+        return [leaf.grad for leaf in leaves]
+
+    for by_grad in (False, True):
+        actual = of_penalty(by_grad)
+        with co.use_backend("torch"):
+            expected = of_penalty(by_grad)
+        assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

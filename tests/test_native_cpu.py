@@ -638,6 +638,39 @@ def test_shared_tile_and_its_gradients_are_as_exact_as_torch(
         assert torch.equal(alone, together)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_and_gradients_may_lie_anywhere(dtype: torch.dtype) -> None:
+    """Heads before streams, as products of matrices by head leave them, or features apart."""
+    N, H, S, E = 3, 6, 7, 20
+    native = torch.ops.continual_mha
+    query, grad = (torch.randn(N, H, E).to(dtype) for _ in range(2))
+    key = torch.randn(N, S, E).to(dtype)
+    out, lse = native.cpu_attend_shared(query, key, None, None, None)
+    expected = native.cpu_attend_shared_backward(grad, None, query, key, *[None] * 3, out, lse)
+    for axes in [(1, 0, 2), (0, 2, 1), (2, 1, 0)]:
+        there, back = (x.permute(axes).contiguous().permute(axes) for x in (query, grad))
+        assert not there.is_contiguous()
+        assert torch.equal(native.cpu_attend_shared(there, key, None, None, None)[0], out)
+        found = native.cpu_attend_shared_backward(back, None, there, key, *[None] * 3, out, lse)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype, isa: str) -> None:
+    """A sum over one slot with the weight 1, in which every number of 16 bits comes back, and over
+    two with weights of one half, where numbers lie halfway between two others.
+    """
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    query, one = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
+    for other in (bits, bits.roll(-1), bits.flip(0), torch.zeros_like(bits)):
+        value = torch.stack([bits, other]).unsqueeze(0)
+        out, _ = torch.ops.continual_mha.cpu_attend_shared(
+            query, one.expand(1, 2, 1), value, None, None
+        )
+        expected = ((bits.float() + other.float()) * 0.5).to(dtype)
+        torch.testing.assert_close(out[0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_is_dropped_is_what_the_reference_drops(isa: str) -> None:
     """Weights as they are applied: zeros in the same places."""
     N, H, S, p = 2, 3, 37, 0.6

@@ -16,12 +16,8 @@ struct SharedTag {};
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
                                  const OptionalTensor& mask) {
   AttendSharedParams p{};
-  p.key = key.const_data_ptr();
-  p.value = value.const_data_ptr();
-  p.key_stream_stride = key.stride(0);
-  p.key_slot_stride = key.stride(1);
-  p.value_stream_stride = value.stride(0);
-  p.value_slot_stride = value.stride(1);
+  p.key = {key.const_data_ptr(), key.stride(0), key.stride(1), key.stride(2)};
+  p.value = {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
   p.streams = key.size(0);
   p.num_heads = num_heads;
   p.slots = key.size(1);
@@ -68,15 +64,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
-  const Tensor queries = as_contiguous(query);
-  const Tensor keys = as_rows(key);
-  const Tensor values = value ? as_rows(*value) : keys;
+  const Tensor queries = as_rows(query);
+  const Tensor keys = as_tiles(key);
+  const Tensor values = value ? as_tiles(*value) : keys;
   if (mask) mask = torch::stable::to(*mask, acc);
   if (sink) sink = as_contiguous(torch::stable::to(*sink, acc));
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
-  p.query = queries.const_data_ptr();
+  p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();

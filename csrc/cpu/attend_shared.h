@@ -5,14 +5,21 @@
 
 namespace continual_mha::cpu {
 
-// Tiles (N, S, E*) whose features are next to each other; slots and streams may lie anywhere.
+// Vectors (N, H, E*) whose features are next to each other; heads and streams may lie anywhere.
 inline Tensor as_rows(const Tensor& x) { return x.stride(2) == 1 ? x : as_contiguous(x); }
+
+// Tokens (N, S, E*) as `SharedTiles` are.
+inline Tensor as_tiles(const Tensor& x) { return x.stride(1) == 1 ? x : as_rows(x); }
+
+inline HeadVectors head_vectors(const Tensor& rows) {
+  return {rows.const_data_ptr(), rows.stride(0), rows.stride(1)};
+}
 
 inline ScalarType acc_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Sizes, tiles (from `as_rows`) and mask, (N or 1, H or 1, S) of acc.
+// Sizes, tiles (from `as_tiles`) and mask, (N or 1, H or 1, S) of acc.
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
                                  const OptionalTensor& mask);
 

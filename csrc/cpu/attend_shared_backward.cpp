@@ -39,10 +39,10 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   if (grad_kept) check_shape(*grad_kept, {n, heads}, kOp, "grad_kept");
   if (seed) check_shape(kept, {n, heads}, kOp, "kept");
   if (grad_average) check_shape(*grad_average, {n, key.size(1)}, kOp, "grad_average");
-  const Tensor queries = as_contiguous(query);
-  const Tensor keys = as_rows(key);
-  const Tensor values = value ? as_rows(*value) : keys;
-  const Tensor grads = as_contiguous(grad_out);
+  const Tensor queries = as_rows(query);
+  const Tensor keys = as_tiles(key);
+  const Tensor values = value ? as_tiles(*value) : keys;
+  const Tensor grads = as_rows(grad_out);
   const Tensor outs = as_contiguous(out);
   if (mask) mask = torch::stable::to(*mask, acc);
   sink = contiguous_acc(sink, acc);
@@ -63,11 +63,11 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   const Tensor d_value = optional(of_tiles && value.has_value(), {n, p.slots, p.value_dim}, own);
   const Tensor d_sink = optional(sink.has_value(), {n, heads}, acc);
   const Tensor pairs = optional(of_tiles, {n, p.slots, 2 * heads}, acc);
-  p.query = queries.const_data_ptr();
+  p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
   p.out = outs.mutable_data_ptr();
   p.lse = known->mutable_data_ptr();
-  p.grad_out = grads.const_data_ptr();
+  p.grad_out = head_vectors(grads);
   p.grad_lse = data_or_null(grad_lse);
   p.grad_kept = data_or_null(grad_kept);
   p.grad_average = data_or_null(grad_average);

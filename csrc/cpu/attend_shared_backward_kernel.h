@@ -37,17 +37,6 @@ int64_t shared_gradient_scratch(const SharedGradientParams& p) {
   return arena.used();
 }
 
-// `count` rows of S from `first` on.
-template <class S, class A>
-CMHA_INLINE void widen_rows(const void* rows, int64_t first, int64_t count, int64_t size, A* to) {
-  copy_widened(static_cast<const S*>(rows) + first * size, count * size, A{1}, to);
-}
-
-template <class S, class A>
-CMHA_INLINE void narrow_all(const A* from, int64_t count, S* to) {
-  for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
-}
-
 // What every score of a head gets through the normalisation: the gradient of the logarithm of the
 // denominator less what reaches the weights.
 template <class S, class A>
@@ -56,14 +45,16 @@ CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, in
   if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
   const S* out = static_cast<const S*>(p.out) + row * p.value_dim;
   A sum = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
-  for (int64_t d = 0; d < p.value_dim; ++d) sum -= grad_out[d] * widen(out[d]);
+  A product;
+  dot_tile<1, 1>(out, 0, grad_out, 0, p.value_dim, &product);
+  sum -= product;
   if (p.grad_kept != nullptr) {
     sum -= static_cast<const A*>(p.grad_kept)[row] * static_cast<const A*>(p.kept)[row];
   }
   if (p.grad_average == nullptr) return sum;
   const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
-  for (int64_t s = 0; s < p.slots; ++s) sum -= applied[s] * average[s] / p.num_heads;
-  return sum;
+  dot_tile<1, 1>(applied, 0, average, 0, p.slots, &product);
+  return sum - product / p.num_heads;
 }
 
 // Scores of one head to weights, and the gradients of the applied weights to those of the scores.
@@ -109,20 +100,14 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
                                          int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
-  const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
-  const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
+  const SharedTile<S> key(p.key, n, p.slots, p.key_dim);
+  const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
   A* query = scratch.vectors;
   A* grad_out = query + kC * p.key_dim;
-  widen_rows<S>(p.query, row, kC, p.key_dim, query);
-  widen_rows<S>(p.grad_out, row, kC, p.value_dim, grad_out);
-  const auto to = [&](A* sums) {
-    return [=](int64_t s, int c, A sum)
-               __attribute__((always_inline)) { sums[c * scratch.score_stride + s] = sum; };
-  };
-  dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, query, p.key_dim, p.key_dim,
-               to(scratch.weights));
-  dot_rows<kC>(value, p.value_slot_stride, 0, p.slots, grad_out, p.value_dim, p.value_dim,
-               to(scratch.scores));
+  widen_vectors<S>(p.query, n, head, kC, p.key_dim, query);
+  widen_vectors<S>(p.grad_out, n, head, kC, p.value_dim, grad_out);
+  key.template dot<kC>(query, scratch.weights, scratch.score_stride);
+  value.template dot<kC>(grad_out, scratch.scores, scratch.score_stride);
   A* pairs = nullptr;
   if (p.pairs != nullptr) {
     pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
@@ -137,9 +122,9 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
       pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
     }
   }
-  weighted_rows<kC>(scratch.scores, scratch.score_stride, key, p.key_slot_stride, 0, p.slots,
-                    p.key_dim, scratch.rows, p.key_dim);
-  narrow_all(scratch.rows, kC * p.key_dim, static_cast<S*>(p.grad_query) + row * p.key_dim);
+  key.template sum<kC>(scratch.scores, scratch.score_stride, scratch.rows);
+  copy_narrowed(scratch.rows, kC * p.key_dim, A{1},
+                static_cast<S*>(p.grad_query) + row * p.key_dim);
 }
 
 template <class S>
@@ -162,7 +147,8 @@ CMHA_INLINE void tile_gradient(const A* pairs, int64_t pair_stride, const A* vec
     if constexpr (sizeof(S) == sizeof(A)) out = to + s * features;
     weighted_rows<kQ>(pairs + s * pair_stride, pair_stride, vectors, features, 0, count, features,
                       out, features);
-    if constexpr (sizeof(S) < sizeof(A)) narrow_all(rows, kQ * features, to + s * features);
+    if constexpr (sizeof(S) < sizeof(A))
+      copy_narrowed(rows, kQ * features, A{1}, to + s * features);
   };
   for (; begin + kHeadBlock <= end; begin += kHeadBlock) block(begin, Int<kHeadBlock>{});
   for (; begin < end; ++begin) block(begin, Int<1>{});
@@ -184,8 +170,8 @@ void shared_tile_gradient(const SharedGradientParams& p, void* memory, int64_t b
     A* query = scratch.vectors;
     A* grad_out = scratch.vectors + heads * p.key_dim;
     if (n != there) {
-      widen_rows<S>(p.query, n * heads, heads, p.key_dim, query);
-      widen_rows<S>(p.grad_out, n * heads, heads, p.value_dim, grad_out);
+      widen_vectors<S>(p.query, n, 0, heads, p.key_dim, query);
+      widen_vectors<S>(p.grad_out, n, 0, heads, p.value_dim, grad_out);
       there = n;
     }
     S* grad_key = static_cast<S*>(p.grad_key) + n * p.slots * p.key_dim;

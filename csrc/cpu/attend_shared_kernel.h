@@ -103,21 +103,68 @@ CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scor
   return sum;
 }
 
+// Those of `count` heads of a stream from `head` on.
+template <class S, class A>
+CMHA_INLINE void widen_vectors(const HeadVectors& vectors, int64_t n, int64_t head, int64_t count,
+                               int64_t features, A* to) {
+  const S* from = static_cast<const S*>(vectors.data) + n * vectors.stream_stride;
+  for (int64_t c = 0; c < count; ++c) {
+    copy_widened(from + (head + c) * vectors.head_stride, features, A{1}, to + c * features);
+  }
+}
+
+// The tile of stream n. Where its slots are next to each other, features take the place of rows.
+template <class S>
+struct SharedTile {
+  const S* data;
+  int64_t slot_stride;
+  int64_t feature_stride;
+  int64_t slots;
+  int64_t features;
+
+  CMHA_INLINE SharedTile(const SharedTiles& tiles, int64_t n, int64_t slots, int64_t features)
+      : data(static_cast<const S*>(tiles.data) + n * tiles.stream_stride),
+        slot_stride(tiles.slot_stride),
+        feature_stride(tiles.feature_stride),
+        slots(slots),
+        features(features) {}
+
+  // products[c * stride + slot] = the slot's row times vector c of kC.
+  template <int kC, class A>
+  CMHA_INLINE void dot(const A* vectors, A* products, int64_t stride) const {
+    if (feature_stride != 1) {
+      weighted_rows<kC>(vectors, features, data, feature_stride, 0, features, slots, products,
+                        stride);
+      return;
+    }
+    dot_rows<kC>(data, slot_stride, 0, slots, vectors, features, features,
+                 [&](int64_t slot, int c, A sum)
+                     __attribute__((always_inline)) { products[c * stride + slot] = sum; });
+  }
+
+  // sums[c * features + feature], over slots, of weights[c * stride + slot] times the slot's row.
+  template <int kC, class A>
+  CMHA_INLINE void sum(const A* weights, int64_t stride, A* sums) const {
+    if (feature_stride == 1) {
+      weighted_rows<kC>(weights, stride, data, slot_stride, 0, slots, features, sums, features);
+      return;
+    }
+    dot_rows<kC>(data, feature_stride, 0, features, weights, stride, slots,
+                 [&](int64_t feature, int c, A sum)
+                     __attribute__((always_inline)) { sums[c * features + feature] = sum; });
+  }
+};
+
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.
 template <int kC, class S, class Q>
 CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S>& scratch,
                               int64_t n, int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
-  const Q* query = static_cast<const Q*>(p.query) + row * p.key_dim;
-  const S* key = static_cast<const S*>(p.key) + n * p.key_stream_stride;
-  const S* value = static_cast<const S*>(p.value) + n * p.value_stream_stride;
   Q* out = static_cast<Q*>(p.out) + row * p.value_dim;
-  copy_widened(query, kC * p.key_dim, A{1}, scratch.q);
-  dot_rows<kC>(key, p.key_slot_stride, 0, p.slots, scratch.q, p.key_dim, p.key_dim,
-               [&](int64_t s, int c, A sum) __attribute__((always_inline)) {
-                 scratch.scores[c * scratch.score_stride + s] = sum;
-               });
+  widen_vectors<Q>(p.query, n, head, kC, p.key_dim, scratch.q);
+  const SharedTile<S> key(p.key, n, p.slots, p.key_dim);
+  key.template dot<kC>(scratch.q, scratch.scores, scratch.score_stride);
   A scale[kC];
   for (int c = 0; c < kC; ++c) {
     A* scores = scratch.scores + c * scratch.score_stride;
@@ -129,12 +176,10 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
     if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
     scale[c] = normaliser.inputs;
   }
-  weighted_rows<kC>(scratch.scores, scratch.score_stride, value, p.value_slot_stride, 0, p.slots,
-                    p.value_dim, scratch.out, p.value_dim);
+  const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
+  value.template sum<kC>(scratch.scores, scratch.score_stride, scratch.out);
   for (int c = 0; c < kC; ++c) {
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      narrow(scratch.out[c * p.value_dim + d] * scale[c], out + c * p.value_dim + d);
-    }
+    copy_narrowed(scratch.out + c * p.value_dim, p.value_dim, scale[c], out + c * p.value_dim);
   }
 }
 

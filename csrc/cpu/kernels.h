@@ -126,26 +126,37 @@ struct InputStepParams : MovedParams {
 };
 
 // A query per head against one key and value tile per stream.
+// A vector of each head of each stream, (N, H, E*), whose features are next to each other.
+struct HeadVectors {
+  const void* data;
+  int64_t stream_stride;
+  int64_t head_stride;
+};
+
+// Tokens (N, S, E*): either features or slots are next to each other.
+struct SharedTiles {
+  const void* data;
+  int64_t stream_stride;
+  int64_t slot_stride;
+  int64_t feature_stride;
+};
+
 struct AttendSharedParams {
-  const void* query;  // (N, H, Ek)
-  const void* key;    // (N, S, Ek)
-  const void* value;  // (N, S, Ev)
-  const void* mask;   // acc, or null
-  const void* sink;   // (N, H) acc, or null
-  void* extra;        // as in MovedParams, or null; then there is no sink
-  void* out;          // (N, H, Ev)
-  void* lse;          // (N, H) acc, or null
-  void* weights;      // (N, H, S + extra_weights) acc, or null
-  void* kept;         // what dropout leaves of the weights' sum, (N, H) acc, or null without it
+  HeadVectors query;
+  SharedTiles key;
+  SharedTiles value;
+  const void* mask;  // acc, or null
+  const void* sink;  // (N, H) acc, or null
+  void* extra;       // as in MovedParams, or null; then there is no sink
+  void* out;         // (N, H, Ev)
+  void* lse;         // (N, H) acc, or null
+  void* weights;     // (N, H, S + extra_weights) acc, or null
+  void* kept;        // what dropout leaves of the weights' sum, (N, H) acc, or null without it
   int64_t seed;
   float dropout_p;
   int64_t mask_stream_stride;
   int64_t mask_head_stride;
   int64_t mask_slot_stride;
-  int64_t key_stream_stride;
-  int64_t key_slot_stride;
-  int64_t value_stream_stride;
-  int64_t value_slot_stride;
   int64_t streams;
   int64_t num_heads;
   int64_t slots;
@@ -157,7 +168,7 @@ struct AttendSharedParams {
 
 // Its gradients. `out`, `lse` and `kept` are results of the forward, and `weights` is not used.
 struct SharedGradientParams : AttendSharedParams {
-  const void* grad_out;      // (N, H, Ev)
+  HeadVectors grad_out;
   const void* grad_lse;      // (N, H) acc, or null
   const void* grad_kept;     // (N, H) acc, or null
   const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null

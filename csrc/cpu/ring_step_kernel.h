@@ -131,7 +131,7 @@ void ring_step(const RingStepParams& p, void* memory, int64_t begin, int64_t end
     A* attended = p.out_is_storage ? scratch.out : static_cast<A*>(p.out) + out;
     attend(scratch.q, k, v, slots, p.head_dim, extra, scratch.scores, attended);
     if (!p.out_is_storage) continue;
-    for (int64_t d = 0; d < p.head_dim; ++d) narrow(attended[d], static_cast<S*>(p.out) + out + d);
+    copy_narrowed(attended, p.head_dim, A{1}, static_cast<S*>(p.out) + out);
   }
 }
 

@@ -173,7 +173,7 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
       }
       for (int64_t q = 0; q < count; ++q) {
         S* to = out + (token + q - p.first) * p.num_heads * p.head_dim;
-        for (int64_t d = 0; d < p.head_dim; ++d) narrow(scratch.out[q * p.head_dim + d], to + d);
+        copy_narrowed(scratch.out + q * p.head_dim, p.head_dim, A{1}, to);
       }
       token += count;
     }

@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
   check(query, key, value, w, mask, num_heads);
   const DType dtype = dtype_of(query, kOp);
   const Kernels& table = kernels(dtype);
-  const Tensor keys = as_rows(key);
-  const Tensor values = same_tokens(key, value) ? keys : as_rows(value);
+  const Tensor keys = as_tiles(key);
+  const Tensor values = same_tokens(key, value) ? keys : as_tiles(value);
   if (mask) mask = torch::stable::to(*mask, acc_type(dtype));
   AttendSharedParams shared = shared_params(keys, values, num_heads, mask);
   shared.blank = mask.has_value() && !need_weights;
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
                  moved.q, e);
   parallel(num_heads, n * e * shared.key_dim / num_heads,
            [&](int64_t begin, int64_t end) { table.move_queries(moved, begin, end); });
-  shared.query = moved.moved;
+  shared.query = {moved.moved, num_heads * shared.key_dim, shared.key_dim};
   shared.out = moved.mixed;
   shared.extra = moved.extra;
   if (need_weights) {

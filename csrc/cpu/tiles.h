@@ -19,7 +19,18 @@ CMHA_INLINE T max_of(T a, T b) {
 
 template <class S, class A>
 CMHA_INLINE void copy_widened(const S* src, int64_t count, A scale, A* dst) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = widen(src[i]) * scale;
+  constexpr int kLanes = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store<A>(dst + i, load(src + i) * scale);
+  for (; i < count; ++i) dst[i] = widen(src[i]) * scale;
+}
+
+template <class S, class A>
+CMHA_INLINE void copy_narrowed(const A* src, int64_t count, A scale, S* dst) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) narrow(load(src + i) * scale, dst + i);
+  for (; i < count; ++i) narrow(src[i] * scale, dst + i);
 }
 
 // A number as a type, to choose a template's argument inside a generic lambda.

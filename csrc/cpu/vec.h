@@ -229,6 +229,32 @@ CMHA_INLINE void store_partial(A* p, typename Simd<A>::Vec v, int64_t count) {
   memcpy(p, &v, static_cast<size_t>(count) * sizeof(A));
 }
 
+// Conversions of kLanes elements: the bits of `narrow` for one, but for those that say which NaN.
+
+CMHA_INLINE void narrow(FVec v, float* p) { store(p, v); }
+CMHA_INLINE void narrow(DVec v, double* p) { store(p, v); }
+
+CMHA_INLINE void narrow(FVec v, BFloat16* p) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const FHalf half = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0u, FHalf);
+  memcpy(p, &half, sizeof(half));
+}
+
+CMHA_INLINE void narrow(FVec v, Float16* p) {
+#if defined(__AVX512F__)
+  const __m256i half =
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &half, sizeof(half));
+#elif defined(__AVX2__)
+  const __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &half, sizeof(half));
+#else
+  for (int i = 0; i < Simd<float>::kLanes; ++i) narrow(v[i], p + i);
+#endif
+}
+
 template <class A>
 CMHA_INLINE typename Simd<A>::Vec broadcast(A x) {
   return x - typename Simd<A>::Vec{};
