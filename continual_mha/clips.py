@@ -19,7 +19,7 @@ from .precision import autocast_dtype
 from .reference import Options, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
-_CPU_MANY_STREAMS = 128
+_CPU_MANY_STREAMS = 64
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 

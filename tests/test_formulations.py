@@ -261,10 +261,10 @@ def operators_run(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "streams", "clip", "expected"),
     [
-        (torch.bfloat16, 127, 7, "single_query"),
-        (torch.bfloat16, 128, 7, "attend_shared"),  # 14 slots of heads, 8 features
-        (torch.bfloat16, 128, 8, "single_query"),
-        (torch.float32, 128, 7, "single_query"),
+        (torch.bfloat16, 63, 7, "single_query"),
+        (torch.bfloat16, 64, 7, "attend_shared"),  # 14 slots of heads, 8 features
+        (torch.bfloat16, 64, 8, "single_query"),
+        (torch.float32, 64, 7, "single_query"),
     ],
 )
 def test_a_clip_on_the_cpu_is_left_to_matrix_products_only_where_those_gain(

@@ -231,15 +231,13 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType
   in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
 }
 
-// Measured with MKL and oneDNN on AVX-512, see docs/cpu.md: oneDNN has bfloat16's own instructions,
-// which the kernels match up to some 100 tokens where they have those of vectors; short rows leave
-// the kernels too much time in adding up lanes. Elsewhere the kernels are at least as fast, and
-// give a stream the same bits in a batch of any size.
-bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim) {
-  if (dtype == DType::kBFloat16) {
-    return tokens >= (kernels(dtype).tokens_are_acc || has_matrix_unit() ? 16 : 128);
-  }
-  return dtype == DType::kFloat32 && embed_dim < 256 && tokens >= 32;
+// Measured beside MKL and oneDNN on AVX-512, see docs/cpu.md: oneDNN has bfloat16's own
+// instructions, which the kernels match for fewer tokens where they have those of vectors.
+// Elsewhere the kernels are at least as fast, and give a stream the same bits in a batch of any
+// size.
+bool prefers_gemm(DType dtype, int64_t tokens) {
+  const bool in_pairs = !kernels(dtype).tokens_are_acc && !has_matrix_unit();
+  return dtype == DType::kBFloat16 && tokens >= (in_pairs ? 64 : 16);
 }
 
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,

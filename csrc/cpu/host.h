@@ -127,7 +127,7 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType
                     int64_t rows);
 
 // Whether torch's matrix multiplication beats the kernels for so many tokens at once.
-bool prefers_gemm(DType dtype, int64_t tokens, int64_t embed_dim);
+bool prefers_gemm(DType dtype, int64_t tokens);
 
 // In-projection of (tokens, E*) each. The result is valid until the thread's next call.
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,

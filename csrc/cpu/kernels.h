@@ -125,7 +125,6 @@ struct InputStepParams : MovedParams {
   int64_t group_heads;  // heads of one task
 };
 
-// A query per head against one key and value tile per stream.
 // A vector of each head of each stream, (N, H, E*), whose features are next to each other.
 struct HeadVectors {
   const void* data;
@@ -141,6 +140,7 @@ struct SharedTiles {
   int64_t feature_stride;
 };
 
+// A query per head against one key and value tile per stream.
 struct AttendSharedParams {
   HeadVectors query;
   SharedTiles key;

@@ -20,18 +20,6 @@ void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int6
   }
 }
 
-template <int kCount, class A, class O>
-CMHA_INLINE void narrow_all(const A* x, O* out) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  if constexpr (std::is_same_v<O, BFloat16> && kCount >= kLanes) {
-    const FHalf bits = narrow_to_bfloat16(load(x));
-    memcpy(out, &bits, sizeof(bits));
-    if constexpr (kCount > kLanes) narrow_all<kCount - kLanes>(x + kLanes, out + kLanes);
-  } else {
-    for (int i = 0; i < kCount; ++i) narrow(x[i], out + i);
-  }
-}
-
 // kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
 template <class S, class X, class O, int kCount, int kC>
 CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stretch,
@@ -50,7 +38,7 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
     }
   }
   O narrowed[kCount * kC];
-  narrow_all<kCount * kC>(sums, narrowed);
+  copy_narrowed(sums, kCount * kC, A{1}, narrowed);
   for (int r = 0; r < kCount; ++r) {
     for (int c = 0; c < kC; ++c) {
       out[c * p.out_stride + row + r * stretch] = narrowed[r * kC + c];

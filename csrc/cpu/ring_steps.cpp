@@ -60,7 +60,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);
-  const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams * count, e);
+  const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams * count);
   const Projected tokens = project_in(q, k, v, w, dtype, gemm);
   RingStepsParams p{};
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, add_zero_attn);

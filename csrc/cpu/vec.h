@@ -72,6 +72,9 @@ using FVec = Simd<float>::Vec;
 using FInt = Simd<float>::Int;
 using FHalf = Simd<float>::Half;
 using DVec = Simd<double>::Vec;
+#if defined(__aarch64__)
+typedef __fp16 FNative __attribute__((vector_size(kVectorBytes / 2)));
+#endif
 
 template <class To, class From>
 CMHA_INLINE To bit_cast(const From& from) {
@@ -164,8 +167,7 @@ CMHA_INLINE FVec load(const Float16* p) {
   memcpy(&half, p, sizeof(half));
   return bit_cast<FVec>(_mm256_cvtph_ps(half));
 #elif defined(__aarch64__)
-  typedef __fp16 Native __attribute__((vector_size(kVectorBytes / 2)));
-  Native half;
+  FNative half;
   memcpy(&half, p, sizeof(half));
   return __builtin_convertvector(half, FVec);
 #else
@@ -173,14 +175,6 @@ CMHA_INLINE FVec load(const Float16* p) {
   for (int i = 0; i < Simd<float>::kLanes; ++i) v[i] = widen(p[i]);
   return v;
 #endif
-}
-
-// As `narrow`, each lane. The processor's own conversion would make zeros of subnormal numbers.
-CMHA_INLINE FHalf narrow_to_bfloat16(FVec x) {
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
-  const Bits bits = bit_cast<Bits>(x);
-  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0u, FHalf);
 }
 
 // The first `count` < kLanes elements, zeros behind them; reads no byte beyond.
@@ -238,6 +232,7 @@ CMHA_INLINE void narrow(FVec v, BFloat16* p) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Bits bits = bit_cast<Bits>(v);
   const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  // The processor's own conversion would make zeros of subnormal numbers.
   const FHalf half = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0u, FHalf);
   memcpy(p, &half, sizeof(half));
 }
@@ -249,6 +244,9 @@ CMHA_INLINE void narrow(FVec v, Float16* p) {
   memcpy(p, &half, sizeof(half));
 #elif defined(__AVX2__)
   const __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &half, sizeof(half));
+#elif defined(__aarch64__)
+  const FNative half = __builtin_convertvector(v, FNative);
   memcpy(p, &half, sizeof(half));
 #else
   for (int i = 0; i < Simd<float>::kLanes; ++i) narrow(v[i], p + i);
