@@ -224,7 +224,7 @@ def bind_cpu_step(name: str, *args: Any) -> Callable[[Tensor, Tensor | None], Te
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels run with: "avx512_bf16", "avx512", "avx2", "baseline"."""
+    """The CPU kernels' instruction set: "avx512_bf16", "avx512", "avx2" or "baseline"."""
     name: bytes = _cpu_functions().continual_mha_cpu_isa()
     return name.decode()
 

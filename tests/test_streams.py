@@ -237,22 +237,26 @@ def test_own_kernels_give_the_same_bits_in_any_slot_and_batch(kind, backend):
             assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
 
 
-def test_wide_models_keep_their_bits_in_large_batches_on_the_cpu_kernels():
-    """From 256 features on, the kernels serve fp32 projections in a batch of any size."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_streams_keep_their_bits_in_large_batches_on_the_cpu_kernels(dtype):
+    """All of a step runs on them, but for bfloat16, in a batch of any size."""
     if "cpu" not in co.backends.available():
         pytest.skip("the CPU library is not built")
-    sizes = {"embed_dim": 256, "num_heads": 4, "sequence_len": 3}
-    module = build(formulation="kv", **sizes).requires_grad_(False)
-    x = draw_tokens(module, 130, 5)[0]
+    sizes = {"embed_dim": 96, "num_heads": 4, "sequence_len": 3}
+    module = build(formulation="kv", **sizes).to(dtype).requires_grad_(False)
+    x = draw_tokens(module, 130, 9)[0]
+
+    def outputs(rows):
+        module.start_streams(len(rows))
+        steps = [module.forward_step(x[rows, t]) for t in range(5)]
+        return torch.cat([torch.stack(steps, 1), module.forward_steps(x[rows, 5:])], 1)
+
     with co.use_backend("cpu"):
-        module.start_streams(1)
-        expected = [module.forward_step(x[7:8, t])[0] for t in range(5)]
+        [expected] = outputs(torch.tensor([7]))
         for streams, slot in ((33, 32), (130, 64)):
             rows = torch.arange(streams)
             rows[slot] = 7
-            module.start_streams(streams)
-            for t in range(5):
-                assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
+            assert torch.equal(outputs(rows)[slot], expected)
 
 
 BATCH_INVARIANT = {
