@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
+
 _FOLDER = Path(__file__).parent / "lib"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CUDA_CAPABILITY = (8, 0)
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _CPU_INPUT_STEPS = ("input_step_", "input_steps_")
 # Where the query is among the arguments, before key and value.
@@ -79,8 +80,8 @@ def why_not_cuda(name: str, *args: Any) -> str | None:
     """Why the CUDA library cannot run the operator ``name`` with these arguments, or None."""
     if not args[0].is_cuda:
         return "a tensor is not on a CUDA device"
-    if torch.cuda.get_device_capability(args[0].device) < _CUDA_CAPABILITY:
-        return "the device is older than compute capability 8.0"
+    if reason := devices.why_unfit(args[0].device):
+        return reason
     if name == "ring_step_":
         return _why_not_cuda_step(args)
     if name in ("attend_shared", "attend_shared_backward"):

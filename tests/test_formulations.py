@@ -34,6 +34,7 @@ from continual_mha import (
     RingState,
     backends,
     clips,
+    devices,
     formulations,
     mixing,
     reference,
@@ -432,12 +433,23 @@ def test_auto_takes_inputs_where_few_programs_of_the_triton_kernel_read_a_stream
     size = dtype.itemsize
     for embed_dim in (48, 192, 512, 1000, 1024, 1536, 2048, 2049):
         for heads in (1, 2, 4, 8, 12, 16, 24, 32):
-            serves = plan.input_step_covers(embed_dim, heads, size) is None
+            serves = plan.input_step_covers(embed_dim, size) is None
             if serves:
                 block = plan.input_plan(4096, embed_dim, heads, 4096, size).block_h
                 serves = heads <= programs * (block if size == 2 else min(block, 8))
             kept = chosen(4096, embed_dim, heads, 4096, dtype, "cuda")
             assert (kept == "input") == serves, (embed_dim, heads)
+
+
+def test_auto_takes_inputs_only_where_the_gpu_has_memory_for_the_kernel(monkeypatch):
+    wide, narrow = (4096, 2048, 8, 64, torch.bfloat16), (4096, 1024, 8, 64, torch.bfloat16)
+    assert chosen(*wide, "cuda") == "input"
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "has_little_memory", lambda device: True)
+        assert chosen(*wide, "cuda") == "kv"
+        assert chosen(*narrow, "cuda") == "input"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert chosen(*narrow, "cuda") == "kv"
 
 
 def test_auto_takes_inputs_where_a_gpu_reads_large_rings():

@@ -14,7 +14,7 @@ from continual_mha.triton_kernels import aot, plan
 from continual_mha.triton_kernels.attend_shared import _one_tile_backward_kernel
 from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.input_step import _asked_kernel
-from continual_mha.triton_kernels.launch import INTERPRETED, Launch
+from continual_mha.triton_kernels.launch import INTERPRETED, Launch, pretended_little_memory
 from continual_mha.triton_kernels.ring_steps import ring_steps_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -77,17 +77,19 @@ def full_configurations() -> Iterator[tuple[str, list[Launch]]]:
         yield name, [x for x in launches if x.kernel is not _asked_kernel]
 
 
-def input_configurations() -> Iterator[tuple[str, list[Launch]]]:
-    for dtype, rows in ((HALF, plan.INPUT_ROWS_16), (FULL, plan.INPUT_ROWS_32)):
+def input_configurations(little: bool = False) -> Iterator[tuple[str, list[Launch]]]:
+    in_half = plan.LITTLE_INPUT_ROWS_16 if little else plan.INPUT_ROWS_16
+    widest = max(in_half)
+    for dtype, rows in ((HALF, in_half), (FULL, plan.INPUT_ROWS_32)):
         for E in rows:
             yield f"inputs-E{E}-{dtype}", aot.input_step_launches(4096, E, 8, 4096, dtype)
-    for E in plan.INPUT_ROWS_16:
+    for E in in_half:
         launches = aot.input_step_launches(4096, E, 8, 4096, HALF, codes=torch.uint8)
         yield f"inputs-E{E}-e4m3", launches
-    for E, dtype in ((2048, HALF), (1024, FULL)):
+    for E, dtype in ((widest, HALF), (1024, FULL)):
         launches = aot.input_step_launches(4096, E, 8, 4096, dtype, codes=torch.int8)
         yield f"inputs-E{E}-{dtype}-int8", launches
-    for E, H in ((512, 32), (2048, 32)):  # as many heads as a program may have, and two of them
+    for E, H in ((512, 32), (widest, 32)):  # as many heads as a program may have, and more of them
         yield f"inputs-E{E}-H{H}", aot.input_step_launches(512, E, H, 250, HALF)
     yield "inputs-H16-float32", aot.input_step_launches(512, 512, 16, 250, FULL)
     yield "inputs-invariant", aot.input_step_launches(64, 512, 8, 4096, HALF, path="invariant")
@@ -149,15 +151,35 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
         yield name + ("-full" if full else ""), launches
 
 
-CONFIGURATIONS = dict(
-    [
-        *step_configurations(),
-        *input_configurations(),
-        *full_configurations(),
-        *steps_configurations(),
-        *shared_configurations(),
-    ]
-)
+def configurations(little: bool = False) -> dict[str, list[Launch]]:
+    return dict(
+        [
+            *step_configurations(),
+            *input_configurations(little),
+            *full_configurations(),
+            *steps_configurations(),
+            *shared_configurations(),
+        ]
+    )
+
+
+def shape_of(launch: Launch) -> tuple[Any, ...]:
+    """What the machine code depends on, and the sizes of tensors."""
+    args = tuple((x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in launch.args)
+    return launch.kernel, args, sorted(launch.options.items())
+
+
+CONFIGURATIONS = configurations()
+with pretended_little_memory():
+    LITTLE_CONFIGURATIONS = configurations(little=True)
+# Those that are the same with little shared memory, which are looked at once.
+EVERYWHERE = {
+    name
+    for name, launches in LITTLE_CONFIGURATIONS.items()
+    if list(map(shape_of, launches)) == list(map(shape_of, CONFIGURATIONS.get(name, [])))
+}
+for name in EVERYWHERE:
+    del LITTLE_CONFIGURATIONS[name]
 
 
 def tile_bytes(launch: Launch) -> int:
@@ -174,6 +196,8 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         report = aot.compile_launch(launch, capability)
         assert report.spills == 0, report.kernel
         assert report.resident_programs(plan.SHARED_MEMORY[capability]) >= 1, report.kernel
+        if name in EVERYWHERE:
+            assert report.resident_programs(min(plan.LITTLE_MEMORY.values())) >= 1, report.kernel
         reads_ring = report.kernel == "_ring_step_kernel"
         if reads_ring and "fused" not in name:
             loads = report.loads_in_loops()
@@ -196,6 +220,15 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         multiplies = report.kernel not in without and not (reads_ring and "fused" not in name)
         if multiplies and launch.args[0].dtype.itemsize == 2:
             assert report.has_matrix_instructions(), report.kernel
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+@pytest.mark.parametrize("name", LITTLE_CONFIGURATIONS)
+def test_configuration_fits_a_chip_with_little_shared_memory(name: str, capability: int) -> None:
+    for launch in LITTLE_CONFIGURATIONS[name]:
+        report = aot.compile_launch(launch, capability)
+        assert report.spills <= (8 if capability == 120 else 0), report.kernel
+        assert report.resident_programs(plan.LITTLE_MEMORY[capability]) >= 1, report.kernel
 
 
 _MEMORY = re.compile(r"\b(?:atom|ld|st|red)\.global\S*|\bcp\.async\.c\S*|\bbar\.sync\b")

@@ -21,7 +21,7 @@ from triton_cases import (
 from continual_mha import inputs, reference
 from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels.input_step import input_step_, why_not
-from continual_mha.triton_kernels.launch import counters
+from continual_mha.triton_kernels.launch import counters, pretended_little_memory
 from continual_mha.triton_kernels.plan import InputPlan, input_plan
 from continual_mha.triton_kernels.ring_step import ring_step_
 
@@ -351,6 +351,28 @@ def test_an_uncovered_call_is_declined_with_the_reason() -> None:
     assert "embed_dim" in (
         why_not("input_step_", *wide.arguments(wide.state, wide.token()[0])) or ""
     )
+    half = InputCase(H=8, D=256, dtype=torch.float16)
+    args = half.arguments(half.state, half.token()[0])
+    assert why_not("input_step_", *args) is None
+    if DEVICE == "cpu":
+        with pretended_little_memory():
+            assert "embed_dim 2048 is over 1024" in (why_not("input_step_", *args) or "")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has what it has")
+def test_a_step_where_programs_have_little_shared_memory() -> None:
+    """A tile of fewer rows in half precision, and of fp32 no second one under way."""
+    for dtype in (torch.float16, torch.float32):
+        case = InputCase(N=2, H=1, D=1024, L=20, dtype=dtype).warm()
+        token = case.token()[0]
+        plain, exact = (
+            inputs.input_step_(*(in_float64(args) if wide else args))
+            for wide in (False, True)
+            for args in [case.arguments(case.copied_state(), token)]
+        )
+        with pretended_little_memory():
+            out = input_step_(*case.arguments(case.state, token))
+        assert_as_exact_as_torch(out, plain, exact)
 
 
 @pytest.mark.usefixtures("products_by_row")

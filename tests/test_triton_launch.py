@@ -7,16 +7,38 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import continual_mha
+from continual_mha import devices
 from continual_mha.triton_kernels import launch as module
 from continual_mha.triton_kernels import pieces, plan, ring_step
 from continual_mha.triton_kernels.launch import constants_of, counters, launch, record
 from continual_mha.triton_kernels.pieces import dot_precision
+
+
+def test_gpus_that_no_kernel_is_for_are_declined_and_small_ones_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda", 0)
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert devices.why_unfit(gpu) is None
+    assert devices.has_little_memory(gpu)
+    properties.shared_memory_per_block_optin = 163 << 10
+    assert not devices.has_little_memory(gpu)
+    x: Any = SimpleNamespace(device=gpu, dtype=torch.float16)
+    assert pieces.not_taken(x) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "older than compute capability 8.0" in (pieces.not_taken(x) or "")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in (pieces.not_taken(x) or "")
 
 
 class StandIn:

@@ -20,7 +20,7 @@ from .attend_shared import (
 )
 from .attend_window import attend_window, attend_window_backward
 from .input_step import input_step_
-from .launch import Launch, record, without_spills
+from .launch import Launch, little_memory, record, without_spills
 from .plan import input_plan, invariant_step_plan, step_plan
 from .ring_step import ring_step_
 from .ring_steps import ring_steps_
@@ -184,7 +184,7 @@ def step_launches(
     if path == "invariant":
         plan = invariant_step_plan(E, H, L, dtype.itemsize, slot)
     else:
-        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot)
+        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot, little_memory(token))
     args = _ring_arguments(N, E, H, L, dtype)
     scale = None
     if codes is not None:
@@ -225,7 +225,8 @@ def input_step_launches(
     options = [_DELAY, _meta(torch.bool, N), True, 0.1] if full else [0, None, False, 0.0]
     invariant = path == "invariant"
     given = None if invariant else path
-    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, given)
+    little = little_memory(ring)
+    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, given, little=little)
     with record() as launches:
         input_step_(*[*args, *options, True, scale, invariant, plan])
     return launches

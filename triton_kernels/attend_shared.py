@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import constants_of, counters, launch
+from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
     LN2,
     LOG2E,
@@ -714,7 +714,8 @@ def attend_shared_full(
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
-    plan = shared_plan(N, H, S, EK, EV, query.element_size(), value is None, seed is not None)
+    sizes = (N, H, S, EK, EV, query.element_size(), value is None)
+    plan = shared_plan(*sizes, seed is not None, little_memory(query))
     if plan.by_rows:
         query, key = _side_by_side(query, key)
     value = key if value is None else value
@@ -824,7 +825,8 @@ def attend_shared_full_backward(
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
-    plan = shared_backward_plan(N, H, S, EK, EV, query.element_size(), value is None)
+    sizes = (N, H, S, EK, EV, query.element_size(), value is None)
+    plan = shared_backward_plan(*sizes, little_memory(query))
     parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)
     if plan.by_rows:
         query, key, grad_out = _side_by_side(query, key, grad_out)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, encode, scale_of, unit_of
-from .launch import constants_of, counters, launch
+from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
     LOG2E,
     cast,
@@ -550,7 +550,7 @@ def why_not(
         return "a weight or the state is not contiguous"
     if x_ring.shape[1] * x_ring.shape[2] >= MAX_ELEMENTS:
         return f"a stream's ring of {MAX_ELEMENTS} numbers or more"
-    return input_step_covers(x_ring.shape[2], num_heads, query.element_size())
+    return input_step_covers(x_ring.shape[2], query.element_size(), little_memory(query))
 
 
 def input_step_(
@@ -583,9 +583,9 @@ def input_step_(
     shape = (E, num_heads, L, query.element_size())
     linear = F.linear
     if batch_invariant:
-        plan = invariant_input_plan(*shape, x_scale is not None)
+        plan = invariant_input_plan(*shape, x_scale is not None, little_memory(query))
         linear = functools.partial(tiled_linear, plan=invariant_step_plan(*shape))
-    plan = plan or input_plan(N, *shape, x_scale is not None)
+    plan = plan or input_plan(N, *shape, x_scale is not None, little=little_memory(query))
     query = query if query.stride(1) == 1 else query.contiguous()
     active = active.contiguous() if update and active is not None else None
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
+from ..devices import has_little_memory
+
 _Made = TypeVar("_Made")
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -27,9 +29,14 @@ class Launch(NamedTuple):
 
 
 class _Here(threading.local):
-    """What is so for one thread: the launches that it collects instead of running them, if any."""
+    """What is so for one thread.
+
+    launches: those that it collects instead of running them, if any.
+    little: how much shared memory is pretended for tensors that are on no GPU.
+    """
 
     launches: list[Launch] | None = None
+    little = False
 
 
 _here = _Here()
@@ -52,6 +59,21 @@ def record() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _here.launches = previous
+
+
+@contextlib.contextmanager
+def pretended_little_memory() -> Iterator[None]:
+    """Plan for a GPU with little shared memory where tensors of this thread are on none."""
+    previous, _here.little = _here.little, True
+    try:
+        yield
+    finally:
+        _here.little = previous
+
+
+def little_memory(x: torch.Tensor) -> bool:
+    """Whether a program may have no more than 99 KiB of shared memory where `x` is."""
+    return has_little_memory(x.device) if x.device.type == "cuda" else _here.little
 
 
 def recording() -> bool:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..devices import why_unfit
 from .launch import INTERPRETED, recording
 
 # The interpreter multiplies bfloat16 operands of a dot as raw 16-bit integers, so there they are
@@ -19,7 +20,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 def not_taken(x: torch.Tensor) -> str | None:
     """Why no kernel takes tensors like this one, or None."""
-    if x.device.type != "cuda" and not INTERPRETED and not recording():
+    if x.device.type == "cuda":
+        if reason := why_unfit(x.device):
+            return reason
+    elif not INTERPRETED and not recording():
         return f"the tensors are on {x.device.type}, and Triton needs cuda"
     if x.dtype not in DTYPES and not (INTERPRETED and x.dtype == torch.float64):
         return f"no kernel for {x.dtype}"

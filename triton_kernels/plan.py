@@ -15,6 +15,8 @@ MULTIPROCESSORS = 132
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 1 << 31  # of what offsets of 32 bits reach: a head's ring, or a stream's of inputs
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Where that is less, plans are asked for with `little`.
+LITTLE_MEMORY = {86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}
 
 
 class StepPlan(NamedTuple):
@@ -90,6 +92,7 @@ def step_plan(
     path: str | None = None,
     splits: int = 0,
     slot_itemsize: int = 0,
+    little: bool = False,
 ) -> StepPlan:
     """The plan of a step of `N` streams; `path` and `splits` override the table.
 
@@ -131,6 +134,7 @@ def step_plan(
     wide = 4096 // max(itemsize, 2)
     # Without the matrix unit the product of a group is unrolled, and 256 features at once spill.
     features = 64 if rule.path == "group" and itemsize > 2 else 256
+    crowded = little and itemsize > 2 and rule.path == "fused"  # 64 KiB for each block of weights
     return StepPlan(
         path=rule.path,
         group=group,
@@ -141,7 +145,7 @@ def step_plan(
         block_k=max(16, min(features, wide * 16 // block_d)),
         block_e=max(16, min(128, wide * 8 // block_d)),
         num_warps=warps,
-        stages=3,
+        stages=2 if crowded else 3,
         block_n=16,
         block_o=16,
         pdl=rule.pdl,
@@ -191,8 +195,9 @@ class SharedPlan(NamedTuple):
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
-# beside the queries, on every architecture; once of the widest.
+# beside the queries; once of the widest.
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
+LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
 # Warps, which divide the features: 32 for each, or Triton would give a thread fewer than four.
@@ -204,19 +209,28 @@ ROW_HEADS = 8  # of a program with `row_scores`
 
 @lru_cache(maxsize=1024)
 def shared_plan(
-    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool, dropout: bool = False
+    N: int,
+    H: int,
+    S: int,
+    EK: int,
+    EV: int,
+    itemsize: int,
+    one_tensor: bool,
+    dropout: bool = False,
+    little: bool = False,
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
     # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
     block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
     by_rows = one_tensor and itemsize > 2 and width in SHARED_ROWS_32
-    one_tile = by_rows or (one_tensor and itemsize == 2 and width in SHARED_ROWS and block_h <= 16)
+    rows = LITTLE_SHARED_ROWS if little else SHARED_ROWS
+    one_tile = by_rows or (one_tensor and itemsize == 2 and width in rows and block_h <= 16)
     if by_rows:
         block_h, block_s, block_v = ROW_HEADS, SHARED_ROWS_32[width], width
         warps = ROW_WARPS[width]
     elif one_tile:
-        block_s, block_v, warps = SHARED_ROWS[width], width, 8 if width >= 1024 else 4
+        block_s, block_v, warps = rows[width], width, 8 if width >= 1024 else 4
     else:
         # Philox keeps five numbers per weight, which more warps share.
         accumulators = 2048 if dropout and itemsize > 2 else 8192
@@ -227,6 +241,8 @@ def shared_plan(
     blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
     splits = _splits(blocks, S, block_s)
     stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
+    if little and by_rows and width == 1024:
+        stages = 1
     registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
         splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers
@@ -244,13 +260,21 @@ MAX_BACKWARD_ACCUMULATORS = 8192
 
 @lru_cache(maxsize=1024)
 def shared_backward_plan(
-    N: int, H: int, S: int, EK: int, EV: int, itemsize: int, one_tensor: bool = False
+    N: int,
+    H: int,
+    S: int,
+    EK: int,
+    EV: int,
+    itemsize: int,
+    one_tensor: bool = False,
+    little: bool = False,
 ) -> SharedPlan:
     """The plan of `attend_shared_backward`, whose tiles are its splits unless `one_tile`."""
     block_h = max(8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(EK))
     accumulators = block_h * width
-    if one_tensor and itemsize == 2 and block_h <= 16 and accumulators <= MAX_BACKWARD_ACCUMULATORS:
+    most = MAX_BACKWARD_ACCUMULATORS // (2 if little else 1)
+    if one_tensor and itemsize == 2 and block_h <= 16 and accumulators <= most:
         block_s = min(32 if accumulators <= 2048 else 16, max(16, triton.next_power_of_2(S)))
         warps = 8 if accumulators > 4096 else 4
         # Of 1024 features, eight warps that repeat the first product would take 5300 cycles of
@@ -260,7 +284,8 @@ def shared_backward_plan(
         return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
     if one_tensor and itemsize > 2 and block_h <= ROW_HEADS and width in ROW_WARPS:
         warps = min(8, ROW_WARPS[width])  # or a thread has no registers for two products of a tile
-        return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, 2)
+        stages = 1 if little and width == 1024 else 2
+        return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, stages)
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
@@ -329,6 +354,7 @@ INPUT_RULES = (
 )
 # Slots of a tile by padded embed_dim; of 8 bits, what fits decoded into registers.
 INPUT_ROWS_16 = SHARED_ROWS
+LITTLE_INPUT_ROWS_16 = LITTLE_SHARED_ROWS
 INPUT_ROWS_32 = SHARED_ROWS_32
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
 # Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
@@ -338,9 +364,10 @@ MAX_INPUT_ACCUMULATORS_32 = 8192
 MAX_INPUT_HEADS = 32
 
 
-def input_step_covers(E: int, H: int, itemsize: int) -> str | None:
+def input_step_covers(E: int, itemsize: int, little: bool = False) -> str | None:
     """None if there is a plan for a step over inputs, else the reason why not."""
-    widest = max(INPUT_ROWS_16 if itemsize == 2 else INPUT_ROWS_32)
+    in_half = LITTLE_INPUT_ROWS_16 if little else INPUT_ROWS_16
+    widest = max(in_half if itemsize == 2 else INPUT_ROWS_32)
     return f"embed_dim {E} is over {widest}" if widest < E else None
 
 
@@ -354,6 +381,7 @@ def input_plan(
     codes: bool = False,
     path: str | None = None,
     splits: int = 0,
+    little: bool = False,
 ) -> InputPlan:
     """The plan of a step of `N` streams over inputs, which are `codes` if the ring is of 8 bits.
 
@@ -374,12 +402,16 @@ def input_plan(
     if itemsize > 2:
         rows = INPUT_ROWS_32[block_e]
     else:
-        rows = (INPUT_ROWS_8 if codes else INPUT_ROWS_16)[block_e]
+        in_half = LITTLE_INPUT_ROWS_16 if little else INPUT_ROWS_16
+        rows = (INPUT_ROWS_8 if codes else in_half)[block_e]
     block_s = max(16, min(rows, triton.next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
     splits = splits or _splits(N * triton.cdiv(H, block_h), L, block_s)
     block_d = max(16, triton.next_power_of_2(E // H))
+    stages = 3 if itemsize == 2 and block_e <= 1024 else 2
+    if codes or (little and itemsize > 2 and block_e == 1024):
+        stages = 1
     fused = rule.path == "fused"
     if by_rows:
         warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
@@ -399,7 +431,7 @@ def input_plan(
         block_e=block_e,
         by_rows=by_rows,
         num_warps=warps,
-        stages=1 if codes else 3 if itemsize == 2 and block_e <= 1024 else 2,
+        stages=stages,
         registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
     )
 
@@ -407,9 +439,11 @@ def input_plan(
 INVARIANT_PART = 1024  # slots: merging parts costs a few hundredths of their bytes
 
 
-def invariant_input_plan(E: int, H: int, L: int, itemsize: int, codes: bool) -> InputPlan:
+def invariant_input_plan(
+    E: int, H: int, L: int, itemsize: int, codes: bool, little: bool = False
+) -> InputPlan:
     """The plan of a step over inputs whose bits do not depend on the number of streams."""
-    return input_plan(1, E, H, L, itemsize, codes, "gemm", max(1, L // INVARIANT_PART))
+    return input_plan(1, E, H, L, itemsize, codes, "gemm", max(1, L // INVARIANT_PART), little)
 
 
 class StepsPlan(NamedTuple):

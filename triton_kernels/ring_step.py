@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, decode_words, factor_of, quantise
-from .launch import MOST_REGISTERS, counters, launch, record, relaunch
+from .launch import MOST_REGISTERS, counters, launch, little_memory, record, relaunch
 from .pieces import (
     LOG2E,
     cast,
@@ -865,7 +865,7 @@ def _ready(
     dtype, slot = q_ring.dtype, k_ring.element_size()
     if batch_invariant:
         plan = invariant_step_plan(H * D, H, L, dtype.itemsize, slot)
-    options = (add_zero_attn, update, dot_precision(), plan)
+    options = (add_zero_attn, update, dot_precision(), little_memory(k_ring), plan)
     return _prepare(N, H * D, kdim, vdim, H, L, q_ring.shape[1], dtype, slot, *options)
 
 
@@ -894,9 +894,9 @@ class _Prepared(NamedTuple):
 @lru_cache(maxsize=1024)
 def _prepare(
     N: int, E: int, EK: int, EV: int, H: int, L: int, R: int, dtype: torch.dtype, slot: int,
-    add_zero_attn: bool, update: bool, precision: str, plan: StepPlan | None,
+    add_zero_attn: bool, update: bool, precision: str, little: bool, plan: StepPlan | None,
 ) -> _Prepared:  # fmt: skip
-    plan = plan or step_plan(N, E, H, L, dtype.itemsize, slot_itemsize=slot)
+    plan = plan or step_plan(N, E, H, L, dtype.itemsize, slot_itemsize=slot, little=little)
     fused, grouped = plan.path == "fused", plan.path == "group"
     parts = plan.splits + plan.spread
     block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(parts)
