@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 _base = torch._C.TensorBase
-_Generator = torch.Generator
+_DIVISIONS = (torch.div, torch.Tensor.div, torch.Tensor.__truediv__)
 _WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select")
 
 
@@ -32,12 +32,20 @@ def _on_cpu(x):
     return "cpu" if isinstance(x, str) and x.split(":")[0] == "cuda" else x
 
 
-class _Memory(TorchFunctionMode):
-    """Whoever asks for memory on the device gets the CPU's; only its generators draw there."""
+class _Generator(torch.Generator):
+    """One of the CPU's that knows where it was asked for."""
 
-    def __init__(self, generators=()):
-        super().__init__()
-        self.generators = generators
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.there = torch.device(device).type == "cuda"
+        return made
+
+
+class _Memory(TorchFunctionMode):
+    """Whoever asks for memory on the device gets the CPU's; only its generators draw there.
+
+    Where one divides by a number, it multiplies with the inverse, as a GPU does.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -45,8 +53,10 @@ class _Memory(TorchFunctionMode):
             return func(*args, **kwargs)
         device, generator = kwargs.get("device"), kwargs.get("generator")
         there = generator is not None and _on_cpu(device) is not device
-        if there and not any(generator is known for known in self.generators):
+        if there and not getattr(generator, "there", False):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        if func in _DIVISIONS and isinstance(args[1], (int, float)):
+            func, args = torch.mul, (args[0], 1 / args[1])
         args = tuple(_on_cpu(x) for x in args)
         kwargs = {name: _on_cpu(x) for name, x in kwargs.items()}
         kwargs.pop("pin_memory", None)
@@ -133,13 +143,6 @@ class PretendedCuda:
         self.log = []
         self.clock = time.perf_counter
         self.capturing = False
-        self.generators = []
-
-    def generator(self, device="cpu"):
-        made = _Generator()
-        if torch.device(device).type == "cuda":
-            self.generators.append(made)
-        return made
 
     def synchronize(self, device=None):
         if self.capturing:
@@ -209,6 +212,6 @@ class PretendedCuda:
                 patch.setattr(torch.cuda, name, value)
             patch.setattr(torch.Tensor, "device", property(device_of), raising=False)
             patch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
-            patch.setattr(torch, "Generator", self.generator)
-            with _Memory(self.generators):
+            patch.setattr(torch, "Generator", _Generator)
+            with _Memory():
                 yield self

@@ -38,6 +38,7 @@ from bench import (
     timing,
 )  # fmt: skip
 from bench.grid import Case
+from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels import launch as launcher
 from continual_mha.triton_kernels import project, ring_step, ring_steps
 
@@ -96,6 +97,16 @@ def test_what_tests_draw_for_a_backend_is_drawn_on_its_device(cuda):
         module = build()
         query, _, _ = draw_tokens(module, 2, LENGTH)
     assert query.isfinite().all()
+
+
+@pytest.mark.parametrize(("codes", "largest"), [(torch.int8, 127), (torch.uint8, 448)], ids=str)
+def test_scales_of_8_bits_are_divided_as_kernels_divide(codes, largest, cuda):
+    x = torch.randn(1000, 4)
+    size = x.abs().amax(1, keepdim=True)
+    ring = QuantizedRing(torch.zeros(1, 1, dtype=codes), size).holding(x)
+    exact = size.double() / torch.full_like(size, largest).double()
+    assert torch.equal(ring.scale, exact.float())
+    assert not torch.equal(size / largest, exact.float())  # so that there is a difference
 
 
 def cuda_graph():
