@@ -443,8 +443,9 @@ def test_gradient_survives_a_snapshot():
 def test_gradient_through_autocast_steps():
     module = build()
     x = leaves(module, 2, LENGTH)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         output = stack(step_through(module, x), module)
+    assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
     torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)
