@@ -62,6 +62,11 @@ def _error_of(report: Any) -> str | None:
     return crash.message.strip().partition("\n")[0]
 
 
+def without_numbers(text: str) -> str:
+    """What is the same in two messages that differ in numbers alone."""
+    return re.sub(r"[\d.]+(e[+-]?\d+)?", "#", text)
+
+
 def _backend_of(test: str) -> str:
     parameters = test.partition("[")[2].rstrip("]").split("-")
     return next((name for name in BACKENDS if name in parameters), "other")
@@ -84,7 +89,7 @@ def account(path: Path) -> str:
         backend = _backend_of(row["test"])
         counts[backend][row["outcome"]] += 1
         if row["outcome"] == "failed":
-            causes[backend, re.sub(r"[\d.]+(e[+-]?\d+)?", "#", row["error"])].append(row["test"])
+            causes[backend, without_numbers(row["error"])].append(row["test"])
     lines = [
         f"{backend}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))
         for backend, found in counts.items()
