@@ -45,7 +45,7 @@ KERNELS = (
 ELSEWHERE = (
     "ahead", "bench", "choices", "cuda_compile", "cuda_emulation", "cuda_host", "cuda_ptx", "demo",
     "gpu_rehearsal", "load", "native_build", "native_cpu", "packaging", "ptx_machine", "ray_pools",
-    "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
+    "separate_devices", "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
 _LEAST = 30.0  # seconds that it takes to import all and measure something
