@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
+ENDED = "its process ended: it took too long, or the test before it lost the device"
 _MOST_CAUSES = 12
 _WIDTH = 150
 
@@ -55,6 +56,8 @@ def _error_of(report: Any) -> str | None:
     """The first line of what went wrong; where a file does not import, the cause."""
     if report.outcome != "failed":
         return None
+    if re.match(r"worker '\w+' crashed", str(report.longrepr)):
+        return ENDED
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         causes = re.findall(r"^E\s+(.*)", str(report.longrepr), re.M)

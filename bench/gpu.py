@@ -143,7 +143,7 @@ def _tests(name: str, folder: Path, which: Sequence[str], share: float) -> Stage
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
     if importlib.util.find_spec("pytest_timeout"):  # no signal ends a wait for the device
-        command += ["--timeout", "120", "--timeout-method", "thread"]
+        command += ["--timeout", "60", "--timeout-method", "thread"]
     return Stage(name, command, share, {"OMP_NUM_THREADS": "1"}, tells=3)
 
 

@@ -785,6 +785,18 @@ def test_account_of_tests_has_every_outcome_and_each_cause_once(workers, tmp_pat
     assert digest.account(tmp_path / "none.jsonl") == ""
 
 
+def test_processes_that_ended_have_one_cause_whatever_they_ran(tmp_path):
+    ended = "worker 'gw{0}' crashed while running 'tests/test_it.py::test_it[triton-{0}-x]'"
+    rows = [
+        SimpleNamespace(nodeid=f"test_it[triton-{i}]", outcome="failed", longrepr=ended.format(i))
+        for i in range(3)
+    ]
+    outcomes = tmp_path / "outcomes.jsonl"
+    for row in rows:
+        digest._Writer(outcomes)._write(row)
+    assert digest.account(outcomes).splitlines()[1] == f"3x triton: {digest.ENDED}"
+
+
 @pytest.mark.parametrize("plugins", [True, False], ids=["plugins", "plain"])
 def test_file_that_does_not_import_is_told_and_costs_no_other(plugins, tmp_path, monkeypatch):
     (tmp_path / "test_bad.py").write_text("import no_such_package")

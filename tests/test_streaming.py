@@ -594,6 +594,8 @@ class SlidingWindow(RuleBasedStateMachine):
 
 
 def test_any_order_of_calls_equals_the_window_at_every_token(backend):
+    examples = 4 if backend == "triton" else 60  # each is of a shape for which Triton compiles
     run_state_machine_as_test(
-        SlidingWindow, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+        SlidingWindow,
+        settings=settings(max_examples=examples, stateful_step_count=25, deadline=None),
     )
