@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from continual_mha import backends, inputs, reference
 
 # Of tensors of two devices.
-MAY_MIX = ("copy_", "to", "type", "set_data", "view_as", "type_as", "expand_as", "__deepcopy__")
+MAY_MIX = (
+    "copy_", "to", "type", "set_data", "view_as", "type_as", "expand_as", "__deepcopy__",
+    "_has_compatible_shallow_copy_type",
+)  # fmt: skip
 INDEXING = ("__getitem__", "__setitem__", "index_put_", "index_put")
 
 

@@ -520,6 +520,29 @@ def test_gpu_rows_have_every_timer_and_say_what_cannot_be_captured(tiny_bench, m
     assert (about["device"], about["capability"]) == ("Pretended GPU", "9.0")
 
 
+def test_cuda_library_is_timed_by_the_single_steps_that_it_has_kernels_for(
+    cuda, small_flush, monkeypatch
+):
+    load, native = co.backends._load, co.backends._native
+    library = co.backends._Operators(vars(co.reference), native.WHY_NOT["cuda"])
+    monkeypatch.setattr(
+        co.backends, "_load", lambda name: library if name == "cuda" else load(name)
+    )
+    monkeypatch.setattr(ring_step, "why_not", lambda *args: "not on a pretended device")
+    monkeypatch.setattr(ring_steps, "why_not", lambda *args: "not on a pretended device")
+    found = [peer for peer in peers.all_peers(DEVICE) if peer.name.startswith("ours:cuda")]
+    bench = measure.Bench(DEVICE, found, ceilings.Roofline(CEILINGS), {}, budget=1e-3)
+    step = CASES[0]
+    for case in (step, step._replace(mode="steps", tokens=3)):
+        rows = [row for row in bench.rows(case) if row["kind"] == "time"]
+        status = {(row["implementation"], row["timer"]): row["status"] for row in rows}
+        names = ["ours:cuda", "ours:cuda:kv"] if case is step else []
+        timed = {(name, timer): "ok" for name in names for timer in timing.GPU_TIMERS}
+        assert status == timed | {
+            (peer.name, None): "absent" for peer in found if peer.name not in names
+        }
+
+
 def test_gpu_run_stops_at_its_limit_and_goes_on_later(tiny_bench, monkeypatch):
     now = itertools.count()
     monkeypatch.setattr(command.time, "monotonic", lambda: float(next(now)))
