@@ -3,6 +3,7 @@
 They use LibTorch's stable ABI and no Python at all, so one build serves every torch from 2.10 on
 and every Python. What cannot be built here is left out, and one line says why. The environment:
 
+CONTINUAL_MHA_BUILD_CPU    0 leaves csrc/cpu out, auto (the default) builds it if it can be built
 CONTINUAL_MHA_BUILD_CUDA   1 builds csrc/cuda or fails, 0 leaves it out, auto (the default) builds
                            it where nvcc fits the installed torch and does not fail
 CONTINUAL_MHA_CUDA_ARCHS   compute capabilities, by default "80;90;100" as far as nvcc knows them
@@ -30,6 +31,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 STRICT = os.environ.get("CONTINUAL_MHA_WERROR", "0") == "1"
+BUILD_CPU = os.environ.get("CONTINUAL_MHA_BUILD_CPU", "auto")
 BUILD_CUDA = os.environ.get("CONTINUAL_MHA_BUILD_CUDA", "auto")
 TORCH_ABI = "0x020a000000000000"  # 2.10
 CUDA_ARCHS = ("80", "90", "100")
@@ -74,6 +76,11 @@ def find_nvcc() -> str | None:
 
 def why_not_cpu() -> str | None:
     """What is missing to build csrc/cpu; None if nothing is."""
+    return "CONTINUAL_MHA_BUILD_CPU is 0" if BUILD_CPU == "0" else why_nothing()
+
+
+def why_nothing() -> str | None:
+    """What is missing to build either; None if nothing is."""
     torch = find_torch()
     if sys.platform == "win32":
         return "it has not been written for Windows"
@@ -88,7 +95,7 @@ def why_not_cpu() -> str | None:
 
 def why_not_cuda() -> str | None:
     """What is missing to build csrc/cuda; None if nothing is."""
-    reason = why_not_cpu()
+    reason = why_nothing()
     if BUILD_CUDA == "0":
         return "CONTINUAL_MHA_BUILD_CUDA is 0"
     if reason is not None:

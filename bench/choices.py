@@ -340,15 +340,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print(folder: Path) -> None:
+    results = Results(records.read(folder))
+    if results.rows and results.rows[-1]["machine"]["device_type"] == "cuda":
+        print("\n".join(losses(results)) or "the automatic choice is nowhere slower than another")
     made = choices(records.read(folder, CHOICES))
-    for choice in sorted(made, key=lambda choice: -choice.loss):
+    for choice in sorted(made, key=lambda choice: choice.loss):  # the worst where one looks first
         print(choice.line)
     lost = sum(choice.loss > TOLERATED for choice in made)
     if made:
         print(f"{lost} of {len(made)} choices take over {TOLERATED} times the fastest way's time")
-    results = Results(records.read(folder))
-    if results.rows and results.rows[-1]["machine"]["device_type"] == "cuda":
-        print("\n".join(losses(results)) or "the automatic choice is nowhere slower than another")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
+ENDED = "its process ended: it took too long, or the test before it lost the device"
 _MOST_CAUSES = 12
 _WIDTH = 150
 
@@ -55,11 +56,18 @@ def _error_of(report: Any) -> str | None:
     """The first line of what went wrong; where a file does not import, the cause."""
     if report.outcome != "failed":
         return None
+    if re.match(r"worker '\w+' crashed", str(report.longrepr)):
+        return ENDED
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         causes = re.findall(r"^E\s+(.*)", str(report.longrepr), re.M)
         return causes[-1] if causes else str(report.longrepr).strip().partition("\n")[0]
     return crash.message.strip().partition("\n")[0]
+
+
+def without_numbers(text: str) -> str:
+    """What is the same in two messages that differ in numbers alone."""
+    return re.sub(r"[\d.]+(e[+-]?\d+)?", "#", text)
 
 
 def _backend_of(test: str) -> str:
@@ -84,7 +92,7 @@ def account(path: Path) -> str:
         backend = _backend_of(row["test"])
         counts[backend][row["outcome"]] += 1
         if row["outcome"] == "failed":
-            causes[backend, re.sub(r"[\d.]+(e[+-]?\d+)?", "#", row["error"])].append(row["test"])
+            causes[backend, without_numbers(row["error"])].append(row["test"])
     lines = [
         f"{backend}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))
         for backend, found in counts.items()

@@ -6,8 +6,9 @@ then every way that the dispatcher could choose, runs all other tests, finds how
 served in real time, runs the sanitizer on small shapes, and prints a short table last. It installs
 nothing and takes whatever Python, torch and nvcc are there.
 Every stage has a share of the time limit and leaves its log, the tests each outcome, and the
-benchmark each finished case, whatever becomes of the others. Where the time of a machine comes in
-pieces, ``--stages`` picks some and ``--go-on-from`` an earlier folder with measured cases.
+benchmark each finished case, whatever becomes of the others. The end of the output alone says what
+failed and what was measured. Where the time of a machine comes in pieces, ``--stages`` picks some
+and ``--go-on-from`` an earlier folder with measured cases.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .digest import account, passed
+from .digest import account, passed, without_numbers
 from .lost import LOST
-from .ratios import OURS, Results
+from .ratios import OURS, Results, geometric_mean
 from .records import CHOICES, ROWS, read
 
 ROOT = Path(__file__).parent.parent
@@ -44,20 +45,29 @@ KERNELS = (
 ELSEWHERE = (
     "ahead", "bench", "choices", "cuda_compile", "cuda_emulation", "cuda_host", "cuda_ptx", "demo",
     "gpu_rehearsal", "load", "native_build", "native_cpu", "packaging", "ptx_machine", "ray_pools",
-    "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
+    "separate_devices", "soak", "triton_compiles", "triton_driver", "triton_launch", "triton_ptx",
 )  # fmt: skip
 _CUDA = "/usr/local/cuda/bin"
 _LEAST = 30.0  # seconds that it takes to import all and measure something
 _GRACE = 5.0  # seconds that a killed process may take to be gone
+_TOLD = 8  # lines, at the end of the output, of a stage that did not pass
+_TOLD_OF_TESTS = 12  # two for each cause
+_WIDTH = 120  # of those lines
+_MOST_CASES = 40  # in the table
 
 
 class Stage(NamedTuple):
-    """A command, its share of the time, and its additions to the environment."""
+    """A command, its share of the time, and its additions to the environment.
+
+    Attributes:
+        tells: the last lines of its log that are worth reading where it passed.
+    """
 
     name: str
     command: list[str]
     share: float
     environment: Mapping[str, str] = {}
+    tells: int = 0
 
 
 class Outcome(NamedTuple):
@@ -73,11 +83,14 @@ def _tool(name: str) -> str | None:
 
 
 def _build_environment() -> dict[str, str]:
-    """With a compiler there, building for the GPU that is there is no option but a duty."""
+    """With a compiler there, building for the GPU that is there is no option but a duty.
+
+    The library for CPUs would take longer, and nothing here asks for it.
+    """
     nvcc = _tool("nvcc")
     if nvcc is None:
         return {}
-    chosen = {"CONTINUAL_MHA_BUILD_CUDA": "1"}
+    chosen = {"CONTINUAL_MHA_BUILD_CPU": "0", "CONTINUAL_MHA_BUILD_CUDA": "1"}
     if shutil.which("nvcc") is None:
         chosen["CUDA_HOME"] = str(Path(nvcc).parent.parent)
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -107,9 +120,10 @@ def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list
     found += [
         _tests("kernels", folder, files, 0.18),
         Stage("bench", bench, 0.25),
-        Stage("choices", choices, 0.2),
-        _tests("tests", folder, ["tests", *ignored], 0.1),
-        Stage("load", load, 0.08),
+        Stage("choices", choices, 0.2, tells=_TOLD),
+        # of the others those that run on a GPU's backend
+        _tests("tests", folder, ["tests", *ignored, "-k", "triton or cuda or gpu"], 0.1),
+        Stage("load", load, 0.08, tells=4),
     ]
     sanitizer = _tool("compute-sanitizer") or "compute-sanitizer"
     for tool in TOOLS:
@@ -129,8 +143,8 @@ def _tests(name: str, folder: Path, which: Sequence[str], share: float) -> Stage
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
     if importlib.util.find_spec("pytest_timeout"):  # no signal ends a wait for the device
-        command += ["--timeout", "120", "--timeout-method", "thread"]
-    return Stage(name, command, share, {"OMP_NUM_THREADS": "1"})
+        command += ["--timeout", "60", "--timeout-method", "thread"]
+    return Stage(name, command, share, {"OMP_NUM_THREADS": "1"}, tells=3)
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
@@ -167,7 +181,8 @@ def _attempt(stage: Stage, log: Path, limit: float) -> str:
     # The benchmark needs some seconds to finish the case that it is in when its time is up.
     left_text = str(max(1, round(limit - min(45, limit / 4))))
     command = [left_text if part == LEFT else part for part in stage.command]
-    environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
+    quiet = {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, **stage.environment, **quiet}
     with log.open("a") as file:
         try:
             process = subprocess.Popen(
@@ -207,22 +222,62 @@ def judged(outcome: Outcome, log: Path) -> Outcome:
     return outcome
 
 
-def _tail(log: Path, count: int) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-count:]
-    return "\n".join(line[:160] for line in lines)
+def told(log: Path, count: int) -> list[str]:
+    """So many lines of what a stage has to say: of tests the account, else the end of its log."""
+    lines = account(outcomes_of(log)).splitlines()[:count]
+    if not lines and log.exists():
+        lines = log.read_text(errors="replace").splitlines()[-count:] if count else []
+    return [line[:_WIDTH] for line in lines]
+
+
+def troubles(folder: Path, most: int = _TOLD) -> list[str]:
+    """Why there is no time of something that was to be measured, ours first, each cause once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in (*read(folder), *read(folder, CHOICES)):
+        if row.get("status") in ("failed", "wrong"):
+            plan = row.get("plan", {}).get("path")
+            who = f"{OURS}, {row['formulation']} by {plan}" if plan else row["implementation"]
+            why = row.get("reason") or f"relative error {row['error']:.1e}"
+            found.setdefault((who, without_numbers(why)), []).append(why)
+    causes = sorted(
+        found.items(), key=lambda item: (not item[0][0].startswith(OURS), -len(item[1]))
+    )
+    lines = [f"{len(why)}x {who}: {why[0]}"[:_WIDTH] for (who, _), why in causes[:most]]
+    return lines + [f"and {len(causes) - most} other causes"] * (len(causes) > most)
 
 
 def short_table(folder: Path) -> str:
     """Our median times beside the reference package's and the fastest other's, as text."""
     results = Results(read(folder))
     lines = [f"{'':62s}{'graph':>9s}{'cold':>9s}{'host':>9s}{'roof':>6s}  over the fastest other"]
-    for case in results.cases:
+    for case in results.cases[:_MOST_CASES]:
         rows = [results.row(case, OURS, timer) for timer in ("graph", "cold", "host")]
         cells = "".join(f"{row['median_us']:9.2f}" if row else f"{'-':>9s}" for row in rows)
         roof = f"{100 * rows[1]['roofline_share']:5.0f}%" if rows[1] else f"{'-':>6s}"
         best = results.best_rival(case)
         other = f"{best[1].value:.2f}x {best[0]} ({best[1].timer})" if best else ""
         lines.append(f"{case.label:62s}{cells}{roof}  {other}")
+    rivals = {case.label: results.best_rival(case) for case in results.cases}
+    ratios = {label: best[1].value for label, best in rivals.items() if best}
+    if ratios:
+        least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        lines.append(
+            f"{len(ratios)} cases, over the fastest other {geometric_mean(ratios.values()):.2f}x; "
+            f"least {ratios[least]:.2f}x: {least}; most {ratios[most]:.2f}x: {most}"
+        )
+    return "\n".join(lines)
+
+
+def summary(folder: Path, planned: Sequence[Stage], outcomes: Sequence[Outcome]) -> str:
+    """All that is worth knowing, and last what matters most: of a long output the end is kept."""
+    lines: list[str] = []
+    for stage, outcome in reversed(list(zip(planned, outcomes, strict=False))):
+        log = folder / f"{stage.name}.log"
+        most = _TOLD_OF_TESTS if outcomes_of(log).exists() else _TOLD
+        said = told(log, stage.tells if outcome.result == "passed" else most)
+        lines += [f"-- {stage.name}: {outcome.result}", *said] if said else []
+    lines += [*troubles(folder), short_table(folder), f"results in {folder}"]
+    lines += [f"{each.name}: {each.result}, {each.seconds:.0f} s" for each in outcomes]
     return "\n".join(lines)
 
 
@@ -270,18 +325,14 @@ def main(arguments: list[str] | None = None) -> None:
             (folder / "stages.json").write_text(json.dumps(done, indent=1))
     finally:
         signal.signal(signal.SIGTERM, before)
-        print(short_table(folder))
-        print(f"results in {folder}")
-        for outcome in outcomes:
-            print(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
+        print(summary(folder, chosen, outcomes), flush=True)
     if any(outcome.result != "passed" for outcome in outcomes):
         raise SystemExit(1)
 
 
 def _say(outcome: Outcome, log: Path) -> None:
     print(f"== {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
-    lines = 3 if outcome.result == "passed" else 15
-    print(account(outcomes_of(log)) or _tail(log, lines), flush=True)
+    print("\n".join(told(log, 3 if outcome.result == "passed" else 30)), flush=True)
 
 
 if __name__ == "__main__":

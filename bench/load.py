@@ -147,9 +147,10 @@ def grow_old(module: co.SingleOutputMultiheadAttention, slots: int) -> None:
         if field.is_floating_point() and field.numel():
             field.normal_()
     stream.position.fill_(module.sequence_len)
-    stream = stream._replace(clock=stream.clock.new_empty(module.sequence_len, 0))
-    for slot in range(slots):
-        module.set_stream(slot, stream)
+    clock = stream.clock.new_empty(module.sequence_len, 0)
+    every = [field.expand(slots, *field.shape[1:]) for field in stream[:-1]]
+    module.clean_state()  # whose memory the copies take
+    module.set_state(type(stream)(*every, clock))
 
 
 def serve(server: Any, slots: int, ticks: int, real_time: bool) -> Load:

@@ -555,7 +555,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             dtypes = {weight.dtype, *AUTOCAST_DTYPES}
             state = ring.check_parts(state, layout, dtypes, weight.device)
         state, call = self._plan(tokens, state, update=True)
-        state = state if call.differentiable else ring.snapshot(state)
+        if not call.differentiable or self._must_copy(state, differentiable=True):
+            state = ring.snapshot(state)
         return self._advance(tokens, state, active, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:

@@ -39,7 +39,9 @@ class QuantizedRing(NamedTuple):
         """Tokens ``(..., T, D)`` as this ring stores them."""
         dtype = _MEANING[self.codes.dtype]
         new = new.to(torch.float32)
-        scale = new.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]
+        size = new.abs().amax(dim=-1, keepdim=True)
+        # by a tensor: for a number a GPU multiplies with its inverse, which has other bits
+        scale = size / torch.full_like(size, LARGEST[dtype])
         # a subnormal scale would overflow its own inverse, and one of zero has none
         scaled = new / scale.clamp(min=torch.finfo(torch.float32).tiny)
         scaled = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])

@@ -21,34 +21,44 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 _base = torch._C.TensorBase
-_Generator = torch.Generator
+_DIVISIONS = (torch.div, torch.Tensor.div, torch.Tensor.__truediv__)
 _WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select")
 
 
-def _on_cpu(x):
+def on_cpu(x):
     """Devices as PyTorch can serve them here."""
     if isinstance(x, torch.device) and x.type == "cuda":
         return torch.device("cpu")
     return "cpu" if isinstance(x, str) and x.split(":")[0] == "cuda" else x
 
 
-class _Memory(TorchFunctionMode):
-    """Whoever asks for memory on the device gets the CPU's; only its generators draw there."""
+class _Generator(torch.Generator):
+    """One of the CPU's that knows where it was asked for."""
 
-    def __init__(self, generators=()):
-        super().__init__()
-        self.generators = generators
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls)
+        made.there = torch.device(device).type == "cuda"
+        return made
+
+
+class _Memory(TorchFunctionMode):
+    """Whoever asks for memory on the device gets the CPU's; only its generators draw there.
+
+    Where one divides by a number, it multiplies with the inverse, as a GPU does.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.device:  # a name, and no memory yet
             return func(*args, **kwargs)
         device, generator = kwargs.get("device"), kwargs.get("generator")
-        there = generator is not None and _on_cpu(device) is not device
-        if there and not any(generator is known for known in self.generators):
+        there = generator is not None and on_cpu(device) is not device
+        if there and not getattr(generator, "there", False):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        args = tuple(_on_cpu(x) for x in args)
-        kwargs = {name: _on_cpu(x) for name, x in kwargs.items()}
+        if func in _DIVISIONS and isinstance(args[1], (int, float)):
+            func, args = torch.mul, (args[0], 1 / args[1])
+        args = tuple(on_cpu(x) for x in args)
+        kwargs = {name: on_cpu(x) for name, x in kwargs.items()}
         kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
@@ -133,13 +143,6 @@ class PretendedCuda:
         self.log = []
         self.clock = time.perf_counter
         self.capturing = False
-        self.generators = []
-
-    def generator(self, device="cpu"):
-        made = _Generator()
-        if torch.device(device).type == "cuda":
-            self.generators.append(made)
-        return made
 
     def synchronize(self, device=None):
         if self.capturing:
@@ -176,39 +179,43 @@ class PretendedCuda:
 
         return Event
 
-    @contextmanager
-    def in_place(self):
-        """PyTorch with this device."""
+    def stand_in(self, patch):
+        """Patch ``torch.cuda``, and the class of generators."""
         properties = SimpleNamespace(
             name="Pretended GPU", major=9, minor=0, multi_processor_count=132,
             L2_cache_size=1 << 16, shared_memory_per_block_optin=227 << 10,
         )  # fmt: skip
+        for name, value in {
+            "is_available": lambda: True,
+            "synchronize": self.synchronize,
+            "current_stream": lambda device=None: _Stream(),
+            "Stream": _Stream,
+            "stream": lambda stream: _Memory(),  # on whatever thread asks for memory there
+            "device": lambda device: nullcontext(),
+            "Event": self.event(),
+            "CUDAGraph": Graph,
+            "graph": self.graph,
+            "is_current_stream_capturing": lambda: self.capturing,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device=None: properties,
+            "get_device_capability": lambda device=None: (9, 0),
+            "mem_get_info": lambda device=None: (1 << 32, 1 << 32),
+            "empty_cache": lambda: None,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch, "Generator", _Generator)
+
+    @contextmanager
+    def in_place(self):
+        """PyTorch with this device."""
 
         def device_of(x):
             real = _base.device.__get__(x)
             return DEVICE if real.type == "cpu" else real
 
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in {
-                "is_available": lambda: True,
-                "synchronize": self.synchronize,
-                "current_stream": lambda device=None: _Stream(),
-                "Stream": _Stream,
-                "stream": lambda stream: _Memory(),  # on whatever thread asks for memory there
-                "device": lambda device: nullcontext(),
-                "Event": self.event(),
-                "CUDAGraph": Graph,
-                "graph": self.graph,
-                "is_current_stream_capturing": lambda: self.capturing,
-                "current_device": lambda: 0,
-                "get_device_properties": lambda device=None: properties,
-                "get_device_capability": lambda device=None: (9, 0),
-                "mem_get_info": lambda device=None: (1 << 32, 1 << 32),
-                "empty_cache": lambda: None,
-            }.items():
-                patch.setattr(torch.cuda, name, value)
+            self.stand_in(patch)
             patch.setattr(torch.Tensor, "device", property(device_of), raising=False)
             patch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
-            patch.setattr(torch, "Generator", self.generator)
-            with _Memory(self.generators):
+            with _Memory():
                 yield self

@@ -38,6 +38,7 @@ from bench import (
     timing,
 )  # fmt: skip
 from bench.grid import Case
+from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels import launch as launcher
 from continual_mha.triton_kernels import project, ring_step, ring_steps
 
@@ -96,6 +97,16 @@ def test_what_tests_draw_for_a_backend_is_drawn_on_its_device(cuda):
         module = build()
         query, _, _ = draw_tokens(module, 2, LENGTH)
     assert query.isfinite().all()
+
+
+@pytest.mark.parametrize(("codes", "largest"), [(torch.int8, 127), (torch.uint8, 448)], ids=str)
+def test_scales_of_8_bits_are_divided_as_kernels_divide(codes, largest, cuda):
+    x = torch.randn(1000, 4)
+    size = x.abs().amax(1, keepdim=True)
+    ring = QuantizedRing(torch.zeros(1, 1, dtype=codes), size).holding(x)
+    exact = size.double() / torch.full_like(size, largest).double()
+    assert torch.equal(ring.scale, exact.float())
+    assert not torch.equal(size / largest, exact.float())  # so that there is a difference
 
 
 def cuda_graph():
@@ -509,6 +520,29 @@ def test_gpu_rows_have_every_timer_and_say_what_cannot_be_captured(tiny_bench, m
     assert (about["device"], about["capability"]) == ("Pretended GPU", "9.0")
 
 
+def test_cuda_library_is_timed_by_the_single_steps_that_it_has_kernels_for(
+    cuda, small_flush, monkeypatch
+):
+    load, native = co.backends._load, co.backends._native
+    library = co.backends._Operators(vars(co.reference), native.WHY_NOT["cuda"])
+    monkeypatch.setattr(
+        co.backends, "_load", lambda name: library if name == "cuda" else load(name)
+    )
+    monkeypatch.setattr(ring_step, "why_not", lambda *args: "not on a pretended device")
+    monkeypatch.setattr(ring_steps, "why_not", lambda *args: "not on a pretended device")
+    found = [peer for peer in peers.all_peers(DEVICE) if peer.name.startswith("ours:cuda")]
+    bench = measure.Bench(DEVICE, found, ceilings.Roofline(CEILINGS), {}, budget=1e-3)
+    step = CASES[0]
+    for case in (step, step._replace(mode="steps", tokens=3)):
+        rows = [row for row in bench.rows(case) if row["kind"] == "time"]
+        status = {(row["implementation"], row["timer"]): row["status"] for row in rows}
+        names = ["ours:cuda", "ours:cuda:kv"] if case is step else []
+        timed = {(name, timer): "ok" for name in names for timer in timing.GPU_TIMERS}
+        assert status == timed | {
+            (peer.name, None): "absent" for peer in found if peer.name not in names
+        }
+
+
 def test_gpu_run_stops_at_its_limit_and_goes_on_later(tiny_bench, monkeypatch):
     now = itertools.count()
     monkeypatch.setattr(command.time, "monotonic", lambda: float(next(now)))
@@ -720,6 +754,7 @@ def test_commands_are_those_of_the_tools(tmp_path, monkeypatch):
     assert (options.out, options.size, options.resume) == (tmp_path, "quick", True)
     assert gpu.LEFT in found["load"].command
     assert found["build"].environment["CONTINUAL_MHA_BUILD_CUDA"] == "1"
+    assert found["build"].environment["CONTINUAL_MHA_BUILD_CPU"] == "0"
     ignored = [part.split("=")[1] for part in found["tests"].command if "--ignore" in part]
     files = [part for part in found["kernels"].command if part.endswith(".py")]
     assert set(files) < set(ignored)
@@ -771,6 +806,18 @@ def test_account_of_tests_has_every_outcome_and_each_cause_once(workers, tmp_pat
         "1x other: OSError: no such thing",
     ]
     assert digest.account(tmp_path / "none.jsonl") == ""
+
+
+def test_processes_that_ended_have_one_cause_whatever_they_ran(tmp_path):
+    ended = "worker 'gw{0}' crashed while running 'tests/test_it.py::test_it[triton-{0}-x]'"
+    rows = [
+        SimpleNamespace(nodeid=f"test_it[triton-{i}]", outcome="failed", longrepr=ended.format(i))
+        for i in range(3)
+    ]
+    outcomes = tmp_path / "outcomes.jsonl"
+    for row in rows:
+        digest._Writer(outcomes)._write(row)
+    assert digest.account(outcomes).splitlines()[1] == f"3x triton: {digest.ENDED}"
 
 
 @pytest.mark.parametrize("plugins", [True, False], ids=["plugins", "plain"])
@@ -908,6 +955,67 @@ def test_what_a_stage_measures_is_not_taken_for_outcomes_of_tests(name, tmp_path
     (tmp_path / f"{name}.jsonl").write_text('{"kind": "load"}\n')
     monkeypatch.setattr(gpu, "stages", lambda *args: [gpu.Stage(name, ["true"], 1.0)])
     gpu.main(["--out", str(tmp_path)])
+
+
+def timed(case, name, median):
+    """Rows of an implementation by both timers of the device, with what a table reads of them."""
+    times = {"median_us": median, "p20_us": median, "p80_us": median, "roofline_share": 0.5}
+    about = {"kind": "time", "case": case._asdict(), "implementation": name, "status": "ok"}
+    return [about | {"timer": timer} | times for timer in ("graph", "cold")]
+
+
+def test_end_of_the_output_tells_of_every_stage_and_fits_into_few_characters(tmp_path, capsys):
+    """Where all fails, and the table has more cases than anyone reads."""
+    planned = gpu.stages(tmp_path, "full")
+    outcomes = [gpu.Outcome(stage.name, "failed with code 1", 9.0) for stage in planned]
+    for stage in planned:
+        lines = [f"line {i} of {stage.name} {'x' * 200}" for i in range(200)]
+        (tmp_path / f"{stage.name}.log").write_text("\n".join(lines))
+    for name in ("kernels", "tests"):
+        rows = [
+            {"test": f"test_{i}[triton]", "outcome": "failed", "error": f"{'abc'[i % 3]} of {i}"}
+            for i in range(200)
+        ]
+        gpu.outcomes_of(tmp_path / f"{name}.log").write_text("\n".join(map(json.dumps, rows)))
+    for i, case in enumerate(grid.cases("cuda", "full")):
+        rows = timed(case, "ours", 1.0) + timed(case, "ring + SDPA math", 1.5 + i)
+        about = {"kind": "time", "case": case._asdict(), "timer": "graph", "status": "failed"}
+        reasons = {"a rival": f"no memory for {i}", "ours:cuda": f"CUDA error {i}: misaligned"}
+        rows += [about | {"implementation": n, "reason": why} for n, why in reasons.items()]
+        records.append(tmp_path, rows)
+    way = {"kind": "way", "formulation": "kv", "plan": {"path": "chain"}, "status": "wrong"}
+    records.append(tmp_path, [way | {"error": 0.25}], records.CHOICES)
+    text = gpu.summary(tmp_path, planned, outcomes)
+    kept = text[-12000:]
+    for stage in planned:
+        assert f"{stage.name}: failed with code 1, 9 s" in kept
+    for name in ("exercise-triton", "exercise-cuda", "build"):
+        assert f"-- {name}: failed with code 1" in kept
+        assert f"line 199 of {name}" in kept
+    assert "67x triton: a of #" in kept
+    cases = len(list(grid.cases("cuda", "full")))
+    assert kept.count("ring + SDPA math (graph)") == gpu._MOST_CASES < cases
+    assert f"{cases} cases, over the fastest other" in kept
+    assert f"least 1.50x: {next(iter(grid.cases('cuda', 'full'))).label}" in kept
+    told = gpu.troubles(tmp_path)
+    assert told[0] == f"{cases}x ours:cuda: CUDA error 0: misaligned"
+    assert told[1:] == [
+        "1x ours, kv by chain: relative error 2.5e-01",
+        f"{cases}x a rival: no memory for 0",
+    ]
+    assert all(line in kept for line in told)
+
+
+def test_stage_that_passed_tells_what_it_found(tmp_path):
+    (tmp_path / "load.log").write_text("\n".join(f"row {i}" for i in range(9)))
+    (tmp_path / "build.log").write_text("built")
+    planned = [gpu.Stage("build", [], 1.0), gpu.Stage("load", [], 1.0, tells=4)]
+    text = gpu.summary(
+        tmp_path, planned, [gpu.Outcome(each.name, "passed", 1.0) for each in planned]
+    )
+    assert "row 5\nrow 6" in text
+    assert "row 4" not in text
+    assert "built" not in text
 
 
 _KILLED = """

@@ -359,8 +359,12 @@ def test_inference_mode_then_no_grad_then_gradient(at_once):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_functional_step_takes_a_state_from_inference_mode():
-    module = build(**SMALL)
+@pytest.mark.parametrize("order", [None, ("triton", "torch")], ids=["here", "as on a GPU"])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_functional_step_takes_a_state_from_inference_mode(formulation, order, monkeypatch):
+    if order is not None:
+        monkeypatch.setattr(co.backends, "order", lambda device_type: order)
+    module = build(**SMALL, formulation=formulation)
     x = draw_tokens(module, 2, LENGTH)[0]
     state = None
     with torch.inference_mode():
@@ -443,8 +447,9 @@ def test_gradient_survives_a_snapshot():
 def test_gradient_through_autocast_steps():
     module = build()
     x = leaves(module, 2, LENGTH)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         output = stack(step_through(module, x), module)
+    assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     (want,) = torch.autograd.grad(window_attention(module, x).sum(), x)
     torch.testing.assert_close(x.grad, want.float(), rtol=0.1, atol=0.1)

@@ -217,7 +217,9 @@ class Rounded(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=scale.dtype, device=scale.device
+        )
 
     def __init__(self, codes, scale):
         self.codes, self.scale = codes, scale

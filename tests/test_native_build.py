@@ -130,13 +130,21 @@ def test_one_wheel_for_every_python_installs_and_runs_its_library(
     assert "cpu" in ran.stdout
 
 
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler found"),
+        ({"CONTINUAL_MHA_BUILD_CPU": "0"}, "CONTINUAL_MHA_BUILD_CPU is 0"),
+    ],
+    ids=["missing", "not wanted"],
+)
 def test_without_a_compiler_one_line_says_so_and_the_wheel_is_pure(
-    tree: Path, tmp_path: Path
+    environment: dict[str, str], reason: str, tree: Path, tmp_path: Path
 ) -> None:
-    wheel, said = build_wheel(tree, tmp_path / "wheels", CXX="no-such-compiler")
+    wheel, said = build_wheel(tree, tmp_path / "wheels", **environment)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert said.count("\n") == 0
-    assert "cpu: no C++ compiler found" in said
+    assert f"cpu: {reason}" in said
 
 
 def test_a_compiler_that_fails_costs_the_library_and_not_the_installation(

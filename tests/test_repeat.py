@@ -187,7 +187,7 @@ def test_another_backend_may_be_forced_between_steps(monkeypatch):
         (lambda x: x.to("meta"), ValueError),
         (lambda x: x.to_sparse(), TypeError),
         (lambda x: x.to_sparse_csr(), TypeError),
-        (lambda x: x.to_mkldnn(), TypeError),
+        (lambda x: x.cpu().to_mkldnn(), TypeError),
         (lambda x: torch.nested.nested_tensor(list(x)), TypeError),
         (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), TypeError),
         (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), TypeError),

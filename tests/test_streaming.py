@@ -468,7 +468,10 @@ def test_step_in_inference_copies_no_ring(mode, backend):
         module.forward_step(x[:, 516])
         with torch.profiler.profile(profile_memory=True) as profile:
             module.forward_step(x[:, 517])
-    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    allocated = sum(
+        max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
+        for event in profile.events()
+    )
     ring = 4 * 512 * 64 * 4
     assert allocated < ring / 4
 
@@ -591,6 +594,8 @@ class SlidingWindow(RuleBasedStateMachine):
 
 
 def test_any_order_of_calls_equals_the_window_at_every_token(backend):
+    examples = 4 if backend == "triton" else 60  # each is of a shape for which Triton compiles
     run_state_machine_as_test(
-        SlidingWindow, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+        SlidingWindow,
+        settings=settings(max_examples=examples, stateful_step_count=25, deadline=None),
     )

@@ -281,7 +281,7 @@ def test_stored_codes_and_scales_are_those_of_the_reference(
     x = magnitude * torch.randn(4, 128, device=DEVICE)
     x[1] *= torch.logspace(-9, 0, 128, device=DEVICE)
     x[2] = 0
-    x[3, 1:] = torch.arange(127) / 254 * x[3, 0]  # ties
+    x[3, 1:] = torch.arange(127, device=DEVICE) / 254 * x[3, 0]  # ties
     step(case, case.state, x, "gemm", 1)
     inputs.input_step_(*case.arguments(expected, x))
     for i in (0, 2):

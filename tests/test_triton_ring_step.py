@@ -142,7 +142,7 @@ def test_stored_codes_and_scales_are_those_of_the_reference(
     x = magnitude * torch.randn(4, 128, device=DEVICE)
     x[1] *= torch.logspace(-9, 0, 128, device=DEVICE)
     x[2, 64:] = 0
-    x[3, 1:64] = torch.arange(63) / 254 * x[3, 0]  # ties
+    x[3, 1:64] = torch.arange(63, device=DEVICE) / 254 * x[3, 0]  # ties
     step(case, case.state, (x,) * 3, "fused", 1)
     reference.ring_step_(*arguments(case.weights, expected, (x,) * 3))
     for i in (0, 1, 4, 5):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,9 @@ from .base import Outputs, Peer, Ready
 _CHUNK_BYTES = 1 << 30  # of tokens at once while a stream is warmed up
 
 
-def build(problem: Problem, formulation: str | None) -> SingleOutputMultiheadAttention:
+def build(
+    problem: Problem, formulation: str | None, backend: str | None = None
+) -> SingleOutputMultiheadAttention:
     """The module with the problem's weights; warm if the mode goes on from a state."""
     options: dict[str, Any] = {} if formulation is None else {"formulation": formulation}
     module = SingleOutputMultiheadAttention.build_from(
@@ -32,11 +34,14 @@ def build(problem: Problem, formulation: str | None) -> SingleOutputMultiheadAtt
         chunk = max(1, _CHUNK_BYTES // max(1, row.numel() * row.element_size()))
         # The first call of a stream decides what an automatic module caches.
         alone = 1 if problem.case.mode == "step" else 0
+        # The CUDA library takes one token at a time.
+        many = continual_mha.use_backend("auto") if backend == "cuda" else nullcontext()
         with torch.no_grad():
             for token in problem.past[:, :alone].unbind(1):
                 module.forward_step(token)
-            for tokens in problem.past[:, alone:].split(chunk, dim=1):
-                module.forward_steps(tokens)
+            with many:
+                for tokens in problem.past[:, alone:].split(chunk, dim=1):
+                    module.forward_steps(tokens)
     return module
 
 
@@ -74,7 +79,7 @@ def setup(backend: str | None, formulation: str | None, problem: Problem) -> Rea
     """The module on a backend and in a formulation; None for what it chooses."""
     context = partial(_context, backend, problem.case.mode)
     with context():
-        module = build(problem, formulation)
+        module = build(problem, formulation, backend)
     return Ready(_run_of(module, problem), context, None, module.formulation)
 
 
@@ -98,6 +103,8 @@ def _why_absent(
         return continual_mha.backends.why_not(backend, "ring_step_", ())
     if formulation is not None and case.mode in ("forward", "forward_backward"):
         return "a clip has no state"
+    if backend == "cuda" and (case.mode == "steps" or formulation == "input"):
+        return "the CUDA library has no kernel for it"
     return None
 
 
