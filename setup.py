@@ -76,10 +76,10 @@ def find_nvcc() -> str | None:
 
 def why_not_cpu() -> str | None:
     """What is missing to build csrc/cpu; None if nothing is."""
-    return "CONTINUAL_MHA_BUILD_CPU is 0" if BUILD_CPU == "0" else why_nothing()
+    return "CONTINUAL_MHA_BUILD_CPU is 0" if BUILD_CPU == "0" else why_neither()
 
 
-def why_nothing() -> str | None:
+def why_neither() -> str | None:
     """What is missing to build either; None if nothing is."""
     torch = find_torch()
     if sys.platform == "win32":
@@ -95,7 +95,7 @@ def why_nothing() -> str | None:
 
 def why_not_cuda() -> str | None:
     """What is missing to build csrc/cuda; None if nothing is."""
-    reason = why_nothing()
+    reason = why_neither()
     if BUILD_CUDA == "0":
         return "CONTINUAL_MHA_BUILD_CUDA is 0"
     if reason is not None:
