@@ -31,17 +31,24 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   O* out = static_cast<O*>(p.out) + stream * p.out_stride;
   A sums[kCount * kC];
   dot_rows_tile<kCount, kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
-  if (bias != nullptr) {
+  A biases[kCount] = {};
+  for (int r = 0; bias != nullptr && r < kCount; ++r) biases[r] = widen(bias[row + r * stretch]);
+  if constexpr (std::is_same_v<O, A>) {
     for (int r = 0; r < kCount; ++r) {
-      const A b = widen(bias[row + r * stretch]);
-      for (int c = 0; c < kC; ++c) sums[r * kC + c] += b;
+      for (int c = 0; c < kC; ++c) {
+        out[c * p.out_stride + row + r * stretch] = sums[r * kC + c] + biases[r];
+      }
     }
-  }
-  O narrowed[kCount * kC];
-  copy_narrowed(sums, kCount * kC, A{1}, narrowed);
-  for (int r = 0; r < kCount; ++r) {
-    for (int c = 0; c < kC; ++c) {
-      out[c * p.out_stride + row + r * stretch] = narrowed[r * kC + c];
+  } else {  // rounded by whole vectors
+    for (int r = 0; r < kCount; ++r) {
+      for (int c = 0; c < kC; ++c) sums[r * kC + c] += biases[r];
+    }
+    O narrowed[kCount * kC];
+    copy_narrowed(sums, kCount * kC, A{1}, narrowed);
+    for (int r = 0; r < kCount; ++r) {
+      for (int c = 0; c < kC; ++c) {
+        out[c * p.out_stride + row + r * stretch] = narrowed[r * kC + c];
+      }
     }
   }
 }
