@@ -30,6 +30,9 @@ FAMILIES = (EXAMPLE, DETECTION, AUDIO, SPEECH, LONG_1024, LONG_4096)
 NARROW = Family("narrow", 128, 4, 32)
 MIDDLE = Family("middle", 512, 8, 128)
 WIDE = Family("wide", 512, 8, 256)
+# In which order tables have them.
+_LISTED = (NARROW, EXAMPLE, DETECTION, MIDDLE, WIDE, AUDIO, SPEECH, LONG_1024, LONG_4096)
+_PLACES = {family.name: place for place, family in enumerate(_LISTED)}
 
 
 class Case(NamedTuple):
@@ -66,6 +69,12 @@ class Case(NamedTuple):
     def state_bytes(self) -> int:
         """Bytes of all streams' keys and values."""
         return 2 * self.batch_size * self.sequence_len * self.embed_dim * BYTES[self.dtype]
+
+
+def place_of(case: Case) -> tuple[int | str, ...]:
+    """What sorts cases for a table; they are measured in another order."""
+    family = _PLACES.get(case.family, len(_PLACES))
+    return MODES.index(case.mode), family, case.tokens, case.batch_size, case.dtype
 
 
 def case_of(family: Family, batch_size: int, mode: str, dtype: str, tokens: int = 1) -> Case:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .grid import Case
+from .grid import Case, place_of
 from .records import Row, case_of, times
 
 OURS = "ours"
@@ -33,7 +33,8 @@ class Results:
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
         self._times = times(self.rows)
-        self.cases: list[Case] = list(dict.fromkeys(case_of(row) for row in self._times.values()))
+        found = dict.fromkeys(case_of(row) for row in self._times.values())
+        self.cases: list[Case] = sorted(found, key=place_of)
 
     def row(self, case: Case, implementation: str, timer: str) -> Row | None:
         """The time of an implementation by a timer, if it was taken."""
