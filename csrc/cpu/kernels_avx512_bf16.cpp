@@ -1,7 +1,4 @@
 #if defined(__x86_64__)
-#include <algorithm>
-#include <array>
-
 #include "bfloat16_pairs.h"
 #include "project_kernel.h"
 
@@ -9,18 +6,20 @@ namespace continual_mha::cpu {
 namespace {
 
 // Those of AVX-512 but for the projections of bfloat16.
-std::array<Kernels, kNumDTypes> make_table() {
-  std::array<Kernels, kNumDTypes> table;
-  std::copy_n(kernels_avx512(), kNumDTypes, table.begin());
-  set_projections<BFloat16, BFloat16>(table[static_cast<int>(DType::kBFloat16)]);
-  return table;
-}
+struct Table {
+  Kernels kernels[kNumDTypes];
+
+  Table() {
+    for (int i = 0; i < kNumDTypes; ++i) kernels[i] = kernels_avx512()[i];
+    set_projections<BFloat16, BFloat16>(kernels[static_cast<int>(DType::kBFloat16)]);
+  }
+};
 
 }  // namespace
 
 const Kernels* kernels_avx512_bf16() {
-  static const std::array<Kernels, kNumDTypes> table = make_table();
-  return table.data();
+  static const Table table;
+  return table.kernels;
 }
 
 }  // namespace continual_mha::cpu
