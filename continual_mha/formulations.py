@@ -16,10 +16,10 @@ _HAS_TRITON = find_spec("triton") is not None
 # reading half of it is worth the arithmetic. Predicted from bytes and flops, not measured yet.
 _CUDA_RING_BYTES = 64 << 20
 # What the Triton kernel covers, and heads, by bytes of a number; where a program has little shared
-# memory, 1024 features. In half precision up to so many
-# heads at most two programs of that kernel read a stream, where four would ask more of the
-# second-level cache than keys and values ask of the memory; and more heads want more arithmetic for
-# a byte than there is. Without the matrix unit, in fp32, there is a quarter of it.
+# memory, 1024 features. In half precision up to so many heads at most two programs of that kernel
+# read a stream, where four would ask more of the second-level cache than keys and values ask of the
+# memory; and more heads want more arithmetic for a byte than there is. Without the matrix unit, in
+# fp32, there is a quarter of it.
 _CUDA_MAX_EMBED_DIM = {2: 2048, 4: 1024}
 _CUDA_LITTLE_EMBED_DIM = 1024
 _CUDA_MAX_HEADS = {2: 32, 4: 8}

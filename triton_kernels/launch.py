@@ -32,7 +32,7 @@ class _Here(threading.local):
     """What is so for one thread.
 
     launches: those that it collects instead of running them, if any.
-    little: how much shared memory is pretended for tensors that are on no GPU.
+    little: whether little shared memory is pretended for tensors that are on no GPU.
     """
 
     launches: list[Launch] | None = None
