@@ -78,10 +78,10 @@ def full_configurations() -> Iterator[tuple[str, list[Launch]]]:
 
 
 def input_configurations(little: bool = False) -> Iterator[tuple[str, list[Launch]]]:
-    in_half = plan.LITTLE_INPUT_ROWS_16 if little else plan.INPUT_ROWS_16
+    in_half = plan.tile_rows(2, little)
     widest = max(in_half)
-    for dtype, rows in ((HALF, in_half), (FULL, plan.INPUT_ROWS_32)):
-        for E in rows:
+    for dtype in (HALF, FULL):
+        for E in plan.tile_rows(dtype.itemsize, little):
             yield f"inputs-E{E}-{dtype}", aot.input_step_launches(4096, E, 8, 4096, dtype)
     for E in in_half:
         launches = aot.input_step_launches(4096, E, 8, 4096, HALF, codes=torch.uint8)

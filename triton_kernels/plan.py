@@ -207,6 +207,20 @@ ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
 
 
+def tile_rows(itemsize: int, little: bool = False) -> dict[int, int]:
+    """Slots of a tile that one load brings for two products, by padded embed_dim."""
+    if itemsize > 2:
+        return SHARED_ROWS_32
+    return LITTLE_SHARED_ROWS if little else SHARED_ROWS
+
+
+def _stages(itemsize: int, width: int, little: bool) -> int:
+    """Such tiles in shared memory, under way and worked on."""
+    if itemsize == 2:
+        return 3 if width <= 1024 else 2
+    return 1 if little and width == 1024 else 2
+
+
 @lru_cache(maxsize=1024)
 def shared_plan(
     N: int,
@@ -223,12 +237,12 @@ def shared_plan(
     # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
     block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
-    by_rows = one_tensor and itemsize > 2 and width in SHARED_ROWS_32
-    rows = LITTLE_SHARED_ROWS if little else SHARED_ROWS
-    one_tile = by_rows or (one_tensor and itemsize == 2 and width in rows and block_h <= 16)
+    rows = tile_rows(itemsize, little)
+    fits = one_tensor and width in rows
+    by_rows = fits and itemsize > 2
+    one_tile = by_rows or (fits and block_h <= 16)
     if by_rows:
-        block_h, block_s, block_v = ROW_HEADS, SHARED_ROWS_32[width], width
-        warps = ROW_WARPS[width]
+        block_h, block_s, block_v, warps = ROW_HEADS, rows[width], width, ROW_WARPS[width]
     elif one_tile:
         block_s, block_v, warps = rows[width], width, 8 if width >= 1024 else 4
     else:
@@ -240,9 +254,7 @@ def shared_plan(
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
     splits = _splits(blocks, S, block_s)
-    stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
-    if little and by_rows and width == 1024:
-        stages = 1
+    stages = _stages(itemsize, width, little) if one_tile else 2
     registers = ROW_REGISTERS.get(width) if by_rows else None
     return SharedPlan(
         splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers
@@ -281,10 +293,11 @@ def shared_backward_plan(
         # shared memory a tile, whose bytes take 5000 of an H100's memory; they divide it in 3500.
         parts = min(warps, width // 32)
         blocks = (_splits(N, S, block_s), block_h, block_s, width, width)
-        return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
+        stages = _stages(itemsize, width, little)
+        return SharedPlan(*blocks, True, False, warps, stages, parts=parts)
     if one_tensor and itemsize > 2 and block_h <= ROW_HEADS and width in ROW_WARPS:
         warps = min(8, ROW_WARPS[width])  # or a thread has no registers for two products of a tile
-        stages = 1 if little and width == 1024 else 2
+        stages = _stages(itemsize, width, little)
         return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, stages)
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
@@ -352,10 +365,8 @@ INPUT_RULES = (
     InputRule("fused", 2 * 16 * MULTIPROCESSORS, 8, 512),
     InputRule("gemm", 0, _NO_LIMIT, _NO_LIMIT),
 )
-# Slots of a tile by padded embed_dim; of 8 bits, what fits decoded into registers.
-INPUT_ROWS_16 = SHARED_ROWS
-LITTLE_INPUT_ROWS_16 = LITTLE_SHARED_ROWS
-INPUT_ROWS_32 = SHARED_ROWS_32
+# Slots of a tile by padded embed_dim where they are of 8 bits and tokens of 16: what fits decoded
+# into registers.
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
 # Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
 # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
@@ -366,8 +377,7 @@ MAX_INPUT_HEADS = 32
 
 def input_step_covers(E: int, itemsize: int, little: bool = False) -> str | None:
     """None if there is a plan for a step over inputs, else the reason why not."""
-    in_half = LITTLE_INPUT_ROWS_16 if little else INPUT_ROWS_16
-    widest = max(in_half if itemsize == 2 else INPUT_ROWS_32)
+    widest = max(tile_rows(itemsize, little))
     return f"embed_dim {E} is over {widest}" if widest < E else None
 
 
@@ -399,19 +409,13 @@ def input_plan(
         fits = fits and rule.max_embed_dim >= E and block_h >= H
         if rule.path == path or (path is None and fits):
             break
-    if itemsize > 2:
-        rows = INPUT_ROWS_32[block_e]
-    else:
-        in_half = LITTLE_INPUT_ROWS_16 if little else INPUT_ROWS_16
-        rows = (INPUT_ROWS_8 if codes else in_half)[block_e]
-    block_s = max(16, min(rows, triton.next_power_of_2(L)))
+    rows = INPUT_ROWS_8 if codes and itemsize == 2 else tile_rows(itemsize, little)
+    block_s = max(16, min(rows[block_e], triton.next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
     splits = splits or _splits(N * triton.cdiv(H, block_h), L, block_s)
     block_d = max(16, triton.next_power_of_2(E // H))
-    stages = 3 if itemsize == 2 and block_e <= 1024 else 2
-    if codes or (little and itemsize > 2 and block_e == 1024):
-        stages = 1
+    stages = 1 if codes else _stages(itemsize, block_e, little)
     fused = rule.path == "fused"
     if by_rows:
         warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
