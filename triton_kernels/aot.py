@@ -184,7 +184,8 @@ def step_launches(
     if path == "invariant":
         plan = invariant_step_plan(E, H, L, dtype.itemsize, slot)
     else:
-        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot, little_memory(token))
+        little = little_memory(token)
+        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot, little=little)
     args = _ring_arguments(N, E, H, L, dtype)
     scale = None
     if codes is not None:

@@ -715,7 +715,7 @@ def attend_shared_full(
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
     sizes = (N, H, S, EK, EV, query.element_size(), value is None)
-    plan = shared_plan(*sizes, seed is not None, little_memory(query))
+    plan = shared_plan(*sizes, dropout=seed is not None, little=little_memory(query))
     if plan.by_rows:
         query, key = _side_by_side(query, key)
     value = key if value is None else value
@@ -765,7 +765,7 @@ def _weights(
     """The average of the weights (N, S), or the products with its gradient (N, tiles, H)."""
     (N, H, EK), S = query.shape, key.shape[1]
     wide, acc = _acc(query.dtype)
-    plan = shared_backward_plan(N, H, S, EK, EK, query.element_size())
+    plan = shared_backward_plan(N, H, S, EK, query.element_size())
     tiles = triton.cdiv(S, plan.block_s)
     shape = (N, S) if grad is None else (N, tiles, H)
     out = torch.empty(shape, dtype=wide, device=query.device)
@@ -825,8 +825,8 @@ def attend_shared_full_backward(
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = _acc(query.dtype)
-    sizes = (N, H, S, EK, EV, query.element_size(), value is None)
-    plan = shared_backward_plan(*sizes, little_memory(query))
+    sizes = (N, H, S, EK, query.element_size(), value is None)
+    plan = shared_backward_plan(*sizes, little=little_memory(query))
     parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)
     if plan.by_rows:
         query, key, grad_out = _side_by_side(query, key, grad_out)

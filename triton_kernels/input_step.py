@@ -550,7 +550,8 @@ def why_not(
         return "a weight or the state is not contiguous"
     if x_ring.shape[1] * x_ring.shape[2] >= MAX_ELEMENTS:
         return f"a stream's ring of {MAX_ELEMENTS} numbers or more"
-    return input_step_covers(x_ring.shape[2], query.element_size(), little_memory(query))
+    sizes = (x_ring.shape[2], query.element_size())
+    return input_step_covers(*sizes, little=little_memory(query))
 
 
 def input_step_(
@@ -581,11 +582,11 @@ def input_step_(
     """
     N, L, E = x_ring.shape
     shape = (E, num_heads, L, query.element_size())
-    linear = F.linear
+    linear, little = F.linear, little_memory(query)
     if batch_invariant:
-        plan = invariant_input_plan(*shape, x_scale is not None, little_memory(query))
+        plan = invariant_input_plan(*shape, x_scale is not None, little=little)
         linear = functools.partial(tiled_linear, plan=invariant_step_plan(*shape))
-    plan = plan or input_plan(N, *shape, x_scale is not None, little=little_memory(query))
+    plan = plan or input_plan(N, *shape, x_scale is not None, little=little)
     query = query if query.stride(1) == 1 else query.contiguous()
     active = active.contiguous() if update and active is not None else None
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)

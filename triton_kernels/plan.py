@@ -92,6 +92,7 @@ def step_plan(
     path: str | None = None,
     splits: int = 0,
     slot_itemsize: int = 0,
+    *,
     little: bool = False,
 ) -> StepPlan:
     """The plan of a step of `N` streams; `path` and `splits` override the table.
@@ -230,6 +231,7 @@ def shared_plan(
     EV: int,
     itemsize: int,
     one_tensor: bool,
+    *,
     dropout: bool = False,
     little: bool = False,
 ) -> SharedPlan:
@@ -276,9 +278,9 @@ def shared_backward_plan(
     H: int,
     S: int,
     EK: int,
-    EV: int,
     itemsize: int,
     one_tensor: bool = False,
+    *,
     little: bool = False,
 ) -> SharedPlan:
     """The plan of `attend_shared_backward`, whose tiles are its splits unless `one_tile`."""
@@ -375,7 +377,7 @@ MAX_INPUT_ACCUMULATORS_32 = 8192
 MAX_INPUT_HEADS = 32
 
 
-def input_step_covers(E: int, itemsize: int, little: bool = False) -> str | None:
+def input_step_covers(E: int, itemsize: int, *, little: bool = False) -> str | None:
     """None if there is a plan for a step over inputs, else the reason why not."""
     widest = max(tile_rows(itemsize, little))
     return f"embed_dim {E} is over {widest}" if widest < E else None
@@ -391,6 +393,7 @@ def input_plan(
     codes: bool = False,
     path: str | None = None,
     splits: int = 0,
+    *,
     little: bool = False,
 ) -> InputPlan:
     """The plan of a step of `N` streams over inputs, which are `codes` if the ring is of 8 bits.
@@ -444,10 +447,11 @@ INVARIANT_PART = 1024  # slots: merging parts costs a few hundredths of their by
 
 
 def invariant_input_plan(
-    E: int, H: int, L: int, itemsize: int, codes: bool, little: bool = False
+    E: int, H: int, L: int, itemsize: int, codes: bool, *, little: bool = False
 ) -> InputPlan:
     """The plan of a step over inputs whose bits do not depend on the number of streams."""
-    return input_plan(1, E, H, L, itemsize, codes, "gemm", max(1, L // INVARIANT_PART), little)
+    splits = max(1, L // INVARIANT_PART)
+    return input_plan(1, E, H, L, itemsize, codes, "gemm", splits, little=little)
 
 
 class StepsPlan(NamedTuple):

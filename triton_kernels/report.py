@@ -145,7 +145,7 @@ def predicted_clip(
         size += 2 * weights + 2 * clip + 2 * rows
         flops += N * (16 * E * E + 10 * H * S * E)
         launches += BACKWARD_LAUNCHES
-        splits = shared_backward_plan(N, H, S, E, E, itemsize, True).splits
+        splits = shared_backward_plan(N, H, S, E, itemsize, True).splits
         drawn += triton.cdiv(N * splits, MULTIPROCESSORS) * clip / (N * splits)
         if splits > 1:  # parts of the moved query's gradient in fp32 are written, read and added
             size += 2 * N * splits * H * E * 4 / itemsize
@@ -289,11 +289,12 @@ def input_rows(
 
 def clip_rows(E: int, dtype: torch.dtype) -> list[str]:
     """Rows of a single query over a clip, and of its gradients."""
-    name, shape = f"single query N=256 L=64 E={E}", (256, 8, 64, E, E, dtype.itemsize, True)
+    name, sizes = f"single query N=256 L=64 E={E}", (dtype.itemsize, True)
     *forward, backward = aot.shared_launches(256, 8, 64, E, dtype)
     rows = []
     for launches, plan in (
-        (forward, shared_plan(*shape)), ([backward], shared_backward_plan(*shape)),
+        (forward, shared_plan(256, 8, 64, E, E, *sizes)),
+        ([backward], shared_backward_plan(256, 8, 64, E, *sizes)),
     ):  # fmt: skip
         tiles = min(plan.stages - 1, triton.cdiv(64, plan.block_s))
         tile = tiles * min(plan.block_s, 64) * E * dtype.itemsize
