@@ -20,10 +20,9 @@ from triton_cases import (
 
 from continual_mha import inputs, reference
 from continual_mha.quantized import QuantizedRing
-from continual_mha.triton_kernels.input_step import input_step_, why_not
+from continual_mha.triton_kernels import input_step_, ring_step_, why_not
 from continual_mha.triton_kernels.launch import counters, pretended_little_memory
 from continual_mha.triton_kernels.plan import InputPlan, input_plan
-from continual_mha.triton_kernels.ring_step import ring_step_
 
 pytestmark = needs_kernels
 

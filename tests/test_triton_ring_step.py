@@ -19,10 +19,9 @@ from triton_cases import (
 
 from continual_mha import reference
 from continual_mha.quantized import QuantizedRing
-from continual_mha.triton_kernels import plan
+from continual_mha.triton_kernels import plan, ring_step_, why_not
 from continual_mha.triton_kernels.launch import counters
 from continual_mha.triton_kernels.plan import StepPlan, step_plan
-from continual_mha.triton_kernels.ring_step import ring_step_, why_not
 
 pytestmark = needs_kernels
 

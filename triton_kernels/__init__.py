@@ -25,17 +25,19 @@ __all__ = [
     "why_not",
 ]
 
-_MODULES = {
-    "input_step_": _input_step,
-    "ring_step_": _ring_step,
-    "ring_steps_": _ring_steps,
-    "attend_shared": _attend_shared,
-    "attend_shared_backward": _attend_shared,
-    "attend_shared_full": _attend_shared,
-    "attend_shared_full_backward": _attend_shared,
-    "attend_shared_query_backward": _attend_shared,
-    "attend_window": _attend_window,
-    "attend_window_backward": _attend_window,
+# By operator: whose `why_not` tells whether it is covered, and how many gradients of results stand
+# before the arguments that it asks for.
+_MODULES: dict[str, tuple[Any, int]] = {
+    "input_step_": (_input_step, 0),
+    "ring_step_": (_ring_step, 0),
+    "ring_steps_": (_ring_steps, 0),
+    "attend_shared": (_attend_shared, 0),
+    "attend_shared_backward": (_attend_shared, 2),
+    "attend_shared_full": (_attend_shared, 0),
+    "attend_shared_full_backward": (_attend_shared, 4),
+    "attend_shared_query_backward": (_attend_shared, 4),
+    "attend_window": (_attend_window, 0),
+    "attend_window_backward": (_attend_window, 2),
 }
 
 bind_ring_step_ = _ring_step.bind_ring_step_
@@ -53,5 +55,8 @@ attend_window_backward = _attend_window.attend_window_backward
 
 def why_not(name: str, *args: Any) -> str | None:
     """None if the kernels cover a call of the operator `name` with `args`, else the reason."""
-    module = _MODULES.get(name)
-    return f"there is no kernel for {name}" if module is None else module.why_not(name, *args)
+    if name not in _MODULES:
+        return f"there is no kernel for {name}"
+    module, gradients = _MODULES[name]
+    reason: str | None = module.why_not(*args[gradients:])
+    return reason

@@ -639,7 +639,11 @@ def _rows_backward_kernel(
             _store_tile(grad_key_ptr, grad_key, offs_s, columns, end, E)
 
 
-def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
+MAX_HEADS = 64
+
+
+def why_not(query: Tensor, key: Tensor, value: Tensor | None, *rest: Any) -> str | None:
+    """None if this module covers a call with these arguments, else the reason why not."""
     refused = not_taken(query)
     if refused is not None:
         return refused
@@ -650,20 +654,6 @@ def _uncovered(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | 
     if key.shape[1] == 0:
         return "the window is empty"
     return None
-
-
-def why_not(name: str, *args: Any) -> str | None:
-    """None if this module covers a call of the operator `name`, else the reason why not."""
-    if name in ("attend_shared", "attend_shared_full"):
-        return _uncovered(*args[:4])
-    if name == "attend_shared_backward":
-        return _uncovered(*args[2:6])
-    if name in ("attend_shared_full_backward", "attend_shared_query_backward"):
-        return _uncovered(*args[4:8])
-    return f"no kernel for {name} here"
-
-
-MAX_HEADS = 64
 
 
 def _mask_strides(mask: Tensor | None, N: int, H: int, S: int) -> tuple[int, int, int]:

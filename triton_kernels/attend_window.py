@@ -214,14 +214,16 @@ def _window_key_gradient_kernel(
         tl.store(grad_v_ring_ptr + ring_offsets, grad_v, mask=mask)
 
 
-def why_not(name: str, *args: Any) -> str | None:
-    """None if this module covers a call of the operator `name`, else the reason why not."""
-    if name == "attend_window":
-        query, key, value, k_ring, v_ring, position = args[:6]
-    elif name == "attend_window_backward":
-        query, key, value, k_ring, v_ring, position = args[2:8]
-    else:
-        return f"no kernel for {name} here"
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    position: Tensor,
+    *rest: Any,
+) -> str | None:
+    """None if this module covers a call with these arguments, else the reason why not."""
     rings = (k_ring, v_ring, query.new_empty(0))
     return uncovered(query, key, value, *rings, position=position)
 

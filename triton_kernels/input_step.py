@@ -517,7 +517,6 @@ def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
 
 
 def why_not(
-    name: str,
     query: Tensor,
     in_proj_weight: Tensor,
     in_proj_bias: Tensor | None,
@@ -527,19 +526,15 @@ def why_not(
     bias_v: Tensor | None,
     x_ring: Tensor,
     position: Tensor,
-    num_heads: int,
-    delay: int,
     *rest: Any,
 ) -> str | None:
-    """None if this module covers a call of the operator `name`, else the reason why not."""
-    if name != "input_step_":
-        return f"no kernel for {name} here"
+    """None if this module covers a call of `input_step_`, else the reason why not."""
     refused = not_taken(query)
     if refused is not None:
         return refused
     weights = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, bias_k, bias_v)
     given = [tensor for tensor in weights if tensor is not None]
-    scale = rest[4] if len(rest) > 4 else None
+    scale = rest[6] if len(rest) > 6 else None
     kept = query.dtype if scale is None else x_ring.dtype
     if any(x.dtype != query.dtype for x in given) or x_ring.dtype != kept:
         return "query, weights and ring differ in dtype"

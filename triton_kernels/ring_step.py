@@ -672,7 +672,7 @@ def uncovered(
     value: Tensor,
     *others: Tensor | None,
     position: Tensor,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    scales: tuple[Tensor | None, ...] = (),
 ) -> str | None:
     """What the ring kernels ask of tensors; the last three of `others` are the rings."""
     refused = not_taken(query)
@@ -699,39 +699,9 @@ def uncovered(
     return None
 
 
-def why_not(
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    in_proj_weight: Tensor,
-    k_proj_weight: Tensor | None,
-    v_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    k_ring: Tensor,
-    v_ring: Tensor,
-    q_ring: Tensor,
-    position: Tensor,
-    active: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    update: bool,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *rest: Any,
-) -> str | None:
-    """None if this module covers a call of the operator `name`, else the reason why not."""
-    if name != "ring_step_":
-        return f"no kernel for {name} here"
-    return uncovered(
-        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
-        out_proj_weight, out_proj_bias, bias_k, bias_v, k_ring, v_ring, q_ring,
-        position=position, scales=(k_scale, v_scale),
-    )  # fmt: skip
+def why_not(*args: Any) -> str | None:
+    """None if this module covers a call of `ring_step_`, else the reason why not."""
+    return uncovered(*args[:14], position=args[14], scales=args[19:21])
 
 
 def ring_step_(
