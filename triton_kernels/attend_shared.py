@@ -14,6 +14,7 @@ from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
     LN2,
     LOG2E,
+    accumulators,
     cast,
     dot,
     dot_of_part,
@@ -663,10 +664,6 @@ def _mask_strides(mask: Tensor | None, N: int, H: int, S: int) -> tuple[int, int
     return stride_n, stride_h, stride_s
 
 
-def _acc(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
 def _side_by_side(*tensors: Tensor) -> Iterator[Tensor]:
     """The same with features that lie side by side."""
     return (x if x.stride(2) == 1 else x.contiguous() for x in tensors)
@@ -703,7 +700,7 @@ def attend_shared_full(
     """
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
-    wide, acc = _acc(query.dtype)
+    wide, acc = accumulators(query.dtype)
     sizes = (N, H, S, EK, EV, query.element_size(), value is None)
     plan = shared_plan(*sizes, dropout=seed is not None, little=little_memory(query))
     if plan.by_rows:
@@ -754,7 +751,7 @@ def _weights(
 ) -> Tensor:
     """The average of the weights (N, S), or the products with its gradient (N, tiles, H)."""
     (N, H, EK), S = query.shape, key.shape[1]
-    wide, acc = _acc(query.dtype)
+    wide, acc = accumulators(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, query.element_size())
     tiles = triton.cdiv(S, plan.block_s)
     shape = (N, S) if grad is None else (N, tiles, H)
@@ -814,7 +811,7 @@ def attend_shared_full_backward(
     """
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
-    wide, acc = _acc(query.dtype)
+    wide, acc = accumulators(query.dtype)
     sizes = (N, H, S, EK, query.element_size(), value is None)
     plan = shared_backward_plan(*sizes, little=little_memory(query))
     parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)

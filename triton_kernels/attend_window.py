@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import constants_of, launch
-from .pieces import LOG2E, cast, dot, dot_precision, keep_scale
+from .pieces import LOG2E, accumulators, cast, dot, dot_precision, keep_scale
 from .plan import StepsPlan, steps_plan
 from .ring_step import uncovered
 from .ring_steps import clip_tile, ring_steps_kernel, ring_tile, token_in_slot
@@ -235,7 +235,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _constants(plan: StepsPlan, dtype: torch.dtype) -> tuple:
-    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    _, acc = accumulators(dtype)
     return plan.block_t, plan.block_s, plan.block_d, plan.stages, dot_precision(), acc
 
 
@@ -262,7 +262,7 @@ def attend_window(
     query, key, value = _packed(query), _packed(key), _packed(value)
     plan = steps_plan(T - first, D, query.element_size(), seed is not None)
     out = query.new_empty((N, T - first, H, D))
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide, _ = accumulators(query.dtype)
     lse = torch.empty((N, T - first, H), dtype=wide, device=query.device)
     args = (
         query, key, value, None, None, None, None, k_ring, v_ring, None, None, None, position,

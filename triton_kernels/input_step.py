@@ -16,6 +16,7 @@ from .eight_bits import CODES, decode, encode, scale_of, unit_of
 from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
     LOG2E,
+    accumulators,
     cast,
     dot,
     dot_precision,
@@ -504,11 +505,11 @@ def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     bits depend on that stream alone.
     """
     N, H, K = x.shape
+    _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, N, *x.stride(), *weight.stride(), *out.stride())
     constants = constants_of(
         out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES,
-        max(16, min(128, triton.next_power_of_2(K))), dot_precision(),
-        tl.float64 if x.dtype == torch.float64 else tl.float32,
+        max(16, min(128, triton.next_power_of_2(K))), dot_precision(), acc,
     )  # fmt: skip
     blocks = triton.cdiv(out.shape[2], INVARIANT_FEATURES)
     grid = (triton.cdiv(N, INVARIANT_TOKENS), blocks, H)
@@ -593,7 +594,7 @@ def input_step_(
         args: tuple = (x_ring, x_scale, position, asked)
         launch(_asked_kernel, (N, 1, 1), args, constants, num_warps=4)
     q = linear(asked, q_weight, q_bias)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide, acc = accumulators(query.dtype)
     queries = q.view(N, num_heads, -1)
     extra = _extra_scores(queries, k_bias, bias_k, add_zero_attn, wide, batch_invariant)
     share = on_bias = None
@@ -604,8 +605,7 @@ def input_step_(
     seed = dropout_seed(dropout_p, query.device)
     state = (x_ring, x_scale, position, active, seed, extra)
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
-               (E // num_heads) ** -0.5, dot_precision(),
-               tl.float64 if wide == torch.float64 else tl.float32)  # fmt: skip
+               (E // num_heads) ** -0.5, dot_precision(), acc)  # fmt: skip
     sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))

@@ -30,6 +30,11 @@ def not_taken(x: torch.Tensor) -> str | None:
     return None
 
 
+def accumulators(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """What sums of such numbers have: as a tensor's dtype, and as a kernel's."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
 def dot_precision() -> str:
     """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
     # `allow_tf32`, which says the same, raises once anybody has set `fp32_precision`.

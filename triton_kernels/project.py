@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import constants_of, launch
-from .pieces import cast, dot, dot_precision, start_after_previous_launch
+from .pieces import accumulators, cast, dot, dot_precision, start_after_previous_launch
 from .plan import StepPlan
 
 
@@ -89,15 +88,13 @@ def project(
     """
     tokens, (outputs, features) = x.shape[0], weight.shape
     out = x.new_empty((tokens, outputs))
-    args = (
-        x, weight, bias, out, position, active, tokens, outputs, *x.stride(),
-    )  # fmt: skip
+    _, acc = accumulators(x.dtype)
+    args = (x, weight, bias, out, position, active, tokens, outputs, *x.stride())
     block_k = 16 * 1024 // (plan.block_n * x.element_size())
     constants = constants_of(
         features, plan.block_n, plan.block_o,
         max(16, min(block_k, triton.next_power_of_2(features))),
-        3 if x.element_size() == 2 else 2, plan.pdl, dot_precision(),
-        tl.float64 if x.dtype == torch.float64 else tl.float32,
+        3 if x.element_size() == 2 else 2, plan.pdl, dot_precision(), acc,
     )  # fmt: skip
     grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
     launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)

@@ -17,6 +17,7 @@ from .eight_bits import CODES, decode, decode_words, factor_of, quantise
 from .launch import MOST_REGISTERS, counters, launch, little_memory, record, relaunch
 from .pieces import (
     LOG2E,
+    accumulators,
     cast,
     dot,
     dot_precision,
@@ -870,11 +871,11 @@ def _prepare(
     fused, grouped = plan.path == "fused", plan.path == "group"
     parts = plan.splits + plan.spread
     block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(parts)
-    wide = dtype == torch.float64
+    wide, acc = accumulators(dtype)
     per_load = 4 if slot == 1 and E // H % 4 == 0 else 1  # codes that are loaded as one word
     sizes = (E, EK, EV, H, L, R)
     tile = (plan.block_l, plan.block_d, per_load, plan.block_k)
-    ends = (precision, (E // H) ** -0.5, tl.float64 if wide else tl.float32)
+    ends = (precision, (E // H) ** -0.5, acc)
     block_m = 1024 * MERGED_ROWS.value // max(block_s, MERGED_ROWS.value)
     if grouped:
         constants: tuple = (
@@ -897,6 +898,6 @@ def _prepare(
         constants=constants,
         groups=(groups if fused or grouped else N * H) if merges else 0,
         scratch=groups * plan.group * H * parts * width,
-        acc=torch.float64 if wide else torch.float32,
+        acc=wide,
         streams=(N,) if grouped else (),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -14,7 +13,16 @@ from torch import Tensor
 from ..dropout import dropout_seed
 from .eight_bits import decode, quantise_tokens, uncovered_codes, unit_of
 from .launch import constants_of, launch
-from .pieces import LN2, LOG2E, cast, dot, dot_precision, finite_or_zero, keep_scale
+from .pieces import (
+    LN2,
+    LOG2E,
+    accumulators,
+    cast,
+    dot,
+    dot_precision,
+    finite_or_zero,
+    keep_scale,
+)
 from .plan import invariant_step_plan, steps_plan
 from .project import linear as tiled_linear
 from .ring_step import project_inputs, uncovered
@@ -402,6 +410,7 @@ def ring_steps_(
     sizes = (T - first, D, query.element_size())
     plan = steps_plan(*sizes, dropout_p > 0.0, codes=k_scale is not None)
     out = query.new_empty((N, T - first, E))
+    _, acc = accumulators(query.dtype)
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     args = (
         query, *clip, bias_k, bias_v, *rings, q_ring, position, None,
@@ -409,8 +418,7 @@ def ring_steps_(
     )  # fmt: skip
     constants = constants_of(
         H, D, L, R, plan.block_t, plan.block_s, plan.block_d, plan.block_one, bool(add_zero_attn),
-        plan.stages, dot_precision(), D**-0.5,
-        tl.float64 if query.dtype == torch.float64 else tl.float32,
+        plan.stages, dot_precision(), D**-0.5, acc,
     )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, plan.block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
