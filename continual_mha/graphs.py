@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .modes import active_streams
-from .streams import StatefulStreams, all_or_as_before
+from .streams import all_or_as_before, stateful_modules
 
 _WARM_UP_RUNS = 3
 
@@ -43,9 +43,7 @@ class GraphedStep:
             raise ValueError("example must be tokens of shape (N, ...), but has no axes")
         if not callable(getattr(model, "forward_step", None)):
             raise TypeError(f"{type(model).__name__} has no forward_step to capture")
-        self._stateful = [m for m in model.modules() if isinstance(m, StatefulStreams)]
-        if not self._stateful:
-            raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
+        self._stateful = list(stateful_modules(model).values())
         self._model = model
         self._graph = torch.cuda.CUDAGraph()
         # what inference mode makes could be written to in inference mode only

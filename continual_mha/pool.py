@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import checks, storage
 from .graphs import GraphedStep
 from .modes import active_streams
-from .streams import StatefulStreams, all_or_as_before
+from .streams import StatefulStreams, all_or_as_before, stateful_modules
 
 
 class PoolFull(RuntimeError):  # noqa: N818  (as in queue.Full)
@@ -142,7 +142,7 @@ class StreamPool:
         self._queue_size = queue_size
         alone = _foreign_modules(model)
         if not alone:
-            storage.stateful_modules(model)  # or there is nothing to serve
+            stateful_modules(model)  # or there is nothing to serve
         if not callable(getattr(model, "forward_step", None)):
             raise TypeError(
                 "the model must have a forward_step, which takes a token through its modules, but "
@@ -379,7 +379,7 @@ class _Batched:
 
     def __init__(self, model: nn.Module, example: Tensor, graph: bool) -> None:
         self._model = model
-        self._modules = storage.stateful_modules(model)
+        self._modules = stateful_modules(model)
         self._tokens = example
         self._run: Callable[[Tensor], Tensor | None]
         if graph:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import ring
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
-from .streams import StatefulStreams
+from .streams import StatefulStreams, all_or_as_before, stateful_modules
 
 FORMAT = "continual_mha.streams"
 VERSION = 1
@@ -31,21 +31,6 @@ _KINDS: dict[str, Any] = {
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 States = Mapping[str, State]
-
-
-def stateful_modules(model: nn.Module) -> dict[str, StatefulStreams]:
-    """The submodules of ``model`` that keep streams, by name; the model itself is ``""``.
-
-    Raises:
-        ValueError: there is none.
-        TypeError: it is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"streams are kept by a torch.nn.Module, but got {type(model).__name__}")
-    found = {name: m for name, m in model.named_modules() if isinstance(m, StatefulStreams)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
-    return found
 
 
 def export_stream(model: nn.Module, index: int) -> dict[str, State]:
@@ -99,14 +84,9 @@ def import_state(model: nn.Module, states: States) -> None:
     modules = stateful_modules(model)
     named = {name: module for name, module in modules.items() if name in states}
     checked = _fitted(named, states, lambda module, state: module._layout_of_given(state))
-    before = {name: module.get_state() for name, module in modules.items()}
-    try:
+    with all_or_as_before(list(modules.values())):
         for name, module in modules.items():
             module.set_state(checked.get(name))
-    except BaseException:
-        for name, module in modules.items():
-            module.set_state(before[name])
-        raise
 
 
 def _fitted(

@@ -393,6 +393,21 @@ class StatefulStreams(nn.Module):
         return copied
 
 
+def stateful_modules(model: nn.Module) -> dict[str, StatefulStreams]:
+    """The submodules of ``model`` that keep streams, by name; the model itself is ``""``.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"streams are kept by a torch.nn.Module, but got {type(model).__name__}")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, StatefulStreams)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no module that keeps streams")
+    return found
+
+
 def _is_lost(before: Tensor, after: Tensor) -> bool:
     """Whether numbers have not come along from one tensor to the other."""
     if before is after or not has_numbers(after):

@@ -255,6 +255,22 @@ def test_import_that_fails_in_the_second_module_changes_nothing(monkeypatch):
         assert expected is None or torch.equal(expected, got)
 
 
+def test_import_of_all_streams_that_fails_in_the_second_module_changes_nothing(monkeypatch):
+    def fails(state):
+        raise MemoryError
+
+    stack = stack_after(LENGTH + 1)
+    before = [layer.get_state() for layer in stack.layers]
+    rings = [layer._ring_position for layer in stack.layers]
+    states = co.export_state(stack_after(3 * LENGTH))
+    monkeypatch.setattr(stack.layers[1], "set_state", fails)
+    with pytest.raises(MemoryError):
+        co.import_state(stack, states)
+    for layer, state, ring in zip(stack.layers, before, rings, strict=True):
+        assert_same_state(layer.get_state(), state)
+        assert layer._ring_position is ring  # what was captured as a graph still goes on from it
+
+
 def test_stream_that_does_not_exist_is_refused(tmp_path):
     module = streaming()
     data = co.stream_to_bytes(module, 1)
