@@ -237,6 +237,15 @@ def run(name: str, args: tuple[Any, ...]) -> Any:
     return choose(name, args)(*args)
 
 
+def run_directly(name: str, *args: Any) -> Any:
+    """Run the operator ``name``, but never by that name.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
+    return choose(name, args)(*args)
+
+
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs the operator ``name`` on ``args``.
 

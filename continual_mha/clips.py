@@ -170,7 +170,7 @@ class _AttendClip(torch.autograd.Function):
         args: tuple[Any, ...] = (moved, key, value, mask, None)
         if not mixing.is_plain(node.dropout_p, node.need_weights):
             name, args = f"{name}_full", (*args, seed, node.dropout_p, node.need_weights)
-        mixed, lse, *more = backends.choose(name, args)(*args)
+        mixed, lse, *more = backends.run_directly(name, *args)
         kept, attn = more or (lse.new_empty(0), lse.new_empty(0))
         share = None if seed is None else kept.unsqueeze(-1)
         if mask is not None and node.blank:
@@ -277,7 +277,7 @@ def _gradients(
         operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
         of_tiles = needed.key or needed.value
         d_moved, d_key, d_value, _ = ops.shared_gradients(
-            ops.run, of_tiles, d_mixed, None, d_kept, d_attn, *operands
+            backends.run_directly, of_tiles, d_mixed, None, d_kept, d_attn, *operands
         )
         d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
         if d_w_k is not None:

@@ -91,11 +91,6 @@ _OF_CPU = {
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def run(name: str, *args: Any) -> Any:
-    """Run the operator ``name`` by the backend that is to."""
-    return backends.choose(name, args)(*args)
-
-
 def _output_dtype(query: Tensor) -> torch.dtype:
     return autocast_dtype(query.device.type) or query.dtype
 
@@ -356,7 +351,7 @@ def _function_of(name: str) -> type[torch.autograd.Function]:
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = run(name, *args)
+            output = backends.run_directly(name, *args)
             save(ctx, args, output)
             return output
 
@@ -385,7 +380,7 @@ def _register() -> None:
             fake = f"{NAMESPACE}::{prefix}{name}"
             torch.library.register_fake(fake, _FAKES[name], lib=_library)
         for key in ("CPU", "CUDA"):
-            _library.impl(name, partial(run, name), key)
+            _library.impl(name, partial(backends.run_directly, name), key)
     for name, schema in _OF_CPU.items():
         _library.define(name + schema)
     take_slots = f"{NAMESPACE}::cpu_take_slots"
