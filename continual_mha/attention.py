@@ -11,7 +11,6 @@ from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
 from .clips import attend_clip
-from .functional import Tokens
 from .modes import (
     checked_mode,
     is_transformed,
@@ -19,7 +18,7 @@ from .modes import (
     surrounding_active,
     surrounding_mode,
 )
-from .reference import Options, Weights
+from .reference import Options, Tokens, Weights, is_shared
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, RingState, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
@@ -584,7 +583,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             self._store(after)
         if call.update or call.differentiable:
             self._rings_are_shared = call.differentiable
-        if call.update and tokens[0].dim() == 2 and functional.is_shared(tokens):
+        if call.update and tokens[0].dim() == 2 and is_shared(tokens):
             self._remember(tokens[0], state, active, call)
         return out
 
@@ -614,7 +613,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """The state to go on from, a new one for None, and how. Nothing changes yet."""
         query = tokens[0]
         if state is None:
-            layout = self._layout_of_new(query.shape[0], query, functional.is_shared(tokens))
+            layout = self._layout_of_new(query.shape[0], query, is_shared(tokens))
             state = ring.new_state(layout, query.shape[0], query)
         else:
             layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")

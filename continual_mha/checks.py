@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from . import ring
 from .precision import autocast_dtype
 from .quantized import STORED_AS
+from .reference import Tokens, Weights, is_shared
 
 if TYPE_CHECKING:
     from .attention import SingleOutputMultiheadAttention
-    from .reference import Weights
     from .ring import Layout, State
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -155,7 +155,7 @@ def check_change(name: str, before: Any, value: Any, of_weights: bool, streams: 
 
 
 def check_tokens(
-    module: SingleOutputMultiheadAttention, tokens: Sequence[Tensor], layout: str, feature_axis: int
+    module: SingleOutputMultiheadAttention, tokens: Tokens, layout: str, feature_axis: int
 ) -> None:
     """Check query, key and value, laid out as ``layout`` says, against each other and the module.
 
@@ -167,7 +167,7 @@ def check_tokens(
     widths = (module.embed_dim, module.kdim, module.vdim)
     weight = out_weight(module)
     _check_one(weight, "query", query, widths[0], layout, feature_axis)
-    if key is query and value is query and widths[0] == widths[1] == widths[2]:
+    if is_shared(tokens) and widths[0] == widths[1] == widths[2]:
         return
     for role, x, width in zip(_ROLES[1:], (key, value), widths[1:], strict=True):
         _check_one(weight, role, x, width, layout, feature_axis)
@@ -197,7 +197,7 @@ def _check_one(
         )
 
 
-def check_same_steps(tokens: Sequence[Tensor]) -> None:
+def check_same_steps(tokens: Tokens) -> None:
     """Check that tokens ``(N, ...)`` or ``(N, T, ...)`` agree in streams and steps.
 
     Raises:
@@ -236,7 +236,7 @@ def check_query_index(length: int, query_index: int) -> None:
         )
 
 
-def check_continues(state: State, tokens: Sequence[Tensor], layout: Layout) -> None:
+def check_continues(state: State, tokens: Tokens, layout: Layout) -> None:
     """Check that ``tokens`` can be the next of the streams in ``state``.
 
     Raises:
@@ -256,7 +256,7 @@ def check_continues(state: State, tokens: Sequence[Tensor], layout: Layout) -> N
     device = state.position.device
     if query.device != device:
         raise ValueError(f"the state is on {device}, but got tokens on {query.device}; {anew}")
-    if layout.formulation == "input" and not (tokens[1] is query and tokens[2] is query):
+    if layout.formulation == "input" and not is_shared(tokens):
         raise ValueError(
             "formulation='input' keeps one token for query, key and value, but got a key or value "
             "of its own; use formulation='kv'"

@@ -16,12 +16,10 @@ from . import backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
-from .reference import Options, Weights
+from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-
-Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
 
 def input_formulation_is_cheaper(

@@ -13,7 +13,7 @@ from .dropout import dropout_seed
 from .inputs import Inputs
 from .modes import is_opaque
 from .quantized import QuantizedRing
-from .reference import Options, Rings, Weights
+from .reference import Options, Rings, Tokens, Weights, is_shared
 from .repeat import Run
 from .ring import (
     INPUT_STATES,
@@ -26,8 +26,6 @@ from .ring import (
 )
 
 NO_GRADIENT = "a gradient is needed, for which it has no kernel"
-
-Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call
 
 
 class StepCall(NamedTuple):
@@ -46,11 +44,6 @@ class StepCall(NamedTuple):
     update: bool
     differentiable: bool
     batch_invariant: bool = False
-
-
-def is_shared(tokens: Tokens) -> bool:
-    """Whether query, key and value are one tensor."""
-    return tokens[1] is tokens[0] and tokens[2] is tokens[0]
 
 
 def step(

@@ -21,6 +21,7 @@ from .reference import (
     Options,
     Put,
     Rings,
+    Tokens,
     Weights,
     filled,
     last_positions,
@@ -207,7 +208,7 @@ def single_query(
 
 
 def attend_clip(
-    tokens: tuple[Tensor, Tensor, Tensor],
+    tokens: Tokens,
     weights: Weights,
     num_heads: int,
     options: Options,

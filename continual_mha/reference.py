@@ -21,6 +21,7 @@ from .precision import wide
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
 
 _QUERY_BLOCK = 128
+Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call, projected or not
 Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
 Put = Callable[[Any, Tensor, Tensor], Any]  # ring, slots and tokens to a ring
 
@@ -85,11 +86,16 @@ class _Slots(NamedTuple):
     visible: Tensor | None  # bool, broadcastable to (N, 1, T, S)
 
 
+def is_shared(tokens: Tokens) -> bool:
+    """Whether query, key and value are one tensor."""
+    return tokens[1] is tokens[0] and tokens[2] is tokens[0]
+
+
 def project(
     query: Tensor, key: Tensor, value: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In-projection ``(..., E*) -> (..., E)`` of query, key and value."""
-    if weights.k_proj_weight is None and query is key and query is value:
+    if weights.k_proj_weight is None and is_shared((query, key, value)):
         q, k, v = F.linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
         return q, k, v
     tokens = zip((query, key, value), weights.split(), weights.split_bias(), strict=True)
@@ -254,7 +260,7 @@ def ring_steps(
 
 
 def attend_in_blocks(
-    clip: tuple[Tensor, Tensor, Tensor],
+    clip: Tokens,
     rings: Rings,
     weights: Weights,
     first: int,
