@@ -6,7 +6,6 @@ from torch import Tensor
 
 from . import backends, functional, ring
 from .attention import SingleOutputMultiheadAttention
-from .ring import INPUT_STATES
 
 
 def explain(
@@ -54,9 +53,8 @@ def explain(
         query, key, value = (x[:, 0] for x in tokens)
         tokens, many = (query, key, value), False
         lines.append("as many single steps, which alone are batch_invariant here")
-    kind = "input" if isinstance(state, INPUT_STATES) else "ring"
     args = functional.operands(tokens, state, 0 if many else None, call)
-    return "\n".join([*lines, *backends.reasons(f"{kind}_step{'s' if many else ''}_", args)])
+    return "\n".join([*lines, *backends.reasons(functional.operator_for(state, many), args)])
 
 
 def _with_gradient(query: Tensor) -> str:

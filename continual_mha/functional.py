@@ -56,7 +56,7 @@ def step(
     """
     if not call.differentiable:
         before, after = _operands_of(tokens, state, call)
-        return backends.run(_name(state), (*before, active, *after)), state[:-1]
+        return backends.run(operator_for(state, many=False), (*before, active, *after)), state[:-1]
     if isinstance(state, RingState | QuantizedRingState):
         return _differentiable_step(tokens, _rings(state), active, call)
     sizes = (call.layout.num_heads, call.layout.delay)
@@ -74,7 +74,7 @@ def repeated_step(query: Tensor, state: State, active: Tensor | None, call: Step
         return None
     before, after = _operands_of((query,) * 3, state, call)
     args = (*before, active, *after)
-    function, bind = backends.choose_again(_name(state), args)
+    function, bind = backends.choose_again(operator_for(state, many=False), args)
     bound: Run | None = None if bind is None else bind(*args)
     if bound is not None:
         return bound
@@ -98,7 +98,8 @@ def steps(
         return reference.ring_steps(
             *tokens, call.weights, rings, first, *call.options, attending=_attend_window
         )
-    return backends.run(_many(state), operands(tokens, state, first, call)), state[:-1]
+    args = operands(tokens, state, first, call)
+    return backends.run(operator_for(state, many=True), args), state[:-1]
 
 
 def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> str:
@@ -119,7 +120,7 @@ def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> st
     )
     if few and not is_opaque(query):
         args = operands(tokens, state, first, call)
-        if backends.has_kernel(_many(state), args):
+        if backends.has_kernel(operator_for(state, many=True), args):
             return "at once"
     return "singly" if call.batch_invariant else "projected"
 
@@ -227,14 +228,11 @@ def operands(
     return (*before, extra, *after)
 
 
-def _name(state: State) -> str:
-    """The operator for one token."""
-    return "input_step_" if isinstance(state, INPUT_STATES) else "ring_step_"
-
-
-def _many(state: State) -> str:
-    """The operator for many tokens."""
-    return "input_steps_" if isinstance(state, INPUT_STATES) else "ring_steps_"
+def operator_for(state: State, many: bool) -> str:
+    """The name of the operator that takes one token of every stream, or ``many``."""
+    if isinstance(state, INPUT_STATES):
+        return "input_steps_" if many else "input_step_"
+    return "ring_steps_" if many else "ring_step_"
 
 
 def _operands_of(
