@@ -16,8 +16,6 @@ from .measure import Bench
 from .peers import Peer, all_peers
 from .progress import bar, say
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = machine.describe(device.type)
-    folder = options.out or RESULTS / machine.slug(about)
+    folder = options.out or records.RESULTS / machine.slug(about)
     cases = list(grid.cases(device.type, options.size, options.mode, options.dtype))
     losers: set[str] = set()
     if options.resume:

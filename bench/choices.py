@@ -30,10 +30,9 @@ from .measure import times_of, why_too_large
 from .problem import TOLERANCE, Problem
 from .progress import bar, say
 from .ratios import OURS, Results
-from .records import CHOICES, Row
+from .records import CHOICES, RESULTS, Row
 from .timing import GpuTimer
 
-RESULTS = Path(__file__).parent / "results"
 TIMERS = ("graph", "cold")
 TOLERATED = 1.05  # how many times the fastest way's time the tables may take
 

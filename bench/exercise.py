@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     failures = 0
     for backend in options.backend or ("triton", "cuda"):
-        if backend not in continual_mha.backends.available():
-            print(f"{backend}: {continual_mha.backends.why_missing(backend)}")
+        if missing := continual_mha.backends.why_missing(backend):
+            print(f"{backend}: {missing}")
             failures += 1
             continue
         for shape in SHAPES:

@@ -9,7 +9,6 @@ A tick lasts from tokens in the host's memory to outputs there.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from itertools import product
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import continual_mha as co
 
-from . import grid, machine
+from . import grid, machine, records
 from .timing import quantile
 
 RATE = 25.0  # tokens per second of each stream
@@ -30,7 +29,6 @@ JOIN = 0.02  # chance of a free slot to get a stream
 PAUSE, RESUME = 0.01, 0.09  # chances of a stream to pause and to go on: a tenth of them pauses
 LATE = 0.001  # share of the ticks that may last longer
 LEAST = 1.0  # seconds in real time that tell anything
-RESULTS = Path(__file__).parent / "results"
 FAMILIES = {family.name: family for family in (grid.DETECTION, grid.SPEECH)}
 
 
@@ -184,13 +182,8 @@ def serve(server: Any, slots: int, ticks: int, real_time: bool) -> Load:
 
 def _room(family: grid.Family, device: torch.device, dtype: torch.dtype) -> int:
     """Slots whose rings fit into half of the memory."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        about = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
-        free = 1024 * int(about.split()[0])
     each = 2 * family.sequence_len * family.embed_dim * dtype.itemsize
-    return max(1, free // 2 // each)
+    return max(1, machine.free_memory(device) // 2 // each)
 
 
 def find(make: Callable[[int], Any], most: int, burst: int) -> int:
@@ -248,8 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     about = machine.describe(device.type)
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    folder = options.out or RESULTS / machine.slug(about)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = options.out or records.RESULTS / machine.slug(about)
     runs = list(product(options.family or FAMILIES, options.through or SERVERS))
     dtype = getattr(torch, name)
     for number, (family, through) in enumerate(runs):
@@ -263,8 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
         row = {"kind": "load", "through": through, "dtype": name, "rate": RATE}
         row |= {"family": FAMILIES[family]._asdict(), **load._asdict()}
         row |= {"threads": options.threads, "machine": about}
-        with (folder / "load.jsonl").open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
+        records.append(folder, [row], records.LOAD)
         unit = "GPU" if device.type == "cuda" else f"{options.threads} CPU core(s)"
         print(
             f"{family}, {name}, through the {through}: {load.slots} streams on {unit}; tick "

@@ -13,6 +13,7 @@ import torch
 from .ceilings import Roofline
 from .grid import Case, work
 from .lost import DeviceLostError, failing_alone, line_of
+from .machine import free_memory
 from .peers import Peer, Ready
 from .problem import TOLERANCE, Problem
 from .records import Row
@@ -28,18 +29,6 @@ class Entry:
     peer: Peer
     ready: Ready
     error: float
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            sizes = dict(line.split(":") for line in file)
-        return int(sizes["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return 4 << 30
 
 
 def why_too_large(case: Case, device: torch.device) -> str | None:

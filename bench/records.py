@@ -11,8 +11,10 @@ from .grid import Case
 from .lost import REASON
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"  # a folder for every kind of device
 ROWS = "rows.jsonl"
 CHOICES = "choices.jsonl"  # of ``bench.choices``
+LOAD = "load.jsonl"  # of ``bench.load``
 
 
 def read(folder: Path, name: str = ROWS) -> list[Row]:
@@ -53,9 +55,7 @@ def _same_machine(row: Row, machine: dict[str, Any]) -> bool:
 
 def finished(rows: Iterable[Row], machine: dict[str, Any]) -> set[Case]:
     """Cases that a run of the same sources on the same kind of device has been through."""
-    return {
-        Case(**row["case"]) for row in rows if row["kind"] == "case" and _same_machine(row, machine)
-    }
+    return {case_of(row) for row in rows if row["kind"] == "case" and _same_machine(row, machine)}
 
 
 def losers(rows: Iterable[Row], machine: dict[str, Any]) -> list[Row]:

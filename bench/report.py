@@ -20,14 +20,13 @@ from .machine import ROOT
 from .ratios import Results
 from .tables import TABLES, caption
 
-RESULTS = Path(__file__).parent / "results"
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PICTURES = ROOT / "docs" / "benchmarks"
 _KINDS = {"cpu": "cpu", "gpu": "cuda"}
 _MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
 
 
-def load(folder: Path = RESULTS) -> dict[str, list[Results]]:
+def load(folder: Path = records.RESULTS) -> dict[str, list[Results]]:
     """Results of every device kind, ``cpu`` and ``gpu``, by the names of their folders."""
     found: dict[str, list[Results]] = {kind: [] for kind in _KINDS}
     for path in sorted(folder.glob(f"*/{records.ROWS}")):
@@ -64,7 +63,9 @@ def render(text: str, data: dict[str, list[Results]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Write tables into the files that ask for them, and the plots into docs."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results folders")
+    parser.add_argument(
+        "--results", type=Path, default=records.RESULTS, help="folder of results folders"
+    )
     parser.add_argument("--check", action="store_true", help="fail if a table is out of date")
     options = parser.parse_args(arguments)
     data = load(options.results)

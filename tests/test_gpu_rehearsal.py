@@ -727,9 +727,10 @@ def test_what_comes_after_a_lost_device_is_not_called_wrong(capsys, monkeypatch)
 
 
 def test_backend_that_does_not_load_fails(capsys, monkeypatch):
-    monkeypatch.setattr(co.backends, "available", lambda: ("torch",))
+    monkeypatch.setattr(co.backends, "why_missing", lambda backend: "it was not built")
     with pytest.raises(SystemExit, match="1 failed"):
         exercise.main(["--device", "cpu", "--backend", "cuda"])
+    assert capsys.readouterr().out == "cuda: it was not built\n"
 
 
 # -- the driver ------------------------------------------------------------------------------------

@@ -96,11 +96,9 @@ def _setup_single_steps(problem: Problem) -> Ready:
     return Ready(run, context)
 
 
-def _why_absent(
-    backend: str | None, formulation: str | None, device: torch.device, case: Case
-) -> str | None:
-    if backend is not None and backend not in continual_mha.backends.available():
-        return continual_mha.backends.why_not(backend, "ring_step_", ())
+def _why_absent(backend: str | None, formulation: str | None, case: Case) -> str | None:
+    if backend is not None and (missing := continual_mha.backends.why_missing(backend)):
+        return missing
     if formulation is not None and case.mode in ("forward", "forward_backward"):
         return "a clip has no state"
     if backend == "cuda" and (case.mode == "steps" or formulation == "input"):
@@ -120,7 +118,7 @@ def peers(device: torch.device) -> list[Peer]:
             name="ours" + "".join(f":{part}" for part in choice if part is not None),
             modes=MODES if choice[1] is None else ("step", "steps"),
             setup=partial(setup, *choice),
-            why_absent=partial(_why_absent, *choice, device),
+            why_absent=partial(_why_absent, *choice),
             formulation=choice[1] or "kv",
         )
         for choice in choices
