@@ -123,22 +123,20 @@ def launch(
             launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl, registers=registers)
         return
     key, aligned = _signature(kernel, args, constants, num_warps)
-    known = _compiled.get(key)
-    if known is not None and aligned:
-        known[0][grid](*args, *constants)
-        return
     if not aligned:
         kernel[grid](*args, *constants, **_options(*chosen))
         return
+    known = _compiled.get(key)
+    if known is None:
 
-    def compile_with(options: dict[str, Any]) -> tuple[Any, int, int]:
-        compiled = kernel.warmup(*args, *constants, grid=grid, **options)
-        _ = compiled.run  # loads it, which is when the driver tells what it takes
-        return compiled, compiled.n_regs, compiled.n_spills
+        def compile_with(options: dict[str, Any]) -> tuple[Any, int, int]:
+            compiled = kernel.warmup(*args, *constants, grid=grid, **options)
+            _ = compiled.run  # loads it, which is when the driver tells what it takes
+            return compiled, compiled.n_regs, compiled.n_spills
 
-    compiled = without_spills(compile_with, _options(*chosen))
-    _compiled[key] = (compiled, constants)  # keeps `constants` alive, and so its identity
-    compiled[grid](*args, *constants)
+        compiled = without_spills(compile_with, _options(*chosen))
+        known = _compiled[key] = (compiled, constants)  # keeps `constants` alive: its identity
+    known[0][grid](*args, *constants)
 
 
 _REGISTERS = 1 << 16  # of a multiprocessor
