@@ -42,6 +42,15 @@ class StepPlan(NamedTuple):
     block_o: int
     pdl: bool
 
+    @property
+    def merged(self) -> int:
+        """Results of a head to merge: of parts of the window and, with `spread`, the new token."""
+        return self.splits + self.spread
+
+    def programs(self, N: int, H: int) -> int:
+        """Programs of the kernel that reads the ring."""
+        return triton.cdiv(N, self.group) * H * (self.splits + 2 * self.spread)
+
 
 class StepRule(NamedTuple):
     """The first rule whose limits hold for a shape decides its path."""

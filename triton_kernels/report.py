@@ -18,7 +18,6 @@ from .plan import (
     MULTIPROCESSORS,
     ONE_LAUNCH,
     SHARED_MEMORY,
-    StepPlan,
     input_plan,
     shared_backward_plan,
     shared_plan,
@@ -78,11 +77,6 @@ def seconds_of(launches: int, chain: int, drawn: float, size: float, matrix_flop
     return launches * GRAPH_NODE + max(latency, size / READ_BANDWIDTH + matrix_flops / MATRIX_RATE)
 
 
-def _programs(plan: StepPlan, N: int, H: int) -> int:
-    """Programs of the kernel that reads the ring."""
-    return -(-N // plan.group) * H * (plan.splits + 2 * plan.spread)
-
-
 def predicted_step(
     N: int, E: int, H: int, L: int, itemsize: int, path: str | None = None
 ) -> Prediction:
@@ -91,12 +85,12 @@ def predicted_step(
     weights = 4 * E * E * itemsize
     ring = 2 * N * L * E * itemsize
     flops = N * (8 * E * E + 4 * L * E)
-    programs = _programs(plan, N, H)
+    programs = plan.programs(N, H)
     per_program = ring / programs
     merged = 0.0  # bytes that the last program to arrive reads
     if plan.path in ONE_LAUNCH:
         per_program += weights / H / (2 if plan.spread else 1)
-        merged = plan.group * H * (plan.splits + plan.spread) * E * 4
+        merged = plan.group * H * plan.merged * E * 4
     busiest = -(-programs // MULTIPROCESSORS) * per_program
     tiles = -(-L // (plan.splits * plan.block_l))  # one after the other, the next on its way
     latency = (CHAIN[plan.path] + tiles - 1) * ROUND_TRIP
@@ -181,10 +175,9 @@ def step_table(dtype: torch.dtype = torch.bfloat16) -> str:
                 continue
             plan = step_plan(N, E, H, L, dtype.itemsize)
             size, flops, seconds = predicted_step(N, E, H, L, dtype.itemsize)
-            programs = _programs(plan, N, H)
             rows.append(
-                f"| {E}, {H}, {L} | {N} | {plan.path} | {programs} | {size:.3g} | {flops:.3g} "
-                f"| {seconds * 1e6:.1f} |"
+                f"| {E}, {H}, {L} | {N} | {plan.path} | {plan.programs(N, H)} | {size:.3g} "
+                f"| {flops:.3g} | {seconds * 1e6:.1f} |"
             )
     return "\n".join(rows)
 

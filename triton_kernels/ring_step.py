@@ -869,8 +869,7 @@ def _prepare(
 ) -> _Prepared:  # fmt: skip
     plan = plan or step_plan(N, E, H, L, dtype.itemsize, slot_itemsize=slot, little=little)
     fused, grouped = plan.path == "fused", plan.path == "group"
-    parts = plan.splits + plan.spread
-    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(parts)
+    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(plan.merged)
     wide, acc = accumulators(dtype)
     per_load = 4 if slot == 1 and E // H % 4 == 0 else 1  # codes that are loaded as one word
     sizes = (E, EK, EV, H, L, R)
@@ -894,10 +893,10 @@ def _prepare(
     return _Prepared(
         plan=plan,
         precision=precision,
-        grid=(groups * H * (plan.splits + 2 * plan.spread), 1, 1),
+        grid=(plan.programs(N, H), 1, 1),
         constants=constants,
         groups=(groups if fused or grouped else N * H) if merges else 0,
-        scratch=groups * plan.group * H * parts * width,
+        scratch=groups * plan.group * H * plan.merged * width,
         acc=wide,
         streams=(N,) if grouped else (),
     )
