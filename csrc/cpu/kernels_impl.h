@@ -12,36 +12,37 @@
 namespace continual_mha::cpu {
 namespace {
 
+// What reads and writes a ring that holds R.
+template <class S, class R>
+constexpr void set_ring(Kernels& table, RingDType kind) {
+  const int ring = static_cast<int>(kind);
+  table.ring_step_scratch[ring] = ring_step_scratch<S, R>;
+  table.ring_step[ring] = ring_step<S, R>;
+  table.ring_steps[ring] = ring_steps<S, R>;
+  table.put_input[ring] = put_input<S, R>;
+  table.asked_input[ring] = asked_input<S, R>;
+  table.mix_inputs[ring] = mix_inputs<S, R>;
+}
+
+template <class S, class Code>
+constexpr void set_ring_of_codes(Kernels& table, RingDType kind) {
+  set_ring<S, Code>(table, kind);
+  table.quantize_tokens[static_cast<int>(kind)] = quantize_tokens<S, Code>;
+}
+
 template <class S>
 constexpr Kernels table_of() {
   Kernels table{};
   set_projections<S, typename AccOf<S>::type>(table);
-  table.ring_step_scratch[0] = ring_step_scratch<S, S>;
-  table.ring_step[0] = ring_step<S, S>;
+  set_ring<S, S>(table, RingDType::kAsTokens);
   if constexpr (sizeof(S) < 8) {
-    table.ring_step_scratch[1] = ring_step_scratch<S, Int8>;
-    table.ring_step[1] = ring_step<S, Int8>;
-    table.ring_step_scratch[2] = ring_step_scratch<S, E4M3>;
-    table.ring_step[2] = ring_step<S, E4M3>;
-    table.quantize_tokens[1] = quantize_tokens<S, Int8>;
-    table.quantize_tokens[2] = quantize_tokens<S, E4M3>;
-    table.ring_steps[1] = ring_steps<S, Int8>;
-    table.ring_steps[2] = ring_steps<S, E4M3>;
-    table.put_input[1] = put_input<S, Int8>;
-    table.put_input[2] = put_input<S, E4M3>;
-    table.asked_input[1] = asked_input<S, Int8>;
-    table.asked_input[2] = asked_input<S, E4M3>;
-    table.mix_inputs[1] = mix_inputs<S, Int8>;
-    table.mix_inputs[2] = mix_inputs<S, E4M3>;
+    set_ring_of_codes<S, Int8>(table, RingDType::kInt8);
+    set_ring_of_codes<S, E4M3>(table, RingDType::kE4M3);
   }
-  table.put_input[0] = put_input<S, S>;
-  table.asked_input[0] = asked_input<S, S>;
   table.move_queries = move_queries<S>;
   table.input_step_scratch = input_step_scratch<S>;
-  table.mix_inputs[0] = mix_inputs<S, S>;
   table.project_mixed = project_mixed<S>;
   table.ring_steps_scratch = ring_steps_scratch<S>;
-  table.ring_steps[0] = ring_steps<S, S>;
   table.attend_shared_scratch = attend_shared_scratch<S>;
   table.attend_shared = attend_shared<S, S>;
   table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;
