@@ -141,6 +141,11 @@ def test_changelog_and_citation_name_the_version():
     assert "2201.06268" in citation
 
 
+def test_the_readmes_example_runs_as_it_stands():
+    example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(example[1], {})
+
+
 def commands_in_readme() -> list[list[str]]:
     """The words of every command in the README's shell blocks."""
     blocks = re.findall(
