@@ -102,6 +102,16 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     Raises:
         ValueError: a size or an index is out of its range.
         TypeError: a size is not an integer, or ``dropout`` no number.
+
+    Example:
+        >>> import torch, continual_mha as co
+        >>> mha = co.SingleOutputMultiheadAttention(64, num_heads=4, sequence_len=3)
+        >>> with torch.inference_mode():  # five tokens of two streams
+        ...     outputs = [mha.forward_step(token) for token in torch.rand(5, 2, 64)]
+        >>> [output is None for output in outputs]  # until three tokens were seen
+        [True, True, False, False, False]
+        >>> outputs[-1].shape
+        torch.Size([2, 64])
     """
 
     stride = (1,)

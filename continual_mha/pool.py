@@ -109,6 +109,17 @@ class StreamPool:
         ValueError: the model keeps no streams, or state that nobody can read; a size is below 1;
             ``graph`` without a CUDA device or with a model that is stepped stream by stream.
         TypeError: the model is none, or has no ``forward_step``; a size is not an integer.
+
+    Example:
+        >>> import torch, continual_mha as co
+        >>> model = co.SingleOutputMultiheadAttention(64, num_heads=4, sequence_len=2)
+        >>> pool = co.StreamPool(model, capacity=100, token_shape=(64,))
+        >>> stream = pool.open()
+        >>> for token in torch.rand(3, 64):
+        ...     pool.push(stream, token)
+        >>> [list(pool.tick()) for _ in range(3)]  # the streams that got an output
+        [[], [0], [0]]
+        >>> pool.close(stream)
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def export_stream(model: nn.Module, index: int) -> dict[str, State]:
     """Copies of one stream's state in every submodule, each of batch size 1, on the CPU.
 
     Raises:
-        ValueError: there is no such stream.
+        ValueError: there is no such stream, or no submodule that keeps streams.
     """
     modules = stateful_modules(model)
     return {name: _on(module.get_stream(index), "cpu") for name, module in modules.items()}
@@ -66,7 +66,11 @@ def import_stream(model: nn.Module, index: int, states: States) -> None:
 
 
 def export_state(model: nn.Module) -> dict[str, State]:
-    """Copies of the state of all streams in every submodule that has one, on the CPU."""
+    """Copies of the state of all streams in every submodule that has one, on the CPU.
+
+    Raises:
+        ValueError: there is no submodule that keeps streams.
+    """
     states = {name: module.get_state() for name, module in stateful_modules(model).items()}
     return {name: _on(state, "cpu") for name, state in states.items() if state is not None}
 
@@ -252,7 +256,12 @@ def load_stream(model: nn.Module, index: int, path: str | os.PathLike[str]) -> N
 
 
 def save_streams(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """All streams of ``model`` to a file, which appears as a whole."""
+    """All streams of ``model`` to a file, which appears as a whole.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: there is no submodule that keeps streams.
+    """
     _write(Path(path), states_to_bytes(export_state(model)))
 
 

@@ -1,5 +1,7 @@
-"""What is built and installed, and what the README tells people to type."""
+"""What is built and installed, and what the README and docstrings tell people to type."""
 
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -144,6 +146,13 @@ def test_changelog_and_citation_name_the_version():
 def test_the_readmes_example_runs_as_it_stands():
     example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     exec(example[1], {})
+
+
+@pytest.mark.parametrize("module", ["attention", "pool"])
+def test_examples_in_docstrings_give_what_they_say(module):
+    found = doctest.testmod(importlib.import_module(f"continual_mha.{module}"))
+    assert found.attempted
+    assert not found.failed
 
 
 def commands_in_readme() -> list[list[str]]:
