@@ -52,7 +52,7 @@ def speed(results: Results, mode: str) -> str:
     header = ["shape", "N"]
     header += ["graph, µs", "cold, µs", "host, µs"] if on_gpu else ["µs"]
     header += ["of roofline", f"over {REFERENCE}"]
-    header += [] if mode == "steps" else ["over nn.MultiheadAttention, one query"]
+    header += [] if mode == "steps" else [f"over {ONE_QUERY}"]
     header += ["over the fastest other", "which is"]
     lines = []
     for case in results.cases:

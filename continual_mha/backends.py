@@ -23,18 +23,15 @@ from .precision import autocast_dtype, current_autocast_dtype
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
-# Where among an operator's arguments `batch_invariant` is, and who has none but products of a
-# library, or divides the work by the number of streams.
+# Where among the arguments of an operator `batch_invariant` is.
 _BATCH_INVARIANT = {
     "ring_step_": slice(21, 22),
     "ring_steps_": slice(21, 22),
     "input_step_": slice(16, 17),
     "input_steps_": slice(16, 17),
 }
-_ROUNDS_BY_BATCH = {
-    "cuda": tuple(_BATCH_INVARIANT),
-    "torch": tuple(_BATCH_INVARIANT),
-}
+# Who cannot be: it has products of a library only, or divides the work by the number of streams.
+_ROUNDS_BY_BATCH = ("cuda", "torch")
 # Of most of an operator's arguments: known at a glance not to compute in a way of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
@@ -149,6 +146,11 @@ def _computes_itself(x: object) -> bool:
     return isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is not plain
 
 
+def _asks_for_invariance(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a call says that a stream's bits must not depend on the number of streams."""
+    return name in _BATCH_INVARIANT and any(args[_BATCH_INVARIANT[name]])
+
+
 def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """Why ``backend`` cannot run the operator ``name`` with these arguments; None if it can."""
     loaded = _load(backend)
@@ -159,8 +161,7 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     unusual = backend != "torch" and not _PLAIN.issuperset(map(type, args))
     if unusual and any(map(_computes_itself, args)):
         return "a tensor is of a class that computes in its own way"
-    rounds_by_batch = name in _ROUNDS_BY_BATCH.get(backend, ())
-    if rounds_by_batch and any(args[_BATCH_INVARIANT[name]]):
+    if backend in _ROUNDS_BY_BATCH and _asks_for_invariance(name, args):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
 
@@ -230,7 +231,7 @@ def run(name: str, args: tuple[Any, ...]) -> Any:
         RuntimeError: a backend was forced that cannot run it.
     """
     if is_opaque(args[0]):
-        if is_exporting() and not any(args[_BATCH_INVARIANT.get(name, slice(0))]):
+        if is_exporting() and not _asks_for_invariance(name, args):
             leave_to_pytorch(name, EXPORTED)
             return _PLAIN_PYTORCH[name](*args)
         return getattr(torch.ops.continual_mha, name)(*args)
