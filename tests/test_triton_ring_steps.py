@@ -264,6 +264,8 @@ def test_rings_of_8_bits_are_declined_with_the_reason() -> None:
     assert why_not("ring_steps_", *args) is None
     args[11] = args[11].to(torch.int16)
     assert "int16" in (why_not("ring_steps_", *args) or "")
+    args[11] = args[12].view(torch.uint8)
+    assert "torch.uint8 and torch.int8" in (why_not("ring_steps_", *args) or "")
     args[11] = args[12].transpose(2, 3).contiguous().transpose(2, 3)
     assert "contiguous" in (why_not("ring_steps_", *args) or "")
     args[11] = args[12].repeat(1, 1, 1, 40)

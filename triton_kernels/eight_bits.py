@@ -189,12 +189,3 @@ def quantise_tokens(x: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tens
     grid = (N * num_heads * triton.cdiv(T, block_t), 1, 1)
     launch(_quantise_tokens_kernel, grid, args, constants, num_warps=4)
     return codes, scale
-
-
-def uncovered_codes(codes: Tensor, scale: Tensor) -> str | None:
-    """What the kernels ask of a ring of 8 bits: None, or the reason why they decline it."""
-    if codes.dtype not in CODES:
-        return f"no kernel for a ring of {codes.dtype}"
-    if not (codes.is_contiguous() and scale.is_contiguous()):
-        return "a ring is not contiguous"
-    return None

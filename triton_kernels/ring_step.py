@@ -675,7 +675,10 @@ def uncovered(
     position: Tensor,
     scales: tuple[Tensor | None, ...] = (),
 ) -> str | None:
-    """What the ring kernels ask of tensors; the last three of `others` are the rings."""
+    """What the ring kernels ask of tensors; the last three of `others` are the rings.
+
+    With `scales`, those of keys and values hold codes.
+    """
     refused = not_taken(query)
     if refused is not None:
         return refused
@@ -686,8 +689,6 @@ def uncovered(
         given += [k_ring, v_ring]
     elif k_ring.dtype not in CODES or v_ring.dtype != k_ring.dtype:
         return f"no kernel for rings of {k_ring.dtype} and {v_ring.dtype} with scales"
-    elif (k_ring.data_ptr() | v_ring.data_ptr()) % 4:
-        return "a ring of 8 bits does not start at a multiple of 4 bytes"
     if any(tensor.dtype != query.dtype for tensor in given):
         return "query, weights and rings differ in dtype"
     held += [k_ring, v_ring, position]
@@ -702,7 +703,12 @@ def uncovered(
 
 def why_not(*args: Any) -> str | None:
     """None if this module covers a call of `ring_step_`, else the reason why not."""
-    return uncovered(*args[:14], position=args[14], scales=args[19:21])
+    k_ring, v_ring, scales = args[11], args[12], args[19:21]
+    refused = uncovered(*args[:14], position=args[14], scales=scales)
+    of_codes = any(scale is not None for scale in scales)
+    if refused is None and of_codes and (k_ring.data_ptr() | v_ring.data_ptr()) % 4:
+        return "a ring of 8 bits does not start at a multiple of 4 bytes"
+    return refused
 
 
 def ring_step_(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
-from .eight_bits import decode, quantise_tokens, uncovered_codes, unit_of
+from .eight_bits import decode, quantise_tokens, unit_of
 from .launch import constants_of, launch
 from .pieces import (
     LN2,
@@ -352,15 +352,7 @@ def _write_rings_kernel(
 
 def why_not(*args: Any) -> str | None:
     """None if this module covers a call of `ring_steps_`, else the reason why not."""
-    query, rings = args[0], args[11:13]
-    if all(scale is None for scale in args[19:21]):
-        return uncovered(*args[:14], position=args[14])
-    for ring, scale in zip(rings, args[19:21], strict=True):
-        if reason := uncovered_codes(ring, scale):
-            return reason
-    # but for their dtype, codes are to be what numbers are
-    numbers = (ring.new_empty(ring.shape, dtype=query.dtype, device="meta") for ring in rings)
-    return uncovered(*args[:11], *numbers, args[13], position=args[14])
+    return uncovered(*args[:14], position=args[14], scales=args[19:21])
 
 
 def ring_steps_(
