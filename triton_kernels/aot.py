@@ -21,7 +21,7 @@ from .attend_shared import (
 from .attend_window import attend_window, attend_window_backward
 from .input_step import input_step_
 from .launch import Launch, little_memory, record, without_spills
-from .plan import input_plan, invariant_step_plan, step_plan
+from .plan import input_plan, step_plan
 from .ring_step import ring_step_
 from .ring_steps import ring_steps_
 
@@ -180,12 +180,10 @@ def step_launches(
     `codes` is the dtype of rings of 8 bits; `full`: a delay, extra slots, paused streams, dropout.
     """
     token = _meta(dtype, N, E)
-    slot = (codes or dtype).itemsize
-    if path == "invariant":
-        plan = invariant_step_plan(E, H, L, dtype.itemsize, slot)
-    else:
-        little = little_memory(token)
-        plan = step_plan(N, E, H, L, dtype.itemsize, path, 0, slot, little=little)
+    invariant, plan = path == "invariant", None
+    if not invariant:
+        sizes = (N, E, H, L, dtype.itemsize, path, 0, (codes or dtype).itemsize)
+        plan = step_plan(*sizes, little=little_memory(token))
     args = _ring_arguments(N, E, H, L, dtype)
     scale = None
     if codes is not None:
@@ -197,7 +195,7 @@ def step_launches(
         args[10] = _meta(dtype, N, _DELAY + 1, E)
         options = [_meta(torch.bool, N), True, 0.1]
     with record() as launches:
-        ring_step_(*[token, token, token, *args, *options, True, scale, scale, False, plan])
+        ring_step_(*[token, token, token, *args, *options, True, scale, scale, invariant, plan])
     return launches
 
 
@@ -224,10 +222,10 @@ def input_step_launches(
         _meta(dtype, E), *extra, ring, _meta(torch.int64, N), H,
     ]  # fmt: skip
     options = [_DELAY, _meta(torch.bool, N), True, 0.1] if full else [0, None, False, 0.0]
-    invariant = path == "invariant"
-    given = None if invariant else path
-    little = little_memory(ring)
-    plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None, given, little=little)
+    invariant, plan = path == "invariant", None
+    if not invariant:
+        sizes = (N, E, H, L, dtype.itemsize, codes is not None, path)
+        plan = input_plan(*sizes, little=little_memory(ring))
     with record() as launches:
         input_step_(*[*args, *options, True, scale, invariant, plan])
     return launches
