@@ -433,9 +433,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: a shape or a device does not fit, or ``is_causal`` has no ``attn_mask``.
             TypeError: a dtype does not fit.
         """
-        key = query if key is None else key
-        value = query if value is None else value
-        query, key, value = self._clips((query, key, value))
+        query, key, value = self._clips(_given(query, key, value))
         checks.check_clips(query, key, value)
         checks.check_causal(is_causal, attn_mask)
         if not self.single_output_forward:
@@ -697,15 +695,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of one step."""
-        tokens = (query, query if key is None else key, query if value is None else value)
+        tokens = _given(query, key, value)
         checks.check_tokens(self, tokens, "(N, E)", 1)
         checks.check_same_steps(tokens)
         return tokens
 
     def _many_tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of many steps, as ``(N, T, E)``."""
-        tokens = (query, query if key is None else key, query if value is None else value)
-        clips = self._clips(tokens)
+        clips = self._clips(_given(query, key, value))
         checks.check_same_steps(clips)
         return clips
 
@@ -767,6 +764,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             length, self.head_dim, include_muls, include_adds, include_exps
         )
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
+
+
+def _given(query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
+    """Query, key and value of a call; those that are None are the query."""
+    return query, query if key is None else key, query if value is None else value
 
 
 # Private to torch: where it is not there, every call takes the way that serves hooks.
