@@ -30,13 +30,17 @@ _QUERY_OF_SHARED = {
     "attend_shared_full_backward": 4,
     "attend_shared_query_backward": 4,
 }
-# Of the arguments of a step: what follows the in-projection's weights, with one matrix in it.
+# Where things are among the arguments of a step, over keys and values and over inputs. Biases are
+# what follows the in-projection's weights, with one matrix in it.
 _BIASES = slice(6, 11)
-_INPUT_BIASES = slice(2, 7)
 _K_RING = 11
 _Q_RING = 13
 _DROPOUT = 17
 _SCALES = slice(19, 21)
+_INPUT_BIASES = slice(2, 7)
+_X_RING = 7
+_INPUT_DROPOUT = 13
+_X_SCALE = slice(15, 16)
 
 
 def library_path(kind: str) -> Path:
@@ -65,9 +69,9 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     if query.dtype not in _CPU_DTYPES:
         return f"no kernel for {query.dtype}"
     if name in _CPU_STEPS:
-        return _why_not_biases(args[_BIASES]) or _why_not_step(query, args)
+        return _why_not_biases(args[_BIASES]) or _why_not_step(args)
     if name in _CPU_INPUT_STEPS:
-        return _why_not_biases(args[_INPUT_BIASES]) or _why_not_input_step(query, *args[1:])
+        return _why_not_biases(args[_INPUT_BIASES]) or _why_not_input_step(args)
     if name == "single_query":
         return _why_not_biases(args[_BIASES]) or _why_not_tile(*args[:4])
     if name in _QUERY_OF_SHARED:
@@ -174,7 +178,8 @@ def _why_not_biases(weights: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
+def _why_not_step(args: tuple[Any, ...]) -> str | None:
+    query = args[0]
     if args[_DROPOUT] > 0.0:
         return "dropout is not covered"
     quantised = any(scale is not None for scale in args[_SCALES])
@@ -186,11 +191,11 @@ def _why_not_step(query: Tensor, args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _why_not_input_step(query: Tensor, weight: Tensor, *args: Any) -> str | None:
-    x_ring, dropout_p, x_scale = args[5], args[11], args[13:] or (None,)
-    if dropout_p > 0.0:
+def _why_not_input_step(args: tuple[Any, ...]) -> str | None:
+    query, weight, x_ring = args[0], args[1], args[_X_RING]
+    if args[_INPUT_DROPOUT] > 0.0:
         return "dropout is not covered"
-    quantised = x_scale[0] is not None
+    quantised = any(scale is not None for scale in args[_X_SCALE])
     if quantised and query.dtype == torch.float64:
         return f"the ring is quantised, and the tokens {query.dtype}"
     if not query.dtype == weight.dtype == (query if quantised else x_ring).dtype:
