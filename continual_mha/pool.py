@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ class StreamPool:
         with torch.inference_mode(False), torch.no_grad():
             shape = (capacity, *token_shape)
             example = torch.zeros(shape, dtype=self._dtype, device=self._device)
-            self._slots: Any = (
+            self._slots: _Slots = (
                 _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
             )
         self.batched = not alone
@@ -385,6 +385,28 @@ def _quantile(ordered: list[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
+class _Slots(Protocol):
+    """The states of a pool's streams by slot, and the model that steps them."""
+
+    def begin(self, slot: int) -> None:
+        """Let a stream begin in a slot, as one that has seen nothing."""
+
+    def put(self, slot: int, states: Mapping[str, Any]) -> None:
+        """Let a stream go on in a slot from what ``get`` returned, or change nothing."""
+
+    def get(self, slot: int) -> dict[str, Any]:
+        """Copies of a slot's states on the CPU, by the names of the model's modules."""
+
+    def mark(self) -> Any:
+        """What ``return_to`` needs to undo the next step."""
+
+    def return_to(self, mark: Any) -> None:
+        """Undo what happened since ``mark``: nothing, or one step, whole or in part."""
+
+    def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """One step with these tokens by slot; the outputs by slot of those that have one."""
+
+
 class _Batched:
     """Slots that are rows of one batch, for models whose modules all keep streams apart."""
 
@@ -424,7 +446,6 @@ class _Batched:
             module.return_to(before)
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """One step with these tokens by slot; the outputs by slot, none if the model gave none."""
         slots = torch.tensor(list(tokens), device=self._tokens.device)
         with torch.no_grad(), active_streams(self._active):
             self._tokens.index_copy_(0, slots, _stacked(tokens.values(), self._tokens.device))
@@ -478,7 +499,6 @@ class _OneByOne:
         self._states = mark
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """One step with these tokens by slot; the outputs by slot of those that have one."""
         outputs = {}
         for slot, token in tokens.items():
             for name, module in self._modules.items():
