@@ -35,7 +35,7 @@ _OWN_WEIGHTS = (
     "bias_v",
 )
 _ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
-_OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")
+_OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")  # what the weights fix
 # Arguments that are checked together.
 _CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 

@@ -1,6 +1,7 @@
 """Which GPUs the kernels are for, and what a program may have there.
 
-Of fake tensors on a machine without a GPU nothing is known, and they are taken for large ones.
+Where CUDA has not begun, as with fake tensors on a machine without a GPU, nothing is known of the
+device, and it is taken for one on which all kernels run.
 """
 
 from __future__ import annotations

@@ -45,9 +45,10 @@ class Inputs(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Weighted sums of a clip's inputs ``(N, H, Ev)``; the rest as for heads.
+    """What a mixing of a clip's inputs gives; ``on_extra`` and ``attn`` are as in ``_Attended``.
 
     Attributes:
+        inputs: their weighted sums, ``(N, H, Ev)``.
         share: the sum of the clip's weights, ``(N, H, 1)``; None for 1.
     """
 

@@ -66,7 +66,7 @@ def fused_mix(
 
 
 def is_plain(dropout_p: float, need_weights: bool) -> bool:
-    """Whether ``attend_shared`` does, of which ``attend_shared_full`` knows more."""
+    """Whether ``attend_shared`` will do, without what ``attend_shared_full`` does besides."""
     return dropout_p == 0.0 and not need_weights
 
 
@@ -128,5 +128,5 @@ def why_plain(query: Tensor) -> str | None:
 
 
 def why_not_triton(name: str, *args: Any) -> str | None:
-    """Why Triton does not run an operator; where that cannot be asked, let it be so."""
+    """Why Triton does not run an operator; None also where only the running operator can ask."""
     return None if is_opaque(args[0]) else backends.why_not("triton", name, args)

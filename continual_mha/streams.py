@@ -14,7 +14,8 @@ from .modes import has_numbers
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
-AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state may be in, by tokens
+# Of tokens under autocast, and so of a state that was made from them.
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS: tuple[Any, ...] = (RingState, InputState, QuantizedRingState, QuantizedInputState)
 _BUFFERS: dict[type, list[str]] = {
     kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in _KINDS

@@ -138,7 +138,7 @@ KeptTokens kept(const void* tokens, int64_t stride, const ClipSizes& s, DType dt
 
 namespace {
 
-// The same for rows of so many bytes, whatever they are.
+// `write_ring` for rows of so many bytes, whatever they are.
 void write_rows(const void* rows, int64_t token_bytes, int64_t row_bytes, const ClipSizes& s,
                 const int64_t* position, void* ring, int64_t slots) {
   const int64_t stay = std::min(s.tokens, slots);
