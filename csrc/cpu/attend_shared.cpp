@@ -2,7 +2,6 @@
 #include "attend_shared.h"
 
 #include <tuple>
-#include <vector>
 
 namespace continual_mha::cpu {
 namespace {
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   const Tensor keys = as_tiles(key);
   const Tensor values = value ? as_tiles(*value) : keys;
   if (mask) mask = torch::stable::to(*mask, acc);
-  if (sink) sink = as_contiguous(torch::stable::to(*sink, acc));
+  sink = contiguous_acc(sink, acc);
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
   const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
@@ -76,13 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   p.sink = data_or_null(sink);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  const auto optional = [&](bool there, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(query, there ? sizes : std::vector<int64_t>{0}, acc);
-  };
-  const Tensor kept = optional(seed.has_value(), {p.streams, p.num_heads});
-  const Tensor average = optional(need_weights, {p.streams, p.slots});
+  const Tensor kept = new_if(seed.has_value(), query, {p.streams, p.num_heads}, acc);
+  const Tensor average = new_if(need_weights, query, {p.streams, p.slots}, acc);
   set_dropout(p, seed, dropout_p, kept, kOp);
-  const Tensor weights = optional(need_weights, {p.streams, p.num_heads, p.slots});
+  const Tensor weights = new_if(need_weights, query, {p.streams, p.num_heads, p.slots}, acc);
   if (need_weights) p.weights = weights.mutable_data_ptr();
   attend(p, dtype, false);
   if (need_weights) average_weights(p, dtype, average);

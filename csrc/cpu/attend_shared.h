@@ -1,6 +1,8 @@
 // How operators hand an attention over a shared tile to its kernel.
 #pragma once
 
+#include <vector>
+
 #include "host.h"
 
 namespace continual_mha::cpu {
@@ -17,6 +19,19 @@ inline HeadVectors head_vectors(const Tensor& rows) {
 
 inline ScalarType acc_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Contiguous and of `acc`; nothing of nothing.
+inline OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
+  if (!x) return std::nullopt;
+  return as_contiguous(torch::stable::to(*x, acc));
+}
+
+// A result beside `like`; without elements where it is not `wanted`.
+inline Tensor new_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
+                     ScalarType dtype) {
+  if (!wanted) sizes = {0};
+  return torch::stable::new_empty(like, sizes, dtype);
 }
 
 // Sizes, tiles (from `as_tiles`) and mask, (N or 1, H or 1, S) of acc.

@@ -1,7 +1,6 @@
 // continual_mha::cpu_attend_shared_full_backward, its short form, and its part for frozen tiles.
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "attend_shared.h"
 
@@ -13,11 +12,6 @@ constexpr const char* kOp = "cpu_attend_shared_full_backward";
 struct GradientTag {};
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
-  if (!x) return std::nullopt;
-  return as_contiguous(torch::stable::to(*x, acc));
-}
 
 // Without `of_tiles`, those of key and value have no elements.
 Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor grad_kept,
@@ -55,14 +49,12 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   SharedGradientParams p{};
   static_cast<AttendSharedParams&>(p) = shared_params(keys, values, heads, mask);
   const Tensor d_query = new_like(query, {n, heads, p.key_dim});
-  const auto optional = [&](bool there, std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(query, there ? sizes : std::vector<int64_t>{0}, type);
-  };
   const ScalarType own = query.scalar_type();
-  const Tensor d_key = optional(of_tiles, {n, p.slots, p.key_dim}, own);
-  const Tensor d_value = optional(of_tiles && value.has_value(), {n, p.slots, p.value_dim}, own);
-  const Tensor d_sink = optional(sink.has_value(), {n, heads}, acc);
-  const Tensor pairs = optional(of_tiles, {n, p.slots, 2 * heads}, acc);
+  const bool of_values = of_tiles && value.has_value();
+  const Tensor d_key = new_if(of_tiles, query, {n, p.slots, p.key_dim}, own);
+  const Tensor d_value = new_if(of_values, query, {n, p.slots, p.value_dim}, own);
+  const Tensor d_sink = new_if(sink.has_value(), query, {n, heads}, acc);
+  const Tensor pairs = new_if(of_tiles, query, {n, p.slots, 2 * heads}, acc);
   p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
   p.out = outs.mutable_data_ptr();

@@ -1,6 +1,5 @@
 // continual_mha::cpu_single_query: one query of every stream over a clip, projections included.
 #include <tuple>
-#include <vector>
 
 #include "attend_shared.h"
 
@@ -69,8 +68,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
   const int64_t n = shared.streams;
   const int64_t e = query.size(1);
   const Tensor out = new_like(query, {n, e});
-  const auto attn_sizes = need_weights ? std::vector<int64_t>{n, slots} : std::vector<int64_t>{0};
-  const Tensor attn = torch::stable::new_empty(query, attn_sizes, acc_type(dtype));
+  const Tensor attn = new_if(need_weights, query, {n, slots}, acc_type(dtype));
   if (n == 0) return {out, attn};
 
   const InWeights in(w);
