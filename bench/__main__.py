@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -11,10 +12,9 @@ from pathlib import Path
 import torch
 
 from . import ceilings, grid, machine, records
-from .lost import leave
-from .measure import Bench
+from .measure import Bench, each_kept
 from .peers import Peer, all_peers
-from .progress import bar, say
+from .progress import say
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure; every finished case is on disk before the next begins."""
     options = parse(arguments)
-    started = time.monotonic()
+    end = time.monotonic() + (math.inf if options.limit is None else options.limit)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = machine.describe(device.type)
     folder = options.out or records.RESULTS / machine.slug(about)
@@ -75,15 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     peers = [_excluded(p) if p.name in losers else p for p in peers]
     keep = partial(records.append, folder)
     bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget, keep)
-    for case in bar(cases, "case"):
-        if options.limit is not None and time.monotonic() - started > options.limit:
-            say("stopped at the time limit; --resume measures the rest")
-            break
-        rows = bench.rows(case)
-        keep(rows)
-        if rows[-1]["kind"] != "case":
-            say(f"{case.label}: {rows[-1]['implementation']}: {rows[-1]['reason']}")
-            leave()
+    for case, rows in each_kept(cases, bench.rows, keep, end):
         say(_line(case, rows))
 
 

@@ -10,6 +10,7 @@ tables choose now, the fastest one, and their ratio; with ``--report`` that alon
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
@@ -25,10 +26,10 @@ from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, s
 
 from . import ahead, grid, machine, records
 from .formulations import FORMULATIONS
-from .lost import DeviceLostError, failing_alone, leave
-from .measure import times_of, why_too_large
+from .lost import DeviceLostError, failing_alone
+from .measure import each_kept, times_of, why_too_large
 from .problem import TOLERANCE, Problem
-from .progress import bar, say
+from .progress import say
 from .ratios import OURS, Results
 from .records import CHOICES, RESULTS, Row
 from .timing import GpuTimer
@@ -300,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         for folder in folders:
             _print(folder)
         return
-    started = time.monotonic()
+    end = time.monotonic() + (math.inf if options.limit is None else options.limit)
     about = machine.describe("cuda")
     folder = options.out or RESULTS / machine.slug(about)
     cases = list(grid.cases("cuda", options.size, ("step",), options.dtype))
@@ -325,15 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     ahead.compile_all(jobs, options.processes, options.limit and options.limit / 2)
     keep = partial(records.append, folder, name=CHOICES)
     race = Race(torch.device("cuda"), about, options.budget, keep, left_out)
-    for case in bar(cases, "case"):
-        if options.limit is not None and time.monotonic() - started > options.limit:
-            say("stopped at the time limit; --resume measures the rest")
-            break
-        rows = race.rows(case)
-        keep(rows)
-        if rows[-1]["kind"] != "case":
-            say(f"{case.label}: {rows[-1]['plan']}: {rows[-1]['reason']}")
-            leave()
+    for _ in each_kept(cases, race.rows, keep, end):
         torch.cuda.empty_cache()
     _print(folder)
 

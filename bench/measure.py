@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +14,11 @@ import torch
 
 from .ceilings import Roofline
 from .grid import Case, work
-from .lost import DeviceLostError, failing_alone, line_of
+from .lost import DeviceLostError, failing_alone, leave, line_of
 from .machine import free_memory
 from .peers import Peer, Ready
 from .problem import TOLERANCE, Problem
+from .progress import bar, say
 from .records import Row
 from .timing import GPU_TIMERS, Contestant, GpuTimer, Summary, time_on_host
 
@@ -200,6 +203,29 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def each_kept(
+    cases: Iterable[Case],
+    rows_of: Callable[[Case], list[Row]],
+    keep: Callable[[list[Row]], None],
+    end: float = math.inf,
+) -> Iterator[tuple[Case, list[Row]]]:
+    """Each case with its rows, which are on disk before the next begins; none begins after ``end``.
+
+    Ends the process after the rows of a case that has lost the device.
+    """
+    for case in bar(cases, "case"):
+        if time.monotonic() > end:
+            say("stopped at the time limit; --resume measures the rest")
+            return
+        rows = rows_of(case)
+        keep(rows)
+        last = rows[-1]
+        if last["kind"] != "case":
+            say(f"{case.label}: {last.get('implementation', last.get('plan'))}: {last['reason']}")
+            leave()
+        yield case, rows
 
 
 def times_of(summary: Summary) -> Row:

@@ -9,7 +9,7 @@ import torch
 from pretended_cuda import PretendedCuda
 from recording_driver import recording_driver
 
-from bench import ahead, choices, grid, lost, machine, records, report, timing
+from bench import ahead, choices, grid, lost, machine, measure, records, report, timing
 from bench.grid import Case
 from bench.ratios import Results
 from continual_mha import inputs, reference
@@ -213,7 +213,7 @@ def test_way_that_loses_the_device_is_left_out_when_the_run_goes_on(
 
     monkeypatch.setattr(choices.kernels, "ring_step_", breaking)
     monkeypatch.setattr(torch.cuda, "synchronize", partial(on_what_is_left, synchronize))
-    monkeypatch.setattr(choices, "leave", leave)
+    monkeypatch.setattr(measure, "leave", leave)
     arguments = ["--out", str(tmp_path), "--budget", "0.001", "--resume"]
     with pytest.raises(SystemExit):
         choices.main(arguments)

@@ -598,7 +598,7 @@ def breaking(cuda, monkeypatch):
         raise SystemExit(lost.LOST)
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(command, "leave", leave)
+    monkeypatch.setattr(measure, "leave", leave)
     monkeypatch.setattr(timing, "share_out", lambda *args: (5, 1))
     right = [peer for peer in peers.all_peers(DEVICE) if peer.name == "ours:torch"]
     found = [peers.Peer("breaks", ("step",), setup), *right]
