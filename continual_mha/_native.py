@@ -41,6 +41,10 @@ _INPUT_BIASES = slice(2, 7)
 _X_RING = 7
 _INPUT_DROPOUT = 13
 _X_SCALE = slice(15, 16)
+# Shared memory as `attend_shared_bytes` in csrc/cuda/attend_shared_params.h counts it: a query, and
+# in the backward a gradient, of each of a block's heads, and so many bytes besides.
+_TILE_HEADS = 8
+_TILE_BYTES = 8256
 
 
 def library_path(kind: str) -> Path:
@@ -162,7 +166,8 @@ def _why_not_cuda_shared(
     features = [query.shape[2], value.shape[2]] if backward else [query.shape[2]]
     padded = sum(-(-width // 8) * 8 for width in features)
     device: Any = torch.cuda.get_device_properties(query.device)
-    if 8 * padded * query.element_size() + 8256 > device.shared_memory_per_block_optin:
+    needed = _TILE_HEADS * padded * query.element_size() + _TILE_BYTES
+    if needed > device.shared_memory_per_block_optin:
         return "the queries do not fit into shared memory"
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from cuda_emulation import build
 
 import continual_mha.ops  # noqa: F401  declares the operators
-from continual_mha import reference
+from continual_mha import _native, reference
 
 # It registers its operators where the real library does.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real library is in use")
@@ -295,6 +296,29 @@ def test_queries_beyond_the_default_shared_memory_are_served() -> None:
     expected = reference.attend_shared(query.double(), key.double(), key.double(), None, None)
     for a, e in zip(OPS.cuda_attend_shared(query, key, key, None, None), expected, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backward", "widest"), [(False, 2904), (True, 1448)])
+def test_what_the_library_has_no_shared_memory_for_is_declined_before(
+    backward: bool, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_device("sm_86_small")
+    properties = SimpleNamespace(shared_memory_per_block_optin=DEVICES["sm_86_small"][2])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    name = "attend_shared_backward" if backward else "attend_shared"
+    for width in (widest, widest + 1):
+        query, key = torch.zeros(1, 1, width), torch.zeros(1, 2, width)
+        args: tuple[Any, ...] = (query, key, None, None, None)
+        reason = _native._why_not_cuda_shared(*args, backward)
+        if backward:
+            args = (query, None, *args, query, torch.zeros(1, 1))
+        if width == widest:
+            assert reason is None
+            getattr(OPS, f"cuda_{name}")(*args)
+        else:
+            assert "shared memory" in (reason or "")
+            with pytest.raises(RuntimeError, match="bytes of shared memory per block"):
+                getattr(OPS, f"cuda_{name}")(*args)
 
 
 @pytest.mark.parametrize(
