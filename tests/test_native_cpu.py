@@ -659,7 +659,14 @@ def test_queries_and_gradients_may_lie_anywhere(dtype: torch.dtype) -> None:
 def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype, isa: str) -> None:
     """A sum over one slot with the weight 1, in which every number of 16 bits comes back, and over
     two with weights of one half, where numbers lie halfway between two others.
+
+    AVX512_BF16 takes subnormal numbers for zeros, in torch's products too.
     """
+
+    def known(x: torch.Tensor) -> torch.Tensor:
+        subnormal = x.abs() < torch.finfo(dtype).tiny
+        return x.where(~subnormal, 0) if (isa, dtype) == ("avx512_bf16", torch.bfloat16) else x
+
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     query, one = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
     for other in (bits, bits.roll(-1), bits.flip(0), torch.zeros_like(bits)):
@@ -667,7 +674,7 @@ def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype, isa: str) -> No
         out, _ = torch.ops.continual_mha.cpu_attend_shared(
             query, one.expand(1, 2, 1), value, None, None
         )
-        expected = ((bits.float() + other.float()) * 0.5).to(dtype)
+        expected = (known(known(bits).float() + known(other).float()) * 0.5).to(dtype)
         torch.testing.assert_close(out[0, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 

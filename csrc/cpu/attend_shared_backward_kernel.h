@@ -12,9 +12,11 @@ namespace {
 template <class S>
 struct SharedGradientScratch {
   using A = typename AccOf<S>::type;
-  A* vectors;  // of heads: queries, then the outputs' gradients
+  using X = typename FactorOf<S>::type;
+  X* vectors;  // of heads: queries, then the outputs' gradients
   A* weights;  // (kHeadBlock, score_stride): scores, then weights
   A* scores;   // (kHeadBlock, score_stride): gradients of the weights, then of the scores
+  X* factors;  // the same, as factors of the keys
   A* scales;   // (score_stride,)
   A* rows;     // (kHeadBlock, Ek), or a few slots' gradients
   int64_t score_stride;
@@ -22,9 +24,10 @@ struct SharedGradientScratch {
   SharedGradientScratch(const SharedGradientParams& p, Arena& arena) {
     const int64_t heads = max_of(p.num_heads, kHeadBlock);
     score_stride = p.slots + Simd<A>::kLanes;
-    vectors = arena.take<A>(heads * (p.key_dim + p.value_dim));
+    vectors = arena.take<X>(heads * (p.key_dim + p.value_dim));
     weights = arena.take<A>(kHeadBlock * score_stride);
     scores = arena.take<A>(kHeadBlock * score_stride);
+    factors = factors_of<X>(scores, kHeadBlock * score_stride, arena);
     scales = arena.take<A>(score_stride);
     rows = arena.take<A>(kHeadBlock * max_of(p.key_dim, p.value_dim));
   }
@@ -39,9 +42,9 @@ int64_t shared_gradient_scratch(const SharedGradientParams& p) {
 
 // What every score of a head gets through the normalisation: the gradient of the logarithm of the
 // denominator less what reaches the weights.
-template <class S, class A>
+template <class S, class X, class A>
 CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, int64_t row,
-                                    const A* grad_out, const A* applied) {
+                                    const X* grad_out, const A* applied) {
   if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
   const S* out = static_cast<const S*>(p.out) + row * p.value_dim;
   A sum = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
@@ -59,9 +62,9 @@ CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, in
 
 // Scores of one head to weights, and the gradients of the applied weights to those of the scores.
 // Returns the applied weights, which with dropout are in `scales`.
-template <class S, class A>
+template <class S, class X, class A>
 CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, int64_t head,
-                                      const A* grad_out, A* weights, A* scores, A* scales) {
+                                      const X* grad_out, A* weights, A* scores, A* scales) {
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t row = n * p.num_heads + head;
   add_mask(p, n, head, weights);
@@ -99,18 +102,19 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
                                          const SharedGradientScratch<S>& scratch, int64_t n,
                                          int64_t head) {
   using A = typename AccOf<S>::type;
+  using X = typename FactorOf<S>::type;
   const int64_t row = n * p.num_heads + head;
   const SharedTile<S> key(p.key, n, p.slots, p.key_dim);
   const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
-  A* query = scratch.vectors;
-  A* grad_out = query + kC * p.key_dim;
-  widen_vectors<S>(p.query, n, head, kC, p.key_dim, query);
-  widen_vectors<S>(p.grad_out, n, head, kC, p.value_dim, grad_out);
+  X* query = scratch.vectors;
+  X* grad_out = query + kC * p.key_dim;
+  copy_vectors<S>(p.query, n, head, kC, p.key_dim, query);
+  copy_vectors<S>(p.grad_out, n, head, kC, p.value_dim, grad_out);
   key.template dot<kC>(query, scratch.weights, scratch.score_stride);
   value.template dot<kC>(grad_out, scratch.scores, scratch.score_stride);
-  A* pairs = nullptr;
+  X* pairs = nullptr;
   if (p.pairs != nullptr) {
-    pairs = static_cast<A*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+    pairs = static_cast<X*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
   }
   for (int c = 0; c < kC; ++c) {
     A* weights = scratch.weights + c * scratch.score_stride;
@@ -118,11 +122,12 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
     const A* applied = finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights,
                                            scores, scratch.scales);
     for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
-      pairs[s * 2 * p.num_heads + c] = scores[s];
-      pairs[s * 2 * p.num_heads + p.num_heads + c] = applied[s];
+      narrow(scores[s], &pairs[s * 2 * p.num_heads + c]);
+      narrow(applied[s], &pairs[s * 2 * p.num_heads + p.num_heads + c]);
     }
+    to_factors(scores, p.slots, scratch.factors + c * scratch.score_stride);
   }
-  key.template sum<kC>(scratch.scores, scratch.score_stride, scratch.rows);
+  key.template sum<kC>(scratch.factors, scratch.score_stride, scratch.rows);
   copy_narrowed(scratch.rows, kC * p.key_dim, A{1},
                 static_cast<S*>(p.grad_query) + row * p.key_dim);
 }
@@ -138,8 +143,8 @@ void shared_query_gradient(const SharedGradientParams& p, void* memory, int64_t 
 }
 
 // to[s] = sum over `count` vectors of pairs[s] times them, for slots [begin, end).
-template <class S, class A>
-CMHA_INLINE void tile_gradient(const A* pairs, int64_t pair_stride, const A* vectors, int64_t count,
+template <class X, class S, class A>
+CMHA_INLINE void tile_gradient(const X* pairs, int64_t pair_stride, const X* vectors, int64_t count,
                                int64_t features, int64_t begin, int64_t end, A* rows, S* to) {
   const auto block = [&](int64_t s, auto slots) __attribute__((always_inline)) {
     constexpr int kQ = decltype(slots)::value;
@@ -156,7 +161,7 @@ CMHA_INLINE void tile_gradient(const A* pairs, int64_t pair_stride, const A* vec
 
 template <class S>
 void shared_tile_gradient(const SharedGradientParams& p, void* memory, int64_t begin, int64_t end) {
-  using A = typename AccOf<S>::type;
+  using X = typename FactorOf<S>::type;
   Arena arena(memory);
   const SharedGradientScratch<S> scratch(p, arena);
   const int64_t blocks = (p.slots + kSlotBlock - 1) / kSlotBlock;
@@ -166,12 +171,12 @@ void shared_tile_gradient(const SharedGradientParams& p, void* memory, int64_t b
     const int64_t n = task / blocks;
     const int64_t first = task % blocks * kSlotBlock;
     const int64_t last = min_of(first + kSlotBlock, p.slots);
-    const A* pairs = static_cast<const A*>(p.pairs) + n * p.slots * 2 * heads;
-    A* query = scratch.vectors;
-    A* grad_out = scratch.vectors + heads * p.key_dim;
+    const X* pairs = static_cast<const X*>(p.pairs) + n * p.slots * 2 * heads;
+    X* query = scratch.vectors;
+    X* grad_out = scratch.vectors + heads * p.key_dim;
     if (n != there) {
-      widen_vectors<S>(p.query, n, 0, heads, p.key_dim, query);
-      widen_vectors<S>(p.grad_out, n, 0, heads, p.value_dim, grad_out);
+      copy_vectors<S>(p.query, n, 0, heads, p.key_dim, query);
+      copy_vectors<S>(p.grad_out, n, 0, heads, p.value_dim, grad_out);
       there = n;
     }
     S* grad_key = static_cast<S*>(p.grad_key) + n * p.slots * p.key_dim;
@@ -182,6 +187,16 @@ void shared_tile_gradient(const SharedGradientParams& p, void* memory, int64_t b
     tile_gradient(pairs + heads, 2 * heads, grad_out, heads, p.value_dim, first, last, scratch.rows,
                   grad_value);
   }
+}
+
+template <class S>
+constexpr void set_clips(Kernels& table) {
+  table.attend_shared_scratch = attend_shared_scratch<S>;
+  table.attend_shared = attend_shared<S, S>;
+  table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;
+  table.shared_gradient_scratch = shared_gradient_scratch<S>;
+  table.shared_query_gradient = shared_query_gradient<S>;
+  table.shared_tile_gradient = shared_tile_gradient<S>;
 }
 
 }  // namespace

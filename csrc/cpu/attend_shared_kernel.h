@@ -9,20 +9,25 @@
 namespace continual_mha::cpu {
 namespace {
 
-template <class S>
+// Q: what queries are stored as; those stored as acc are not rounded.
+template <class S, class Q>
 struct AttendSharedScratch {
   using A = typename AccOf<S>::type;
-  A* q;       // (kHeadBlock, Ek)
-  A* out;     // (kHeadBlock, Ev)
-  A* scores;  // (kHeadBlock, score_stride)
-  A* scales;  // (score_stride,)
+  using X = typename FactorOf<S>::type;
+  using Vector = std::conditional_t<std::is_same_v<Q, S>, X, A>;
+  Vector* q;   // (kHeadBlock, Ek)
+  A* out;      // (kHeadBlock, Ev)
+  A* scores;   // (kHeadBlock, score_stride)
+  X* factors;  // the same, as factors of the values
+  A* scales;   // (score_stride,)
   int64_t score_stride;
 
   AttendSharedScratch(const AttendSharedParams& p, Arena& arena) {
     score_stride = p.slots + Simd<A>::kLanes;
-    q = arena.take<A>(kHeadBlock * p.key_dim);
+    q = arena.take<Vector>(kHeadBlock * p.key_dim);
     out = arena.take<A>(kHeadBlock * p.value_dim);
     scores = arena.take<A>(kHeadBlock * score_stride);
+    factors = factors_of<X>(scores, kHeadBlock * score_stride, arena);
     scales = arena.take<A>(score_stride);
   }
 };
@@ -30,7 +35,7 @@ struct AttendSharedScratch {
 template <class S>
 int64_t attend_shared_scratch(const AttendSharedParams& p) {
   Arena arena(nullptr);
-  AttendSharedScratch<S>(p, arena);
+  AttendSharedScratch<S, typename AccOf<S>::type>(p, arena);  // the larger one
   return arena.used();
 }
 
@@ -104,12 +109,12 @@ CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scor
 }
 
 // Those of `count` heads of a stream from `head` on.
-template <class S, class A>
-CMHA_INLINE void widen_vectors(const HeadVectors& vectors, int64_t n, int64_t head, int64_t count,
-                               int64_t features, A* to) {
-  const S* from = static_cast<const S*>(vectors.data) + n * vectors.stream_stride;
+template <class Q, class X>
+CMHA_INLINE void copy_vectors(const HeadVectors& vectors, int64_t n, int64_t head, int64_t count,
+                              int64_t features, X* to) {
+  const Q* from = static_cast<const Q*>(vectors.data) + n * vectors.stream_stride;
   for (int64_t c = 0; c < count; ++c) {
-    copy_widened(from + (head + c) * vectors.head_stride, features, A{1}, to + c * features);
+    copy_row(from + (head + c) * vectors.head_stride, features, to + c * features);
   }
 }
 
@@ -130,8 +135,8 @@ struct SharedTile {
         features(features) {}
 
   // products[c * stride + slot] = the slot's row times vector c of kC.
-  template <int kC, class A>
-  CMHA_INLINE void dot(const A* vectors, A* products, int64_t stride) const {
+  template <int kC, class X, class A>
+  CMHA_INLINE void dot(const X* vectors, A* products, int64_t stride) const {
     if (feature_stride != 1) {
       weighted_rows<kC>(vectors, features, data, feature_stride, 0, features, slots, products,
                         stride);
@@ -143,8 +148,8 @@ struct SharedTile {
   }
 
   // sums[c * features + feature], over slots, of weights[c * stride + slot] times the slot's row.
-  template <int kC, class A>
-  CMHA_INLINE void sum(const A* weights, int64_t stride, A* sums) const {
+  template <int kC, class X, class A>
+  CMHA_INLINE void sum(const X* weights, int64_t stride, A* sums) const {
     if (feature_stride == 1) {
       weighted_rows<kC>(weights, stride, data, slot_stride, 0, slots, features, sums, features);
       return;
@@ -157,12 +162,12 @@ struct SharedTile {
 
 // kC heads from `head` on: two passes over the tile, which the first one leaves in a cache.
 template <int kC, class S, class Q>
-CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S>& scratch,
+CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScratch<S, Q>& scratch,
                               int64_t n, int64_t head) {
   using A = typename AccOf<S>::type;
   const int64_t row = n * p.num_heads + head;
   Q* out = static_cast<Q*>(p.out) + row * p.value_dim;
-  widen_vectors<Q>(p.query, n, head, kC, p.key_dim, scratch.q);
+  copy_vectors<Q>(p.query, n, head, kC, p.key_dim, scratch.q);
   const SharedTile<S> key(p.key, n, p.slots, p.key_dim);
   key.template dot<kC>(scratch.q, scratch.scores, scratch.score_stride);
   A scale[kC];
@@ -174,10 +179,11 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
           drop(p, n, head + c, scores, scratch.scales) * normaliser.inputs;
     }
     if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
+    to_factors(scores, p.slots, scratch.factors + c * scratch.score_stride);
     scale[c] = normaliser.inputs;
   }
   const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
-  value.template sum<kC>(scratch.scores, scratch.score_stride, scratch.out);
+  value.template sum<kC>(scratch.factors, scratch.score_stride, scratch.out);
   for (int c = 0; c < kC; ++c) {
     copy_narrowed(scratch.out + c * p.value_dim, p.value_dim, scale[c], out + c * p.value_dim);
   }
@@ -203,7 +209,7 @@ CMHA_INLINE void for_head_blocks(const AttendSharedParams& p, int64_t begin, int
 template <class S, class Q>
 void attend_shared(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
   Arena arena(memory);
-  const AttendSharedScratch<S> scratch(p, arena);
+  const AttendSharedScratch<S, Q> scratch(p, arena);
   for_head_blocks(p, begin, end, [&](int64_t n, int64_t head, auto count) {
     attend_heads<decltype(count)::value, S, Q>(p, scratch, n, head);
   });

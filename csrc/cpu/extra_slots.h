@@ -15,8 +15,8 @@ struct ExtraSlots {
 
   int64_t count() const { return (bias_k != nullptr) + zero; }
 
-  template <class A>
-  CMHA_INLINE void score(const A* q, int64_t head_dim, A* scores) const {
+  template <class X, class A>
+  CMHA_INLINE void score(const X* q, int64_t head_dim, A* scores) const {
     if (bias_k != nullptr) {
       dot_rows<1>(bias_k, 0, 0, 1, q, 0, head_dim, [&](int64_t, int, A sum) { *scores = sum; });
     }

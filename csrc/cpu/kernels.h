@@ -172,7 +172,8 @@ struct SharedGradientParams : AttendSharedParams {
   const void* grad_lse;      // (N, H) acc, or null
   const void* grad_kept;     // (N, H) acc, or null
   const void* grad_average;  // of the weights' average over heads, (N, S) acc, or null
-  void* pairs;       // (N, S, 2H) acc: per slot the scores' gradients, then the weights; or null
+  // (N, S, 2H), room for acc: per slot the scores' gradients, then the weights; or null
+  void* pairs;
   void* grad_query;  // (N, H, Ek)
   void* grad_key;    // (N, S, Ek); of key and value together where grad_value is null
   void* grad_value;  // (N, S, Ev)

@@ -43,13 +43,8 @@ constexpr Kernels table_of() {
   table.input_step_scratch = input_step_scratch<S>;
   table.project_mixed = project_mixed<S>;
   table.ring_steps_scratch = ring_steps_scratch<S>;
-  table.attend_shared_scratch = attend_shared_scratch<S>;
-  table.attend_shared = attend_shared<S, S>;
-  table.attend_shared_acc = attend_shared<S, typename AccOf<S>::type>;
   table.average_weights = average_weights<S>;
-  table.shared_gradient_scratch = shared_gradient_scratch<S>;
-  table.shared_query_gradient = shared_query_gradient<S>;
-  table.shared_tile_gradient = shared_tile_gradient<S>;
+  set_clips<S>(table);
   return table;
 }
 

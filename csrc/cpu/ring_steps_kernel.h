@@ -11,32 +11,41 @@ namespace {
 
 constexpr int64_t kQueryBlock = 4;
 
-template <class S>
+// X: what scores and sums are products of.
+template <class S, class X>
 struct RingStepsScratch {
   using A = typename AccOf<S>::type;
-  A* q;    // (kQueryBlock, D)
+  X* q;    // (kQueryBlock, D)
   A* out;  // (kQueryBlock, D)
-  A* k;    // every key that the task's windows hold, oldest first
-  A* v;
-  A* scores;  // (kQueryBlock, score_stride)
+  X* k;    // every key that the task's windows hold, oldest first
+  X* v;
+  A* scores;   // (kQueryBlock, score_stride)
+  X* factors;  // the same, as factors of the values
   int64_t score_stride;
 
   RingStepsScratch(const RingStepsParams& p, Arena& arena) {
     const int64_t rows = p.length - 1 + p.block_tokens;
     score_stride = padded_scores<A>(p.length + kQueryBlock);
-    q = arena.take<A>(kQueryBlock * p.head_dim);
+    q = arena.take<X>(kQueryBlock * p.head_dim);
     out = arena.take<A>(kQueryBlock * p.head_dim);
-    k = arena.take<A>(rows * p.head_dim);
-    v = arena.take<A>(rows * p.head_dim);
+    k = arena.take<X>(rows * p.head_dim);
+    v = arena.take<X>(rows * p.head_dim);
     scores = arena.take<A>(kQueryBlock * score_stride);
+    factors = factors_of<X>(scores, kQueryBlock * score_stride, arena);
   }
 };
 
+template <class S, class X>
+int64_t ring_steps_scratch_for(const RingStepsParams& p) {
+  Arena arena(nullptr);
+  RingStepsScratch<S, X>(p, arena);
+  return arena.used();
+}
+
 template <class S>
 int64_t ring_steps_scratch(const RingStepsParams& p) {
-  Arena arena(nullptr);
-  RingStepsScratch<S>(p, arena);
-  return arena.used();
+  return max_of(ring_steps_scratch_for<S, typename AccOf<S>::type>(p),
+                ring_steps_scratch_for<S, typename FactorOf<S>::type>(p));
 }
 
 // Keys or values of a clip and of the ring before it.
@@ -58,9 +67,9 @@ struct HeadOfClip {
 
   int64_t position() const { return p.position[stream]; }
 
-  // A key or value as acc.
-  template <class R>
-  CMHA_INLINE void read(const Kept<R>& from, int64_t token, A* to) const {
+  // A key or value.
+  template <class R, class X>
+  CMHA_INLINE void read(const Kept<R>& from, int64_t token, X* to) const {
     const R* row;
     const float* scale;
     if (token >= 0) {
@@ -73,7 +82,11 @@ struct HeadOfClip {
       row = from.ring + at * p.head_dim;
       scale = from.ring_scale == nullptr ? nullptr : from.ring_scale + at;
     }
-    read_row(row, scale, p.head_dim, to);
+    if constexpr (std::is_same_v<R, X>) {
+      copy_row(row, p.head_dim, to);
+    } else {
+      read_row(row, scale, p.head_dim, to);
+    }
   }
 
   const S* new_query(int64_t token) const {
@@ -99,17 +112,17 @@ struct HeadOfClip {
 // Outputs of kQ tokens from `token` on. Key and value rows lie in the scratch from token `base` on.
 // What the windows share is read once for all of them; the few rows at both ends, once for each:
 // a row outside of a window may hold NaN and must not even meet a weight of zero.
-template <int kQ, class S, class A>
-CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<S>& scratch,
+template <int kQ, class S, class X, class A>
+CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<S, X>& scratch,
                               const ExtraSlots<S>& extra, int64_t token, int64_t base, A scale) {
   const int64_t head_dim = head.p.head_dim;
   const int64_t stride = scratch.score_stride;
   const int64_t first = head.window_begin(token);  // the row of column 0 of the scores
   for (int q = 0; q < kQ; ++q) {
-    copy_widened(head.query(token + q), head_dim, scale, scratch.q + q * head_dim);
+    copy_row(head.query(token + q), head_dim, scratch.q + q * head_dim);
   }
-  const A* k = scratch.k + (first - base) * head_dim;
-  const A* v = scratch.v + (first - base) * head_dim;
+  const X* k = scratch.k + (first - base) * head_dim;
+  const X* v = scratch.v + (first - base) * head_dim;
   dot_rows<kQ>(k, head_dim, 0, token + kQ - first, scratch.q, head_dim, head_dim,
                [&](int64_t l, int q, A sum)
                    __attribute__((always_inline)) { scratch.scores[q * stride + l] = sum; });
@@ -121,31 +134,35 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
     const int64_t begin = head.window_begin(token + q) - first;
     const int64_t end = token + q + 1 - first;
     extra.score(scratch.q + q * head_dim, head_dim, scores + end);
-    scales[q] =
-        1 / softmax_numerators(scores + begin, end - begin + extra.count(), kMinusInfinity<A>).sum;
+    const int64_t count = end - begin + extra.count();
+    copy_widened(scores + begin, count, scale, scores + begin);
+    scales[q] = 1 / softmax_numerators(scores + begin, count, kMinusInfinity<A>).sum;
+    to_factors(scores + begin, end - begin, scratch.factors + q * stride + begin);
   }
-  weighted_rows<kQ>(scratch.scores, stride, v, head_dim, shared_begin, shared_end, head_dim,
+  weighted_rows<kQ>(scratch.factors, stride, v, head_dim, shared_begin, shared_end, head_dim,
                     scratch.out, head_dim);
   for (int q = 0; q < kQ; ++q) {
     const A* scores = scratch.scores + q * stride;
     A* out = scratch.out + q * head_dim;
     const int64_t begin = head.window_begin(token + q) - first;
     const int64_t end = token + q + 1 - first;
-    weighted_rows<1, true>(scores, 0, v, head_dim, begin, min_of(shared_begin, end), head_dim, out,
+    const X* factors = scratch.factors + q * stride;
+    weighted_rows<1, true>(factors, 0, v, head_dim, begin, min_of(shared_begin, end), head_dim, out,
                            0);
-    weighted_rows<1, true>(scores, 0, v, head_dim, shared_end, end, head_dim, out, 0);
+    weighted_rows<1, true>(factors, 0, v, head_dim, shared_end, end, head_dim, out, 0);
     extra.add_value(scores[end], head_dim, out);
     for (int64_t d = 0; d < head_dim; ++d) out[d] *= scales[q];
   }
 }
 
 // Tasks are (stream, head, block of tokens): the windows' rows are laid out once in the order of
-// time, as acc, and stay in a cache near by while the block's queries pass.
+// time and stay in a cache near by while the block's queries pass.
 template <class S, class R>
 void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
+  using X = std::conditional_t<std::is_same_v<R, S>, typename FactorOf<S>::type, A>;
   Arena arena(memory);
-  const RingStepsScratch<S> scratch(p, arena);
+  const RingStepsScratch<S, X> scratch(p, arena);
   const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(p.head_dim)));
   const Kept<R> keys{p.keys, static_cast<const R*>(p.k_ring), p.k_scale};
   const Kept<R> values{p.values, static_cast<const R*>(p.v_ring), p.v_scale};

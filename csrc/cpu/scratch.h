@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace continual_mha::cpu {
 namespace {
 
@@ -27,6 +29,22 @@ class Arena {
   char* base_;
   int64_t used_ = 0;
 };
+
+// Where `count` scores go to be factors of rows: they stay where they are, or get an array of their
+// own.
+template <class X, class A>
+CMHA_INLINE X* factors_of(A* scores, int64_t count, Arena& arena) {
+  if constexpr (std::is_same_v<X, A>) {
+    return scores;
+  } else {
+    return arena.take<X>(count);
+  }
+}
+
+template <class X, class A>
+CMHA_INLINE void to_factors(const A* scores, int64_t count, X* factors) {
+  if constexpr (!std::is_same_v<X, A>) copy_narrowed(scores, count, A{1}, factors);
+}
 
 }  // namespace
 }  // namespace continual_mha::cpu

@@ -2,6 +2,8 @@
 // vectors, and weighted sums of contiguous rows.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace continual_mha::cpu {
@@ -32,6 +34,24 @@ CMHA_INLINE void copy_narrowed(const A* src, int64_t count, A scale, S* dst) {
   for (; i + kLanes <= count; i += kLanes) narrow(load(src + i) * scale, dst + i);
   for (; i < count; ++i) narrow(src[i] * scale, dst + i);
 }
+
+template <class From, class To>
+CMHA_INLINE void copy_row(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    memcpy(to, from, static_cast<size_t>(count) * sizeof(To));
+  } else if constexpr (sizeof(From) < sizeof(To)) {
+    copy_widened(from, count, To{1}, to);
+  } else {
+    copy_narrowed(from, count, From{1}, to);
+  }
+}
+
+// What the rows of S are multiplied with in the products of clips: acc, or S where the instruction
+// set has such products.
+template <class S>
+struct FactorOf {
+  using type = typename AccOf<S>::type;
+};
 
 // A number as a type, to choose a template's argument inside a generic lambda.
 template <int kValue>
@@ -127,13 +147,14 @@ CMHA_TILE void dot_short_tile(const S* rows, int64_t row_stride, const A* x, int
 }
 
 // emit(row, c, row . x c) for rows [begin, end) and kC vectors x.
-template <int kC, class S, class A, class Emit>
-CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const A* x,
+template <int kC, class S, class X, class Emit>
+CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const X* x,
                           int64_t x_stride, int64_t count, const Emit& emit) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  if (kC == 1 && count <= kLanes) {
+  using A = typename AccOf<X>::type;
+  if constexpr (kC == 1 && std::is_same_v<X, A>) {
+    constexpr int kLanes = Simd<A>::kLanes;
     A sums[kLanes];
-    for (; begin + kLanes <= end; begin += kLanes) {
+    for (; count <= kLanes && begin + kLanes <= end; begin += kLanes) {
       const S* first = rows + begin * row_stride;
       for (int r = 0; r < kLanes; ++r) {  // a head's short rows end before the hardware follows
         __builtin_prefetch(first + (2 * kLanes + r) * row_stride);
@@ -268,3 +289,7 @@ CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count, A sink) {
 
 }  // namespace
 }  // namespace continual_mha::cpu
+
+#if defined(__AVX512BF16__)
+#include "bfloat16_pairs.h"
+#endif
