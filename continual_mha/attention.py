@@ -81,7 +81,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         forward_returns_attn_mask: whether ``forward`` returns the attention weights too.
         embed_dim_second: clips are ``(N, E, L)``; needs ``batch_first``.
         single_output_forward: whether ``forward`` computes one query only; if not, it is that of
-            ``torch.nn.MultiheadAttention``.
+            ``torch.nn.MultiheadAttention``, as layers of torch that hold one expect.
         formulation: what steps remember. ``kv``: projected keys and values. ``input``: the tokens
             themselves, half the memory and traffic for more arithmetic; for self-attention, where
             key and value are the query. ``auto`` decides when the streams begin.

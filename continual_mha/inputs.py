@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .modes import is_transformed
 from .precision import wide
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
@@ -351,7 +352,12 @@ def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
 
 
 def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """``torch.bmm(left, right) * scale`` in one step."""
+    """``torch.bmm(left, right) * scale``, in one step but under transforms.
+
+    There ``torch.func.linearize`` ends the process on that step.
+    """
+    if out is None and is_transformed():
+        return torch.bmm(left, right) * scale
     return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
 
 

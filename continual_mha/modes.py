@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import threading
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -82,14 +82,8 @@ def _count_for_ptflops(module: Any, args: object, output: object) -> None:
     module.__flops__ += module.flops()
 
 
-class _Here(threading.local):
-    """What surrounds the calls of this thread."""
-
-    active: Tensor | None = None
-
-
-_here = _Here()
-_active: Tensor | None = None  # of whichever thread came last, for compiled code
+_active: ContextVar[Tensor | None] = ContextVar("continual_mha_active", default=None)
+_active_last: Tensor | None = None  # in whichever context came last, for compiled code
 
 
 @contextmanager
@@ -97,25 +91,28 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
     For models whose inner modules cannot be handed the ``active`` of ``forward_step``;
-    ``forward_steps``, which moves all streams, raises a RuntimeError there. Other
-    threads see nothing of it, but for compiled modules: ``torch.compile`` cannot read what is a
-    thread's own, so that only one thread at a time may use those inside such a block.
+    ``forward_steps``, which moves all streams, raises a RuntimeError there. Other threads and
+    asynchronous tasks see nothing of it, but for compiled modules: ``torch.compile`` cannot read
+    what is a thread's own, so that only one at a time may use those inside such a block, which
+    begins outside of them.
 
     Args:
         active: bool ``(N,)`` on the state's device; None for all.
     """
-    global _active
-    before = _here.active
-    _here.active = _active = active
+    global _active_last
+    before = _active.get()
+    _active_last = active
+    _active.set(active)
     try:
         yield
     finally:
-        _here.active = _active = before
+        _active.set(before)
+        _active_last = before
 
 
 def surrounding_active(compiling: bool) -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None, for a call that is compiling."""
-    return _active if compiling else _here.active
+    return _active_last if compiling else _active.get()
 
 
 def has_numbers(x: Tensor) -> bool:

@@ -375,21 +375,15 @@ class StatefulStreams(nn.Module):
         replica._repeat = None
         return replica
 
-    def __copy__(self) -> Any:
-        """As in torch, but the copy has a state of its own: two cannot write to the same rings."""
-        copied: Any = type(self).__new__(type(self))
-        copied.__setstate__(self.__getstate__())
-        for name in _ALL_BUFFERS:
-            part = copied._buffers[name]
-            copied._buffers[name] = None if part is None else part.clone()
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which cannot hold a part of a graph."""
+        """For copies and pickles, which have a state of their own and no part of a graph.
+
+        Two cannot write to the same rings, as those pickled for another process would.
+        """
         copied: dict[str, Any] = super().__getstate__()
         copied["_repeat"] = None
         copied["_buffers"] = {
-            n: None if b is None else b.detach() for n, b in self._buffers.items()
+            n: None if b is None else b.detach().clone() for n, b in self._buffers.items()
         }
         return copied
 

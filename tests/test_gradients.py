@@ -498,6 +498,15 @@ def test_forward_mode_reaches_the_tokens_while_nothing_needs_a_gradient(way, for
     torch.testing.assert_close(derivative, difference / 2e-5, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_linearised_clip_has_the_derivative_of_forward_mode():
+    module = build(**SMALL).requires_grad_(False)
+    x, direction, _ = draw_tokens(module, 2, LENGTH)
+    _, derivative = torch.func.jvp(lambda x: module(x)[0], (x,), (direction,))
+    _, linear = torch.func.linearize(lambda x: module(x)[0], x)
+    torch.testing.assert_close(linear(direction), derivative)
+
+
 @pytest.fixture
 def _no_fallback():
     """vmap runs what it has no formula for once for every sample; here it is an error."""

@@ -8,6 +8,7 @@ import os
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -221,7 +222,18 @@ def replicate(module):
     return replica
 
 
-COPIES = [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), replicate]
+def hand_over(module):
+    """As to another process, where tensors that are pickled stay the memory that they are."""
+    return pickle.loads(ForkingPickler.dumps(module))
+
+
+COPIES = [
+    copy.copy,
+    copy.deepcopy,
+    lambda module: pickle.loads(pickle.dumps(module)),
+    hand_over,
+    replicate,
+]
 
 
 @pytest.mark.parametrize("via", COPIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -160,6 +161,24 @@ def test_mask_around_a_step_is_that_of_the_step():
     assert torch.equal(outer, twin.forward_step(x[:, 1], active=mask(0, 3)))
     assert torch.equal(own, twin.forward_step(x[:, 2], active=mask(2)))
     assert_same_state(module.get_state(), twin.get_state())
+
+
+def test_mask_is_that_of_the_asynchronous_task():
+    module = fresh("kv")
+    x = draw_tokens(module, N, 1)[0]
+
+    async def serve(stream):
+        with co.active_streams(mask(stream)):
+            await asyncio.sleep(0)
+            module.forward_step(x[:, 0])
+
+    async def serve_two():
+        await asyncio.gather(serve(0), serve(2))
+
+    asyncio.run(serve_two())
+    assert module.get_state().position.tolist() == [1, 0, 1, 0]
+    module.forward_step(x[:, 0])
+    assert module.get_state().position.tolist() == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("kind", ["kv_delayed", "input_delayed"])
