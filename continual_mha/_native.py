@@ -216,6 +216,9 @@ def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor | None) -> str | N
     return None
 
 
+Run = Callable[[Tensor, Tensor | None], Tensor]  # a step of a token and the mask
+
+
 @cache
 def _cpu_functions() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(library_path("cpu")))
@@ -225,8 +228,11 @@ def _cpu_functions() -> ctypes.CDLL:
     return functions
 
 
-def bind_cpu_step(name: str, *args: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives."""
+def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run:
+    """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
+
+    It is never another step that must be decided ``anew``: the library asks as in every call.
+    """
     bound: int = getattr(torch.ops.continual_mha, f"cpu_bind_{name}")(*args)
     operator = torch.ops.continual_mha.cpu_bound_step_.default
     run = partial(getattr(operator, "_op", operator), bound)  # without a call in Python around it

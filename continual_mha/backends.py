@@ -261,8 +261,8 @@ def choose_again(
 ) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     """``choose`` for calls after one with ``args``, and how the backend binds what stays the same.
 
-    The binder, None where a backend has none, takes ``args``; what it returns, unless None, takes
-    a token and a mask, as ``repeat.Run`` does.
+    The binder, None where a backend has none, takes a ``repeat.Run`` that decides anew, for what
+    turns out to be another step, and ``args``; what it returns, unless None, is a ``repeat.Run``.
 
     Raises:
         RuntimeError: a backend was forced that cannot run it.

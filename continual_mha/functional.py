@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,14 +76,16 @@ def repeated_step(query: Tensor, state: State, active: Tensor | None, call: Step
         return None
     before, after = _operands_of((query,) * 3, state, call)
     args = (*before, active, *after)
-    function, bind = backends.choose_again(operator_for(state, many=False), args)
-    bound: Run | None = None if bind is None else bind(*args)
-    if bound is not None:
-        return bound
-    kept = before[1:] if isinstance(state, INPUT_STATES) else before[3:]
-    if isinstance(state, INPUT_STATES):
-        return lambda token, active: function(token, *kept, active, *after)
-    return lambda token, active: function(token, token, token, *kept, active, *after)
+    name = operator_for(state, many=False)
+    times = 1 if isinstance(state, INPUT_STATES) else 3  # the token is query, key and value
+    kept = before[times:]
+
+    def by(function: Callable[..., Tensor]) -> Run:
+        return lambda token, active: function(*(token,) * times, *kept, active, *after)
+
+    function, bind = backends.choose_again(name, args)
+    bound = None if bind is None else bind(by(partial(backends.run_directly, name)), *args)
+    return bound or by(function)
 
 
 def steps(

@@ -22,7 +22,7 @@ from triton_cases import RingCase
 import continual_mha
 from continual_mha import triton_kernels
 from continual_mha.triton_kernels import launch as launcher
-from continual_mha.triton_kernels import pieces, plan, ring_step
+from continual_mha.triton_kernels import pieces, plan, project, ring_step
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch, constants_of, launch, record
 
 pytestmark = [
@@ -167,25 +167,69 @@ def test_every_kernel_is_among_those_calls() -> None:
     assert launched >= {made.kernel for found in CONFIGURATIONS.values() for made in found}
 
 
-def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
-    recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def warm(
+    recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Any]:
+    """Steps of a warm module, which go a path, and may launch nothing that has to be prepared."""
+    path, _, masked = request.param.partition(" ")
     monkeypatch.setattr(pieces, "INTERPRETED", True)  # or it declines tensors on the CPU
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
-    module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=5).eval()
+    monkeypatch.setattr(plan, "STEP_RULES", [x for x in plan.STEP_RULES if x.path == path])
+    forget = (plan.step_plan.cache_clear, ring_step._prepare.cache_clear)
+    for cache_clear in forget:
+        cache_clear()
+    module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=5).eval().to(HALF)
     module.requires_grad_(False)
+
+    def step(token: torch.Tensor) -> tuple[Any, Any, Any]:
+        active = torch.tensor([True, False]) if masked else None
+        return module.forward_step(token, active=active), module, active
+
     with torch.inference_mode():
         for _ in range(7):
-            module.forward_step(torch.randn(2, 32))
-        with monkeypatch.context() as patch:
-            patch.setattr(ring_step, "launch", None)
-            token = torch.randn(2, 32)
-            out = module.forward_step(token)
-    assert out is not None
+            step(torch.randn(2, 32, dtype=HALF))
+        for at in (ring_step, project):
+            monkeypatch.setattr(at, "launch", None)
+        yield step
+    for cache_clear in forget:
+        cache_clear()
+
+
+def pointer(x: torch.Tensor) -> bytes:
+    return struct.pack("<Q", x.data_ptr())
+
+
+@pytest.mark.parametrize("warm", ["chain", "chain masked"], indirect=True)
+def test_a_warm_step_of_three_launches_hands_each_what_the_one_before_made(
+    warm: Any, recorded: list[Recorded]
+) -> None:
+    recorded.clear()
+    token = torch.randn(2, 32, dtype=HALF)
+    out, module, active = warm(token)
+    project_in, attend, project_out = (made.parameters for made in recorded)
+    weight, projected, attended = (project_in[1], project_in[3], project_out[0])
+    assert (project_in[0], weight) == (pointer(token), pointer(module.in_proj_weight))
+    q, k, v = (struct.unpack("<Q", x)[0] for x in attend[:3])
+    assert struct.pack("<Q", q) == projected
+    assert (k - q, v - q) == (2 * 32, 4 * 32)
+    assert {attended, pointer(module._ring_k), pointer(module._ring_v)} <= set(attend)
+    assert project_out[1] == pointer(module.out_proj.weight)
+    assert project_out[3:5] == (pointer(out), pointer(module._ring_position))
+    assert len({projected, attended, pointer(out)}) == 3
+    if active is not None:
+        assert project_out[5] == pointer(active)
+
+
+@pytest.mark.parametrize("warm", ["fused"], indirect=True)
+def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
+    warm: Any, recorded: list[Recorded]
+) -> None:
+    token = torch.randn(2, 32, dtype=HALF)
+    out, module, _ = warm(token)
     assert len({made.function for made in recorded}) == 1
     assert len(recorded) == 8
     earlier, last = recorded[-2:]
-    pointer = lambda x: struct.pack("<Q", x.data_ptr())
     assert last.parameters[:3] == 3 * (pointer(token),)
     assert pointer(out) in last.parameters
     assert pointer(module._ring_k) in last.parameters

@@ -139,7 +139,9 @@ def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: 
     weight, token = torch.zeros(4, 4), torch.zeros(4)
     constants = constants_of(1)
     launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
-    again = module.relaunch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4, vary=(1,))
+    with record() as launches:
+        launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
+    again = module.relaunch(*launches, vary=(1,))
     assert again is not None
     assert again(token)
     weight.data = weight.data.t()
@@ -217,7 +219,7 @@ def _forget_plans() -> None:
 def test_a_warm_step_is_launched_again_without_asking(step: Any, kernel: StandIn) -> None:
     token = torch.ones(1, 32)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_step, "ring_step_", None)
+        patch.setattr(ring_step, "launch", None)
         out = step.forward_step(token)
     assert kernel.calls == ["run"]
     args = kernel.last
@@ -238,7 +240,16 @@ def test_every_warm_step_has_memory_of_its_own(step: Any, kernel: StandIn) -> No
     assert len({x.data_ptr() for out in outs for x in out}) == 6
 
 
-@pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision", "dtype", "device"])
+def test_a_warm_step_with_other_weights_is_declined_where_it_has_to_be(
+    step: Any, kernel: StandIn
+) -> None:
+    step.out_proj.weight.data = step.out_proj.weight.data.half()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="differ in dtype"):
+        step.forward_step(torch.zeros(1, 32))
+    assert kernel.calls == []
+
+
+@pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision", "device"])
 def test_a_warm_step_that_differs_is_asked_about(
     change: str, step: Any, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,8 +263,6 @@ def test_a_warm_step_that_differs_is_asked_about(
         token = torch.zeros(33)[1:].view(1, 32)
     elif change == "precision":
         monkeypatch.setattr(ring_step, "dot_precision", lambda: "tf32")
-    elif change == "dtype":
-        step.out_proj.weight.data = step.out_proj.weight.data.half()
     else:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     asked = []

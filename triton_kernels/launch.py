@@ -20,12 +20,16 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
-    """One launch as it was asked for: everything that decides the machine code, and the grid."""
+    """One launch as it was asked for: everything that decides the machine code, and the grid.
+
+    constants: the last of `args`, as `launch` was given them.
+    """
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     args: tuple
     options: dict[str, Any]
+    constants: tuple
 
 
 class _Here(threading.local):
@@ -112,7 +116,8 @@ def launch(
         return
     chosen = (num_warps, pdl, registers)
     if _here.launches is not None:
-        _here.launches.append(Launch(kernel, grid, args + constants, _options(*chosen)))
+        made = Launch(kernel, grid, args + constants, _options(*chosen), constants)
+        _here.launches.append(made)
         return
     if INTERPRETED:
         kernel[grid](*args, *constants, **_options(*chosen))
@@ -228,26 +233,20 @@ class Relaunch:
         return True
 
 
-def relaunch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    args: tuple,
-    constants: tuple,
-    *,
-    num_warps: int,
-    vary: tuple[int, ...],
-) -> Relaunch | None:
-    """`launch` for calls that differ in the tensors at the places `vary` of `args` alone.
+def relaunch(made: Launch, vary: tuple[int, ...]) -> Relaunch | None:
+    """A recorded launch for calls that differ in the tensors at the places `vary` of `args` alone.
 
     None where such a launch has not been made yet, or none is made directly.
     """
-    if _here.launches is not None or INTERPRETED or 0 in grid:
+    if _here.launches is not None or INTERPRETED or 0 in made.grid:
         return None
-    key, aligned = _signature(kernel, args, constants, num_warps)
+    args = made.args[: len(made.args) - len(made.constants)]
+    key, aligned = _signature(made.kernel, args, made.constants, made.options["num_warps"])
     known = _compiled.get(key)
     if known is None or not aligned:
         return None
-    return Relaunch(known[0][grid], args, constants, vary, torch.cuda.current_device())
+    again = known[0][made.grid]
+    return Relaunch(again, args, made.constants, vary, torch.cuda.current_device())
 
 
 def counters(like: torch.Tensor, count: int) -> torch.Tensor:

@@ -74,6 +74,10 @@ def _project_kernel(
         tl.store(position_ptr + offs_n, position + step, mask=mask_p)
 
 
+# Of the kernel's arguments, those that differ from step to step: token and output, and the mask.
+PROJECTED, ADVANCED = (0, 3), (5,)
+
+
 def project(
     x: Tensor,
     weight: Tensor,

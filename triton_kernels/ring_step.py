@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,7 +29,9 @@ from .pieces import (
     start_after_previous_launch,
 )
 from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
-from .project import project, project_rows
+from .project import ADVANCED, PROJECTED, project, project_rows
+
+Run = Callable[[Tensor, Tensor | None], Tensor]  # a step of a token and the mask
 
 
 @triton.jit
@@ -788,41 +790,57 @@ def _kernel(plan: StepPlan) -> Any:
 _TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
 
 
-def bind_ring_step_(*args: Any) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+def bind_ring_step_(anew: Run, *args: Any) -> Run | None:
     """`ring_step_` for steps of self-attention after one that took `args`, with other tokens.
 
-    None unless a step is one launch, which that step has compiled. In a small step the host's time
-    decides, and most of it went into finding out what is as it was in the step before.
+    In a small step the host's time decides, and most of it went into finding out what is as it was
+    in the step before. Where it is not, `anew` takes the step. None where a product is left to a
+    library, or what is needed has not been compiled.
     """
     query, active, dropout_p, update = args[0], args[15], args[17], args[18]
     batch_invariant = len(args) > 21 and args[21]
     widths, options = 2 * (query.shape[1],), (args[16], update, batch_invariant)
     ready = _ready(args[11], args[13], *widths, *options)
-    if ready.plan.path not in ONE_LAUNCH or dropout_p > 0.0 or not update:
+    chain = ready.plan.path == "chain"
+    if ready.plan.path == "gemm" or dropout_p > 0.0 or not update:
+        return None
+    if chain and args[4] is not None:  # three products of the token
         return None
     with record() as launches:
         ring_step_(*args)
-    made = launches[0].args[: -len(ready.constants)]
     masked = active is not None
-    vary = _TOKENS + masked * _ACTIVE + _OUT + bool(ready.groups) * _SCRATCH
-    again = relaunch(
-        _kernel(ready.plan), ready.grid, made, ready.constants,
-        num_warps=ready.plan.num_warps, vary=vary,
-    )  # fmt: skip
-    if again is None:
+    vary = [_TOKENS + masked * _ACTIVE + _OUT + bool(ready.groups) * _SCRATCH]
+    if chain:
+        vary = [PROJECTED, *vary, PROJECTED + masked * ADVANCED]
+    again: list[Any] = [relaunch(*pair) for pair in zip(launches, vary, strict=True)]
+    if None in again:
         return None
-    strides, before, after = query.stride(), args[3:15], args[16:]
-    step: Callable[..., Tensor] = ring_step_
+    project_in, attend, project_out = again if chain else (None, *again, None)
+    strides = query.stride()
+
+    def repeat(token: Tensor, *mask: Tensor) -> Tensor | None:
+        """The output, or None; before the last launch the step can be begun again."""
+        tokens: Sequence[Tensor] = (token, token, token)
+        if project_in is not None:
+            projected = token.new_empty((token.shape[0], 3 * token.shape[1]))
+            if not project_in(token, projected):
+                return None
+            tokens = projected.chunk(3, dim=-1)
+        out, *scratch = _outputs(token, ready)
+        if not attend(*tokens, *mask, out, *(x for x in scratch if x is not None)):
+            return None
+        if project_out is None:
+            return out
+        projected = torch.empty_like(out)
+        return projected if project_out(out, projected, *mask) else None
 
     def run(token: Tensor, active: Tensor | None) -> Tensor:
         same = token.stride() == strides and (active is not None) == masked
         packed = active is None or active.is_contiguous()
+        out = None
         if same and packed and ready.precision == dot_precision():
-            out, *scratch = _outputs(token, ready)
-            mask = () if active is None else (active,)
-            if again(token, token, token, *mask, out, *(x for x in scratch if x is not None)):
-                return out
-        return step(token, token, token, *before, active, *after)
+            out = repeat(token) if active is None else repeat(token, active)
+        return anew(token, active) if out is None else out
 
     return run
 
