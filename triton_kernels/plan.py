@@ -173,7 +173,7 @@ class SharedPlan(NamedTuple):
 
     one_tile: one load serves both products.
     by_rows, registers: as of `InputPlan`.
-    parts: of the features, among which warps divide the first product of the backward in one tile.
+    parts: of the features, among which warps divide the first product of one tile.
     """
 
     splits: int
@@ -195,8 +195,8 @@ class SharedPlan(NamedTuple):
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
-# beside the queries; once of the widest.
-SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# beside the queries and what parts add up; three times of 1024 features, once of the widest.
+SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16, 2048: 16}
 LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
@@ -240,13 +240,29 @@ def shared_plan(
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
     blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
     splits = _splits(blocks, S, block_s)
-    stages = 3 if one_tile and itemsize == 2 and width <= 1024 else 2
+    stages = _stages(width, little) if one_tile and itemsize == 2 else 2
     if little and by_rows and width == 1024:
         stages = 1
     registers = ROW_REGISTERS.get(width) if by_rows else None
+    parts = _parts(width, warps, little) if one_tile and itemsize == 2 else 1
     return SharedPlan(
-        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers
+        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers, parts
     )
+
+
+def _stages(width: int, little: bool) -> int:
+    """Tiles of 16-bit elements under way and worked on, by padded embed_dim."""
+    if width == 2048:
+        return 2
+    return 4 if width == 1024 and not little else 3
+
+
+def _parts(width: int, warps: int, little: bool) -> int:
+    """Of the features, among which warps divide the first product of a 16-bit tile.
+
+    Of narrower tiles no warp repeats another's product, and few wait for one another.
+    """
+    return warps if width >= 512 and not little else 1
 
 
 # Of one tensor, the backward keeps a tile in shared memory for all its products. Read again from
@@ -313,6 +329,7 @@ class InputPlan(NamedTuple):
     registers: that a thread may have, where the assembler's choice is not the best.
     stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
     for fewer; codes are fetched ahead into registers, without.
+    parts: as of `SharedPlan`.
     """
 
     path: str
@@ -328,6 +345,7 @@ class InputPlan(NamedTuple):
     num_warps: int
     stages: int
     registers: int | None = None
+    parts: int = 1
 
     @property
     def groups(self) -> int:
@@ -409,10 +427,12 @@ def input_plan(
         splits = 1
     splits = splits or _splits(N * triton.cdiv(H, block_h), L, block_s)
     block_d = max(16, triton.next_power_of_2(E // H))
-    stages = 3 if itemsize == 2 and block_e <= 1024 else 2
+    stages = _stages(block_e, little) if itemsize == 2 else 2
     if codes or (little and itemsize > 2 and block_e == 1024):
         stages = 1
     fused = rule.path == "fused"
+    # Decoded tiles of the widest fill shared memory, and there is no room for what parts add up.
+    divided = itemsize == 2 and not fused and not (codes and block_e == 2048)
     if by_rows:
         warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
     else:
@@ -433,6 +453,7 @@ def input_plan(
         num_warps=warps,
         stages=stages,
         registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
+        parts=_parts(block_e, warps, little) if divided else 1,
     )
 
 

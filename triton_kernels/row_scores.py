@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pieces import sum_of_last
+
 _ROWS = tl.constexpr(4)  # of the lanes of a warp
 _LANES = tl.constexpr(8)  # of a row, in which the scores of as many heads are put together
 _SPAN = tl.constexpr(32)  # features of a row in these lanes, four in each
@@ -53,20 +55,6 @@ def flat(tile, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
     else:
         tile = tl.permute(tile, (1, 3, 0, 2, 4))
     return tl.reshape(tile, (BLOCK_S, BLOCK_E))
-
-
-@triton.jit
-def sum_of_last(x, SIZE: tl.constexpr):
-    """Sum over the last axis, of SIZE, which other warps have; flat.
-
-    By moving halves into the registers of one thread: `tl.sum` would pass them through shared
-    memory in an order that has up to 16 threads in one bank.
-    """
-    if SIZE == 1:
-        return tl.reshape(x, (x.numel,))
-    else:
-        a, b = tl.split(tl.reshape(x, (x.numel // 2, 2)))
-        return sum_of_last(a + b, SIZE // 2)
 
 
 @triton.jit
