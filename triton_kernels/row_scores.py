@@ -73,6 +73,8 @@ def row_scores(
     QUADS: tl.constexpr = BLOCK_S // _ROWS
     FIRST: tl.constexpr = _ROWS if _REVERSED else QUADS
     THIRD: tl.constexpr = QUADS if _REVERSED else _ROWS
+    # A thread's products of a row are added up at once, and so are fused with their sum.
+    SUMMED: tl.constexpr = CHUNKS * _SPAN // _LANES
     if _REVERSED:
         features = tl.broadcast_to(features, (_ROWS, GROUPS, 1, CHUNKS, _SPAN))
     else:
@@ -86,9 +88,12 @@ def row_scores(
             else:
                 there = features < E
             query = tl.load(query_ptr + (first + h) * stride_qh + features, mask=there, other=0.0)
-            score = tl.sum(tile.to(ACC) * query.to(ACC), axis=3 if _REVERSED else 0)
-            score = tl.reshape(score, (FIRST, GROUPS, THIRD, _LANES, _SPAN // _LANES))
-            score = tl.sum(score, axis=4)
+            score = tile.to(ACC) * query.to(ACC)
+            if _REVERSED:
+                score = tl.permute(score, (0, 1, 2, 4, 3))
+            else:
+                score = tl.permute(score, (1, 2, 3, 4, 0))
+            score = tl.sum(tl.reshape(score, (FIRST, GROUPS, THIRD, _LANES, SUMMED)), axis=4)
             scores = tl.where(place == h, tl.sum(score, axis=3, keep_dims=True), scores)
     if _REVERSED:
         scores = tl.permute(scores, (2, 0, 3, 1))
