@@ -200,8 +200,9 @@ SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16, 2048: 16}
 LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
-# Warps, which divide the features: 32 for each, or Triton would give a thread fewer than four.
-ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 16}
+# Warps, which divide the features: 32 or more for each, or a thread would have fewer than four.
+# Each reads all queries and adds up all scores, so that more of them do more.
+ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 8}
 # Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
 ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
@@ -299,7 +300,7 @@ def shared_backward_plan(
         blocks = (_splits(N, S, block_s), block_h, block_s, width, width)
         return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
     if one_tensor and itemsize > 2 and block_h <= ROW_HEADS and width in ROW_WARPS:
-        warps = min(8, ROW_WARPS[width])  # or a thread has no registers for two products of a tile
+        warps = ROW_WARPS[width]
         stages = 1 if little and width == 1024 else 2
         return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, stages)
     block_h = max(16, block_h)
@@ -434,7 +435,7 @@ def input_plan(
     # Decoded tiles of the widest fill shared memory, and there is no room for what parts add up.
     divided = itemsize == 2 and not fused and not (codes and block_e == 2048)
     if by_rows:
-        warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
+        warps = min(8, block_e // 32) if fused else ROW_WARPS[block_e]
     else:
         warps = 8 if block_h * block_e >= most or (itemsize > 2 and fused) else 4
     return InputPlan(
