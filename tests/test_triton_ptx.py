@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton_cases import INTERPRETED, RingCase, assert_as_exact_as_torch, widened
 
@@ -19,7 +21,9 @@ from continual_mha.triton_kernels import (
     attend_window_backward,
     ring_steps_,
 )
+from continual_mha.triton_kernels.eight_bits import CODES, decode
 from continual_mha.triton_kernels.input_step import input_step_
+from continual_mha.triton_kernels.launch import launch
 from continual_mha.triton_kernels.plan import input_plan, invariant_step_plan, step_plan
 from continual_mha.triton_kernels.ring_step import ring_step_
 
@@ -129,6 +133,28 @@ def test_step_over_inputs(case: tuple, capability: int) -> None:
     exact = inputs.input_step_(*in_float64(args[2]))
     out = in_both_orders(capability, input_step_, args[0], args[1], plan)
     assert_as_exact_as_torch(out, inputs.input_step_(*args[2]), exact)
+
+
+@triton.jit
+def _decode_kernel(codes_ptr, out_ptr):
+    """Writes what all 256 codes stand for, over `unit_of` them."""
+    at = tl.arange(0, 256)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, decode(tl.load(codes_ptr + at), dtype))
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL])
+@pytest.mark.parametrize("codes", CODES)
+def test_every_code_is_decoded(codes: torch.dtype, dtype: torch.dtype, capability: int) -> None:
+    given = torch.arange(256, dtype=torch.uint8)
+    out = torch.full((256,), torch.nan, dtype=dtype)
+    with as_ptx(capability):
+        launch(_decode_kernel, (1, 1, 1), (given.view(codes), out), (), num_warps=1)
+    exact = given.view(torch.int8 if codes == torch.int8 else torch.float8_e4m3fn).float()
+    exact /= 1 if codes == torch.int8 else 256
+    known = exact.isfinite()
+    assert torch.equal(out.float()[known], exact[known])
+    assert known.sum() == (256 if codes == torch.int8 else 254)
 
 
 @pytest.mark.parametrize(("dtype", "D", "T"), [(HALF, 64, 70), (FULL, 32, 20), (HALF, 8, 40)])

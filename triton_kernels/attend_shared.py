@@ -24,9 +24,12 @@ from .pieces import (
     keep_scale,
     not_taken,
     product,
+    products_in_parts,
+    scores_in_parts,
+    sum_of_last,
 )
 from .plan import shared_backward_plan, shared_plan
-from .row_scores import flat, row_scores, spread_features, spread_rows, sum_of_last
+from .row_scores import flat, row_scores, spread_features, spread_rows
 
 
 @triton.jit
@@ -111,8 +114,8 @@ def _attend_shared_kernel(
     stride_ve, stride_mn, stride_mh, stride_ms, S, dropout_p,
     H: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
-    ONE_TILE: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    ONE_TILE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_V value features of BLOCK_H heads over one part of a stream's window.
 
@@ -165,7 +168,7 @@ def _attend_shared_kernel(
                 value = flat(value, BLOCK_S, BLOCK_V)
             else:
                 value = _load_tile(key_ptr, offs_s, stride_ks, offs_v, stride_ke, S, EK)
-                scores = dot(query, tl.trans(value), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
+                scores = scores_in_parts(query, value, PARTS, PRECISION, ACC)
             scores = _masked(
                 scores, mask_ptr, offs_h[:, None], offs_s[None, :], stride_mh, stride_ms, S, H, ACC
             )
@@ -478,16 +481,6 @@ def _store_tile(ptr, tile, rows, columns, ROWS, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _products_in_parts(both, tile, acc, PRECISION: tl.constexpr):
-    """acc + products of `both` and a tile over each of as many parts of the features as acc has."""
-    PARTS: tl.constexpr = acc.shape[0]
-    PART: tl.constexpr = tile.shape[1] // PARTS
-    left = tl.permute(tl.reshape(both, (acc.shape[1], PARTS, PART)), (1, 0, 2))
-    right = tl.permute(tl.reshape(tile, (acc.shape[2], PARTS, PART)), (1, 2, 0))
-    return dot(left, right, acc, PRECISION)
-
-
-@triton.jit
 def _one_tile_backward_kernel(
     grad_out_ptr, shared_ptr, grad_kept_ptr, grad_average_ptr, query_ptr, key_ptr, mask_ptr,
     sink_ptr, seed_ptr, lse_ptr, grad_query_ptr, grad_key_ptr, grad_sink_ptr,
@@ -536,8 +529,8 @@ def _one_tile_backward_kernel(
         tile_low = _load_tile(key_ptr, there, stride_ks, low, stride_ke, None, E)
         tile_high = _load_tile(key_ptr, there, stride_ks, high, stride_ke, None, E)
         products = tl.zeros((PARTS, 2 * BLOCK_H, BLOCK_S), ACC)
-        products = _products_in_parts(both_low, tile_low, products, PRECISION)
-        products = _products_in_parts(both_high, tile_high, products, PRECISION)
+        products = products_in_parts(both_low, tile_low, products, PRECISION)
+        products = products_in_parts(both_high, tile_high, products, PRECISION)
         products = sum_of_last(tl.permute(products, (1, 2, 0)), PARTS)
         products = tl.permute(tl.reshape(products, (2, BLOCK_H, BLOCK_S)), (1, 2, 0))
         scores, grad_weight = tl.split(products)
@@ -723,7 +716,7 @@ def attend_shared_full(
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
-        plan.one_tile, plan.groups, plan.stages, dot_precision(), acc,
+        plan.one_tile, plan.groups, plan.parts, plan.stages, dot_precision(), acc,
     )  # fmt: skip
     launch(
         _attend_shared_kernel,

@@ -48,26 +48,71 @@ _FOUR_E4M3 = tl.constexpr("""{
 }""")
 
 
+# Two codes in the lower bytes of 16 bits each to two numbers, as in `decode`. An integer plus 128
+# becomes the lowest bits of 2^10 plus itself; bfloat16 has too few, so there it and its sign become
+# those of 2^7 plus themselves. The bits of e4m3 are also those of bfloat16 with another bias: they
+# stand for a 2^120th of the number.
+_TWO_INTEGERS_BF16 = tl.constexpr("""{
+    .reg .b32 low, sign, minus;
+    mov.b32 minus, 0xBF80BF80;
+    lop3.b32 low, $1, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 sign, $1, 0x00800080, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, sign, minus, low;
+}""")
+_TWO_INTEGERS_F16 = tl.constexpr("""{
+    .reg .b32 low, middle;
+    mov.b32 middle, 0x64806480;
+    lop3.b32 low, $1, 0x00FF00FF, middle, 0x6A;
+    sub.f16x2 $0, low, middle;
+}""")
+_TWO_E4M3_BF16 = tl.constexpr("""{
+    .reg .b32 size, sign, unit, none;
+    mov.b32 unit, 0x77807780;
+    mov.b32 none, 0x80008000;
+    shl.b32 size, $1, 4;
+    and.b32 size, size, 0x07F007F0;
+    shl.b32 sign, $1, 8;
+    lop3.b32 size, sign, none, size, 0xEA;
+    fma.rn.bf16x2 $0, size, unit, none;
+}""")
+_TWO_E4M3_F16 = tl.constexpr("""{
+    .reg .b32 size, sign;
+    shl.b32 size, $1, 7;
+    and.b32 size, size, 0x3F803F80;
+    shl.b32 sign, $1, 8;
+    lop3.b32 $0, sign, 0x80008000, size, 0xEA;
+}""")
+
+
+@triton.jit
+def _decode_pairs(codes, dtype: tl.constexpr):
+    """`decode` to 16 bits, two codes at a time."""
+    pairs = codes.to(tl.uint8, bitcast=True).to(tl.uint16)
+    if dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            _TWO_E4M3_F16 if codes.dtype == tl.uint8 else _TWO_INTEGERS_F16, "=r,r", [pairs],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            _TWO_E4M3_BF16 if codes.dtype == tl.uint8 else _TWO_INTEGERS_BF16, "=r,r", [pairs],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
 @triton.jit
 def decode(codes, dtype: tl.constexpr):
     """The numbers over `unit_of` their dtype, which every floating-point dtype holds exactly.
 
     The bits of e4m3 are those of a half with another bias: shifted into place they stand for a
-    256th of the number, subnormal or not. NaN is not told apart; its scale is not finite. The low
-    bits of an integer become those of a number whose last place is one, from which its sign bit,
-    written likewise, is subtracted: two at a time, where a conversion takes registers for each.
+    256th of the number, subnormal or not. NaN is not told apart; its scale is not finite. Numbers
+    of 16 bits are made two at a time, where a conversion takes registers and instructions for each.
     """
+    if dtype.primitive_bitwidth == 16 and not _IN_INTERPRETER:
+        return _decode_pairs(codes, dtype)
     if codes.dtype == tl.uint8:
         bits = codes.to(tl.uint16) << 7
         codes = (bits + (bits & 0x4000)).to(tl.float16, bitcast=True)
-    elif dtype.primitive_bitwidth == 16:
-        bits = codes.to(tl.uint8, bitcast=True).to(tl.uint16)
-        if dtype == tl.bfloat16 and not _IN_INTERPRETER:
-            low = ((bits & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-            codes = low - ((bits & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-        else:
-            low = ((bits & 0x7F) | 0x6400).to(tl.float16, bitcast=True)
-            codes = low - ((bits & 0x80) | 0x6400).to(tl.float16, bitcast=True)
     if _IN_INTERPRETER:  # which truncates where it makes bfloat16
         return codes.to(tl.float32)
     return codes.to(dtype)

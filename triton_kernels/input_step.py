@@ -25,6 +25,7 @@ from .pieces import (
     keep_scale,
     not_taken,
     product,
+    scores_in_parts,
 )
 from .plan import (
     INVARIANT_FEATURES,
@@ -82,8 +83,8 @@ def _attend_part(
     query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, first, begin, end, new_slot,
     dropout_p, dtype: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
 
@@ -127,7 +128,7 @@ def _attend_part(
                                 BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, ACC)  # fmt: skip
             tile = flat(tile, BLOCK_S, BLOCK_E)
         else:
-            scores = dot(query, tl.trans(tile), tl.zeros((BLOCK_H, BLOCK_S), ACC), PRECISION)
+            scores = scores_in_parts(query, tile, PARTS, PRECISION, ACC)
         scores *= scale
         if x_scale_ptr is not None:
             scores *= by_slot.to(ACC)[None, :]
@@ -249,7 +250,7 @@ def _input_step_kernel(
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +280,7 @@ def _input_step_kernel(
     m, l_sum, kept, acc = _attend_part(
         query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, h_block * BLOCK_H,
         split * PART, tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E,
-        BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, STAGES, SCALE, PRECISION, ACC,
+        BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, PARTS, STAGES, SCALE, PRECISION, ACC,
     )  # fmt: skip
     if split == 0:
         m, l_sum, kept, acc = _add_token(
@@ -336,7 +337,7 @@ def _input_group_kernel(
     out_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -390,7 +391,7 @@ def _input_group_kernel(
         m, l_sum, kept, acc = _attend_part(
             rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, 0, 0,
             tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
-            BLOCK_S, BLOCK_E, GROUPS, STAGES, SCALE, PRECISION, ACC,
+            BLOCK_S, BLOCK_E, GROUPS, PARTS, STAGES, SCALE, PRECISION, ACC,
         )  # fmt: skip
         m, l_sum, kept, acc = _add_token(
             rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
@@ -606,7 +607,7 @@ def input_step_(
     state = (x_ring, x_scale, position, active, seed, extra)
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, dot_precision(), acc)  # fmt: skip
-    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups)
+    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
         args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,

@@ -63,6 +63,47 @@ def dot_of_part(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_of_last(x, SIZE: tl.constexpr):
+    """Sum over the last axis, of SIZE, which other warps have; flat.
+
+    By moving halves into the registers of one thread: `tl.sum` would pass them through shared
+    memory in an order that has up to 16 threads in one bank.
+    """
+    if SIZE == 1:
+        return tl.reshape(x, (x.numel,))
+    else:
+        a, b = tl.split(tl.reshape(x, (x.numel // 2, 2)))
+        return sum_of_last(a + b, SIZE // 2)
+
+
+@triton.jit
+def products_in_parts(both, tile, acc, PRECISION: tl.constexpr):
+    """acc + products of `both` and a tile over each of as many parts of the features as acc has."""
+    PARTS: tl.constexpr = acc.shape[0]
+    PART: tl.constexpr = tile.shape[1] // PARTS
+    left = tl.permute(tl.reshape(both, (acc.shape[1], PARTS, PART)), (1, 0, 2))
+    right = tl.permute(tl.reshape(tile, (acc.shape[2], PARTS, PART)), (1, 2, 0))
+    return dot(left, right, acc, PRECISION)
+
+
+@triton.jit
+def scores_in_parts(query, tile, PARTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """query @ tile.T, whose features the warps divide into PARTS instead of repeating products.
+
+    Such a score is one of few numbers, each a sum over all features. In parts, warps read a tile
+    once and not several times from shared memory, and fewer products wait for one another.
+    """
+    if PARTS == 1:
+        zeros = tl.zeros((query.shape[0], tile.shape[0]), ACC)
+        return dot(query, tl.trans(tile), zeros, PRECISION)
+    else:
+        scores = tl.zeros((PARTS, query.shape[0], tile.shape[0]), ACC)
+        scores = products_in_parts(query, tile, scores, PRECISION)
+        scores = sum_of_last(tl.permute(scores, (1, 2, 0)), PARTS)
+        return tl.reshape(scores, (query.shape[0], tile.shape[0]))
+
+
+@triton.jit
 def product(a, b, ALONE: tl.constexpr = True):
     """a * b for a sum across threads; `ALONE` where a thread may have no more than one of a sum.
 

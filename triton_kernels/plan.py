@@ -183,7 +183,7 @@ class SharedPlan(NamedTuple):
 
     one_tile: one load serves both products.
     by_rows, registers: as of `InputPlan`.
-    parts: of the features, among which warps divide the first product of the backward in one tile.
+    parts: of the features, among which warps divide the first product of one tile.
     """
 
     splits: int
@@ -205,13 +205,14 @@ class SharedPlan(NamedTuple):
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
-# beside the queries; once of the widest.
-SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 32, 2048: 16}
+# beside the queries and what parts add up; three times of 1024 features, once of the widest.
+SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16, 2048: 16}
 LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
-# Warps, which divide the features: 32 for each, or Triton would give a thread fewer than four.
-ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 16}
+# Warps, which divide the features: 32 or more for each, or a thread would have fewer than four.
+# Each reads all queries and adds up all scores, so that more of them do more.
+ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 8}
 # Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
 ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
@@ -227,7 +228,9 @@ def tile_rows(itemsize: int, little: bool = False) -> dict[int, int]:
 def _stages(itemsize: int, width: int, little: bool) -> int:
     """Such tiles in shared memory, under way and worked on."""
     if itemsize == 2:
-        return 3 if width <= 1024 else 2
+        if width == 2048:
+            return 2
+        return 4 if width == 1024 and not little else 3
     return 1 if little and width == 1024 else 2
 
 
@@ -267,9 +270,18 @@ def shared_plan(
     splits = _splits(blocks, S, block_s)
     stages = _stages(itemsize, width, little) if one_tile else 2
     registers = ROW_REGISTERS.get(width) if by_rows else None
+    parts = _parts(width, warps, little) if one_tile and itemsize == 2 else 1
     return SharedPlan(
-        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers
+        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers, parts
     )
+
+
+def _parts(width: int, warps: int, little: bool) -> int:
+    """Of the features, among which warps divide the first product of a 16-bit tile.
+
+    Of narrower tiles no warp repeats another's product, and few wait for one another.
+    """
+    return warps if width >= 512 and not little else 1
 
 
 # Of one tensor, the backward keeps a tile in shared memory for all its products. Read again from
@@ -304,10 +316,9 @@ def shared_backward_plan(
         # shared memory a tile, whose bytes take 5000 of an H100's memory; they divide it in 3500.
         parts = min(warps, width // 32)
         blocks = (_splits(N, S, block_s), block_h, block_s, width, width)
-        stages = _stages(itemsize, width, little)
-        return SharedPlan(*blocks, True, False, warps, stages, parts=parts)
+        return SharedPlan(*blocks, True, False, warps, 3, parts=parts)
     if one_tensor and itemsize > 2 and block_h <= ROW_HEADS and width in ROW_WARPS:
-        warps = min(8, ROW_WARPS[width])  # or a thread has no registers for two products of a tile
+        warps = ROW_WARPS[width]
         stages = _stages(itemsize, width, little)
         return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, stages)
     block_h = max(16, block_h)
@@ -337,6 +348,7 @@ class InputPlan(NamedTuple):
     registers: that a thread may have, where the assembler's choice is not the best.
     stages: tiles of tokens in shared memory under way and worked on, where the widest leave room
     for fewer; codes are fetched ahead into registers, without.
+    parts: as of `SharedPlan`.
     """
 
     path: str
@@ -352,6 +364,7 @@ class InputPlan(NamedTuple):
     num_warps: int
     stages: int
     registers: int | None = None
+    parts: int = 1
 
     @property
     def groups(self) -> int:
@@ -429,8 +442,10 @@ def input_plan(
     block_d = max(16, triton.next_power_of_2(E // H))
     stages = 1 if codes else _stages(itemsize, block_e, little)
     fused = rule.path == "fused"
+    # Decoded tiles of the widest fill shared memory, and there is no room for what parts add up.
+    divided = itemsize == 2 and not fused and not (codes and block_e == 2048)
     if by_rows:
-        warps = min(8, block_e // 32 if fused else ROW_WARPS[block_e])
+        warps = min(8, block_e // 32) if fused else ROW_WARPS[block_e]
     else:
         warps = 8 if block_h * block_e >= most or (itemsize > 2 and fused) else 4
     return InputPlan(
@@ -449,6 +464,7 @@ def input_plan(
         num_warps=warps,
         stages=stages,
         registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
+        parts=_parts(block_e, warps, little) if divided else 1,
     )
 
 

@@ -50,6 +50,9 @@ def _project_head(
                                  rows, mask_d, K, 16, BLOCK_D, BLOCK_K, STAGES, PRECISION,
                                  ACC)  # fmt: skip
         projected = tl.sum(tl.where((offs_n == 0)[:, None], projected, 0.0), axis=0)
+        # Moves nothing, but layouts end here: otherwise Triton brings the tiles of the ring into
+        # that of the projection, through shared memory and with eight barriers a tile.
+        projected = tl.gather(projected, offs_d, 0)
     else:
         bias = tl.zeros((BLOCK_D,), ACC)
         if bias_ptr is not None:
@@ -159,19 +162,22 @@ def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexp
 def _attend_ring(
     q, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr,
     seed_ptr, stream, head, first_row, slots, end, new_slot, begin, stop, dropout_p,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    PER_LOAD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of each row of a tile over the slots that it passes in steps of BLOCK_L.
+    """Online softmax over the slots that a tile passes in steps of BLOCK_L.
 
     Queries are (1, BLOCK_D) or one for every row; so are `first_row` of a row's ring, its `end`,
     and the slot that is left out. The first tile is loaded already, whatever its slots hold.
+    ROWS / FOLD rows each have a softmax of their own, and share it with FOLD - 1 others that the
+    same threads hold, so that a sum is rescaled once for all of them.
     """
+    GROUPS: tl.constexpr = ROWS // FOLD
     scale = tl.full((), SCALE * LOG2E, ACC)
-    # Every row of the block runs a softmax of its own: no exchange between threads in the loop.
-    m_i = tl.full((ROWS,), float("-inf"), ACC)
-    l_i = tl.zeros((ROWS,), ACC)
-    acc = tl.zeros((ROWS, BLOCK_D), ACC)
+    # No exchange between threads in the loop but those that share a row.
+    m_i = tl.full((GROUPS,), float("-inf"), ACC)
+    l_i = tl.zeros((GROUPS,), ACC)
+    acc = tl.zeros((GROUPS, BLOCK_D), ACC)
     valid = (slots < end) & (slots != new_slot)
     if v_scale_ptr is None:  # what is not finite would make NaN of a weight of zero
         v_next = tl.where(valid[:, None], v_next, 0)
@@ -193,19 +199,22 @@ def _attend_ring(
         if k_scale_ptr is not None:
             k_scale_next = _load_scales(k_scale_ptr, first_row + slots, valid)
             v_scale_next = _load_scales(v_scale_ptr, first_row + slots, valid)
-        m_new = tl.maximum(m_i, score)
+        score = tl.reshape(score, (FOLD, GROUPS))
+        m_new = tl.maximum(m_i, tl.max(score, axis=0))
         shift = finite_or_zero(m_new)
         alpha = tl.exp2(m_i - shift)
-        weight = tl.exp2(score - shift)
+        weight = tl.exp2(score - shift[None, :])
         m_i = m_new
-        l_i = l_i * alpha + weight
+        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        weight = tl.reshape(weight, (ROWS,))
         if seed_ptr is not None:
             weight *= keep_scale(seed_ptr, stream, head, now_slots, now_slots * 0, dropout_p).to(
                 ACC
             )
         if k_scale_ptr is not None:
             weight *= v_factor
-        acc = acc * alpha[:, None] + weight[:, None] * v
+        found = tl.sum(tl.reshape(weight[:, None] * v, (FOLD, GROUPS, BLOCK_D)), axis=0)
+        acc = acc * alpha[:, None] + found
     return m_i, l_i, acc
 
 
@@ -328,9 +337,9 @@ def _ring_step_kernel(
     v_scale_ptr, q_ring_ptr, position_ptr, active_ptr, seed_ptr, out_ptr, partial_ptr, counter_ptr,
     stride_qn, stride_qe, stride_kn, stride_ke, stride_vn, stride_ve, dropout_p,
     E: tl.constexpr, EK: tl.constexpr, EV: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
-    R: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    PROJECT: tl.constexpr, STAGES: tl.constexpr, USE_DOT: tl.constexpr,
+    R: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, PROJECT: tl.constexpr, STAGES: tl.constexpr, USE_DOT: tl.constexpr,
     ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr,
@@ -401,13 +410,12 @@ def _ring_step_kernel(
     m_i, l_i, acc = _attend_ring(
         q[None, :], k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
         v_scale_ptr, seed_ptr, stream, head, 0, slots, end, new_slot, begin, end, dropout_p,
-        BLOCK_L, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+        BLOCK_L, FOLD, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
     )  # fmt: skip
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(product(l_i, row_scale), axis=0)
-    SMALL: tl.constexpr = BLOCK_L * BLOCK_D < 4096 or PER_LOAD > 1
-    acc = tl.sum(product(acc, row_scale[:, None], SMALL), axis=0)
+    acc = tl.sum(product(acc, row_scale[:, None]), axis=0)
 
     keep = tl.full((), 1.0, ACC)
     v_new = tl.zeros((BLOCK_D,), ACC)
@@ -599,7 +607,7 @@ def _group_step_kernel(
     m_i, l_i, acc = _attend_ring(
         q_of, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
         v_scale_ptr, seed_ptr, stream_of, head, row_of, slots, end_of, new_of, 0,
-        tl.max(end, axis=0), dropout_p, ROWS, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+        tl.max(end, axis=0), dropout_p, ROWS, 1, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
     )  # fmt: skip
     m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
     m = tl.max(m_i, axis=1, keep_dims=True)
@@ -898,6 +906,9 @@ def _prepare(
     per_load = 4 if slot == 1 and E // H % 4 == 0 else 1  # codes that are loaded as one word
     sizes = (E, EK, EV, H, L, R)
     tile = (plan.block_l, plan.block_d, per_load, plan.block_k)
+    # Rows of a tile that the same threads hold, where they load 16 bytes at a time.
+    held = plan.block_l * plan.block_d * slot // (16 * 32 * plan.num_warps)
+    fold = max(1, min(held, plan.block_l))
     ends = (precision, (E // H) ** -0.5, acc)
     block_m = 1024 * MERGED_ROWS.value // max(block_s, MERGED_ROWS.value)
     if grouped:
@@ -907,7 +918,7 @@ def _prepare(
         )  # fmt: skip
     else:
         constants = (
-            *sizes, plan.splits, plan.spread, *tile, plan.block_e if fused else 0, fused,
+            *sizes, plan.splits, plan.spread, fold, *tile, plan.block_e if fused else 0, fused,
             plan.stages, dtype.itemsize == 2 or precision == "tf32", add_zero_attn, update, block_h,
             block_s, block_m, plan.pdl, *ends,
         )  # fmt: skip

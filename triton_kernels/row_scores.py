@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pieces import sum_of_last
+
 _ROWS = tl.constexpr(4)  # of the lanes of a warp
 _LANES = tl.constexpr(8)  # of a row, in which the scores of as many heads are put together
 _SPAN = tl.constexpr(32)  # features of a row in these lanes, four in each
@@ -56,20 +58,6 @@ def flat(tile, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def sum_of_last(x, SIZE: tl.constexpr):
-    """Sum over the last axis, of SIZE, which other warps have; flat.
-
-    By moving halves into the registers of one thread: `tl.sum` would pass them through shared
-    memory in an order that has up to 16 threads in one bank.
-    """
-    if SIZE == 1:
-        return tl.reshape(x, (x.numel,))
-    else:
-        a, b = tl.split(tl.reshape(x, (x.numel // 2, 2)))
-        return sum_of_last(a + b, SIZE // 2)
-
-
-@triton.jit
 def row_scores(
     query_ptr, stride_qh, first, tile, features, always, H: tl.constexpr, E: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr,
@@ -85,6 +73,8 @@ def row_scores(
     QUADS: tl.constexpr = BLOCK_S // _ROWS
     FIRST: tl.constexpr = _ROWS if _REVERSED else QUADS
     THIRD: tl.constexpr = QUADS if _REVERSED else _ROWS
+    # A thread's products of a row are added up at once, and so are fused with their sum.
+    SUMMED: tl.constexpr = CHUNKS * _SPAN // _LANES
     if _REVERSED:
         features = tl.broadcast_to(features, (_ROWS, GROUPS, 1, CHUNKS, _SPAN))
     else:
@@ -98,9 +88,12 @@ def row_scores(
             else:
                 there = features < E
             query = tl.load(query_ptr + (first + h) * stride_qh + features, mask=there, other=0.0)
-            score = tl.sum(tile.to(ACC) * query.to(ACC), axis=3 if _REVERSED else 0)
-            score = tl.reshape(score, (FIRST, GROUPS, THIRD, _LANES, _SPAN // _LANES))
-            score = tl.sum(score, axis=4)
+            score = tile.to(ACC) * query.to(ACC)
+            if _REVERSED:
+                score = tl.permute(score, (0, 1, 2, 4, 3))
+            else:
+                score = tl.permute(score, (1, 2, 3, 4, 0))
+            score = tl.sum(tl.reshape(score, (FIRST, GROUPS, THIRD, _LANES, SUMMED)), axis=4)
             scores = tl.where(place == h, tl.sum(score, axis=3, keep_dims=True), scores)
     if _REVERSED:
         scores = tl.permute(scores, (2, 0, 3, 1))
