@@ -521,9 +521,11 @@ class Machine:
         return self._arithmetic(line, [x for x in parts if x != "NaN"], fn)
 
     def _make_fma(self, line: Line, parts: list[str]) -> Callable:
+        dtype = np.float16 if parts[-1].startswith("f16") else np.float32
+
         def fma(a: Array, b: Array, c: Array) -> Array:
             exact = np.multiply(a, b, dtype=np.float64) + c  # the product is exact
-            result = exact.astype(np.float32)
+            result = exact.astype(dtype)
             if "rm" in parts:  # towards minus infinity
                 return np.where(result > exact, np.nextafter(result, np.float32(-np.inf)), result)
             return result

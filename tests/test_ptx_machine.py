@@ -184,6 +184,8 @@ $L__end:
          "mul.f32 %r3, %r3, 0f40800000;\ncvt.rzi.s32.f32 %r3, %r3;", lambda i: min(i, 4)),
         ("cvt.rn.f32.s32 %r3, %r1;\nfma.rm.f32 %r3, %r3, 0f3E800000, 0f4B400000;\n"
          "sub.f32 %r3, %r3, 0f4B400000;\ncvt.rzi.s32.f32 %r3, %r3;", lambda i: i // 4),
+        ("or.b32 %r3, %r1, 0x64006400;\nmov.b32 %r4, 0x40004000;\nmov.b32 %r5, 0xE400E400;\n"
+         "fma.rn.f16x2 %r3, %r3, %r4, %r5;", lambda i: 0x64006400 + 2 * i),
         ("setp.lt.s32 %p1, %r1, 9;\n@%p1 bra $L__a;\nmov.b32 %r3, 1;\nbra $L__b;\n$L__a:\n"
          "mov.b32 %r3, 2;\n$L__b:", lambda i: 2 if i < 9 else 1),
     ],
