@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import sum_of_last
+from .pieces import product, sum_of_last
 
 _ROWS = tl.constexpr(4)  # of the lanes of a warp
 _LANES = tl.constexpr(8)  # of a row, in which the scores of as many heads are put together
@@ -88,7 +88,8 @@ def row_scores(
             else:
                 there = features < E
             query = tl.load(query_ptr + (first + h) * stride_qh + features, mask=there, other=0.0)
-            score = tile.to(ACC) * query.to(ACC)
+            # Of rows that it may not read by 16 bytes, a thread can have one product of a chunk.
+            score = product(tile.to(ACC), query.to(ACC), CHUNKS == 1)
             if _REVERSED:
                 score = tl.permute(score, (0, 1, 2, 4, 3))
             else:
