@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -319,7 +320,7 @@ def test_exported_steps_hold_no_operator_of_this_package(arguments, way, strict)
 
 
 @pytest.mark.skipif("cpu" not in backends.available(), reason="no kernel to insist on")
-def test_export_keeps_what_plain_pytorch_cannot_do():
+def test_export_keeps_what_plain_pytorch_cannot_do(monkeypatch):
     module = build(batch_invariant=True)
     x = draw_tokens(module, 2, LENGTH)[0]
     with torch.no_grad():
@@ -327,6 +328,9 @@ def test_export_keeps_what_plain_pytorch_cannot_do():
         program = torch.export.export(Call(module, "forward_step"), (x[:, 0],))
         assert own_operators(program.graph) == ["ring_step_"]
         module.batch_invariant = False
+        # Torch 2.10 leaves a hook of its own behind where an export raises.
+        hooks = "_global_buffer_registration_hooks"
+        monkeypatch.setattr(torch.nn.modules.module, hooks, OrderedDict())
         with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="exported"):
             torch.export.export(Call(module, "forward_step"), (x[:, 0],))
 
