@@ -10,12 +10,15 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import devices
+
+if TYPE_CHECKING:
+    from .repeat import Run
 
 _FOLDER = Path(__file__).parent / "lib"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -214,9 +217,6 @@ def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor | None) -> str | N
     if key.shape[1] == 0:
         return "there is nothing to attend to"
     return None
-
-
-Run = Callable[[Tensor, Tensor | None], Tensor]  # a step of a token and the mask
 
 
 @cache

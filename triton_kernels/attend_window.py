@@ -214,16 +214,9 @@ def _window_key_gradient_kernel(
         tl.store(grad_v_ring_ptr + ring_offsets, grad_v, mask=mask)
 
 
-def why_not(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_ring: Tensor,
-    v_ring: Tensor,
-    position: Tensor,
-    *rest: Any,
-) -> str | None:
+def why_not(*args: Any) -> str | None:
     """None if this module covers a call with these arguments, else the reason why not."""
+    query, key, value, k_ring, v_ring, position = args[:6]
     rings = (k_ring, v_ring, query.new_empty(0))
     return uncovered(query, key, value, *rings, position=position)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from .pieces import (
 from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
 from .project import ADVANCED, PROJECTED, project, project_rows
 
-Run = Callable[[Tensor, Tensor | None], Tensor]  # a step of a token and the mask
+if TYPE_CHECKING:
+    from ..repeat import Run
 
 
 @triton.jit
@@ -776,8 +777,9 @@ def ring_step_(
         position, active, dropout_seed(dropout_p, query.device), out, *scratch,
         *query.stride(), *key.stride(), *value.stride(), dropout_p, *ready.streams,
     )  # fmt: skip
+    kernel = _group_step_kernel if plan.path == "group" else _ring_step_kernel
     launch(
-        _kernel(plan), ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl,
+        kernel, ready.grid, args, ready.constants, num_warps=plan.num_warps, pdl=plan.pdl,
         registers=MOST_REGISTERS if plan.path == "fused" else None,
     )  # fmt: skip
     if fused:
@@ -788,10 +790,6 @@ def ring_step_(
     if update:
         position.add_(1 if active is None else active)
     return F.linear(out, out_proj_weight, out_proj_bias)
-
-
-def _kernel(plan: StepPlan) -> Any:
-    return _group_step_kernel if plan.path == "group" else _ring_step_kernel
 
 
 # Of the kernels' arguments, those that differ from step to step of self-attention.
