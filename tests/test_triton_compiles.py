@@ -202,20 +202,20 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
         if reads_ring and "fused" not in name:
             loads = report.loads_in_loops()
             eight_bits = launch.args[11].dtype in CODES  # with a scale for every row
-            wide = "64" if eight_bits and name.startswith("ring-D8-") else "128"
-            assert set(loads) == ({wide, "32"} if eight_bits else {wide})
+            wide = 64 if eight_bits and name.startswith("ring-D8-") else 128
+            assert set(loads) == ({wide, 32} if eight_bits else {wide})
             assert loads.count(wide) >= len(loads) / 2
         if report.kernel == "_input_step_kernel":  # narrower ones are scales and parts
             size = tile_bytes(launch)
             if launch.args[2].dtype in CODES:
-                assert report.loads_in_loops().count("128") * 16 * report.threads >= size
+                assert report.loads_in_loops().count(128) * 16 * report.threads >= size
             else:
-                copies = report.loads_in_loops(into="shared memory")
-                assert set(copies) == {"128"}
+                copies = report.loads_in_loops(copies=True)
+                assert set(copies) == {128}
                 assert len(copies) * 16 * report.threads == size
         if report.kernel == "_one_tile_backward_kernel":  # narrower ones are of heads
-            copies = report.loads_in_loops(into="shared memory")
-            assert copies.count("128") * 16 * report.threads == tile_bytes(launch)
+            copies = report.loads_in_loops(copies=True)
+            assert copies.count(128) * 16 * report.threads == tile_bytes(launch)
         without = ("_write_rings_kernel", "_quantise_tokens_kernel", "_shared_gradient_kernel")
         multiplies = report.kernel not in without and not (reads_ring and "fused" not in name)
         if multiplies and launch.args[0].dtype.itemsize == 2:

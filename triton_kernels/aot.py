@@ -1,4 +1,4 @@
-"""Compile launches without a GPU, and read in the machine code what the compiler made of them."""
+"""Compile launches without a GPU, and read in the code what the compiler made of them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ _TYPES = {
 }
 
 
-_LABEL = re.compile(r"(\.L_x_\d+):")
-_BRANCH = re.compile(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)")
-_LOADS = {
-    "anywhere": re.compile(r"\bLDG(?:STS)?\.(\S*)"),
-    "shared memory": re.compile(r"\bLDGSTS\.(\S*)"),
-}
+_LABEL = re.compile(r"(\$\w+):")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+# A load of up to four registers of up to 64 bits, or a copy and its bytes.
+_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(?P<registers>\d))?\.b(?P<bits>\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\b.*, 0x(?P<bytes>[\da-f]+)\b")
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma|tcgen05\.mma)")
 
 
@@ -64,20 +63,25 @@ class Report(NamedTuple):
         """The machine code."""
         return tool("nvdisasm", self.cubin, "-c")
 
-    def loads_in_loops(self, into: str = "anywhere") -> list[str]:
-        """Widths of the global loads inside loops: "128", "64", or "32" and less.
+    def loads_in_loops(self, copies: bool = False) -> list[int]:
+        """Bits of each global load inside a loop, at least 32.
 
-        `into="shared memory"`: of those alone that copy a later tile while one is worked on.
+        `copies=True`: of those alone that copy a later tile into shared memory meanwhile.
         """
-        lines = self.sass.splitlines()
+        lines = self.ptx.splitlines()
         labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
         looped: set[int] = set()
         for i, line in enumerate(lines):
             target = _BRANCH.search(line)
             if target and labels.get(target[1], i) < i:
                 looped.update(range(labels[target[1]], i))
-        loads = [m for i in sorted(looped) if (m := _LOADS[into].search(lines[i]))]
-        return [(re.search(r"\b(64|128)\b", m[1]) or ["32"])[0] for m in loads]
+        bits = []
+        for i in sorted(looped):
+            if copy := _COPY.search(lines[i]):
+                bits.append(8 * int(copy["bytes"], 16))
+            elif not copies and (load := _LOAD.search(lines[i])):
+                bits.append(int(load["registers"] or 1) * int(load["bits"]))
+        return [max(x, 32) for x in bits]
 
     def has_matrix_instructions(self) -> bool:
         """Whether any multiplication runs on the tensor cores."""
