@@ -84,6 +84,8 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     if name in _QUERY_OF_SHARED:
         first = _QUERY_OF_SHARED[name]
         return _why_not_tile(*args[first : first + 3])
+    if name == "product_":
+        return _why_not_product(args)
     return f"no kernel for {name}"
 
 
@@ -219,6 +221,16 @@ def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor | None) -> str | N
     return None
 
 
+def _why_not_product(operands: tuple[Tensor | None, ...]) -> str | None:
+    """Of tokens and all weights that they are multiplied with, vectors among them as biases."""
+    given = [x for x in operands if x is not None]
+    if any(x.dtype != given[0].dtype for x in given):
+        return "tokens and weights differ in dtype"
+    if any(x.dim() == 1 and not x.is_contiguous() for x in given):
+        return "a bias is not contiguous"
+    return None
+
+
 @cache
 def _cpu_functions() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(library_path("cpu")))
@@ -228,14 +240,21 @@ def _cpu_functions() -> ctypes.CDLL:
     return functions
 
 
+@cache
+def cpu_function(name: str) -> Callable[..., Any]:
+    """An operator of the CPU library alone, which is loaded, without a call in Python around it."""
+    operator = getattr(torch.ops.continual_mha, f"cpu_{name}").default
+    function: Callable[..., Any] = getattr(operator, "_op", operator)
+    return function
+
+
 def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run:
     """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
 
     It is never another step that must be decided ``anew``: the library asks as in every call.
     """
     bound: int = getattr(torch.ops.continual_mha, f"cpu_bind_{name}")(*args)
-    operator = torch.ops.continual_mha.cpu_bound_step_.default
-    run = partial(getattr(operator, "_op", operator), bound)  # without a call in Python around it
+    run = partial(cpu_function("bound_step_"), bound)
     weakref.finalize(run, _cpu_functions().continual_mha_cpu_unbind, bound).atexit = False
     return run
 

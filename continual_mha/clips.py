@@ -9,17 +9,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
+from .products import Multiply, by_cpu_library, by_pytorch
 from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
+# And products of so many multiply-adds.
+_CPU_LARGE_PRODUCT = 1 << 22
 
 
 def input_formulation_is_cheaper(
@@ -113,6 +115,17 @@ def _is_one_node(
     return mixing.why_not_fused(as_moved, key, value, *how) is None
 
 
+def _fastest_product(tokens: Tensor, params: Sequence[Tensor | None]) -> Multiply:
+    """What multiplies tokens ``(N, E)`` and weights where autograd does not follow."""
+    if backends.order(tokens.device.type)[0] != "cpu":
+        return by_pytorch
+    multiply_adds = tokens.numel() * tokens.shape[1]
+    if tokens.dtype == torch.bfloat16 and multiply_adds >= _CPU_LARGE_PRODUCT:
+        return by_pytorch
+    reason = backends.why_not("cpu", "product_", (tokens, *params))
+    return by_cpu_library if reason is None else by_pytorch
+
+
 class _Node(NamedTuple):
     """What ``_AttendClip`` is told besides tensors."""
 
@@ -161,8 +174,10 @@ class _AttendClip(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weights = _without_extra_slots(params)
         (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
-        q = F.linear(node.asking(query, key), w_q, b_q).unflatten(-1, (node.num_heads, -1))
-        moved = inputs.moved_queries(q, w_k)
+        asking = node.asking(query, key)
+        multiply = _fastest_product(asking, params)
+        q = multiply(asking, w_q.t(), b_q).unflatten(-1, (node.num_heads, -1))
+        moved = inputs.moved_queries(q, w_k, multiply)
         seed = dropout_seed(node.dropout_p, key.device)
         name = "attend_shared"
         args: tuple[Any, ...] = (moved, key, value, mask, None)
@@ -173,12 +188,12 @@ class _AttendClip(torch.autograd.Function):
         share = None if seed is None else kept.unsqueeze(-1)
         if mask is not None and node.blank:
             mixed, share = mixing.blanked(mixed, share, lse)
-        heads = inputs.projected_mix(mixed, share, w_v, b_v).flatten(1)
+        heads = inputs.projected_mix(mixed, share, w_v, b_v, multiply).flatten(1)
         ctx.node = node
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         found = _Found(q, moved, mixed, share, lse, kept, heads, seed)
         ctx.save_for_backward(query, key, value, mask, *params, *found)
-        return F.linear(heads, weights.out_proj_weight, weights.out_proj_bias), attn
+        return multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias), attn
 
     @staticmethod
     def backward(
@@ -251,20 +266,21 @@ def _gradients(
     # one buffer for what is one parameter, of which these are the parts
     d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
     d_b_q, d_b_k, d_b_v = _parts(d_params[3])
+    multiply = _fastest_product(d_out, params)
 
     if needed.out_proj_weight:
-        torch.mm(d_out.t(), heads, out=d_params[4])
+        multiply(d_out.t(), heads, out=d_params[4])
     if needed.out_proj_bias:
         torch.sum(d_out, 0, out=d_params[5])
     if of_heads:
-        d_heads = (d_out @ weights.out_proj_weight).view(N, H, D)
+        d_heads = multiply(d_out, weights.out_proj_weight).view(N, H, D)
         if d_w_v is not None:
             by_head = d_w_v.unflatten(0, (H, D))
-            torch.bmm(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
+            multiply(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
         if d_b_v is not None:
             torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
     if of_attention:
-        d_mixed = torch.bmm(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+        d_mixed = multiply(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
         d_kept = None
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
@@ -280,21 +296,21 @@ def _gradients(
         d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
         if d_w_k is not None:
             by_head = d_w_k.unflatten(0, (H, D))
-            inputs.scaled_bmm(q.permute(1, 2, 0), d_moved, scale, out=by_head)
+            multiply(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
         if d_b_k is not None:
             d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
     if of_queries:
-        d_q = inputs.scaled_bmm(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale)
+        d_q = multiply(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale=scale)
         d_q = d_q.transpose(0, 1).reshape(N, H * D)
         if d_w_q is not None:
-            torch.mm(d_q.t(), node.asking(query, key), out=d_w_q)
+            multiply(d_q.t(), node.asking(query, key), out=d_w_q)
         if d_b_q is not None:
             torch.sum(d_q, 0, out=d_b_q)
         if needed.query:
-            d_query = d_q @ w_q
+            d_query = multiply(d_q, w_q)
         if asking_in_clip:
             assert d_key is not None
-            d_key[:, node.query_index].addmm_(d_q, w_q)
+            multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import is_transformed
 from .precision import wide
+from .products import Multiply, by_pytorch
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
     Options,
@@ -343,34 +343,27 @@ def _attend_inputs(
     return _Attended(found, mix.on_extra, mix.attn)
 
 
-def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
+def moved_queries(q: Tensor, w_k: Tensor, multiply: Multiply = by_pytorch) -> Tensor:
     """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
-    by_head = scaled_bmm(
-        q.transpose(0, 1), w_k.unflatten(0, q.shape[1:]), 1.0 / math.sqrt(q.shape[2])
-    )
-    return by_head.transpose(0, 1)
+    by_head = w_k.unflatten(0, q.shape[1:])
+    scale = 1.0 / math.sqrt(q.shape[2])
+    return multiply(q.transpose(0, 1), by_head, scale=scale).transpose(0, 1)
 
 
-def scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """``torch.bmm(left, right) * scale``, in one step but under transforms.
-
-    There ``torch.func.linearize`` ends the process on that step.
-    """
-    if out is None and is_transformed():
-        return torch.bmm(left, right) * scale
-    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
-
-
-def projected_mix(mixed: Tensor, share: Tensor | None, w_v: Tensor, b_v: Tensor | None) -> Tensor:
+def projected_mix(
+    mixed: Tensor,
+    share: Tensor | None,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    multiply: Multiply = by_pytorch,
+) -> Tensor:
     """Heads' outputs ``(N, H, D)`` from their mixed inputs ``(N, H, Ev)``, of weights ``share``."""
     heads = (mixed.shape[1], w_v.shape[0] // mixed.shape[1])
     mixed, w_v = mixed.transpose(0, 1), w_v.unflatten(0, heads).transpose(1, 2)
-    if b_v is not None and share is None:
-        return torch.baddbmm(b_v.view(heads).unsqueeze(1), mixed, w_v).transpose(0, 1)
-    found = torch.bmm(mixed, w_v).transpose(0, 1)
-    if b_v is None or share is None:
-        return found
-    return found + b_v.view(heads) * share.to(found.dtype)
+    bias = None if b_v is None else b_v.view(heads)
+    if bias is None or share is None:
+        return multiply(mixed, w_v, bias).transpose(0, 1)
+    return multiply(mixed, w_v).transpose(0, 1) + bias * share.to(mixed.dtype)
 
 
 def plain_mix(

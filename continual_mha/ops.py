@@ -78,13 +78,15 @@ SCHEMAS = {
 
 # Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
 # is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
-# of which torch is told nothing. And `reference.take_slots` in one call.
+# of which torch is told nothing. `products.Multiply`, and `reference.take_slots` in one call.
 _OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
         for n in ("ring_step_", "input_step_")
     },
     "cpu_bound_step_": "(int bound, Tensor query, Tensor? active) -> Tensor",
+    "cpu_product_": "(Tensor(a!) out, Tensor left, Tensor right, Tensor? bias, float scale, "
+    "bool add) -> ()",
     "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",
 }
 

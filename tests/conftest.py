@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import continual_mha
+from continual_mha import _native
 
 with suppress(ImportError):  # where it is missing, only the files that use it are lost
     from hypothesis import HealthCheck, settings
@@ -106,3 +107,13 @@ def _as_ptx() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the CPU library's kernels of each instruction set in turn."""
+    before = _native.cpu_isa()
+    if not _native.use_cpu_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    assert _native.use_cpu_isa(before)

@@ -203,9 +203,9 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        space, name = function._schema.name.split("::")
-        self.products += name in ("mm", "bmm", "addmm", "addmm_", "baddbmm")
-        if space == "continual_mha":
+        name = function._schema.name.split("::")[1]
+        self.products += name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "cpu_product_")
+        if name.startswith("cpu_attend_shared_"):
             self.attention.add(name.removeprefix("cpu_attend_shared_"))
         return function(*args, **(kwargs or {}))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,17 +21,6 @@ pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_nat
 assert ops  # it declares the operators that the library implements
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = ["avx512_bf16", "avx512", "avx2", "baseline"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with the kernels of this instruction set."""
-    before = _native.cpu_isa()
-    if not _native.use_cpu_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    assert _native.use_cpu_isa(before)
 
 
 class Case(NamedTuple):
@@ -508,7 +496,6 @@ def test_position_passes_the_range_of_32_bits() -> None:
     assert_equals_reference(Case(position=2**40 + 3, tokens=9))
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stream_s_bits_depend_neither_on_neighbours_nor_on_the_batch_size(
     isa: str, dtype: torch.dtype

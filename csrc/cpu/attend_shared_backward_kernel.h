@@ -128,8 +128,7 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
     to_factors(scores, p.slots, scratch.factors + c * scratch.score_stride);
   }
   key.template sum<kC>(scratch.factors, scratch.score_stride, scratch.rows);
-  copy_narrowed(scratch.rows, kC * p.key_dim, A{1},
-                static_cast<S*>(p.grad_query) + row * p.key_dim);
+  copy_scaled(scratch.rows, kC * p.key_dim, A{1}, static_cast<S*>(p.grad_query) + row * p.key_dim);
 }
 
 template <class S>
@@ -152,8 +151,7 @@ CMHA_INLINE void tile_gradient(const X* pairs, int64_t pair_stride, const X* vec
     if constexpr (sizeof(S) == sizeof(A)) out = to + s * features;
     weighted_rows<kQ>(pairs + s * pair_stride, pair_stride, vectors, features, 0, count, features,
                       out, features);
-    if constexpr (sizeof(S) < sizeof(A))
-      copy_narrowed(rows, kQ * features, A{1}, to + s * features);
+    if constexpr (sizeof(S) < sizeof(A)) copy_scaled(rows, kQ * features, A{1}, to + s * features);
   };
   for (; begin + kHeadBlock <= end; begin += kHeadBlock) block(begin, Int<kHeadBlock>{});
   for (; begin < end; ++begin) block(begin, Int<1>{});

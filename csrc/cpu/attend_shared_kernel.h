@@ -185,7 +185,7 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
   value.template sum<kC>(scratch.factors, scratch.score_stride, scratch.out);
   for (int c = 0; c < kC; ++c) {
-    copy_narrowed(scratch.out + c * p.value_dim, p.value_dim, scale[c], out + c * p.value_dim);
+    copy_scaled(scratch.out + c * p.value_dim, p.value_dim, scale[c], out + c * p.value_dim);
   }
 }
 

@@ -28,6 +28,25 @@ struct ProjectParams {
   int64_t in_features;
 };
 
+// A matrix product, or a batch of them: scale * left right, added to `out` with `add`.
+struct ProductParams {
+  const void* left;   // (rows, inner) of any strides
+  const void* right;  // (inner, columns), its rows contiguous
+  void* out;          // (rows, columns), its rows contiguous
+  int64_t left_batch;
+  int64_t left_row;
+  int64_t left_inner;
+  int64_t right_batch;
+  int64_t right_row;
+  int64_t out_batch;
+  int64_t out_row;
+  int64_t rows;
+  int64_t inner;
+  int64_t columns;
+  double scale;
+  bool add;
+};
+
 // Projected tokens and the rings that they belong to.
 struct RingParams {
   const void* q;  // (N, E), or (N, T, E), projected, unscaled; k and v alike
@@ -180,9 +199,11 @@ struct SharedGradientParams : AttendSharedParams {
   void* grad_sink;   // (N, H) acc, or null
 };
 
-constexpr int64_t kHeadBlock = 4;   // heads of one task of attend_shared
-constexpr int64_t kSlotBlock = 32;  // slots of one task of shared_tile_gradient
-constexpr int64_t kRowBlock = 16;   // rows of one task of project
+constexpr int64_t kHeadBlock = 4;         // heads of one task of attend_shared
+constexpr int64_t kSlotBlock = 32;        // slots of one task of shared_tile_gradient
+constexpr int64_t kRowBlock = 16;         // rows of one task of project
+constexpr int64_t kProductRows = 32;      // of one task of multiply
+constexpr int64_t kProductColumns = 256;  // alike
 
 // What one instruction set offers for one DType. Every function works on a range of independent
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
@@ -194,8 +215,13 @@ struct Kernels {
                  void* dst, int64_t begin, int64_t end);
   void (*gather_acc)(const void* src, int64_t stream_stride, int64_t feature_stride,
                      int64_t features, void* dst, int64_t begin, int64_t end);
+  // The first times a number.
+  void (*gather_scaled)(const void* src, int64_t stream_stride, int64_t feature_stride,
+                        int64_t features, double scale, void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
+  int64_t (*product_scratch)(const ProductParams&);
+  void (*multiply)(const ProductParams&, void* scratch, int64_t begin, int64_t end);
   // By RingDType, here and below: null for codes where DType is kFloat64.
   void (*quantize_tokens[kNumRingDTypes])(const QuantizeParams&, int64_t begin, int64_t end);
   int64_t (*ring_step_scratch[kNumRingDTypes])(const RingStepParams&);  // bytes

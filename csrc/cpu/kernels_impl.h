@@ -5,6 +5,7 @@
 #include "attend_shared_kernel.h"
 #include "input_step_kernel.h"
 #include "kernels.h"
+#include "product_kernel.h"
 #include "project_kernel.h"
 #include "ring_step_kernel.h"
 #include "ring_steps_kernel.h"
@@ -39,6 +40,7 @@ constexpr Kernels table_of() {
     set_ring_of_codes<S, Int8>(table, RingDType::kInt8);
     set_ring_of_codes<S, E4M3>(table, RingDType::kE4M3);
   }
+  set_products<S>(table);
   table.move_queries = move_queries<S>;
   table.input_step_scratch = input_step_scratch<S>;
   table.project_mixed = project_mixed<S>;

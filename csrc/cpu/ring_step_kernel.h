@@ -93,12 +93,12 @@ CMHA_INLINE void take_query(const RingStepParams& p, int64_t n, int64_t head, A 
   const int64_t embed_dim = p.num_heads * p.head_dim;
   const S* token = static_cast<const S*>(p.q) + n * p.token_stride + head * p.head_dim;
   if (p.query_slots == 0) {
-    copy_widened(token, p.head_dim, scale, q);
+    copy_scaled(token, p.head_dim, scale, q);
     return;
   }
   S* ring = static_cast<S*>(p.q_ring) + n * p.query_slots * embed_dim + head * p.head_dim;
   const int64_t due = (p.position[n] + 1) % p.query_slots;
-  copy_widened(ring + due * embed_dim, p.head_dim, scale, q);
+  copy_scaled(ring + due * embed_dim, p.head_dim, scale, q);
   if (p.update) {
     memcpy(ring + p.position[n] % p.query_slots * embed_dim, token,
            static_cast<size_t>(p.head_dim) * sizeof(S));
@@ -131,7 +131,7 @@ void ring_step(const RingStepParams& p, void* memory, int64_t begin, int64_t end
     A* attended = p.out_is_storage ? scratch.out : static_cast<A*>(p.out) + out;
     attend(scratch.q, k, v, slots, p.head_dim, extra, scratch.scores, attended);
     if (!p.out_is_storage) continue;
-    copy_narrowed(attended, p.head_dim, A{1}, static_cast<S*>(p.out) + out);
+    copy_scaled(attended, p.head_dim, A{1}, static_cast<S*>(p.out) + out);
   }
 }
 

@@ -135,7 +135,7 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
     const int64_t end = token + q + 1 - first;
     extra.score(scratch.q + q * head_dim, head_dim, scores + end);
     const int64_t count = end - begin + extra.count();
-    copy_widened(scores + begin, count, scale, scores + begin);
+    copy_scaled(scores + begin, count, scale, scores + begin);
     scales[q] = 1 / softmax_numerators(scores + begin, count, kMinusInfinity<A>).sum;
     to_factors(scores + begin, end - begin, scratch.factors + q * stride + begin);
   }
@@ -190,7 +190,7 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
       }
       for (int64_t q = 0; q < count; ++q) {
         S* to = out + (token + q - p.first) * p.num_heads * p.head_dim;
-        copy_narrowed(scratch.out + q * p.head_dim, p.head_dim, A{1}, to);
+        copy_scaled(scratch.out + q * p.head_dim, p.head_dim, A{1}, to);
       }
       token += count;
     }

@@ -43,7 +43,7 @@ CMHA_INLINE X* factors_of(A* scores, int64_t count, Arena& arena) {
 
 template <class X, class A>
 CMHA_INLINE void to_factors(const A* scores, int64_t count, X* factors) {
-  if constexpr (!std::is_same_v<X, A>) copy_narrowed(scores, count, A{1}, factors);
+  if constexpr (!std::is_same_v<X, A>) copy_scaled(scores, count, A{1}, factors);
 }
 
 }  // namespace

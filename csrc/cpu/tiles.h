@@ -19,30 +19,20 @@ CMHA_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
-template <class S, class A>
-CMHA_INLINE void copy_widened(const S* src, int64_t count, A scale, A* dst) {
+template <class From, class To, class A>
+CMHA_INLINE void copy_scaled(const From* from, int64_t count, A scale, To* to) {
   constexpr int kLanes = Simd<A>::kLanes;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store<A>(dst + i, load(src + i) * scale);
-  for (; i < count; ++i) dst[i] = widen(src[i]) * scale;
-}
-
-template <class S, class A>
-CMHA_INLINE void copy_narrowed(const A* src, int64_t count, A scale, S* dst) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) narrow(load(src + i) * scale, dst + i);
-  for (; i < count; ++i) narrow(src[i] * scale, dst + i);
+  for (; i + kLanes <= count; i += kLanes) narrow(load(from + i) * scale, to + i);
+  for (; i < count; ++i) narrow(widen(from[i]) * scale, to + i);
 }
 
 template <class From, class To>
 CMHA_INLINE void copy_row(const From* from, int64_t count, To* to) {
   if constexpr (std::is_same_v<From, To>) {
     memcpy(to, from, static_cast<size_t>(count) * sizeof(To));
-  } else if constexpr (sizeof(From) < sizeof(To)) {
-    copy_widened(from, count, To{1}, to);
   } else {
-    copy_narrowed(from, count, From{1}, to);
+    copy_scaled(from, count, typename AccOf<From>::type{1}, to);
   }
 }
 

@@ -1,0 +1,136 @@
+// continual_mha::cpu_product_: a matrix product, or a batch of them, of which one side has few
+// rows.
+#include <algorithm>
+
+#include "host.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+constexpr const char* kOp = "cpu_product_";
+
+struct FactorsTag {};
+struct LeftTag {};
+
+// A matrix or a batch of them.
+struct Matrices {
+  explicit Matrices(const Tensor& x)
+      : batches(x.dim() == 3 ? x.size(0) : 1),
+        rows(x.size(x.dim() - 2)),
+        columns(x.size(x.dim() - 1)),
+        batch_stride(x.dim() == 3 ? x.stride(0) : 0),
+        row_stride(x.stride(x.dim() - 2)),
+        column_stride(x.stride(x.dim() - 1)) {}
+
+  int64_t batches;
+  int64_t rows;
+  int64_t columns;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+const void* at(const void* data, int64_t elements, DType dtype) {
+  return static_cast<const char*>(data) + elements * element_size(dtype);
+}
+
+// The right by its rows: weighted sums of them.
+void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
+  const Kernels& table = kernels(dtype);
+  const int64_t blocks = (p.rows + kProductRows - 1) / kProductRows *
+                         ((p.columns + kProductColumns - 1) / kProductColumns);
+  const int64_t work = std::min(p.rows, kProductRows) * std::min(p.columns, kProductColumns);
+  const int64_t bytes = table.product_scratch(p);
+  parallel(batches * blocks, work * p.inner, [&](int64_t begin, int64_t end) {
+    table.multiply(p, scratch<FactorsTag>(bytes), begin, end);
+  });
+}
+
+// The right by its columns: dot products with them, as projections are.
+void multiply_columns(const ProductParams& p, int64_t batches, const void* bias, DType dtype) {
+  const Kernels& table = kernels(dtype);
+  const bool as_it_lies = p.left_inner == 1 && p.scale == 1.0 &&
+                          (!table.tokens_are_acc || element_size(dtype) == acc_size(dtype));
+  const int64_t blocks = (p.columns + kRowBlock - 1) / kRowBlock;
+  parallel(batches * blocks, kRowBlock * p.rows * p.inner, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t batch = begin / blocks;
+      const int64_t stop = std::min(end, (batch + 1) * blocks);
+      ProjectParams one{};
+      one.x = at(p.left, batch * p.left_batch, dtype);
+      one.x_stride = p.left_row;
+      if (!as_it_lies) {
+        void* copy = scratch<LeftTag>(p.rows * p.inner * acc_size(dtype));
+        table.gather_scaled(one.x, p.left_row, p.left_inner, p.inner, p.scale, copy, 0, p.rows);
+        one.x = copy;
+        one.x_stride = p.inner;
+      }
+      one.weight = at(p.right, batch * p.right_batch, dtype);
+      if (bias != nullptr) one.bias = at(bias, batch * p.columns, dtype);
+      one.out = const_cast<void*>(at(p.out, batch * p.out_batch, dtype));
+      one.out_stride = p.out_row;
+      one.streams = p.rows;
+      one.rows = p.columns;
+      one.in_features = p.inner;
+      table.project(one, begin - batch * blocks, stop - batch * blocks);
+      begin = stop;
+    }
+  });
+}
+
+// out = scale * left right + bias, or with `add` out + scale * left right. The bias is one row.
+void product(Tensor out, Tensor left, Tensor right, OptionalTensor bias, double scale, bool add) {
+  const int64_t dim = out.dim();
+  STD_TORCH_CHECK((dim == 2 || dim == 3) && left.dim() == dim && right.dim() == dim, kOp,
+                  ": all must be matrices, or batches of them");
+  check_like(left, out, kOp, "left");
+  check_like(right, out, kOp, "right");
+  const DType dtype = dtype_of(out, kOp);
+  const Matrices o(out);
+  const Matrices l(left);
+  Matrices r(right);
+  STD_TORCH_CHECK(l.batches == o.batches && r.batches == o.batches && l.rows == o.rows &&
+                      r.columns == o.columns && l.columns == r.rows,
+                  kOp, ": ", shape_of(left), " times ", shape_of(right), " is not ", shape_of(out));
+  STD_TORCH_CHECK(o.column_stride == 1 || o.columns == 1, kOp, ": out must have contiguous rows");
+  if (bias) check_vector(bias, o.batches * o.columns, out, kOp, "bias");
+  if (out.numel() == 0) return;
+  ProductParams p{};
+  p.left = left.const_data_ptr();
+  p.left_batch = l.batch_stride;
+  p.left_row = l.row_stride;
+  p.left_inner = l.column_stride;
+  p.out = out.mutable_data_ptr();
+  p.out_batch = o.batch_stride;
+  p.out_row = o.row_stride;
+  p.rows = o.rows;
+  p.inner = r.rows;
+  p.columns = o.columns;
+  p.scale = scale;
+  p.add = add;
+  STD_TORCH_CHECK(!bias || !add, kOp, ": a bias is not added to what is there");
+  const bool columns_lie_together = r.row_stride == 1 && r.column_stride == r.rows;
+  const bool by_columns = bias || (columns_lie_together && !add);
+  if (by_columns && !columns_lie_together) {
+    const Tensor turned = torch::stable::transpose(right, dim - 2, dim - 1);
+    right = torch::stable::transpose(torch::stable::contiguous(turned), dim - 2, dim - 1);
+  } else if (!by_columns && r.column_stride != 1) {
+    right = torch::stable::contiguous(right);
+  }
+  r = Matrices(right);
+  p.right = right.const_data_ptr();
+  p.right_batch = r.batch_stride;
+  p.right_row = r.row_stride;
+  if (by_columns) {
+    multiply_columns(p, o.batches, data_or_null(bias), dtype);
+  } else {
+    multiply_rows(p, o.batches, dtype);
+  }
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(continual_mha, CPU, m) {
+  m.impl("cpu_product_", TORCH_BOX(&continual_mha::cpu::product));
+}

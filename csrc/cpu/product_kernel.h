@@ -1,0 +1,112 @@
+// Products of two matrices of which one has few rows, such as a batch's tokens with weights.
+#pragma once
+
+#include "input_step_kernel.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace continual_mha::cpu {
+namespace {
+
+constexpr int64_t kProductInner = 32;  // rows of the right that stay in the first-level cache
+
+template <class S>
+struct ProductScratch {
+  using A = typename AccOf<S>::type;
+  using X = typename FactorOf<S>::type;
+
+  ProductScratch(const ProductParams& p, void* memory) {
+    Arena arena(memory);
+    factors = arena.take<X>(kProductRows * p.inner);
+    sums = std::is_same_v<S, A> ? nullptr : arena.take<A>(kProductRows * kProductColumns);
+    bytes = arena.used();
+  }
+
+  X* factors;
+  A* sums;  // of a task, where the output is no acc
+  int64_t bytes;
+};
+
+template <class S>
+int64_t product_scratch(const ProductParams& p) {
+  return ProductScratch<S>(p, nullptr).bytes;
+}
+
+// `rows` rows of the left, as factors (rows, inner).
+template <class S, class X>
+CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t rows, X* factors) {
+  if (p.left_inner <= p.left_row) {
+    gather_scaled<S, X>(left, p.left_row, p.left_inner, p.inner, p.scale, factors, 0, rows);
+    return;
+  }
+  const auto scale = static_cast<typename AccOf<S>::type>(p.scale);
+  for (int64_t k = 0; k < p.inner; ++k) {
+    const S* column = left + k * p.left_inner;
+    for (int64_t r = 0; r < rows; ++r) {
+      narrow(widen(column[r * p.left_row]) * scale, factors + r * p.inner + k);
+    }
+  }
+}
+
+// Tasks are blocks of kProductRows rows by kProductColumns columns of a batch's output.
+template <class S>
+void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
+  const ProductScratch<S> scratch(p, memory);
+  const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
+  const int64_t down = (p.rows + kProductRows - 1) / kProductRows;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t batch = task / (across * down);
+    const int64_t row = task / across % down * kProductRows;
+    const int64_t column = task % across * kProductColumns;
+    const int64_t rows = min_of(kProductRows, p.rows - row);
+    const int64_t columns = min_of(kProductColumns, p.columns - column);
+    const S* left = static_cast<const S*>(p.left) + batch * p.left_batch + row * p.left_row;
+    const S* right = static_cast<const S*>(p.right) + batch * p.right_batch + column;
+    S* out = static_cast<S*>(p.out) + batch * p.out_batch + row * p.out_row + column;
+    A* sums;
+    int64_t stride;
+    if constexpr (std::is_same_v<S, A>) {
+      sums = out;
+      stride = p.out_row;
+    } else {
+      sums = scratch.sums;
+      stride = columns;
+      for (int64_t r = 0; p.add && r < rows; ++r) {
+        copy_row(out + r * p.out_row, columns, sums + r * stride);
+      }
+    }
+    copy_factors(p, left, rows, scratch.factors);
+    int64_t k = 0;
+    do {  // sums of nothing are zeros
+      const int64_t last = min_of(k + kProductInner, p.inner);
+      by_fours(0, rows, [&](int64_t r, auto tag) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(tag)::value;
+        const auto* factors = scratch.factors + r * p.inner;
+        A* to = sums + r * stride;
+        if (p.add || k > 0) {
+          weighted_rows<kCount, true>(factors, p.inner, right, p.right_row, k, last, columns, to,
+                                      stride);
+        } else {
+          weighted_rows<kCount>(factors, p.inner, right, p.right_row, k, last, columns, to, stride);
+        }
+      });
+      k += kProductInner;
+    } while (k < p.inner);
+    if constexpr (!std::is_same_v<S, A>) {
+      for (int64_t r = 0; r < rows; ++r) {
+        copy_row(sums + r * stride, columns, out + r * p.out_row);
+      }
+    }
+  }
+}
+
+template <class S>
+constexpr void set_products(Kernels& table) {
+  table.product_scratch = product_scratch<S>;
+  table.multiply = multiply<S>;
+}
+
+}  // namespace
+}  // namespace continual_mha::cpu

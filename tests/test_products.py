@@ -1,0 +1,168 @@
+"""Products of tokens with weights: the CPU library's kernel, and who multiplies in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_as_exact_as_torch, build, draw_tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from continual_mha import _native, products, use_backend
+
+pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_native.load("cpu")))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def in_order(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The same numbers, with these axes from the outermost in memory to the innermost."""
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return x.permute(axes).contiguous().permute(back)
+
+
+SIZES = [
+    (None, 1, 1, 1),
+    (None, 10, 3, 7),
+    (None, 70, 33, 300),
+    (None, 3, 200, 17),
+    (3, 2, 9, 40),
+    (2, 35, 34, 65),
+    (4, 6, 0, 5),
+    (0, 6, 2, 5),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_are_as_exact_as_torchs_in_every_layout(
+    sizes: tuple[int | None, int, int, int], dtype: torch.dtype, isa: str
+) -> None:
+    batches, rows, inner, columns = sizes
+    batch = () if batches is None else (batches,)
+    left, right = drawn(*batch, rows, inner).to(dtype), drawn(*batch, inner, columns).to(dtype)
+    bias, held = drawn(*batch, columns).to(dtype), drawn(*batch, rows, columns).to(dtype)
+    orders = [(0, 1), (1, 0)] if batches is None else [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)]
+    # a bias, an addend, or neither, each with and without a scale
+    options: list[dict[str, Any]] = [
+        {"scale": scale, **option}
+        for scale in (1.0, 0.3)
+        for option in ({}, {"bias": bias}, {"out": held, "add": True})
+    ]
+    for option in options:
+        wide = {
+            k: v.to(torch.float64, copy=True) if isinstance(v, Tensor) else v
+            for k, v in option.items()
+        }
+        exact = products.by_pytorch(left.double(), right.double(), **wide)
+        plain = products.by_pytorch(
+            left, right, **{k: v.clone() if k == "out" else v for k, v in option.items()}
+        )
+        for of_left in orders:
+            for of_right in orders:
+                given = dict(option)
+                if "add" in option:  # to a part of what there is
+                    whole = torch.full((*batch, rows + 2, columns + 3), 7.0, dtype=dtype)
+                    given["out"] = whole[..., 1:-1, 1:-2]
+                    given["out"].copy_(held)
+                found = products.by_cpu_library(
+                    in_order(left, of_left), in_order(right, of_right), **given
+                )
+                assert found.shape == plain.shape
+                assert_as_exact_as_torch(found, exact, plain)
+                if "add" in option:
+                    found.fill_(7.0)
+                    assert (whole == 7.0).all()
+
+
+def test_what_is_written_over_is_not_read() -> None:
+    for inner in (0, 40):
+        out = torch.full((5, 6), torch.nan)
+        products.by_cpu_library(torch.ones(5, inner), torch.ones(inner, 6), out=out)
+        assert torch.equal(out, torch.full((5, 6), float(inner)))
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    before = torch.get_num_threads()
+    left, right = drawn(40, 300).float(), drawn(300, 700, seed=1).float()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rights = (right, in_order(right, (1, 0)))
+            found.append([products.by_cpu_library(left, x) for x in rights])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_what_does_not_fit_together_is_refused_and_nothing_written() -> None:
+    left, right, out = torch.ones(3, 4), torch.ones(4, 5), torch.full((3, 5), 7.0)
+    for operands in (
+        (out, left, right[:3], None, 1.0, False),
+        (out[:2], left, right, None, 1.0, False),
+        (out, left, right.double(), None, 1.0, False),
+        (out.t().contiguous().t(), left, right, None, 1.0, False),
+        (out, left.expand(2, 3, 4), right, None, 1.0, False),
+        (out[0], left[0], right, None, 1.0, False),
+        (out, left, right, torch.ones(4), 1.0, False),
+        (out, left, right, torch.ones(5), 1.0, True),
+        (out.int(), left.int(), right.int(), None, 1.0, False),
+    ):
+        with pytest.raises(RuntimeError, match="cpu_product_"):
+            torch.ops.continual_mha.cpu_product_(*operands)
+    assert (out == 7.0).all()
+
+
+class Products(TorchDispatchMode):
+    """How many products of matrices the library computed, and how many PyTorch did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = {"library": 0, "torch": 0}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name.split("::")[1]
+        self.count["library"] += name == "cpu_product_"
+        self.count["torch"] += name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "linear")
+        return function(*args, **(kwargs or {}))
+
+
+def products_in_training(module: torch.nn.Module, x: Tensor) -> dict[str, int]:
+    x = x.detach().requires_grad_()
+    with Products() as found:
+        out, _ = module(x, x, x)
+        out.float().sum().backward()
+    return found.count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_library_multiplies_in_training_on_clips(dtype: torch.dtype) -> None:
+    module = build(dtype=dtype)
+    assert products_in_training(module, draw_tokens(module, 3, 9)[0]) == {"library": 12, "torch": 0}
+
+
+def test_pytorch_multiplies_large_products_of_bfloat16() -> None:
+    module = build(embed_dim=256, num_heads=4, dtype=torch.bfloat16)
+    for N, who in ((63, "library"), (64, "torch")):
+        count = products_in_training(module, draw_tokens(module, N, 3)[0])
+        assert count.pop(who) == 12
+        assert set(count.values()) == {0}
+
+
+def test_pytorch_multiplies_what_the_library_does_not_take() -> None:
+    module = build(dtype=torch.float32)
+    x = draw_tokens(module, 3, 9)[0]
+    with use_backend("torch"):
+        assert products_in_training(module, x)["library"] == 0
+    in_proj_bias = module.in_proj_bias.detach()
+    module.in_proj_bias = torch.nn.Parameter(in_proj_bias.repeat_interleave(2)[::2])
+    assert products_in_training(module, x)["library"] == 0
