@@ -189,7 +189,7 @@ class _AttendClip(torch.autograd.Function):
         if mask is not None and node.blank:
             mixed, share = mixing.blanked(mixed, share, lse)
         heads = inputs.projected_mix(mixed, share, w_v, b_v, multiply).flatten(1)
-        ctx.node = node
+        ctx.node, ctx.multiply = node, multiply
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         found = _Found(q, moved, mixed, share, lse, kept, heads, seed)
         ctx.save_for_backward(query, key, value, mask, *params, *found)
@@ -209,7 +209,7 @@ class _AttendClip(torch.autograd.Function):
         if followed or any(map(is_batched, grads)):
             return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
         with _without_autocast(grad_out.device.type):
-            return None, *_gradients(ctx.node, given, found, grads, needed)
+            return None, *_gradients(ctx.node, ctx.multiply, given, found, grads, needed)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -240,6 +240,7 @@ class _Needed(NamedTuple):
 
 def _gradients(
     node: _Node,
+    multiply: Multiply,
     given: tuple[Any, ...],
     found: _Found,
     grads: tuple[Tensor, Tensor | None],
@@ -266,7 +267,6 @@ def _gradients(
     # one buffer for what is one parameter, of which these are the parts
     d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
     d_b_q, d_b_k, d_b_v = _parts(d_params[3])
-    multiply = _fastest_product(d_out, params)
 
     if needed.out_proj_weight:
         multiply(d_out.t(), heads, out=d_params[4])
