@@ -52,7 +52,7 @@ wheel: $(VENV)/.dev
 # The CPU library with sanitizers, in a copy of the tree so that the plain one stays where it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitize
-SANITIZED_TESTS := tests/test_native_cpu.py tests/test_clips.py tests/test_quantized.py tests/test_repeat.py
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,native_cpu clips products quantized repeat))
 sanitize: $(VENV)/.dev
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -R continual_mha triton_kernels csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)

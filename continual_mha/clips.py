@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, mixing, ops
+from . import _native, backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
@@ -20,7 +20,7 @@ from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-# And products of so many multiply-adds.
+# And in training products of so many multiply-adds.
 _CPU_LARGE_PRODUCT = 1 << 22
 
 
@@ -119,11 +119,19 @@ def _fastest_product(tokens: Tensor, params: Sequence[Tensor | None]) -> Multipl
     """What multiplies tokens ``(N, E)`` and weights where autograd does not follow."""
     if backends.order(tokens.device.type)[0] != "cpu":
         return by_pytorch
-    multiply_adds = tokens.numel() * tokens.shape[1]
-    if tokens.dtype == torch.bfloat16 and multiply_adds >= _CPU_LARGE_PRODUCT:
+    if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
         return by_pytorch
-    reason = backends.why_not("cpu", "product_", (tokens, *params))
-    return by_cpu_library if reason is None else by_pytorch
+    return by_cpu_library if _library_multiplies_faster(tokens) else by_pytorch
+
+
+def _library_multiplies_faster(tokens: Tensor) -> bool:
+    """Whether the CPU library is faster than torch's, as measured for docs/cpu.md."""
+    isa = _native.cpu_isa()
+    if tokens.dtype == torch.float16:
+        return isa != "baseline"
+    if not isa.startswith("avx512"):
+        return False
+    return tokens.dtype != torch.bfloat16 or tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
 
 
 class _Node(NamedTuple):
