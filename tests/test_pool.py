@@ -406,6 +406,7 @@ def interrupted(call, at):
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # or Python 3.12 tells no opcodes of the first frames
     sys.settrace(trace)
     try:
         call()
