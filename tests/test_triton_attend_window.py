@@ -69,8 +69,8 @@ def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dt
     for mine, theirs, best in zip(backward, plain, exact, strict=True):
         assert mine.shape == best.shape
         assert not mine.isnan().any()
-        if best.count_nonzero():
-            assert_as_exact_as_torch(mine, theirs, best)
+        if best.count_nonzero():  # that of the sinks is made of outputs
+            assert_as_exact_as_torch(mine, theirs, best, rounded=dtype)
         else:
             assert not mine.count_nonzero()
 

@@ -105,7 +105,12 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return ((out.cpu().double() - exact).norm() / exact.norm()).item()
 
 
-def assert_as_exact_as_torch(out: Tensor, torch_out: Tensor, exact: Tensor) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, plus a rounding allowance."""
-    bound = 2 * relative_error(torch_out, exact) + ROUNDING[out.dtype]
+def assert_as_exact_as_torch(
+    out: Tensor, torch_out: Tensor, exact: Tensor, rounded: torch.dtype | None = None
+) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus a rounding allowance.
+
+    That of the dtype ``rounded``, if what both are computed from was rounded to that before.
+    """
+    bound = 2 * relative_error(torch_out, exact) + ROUNDING[rounded or out.dtype]
     assert relative_error(out, exact) <= bound
