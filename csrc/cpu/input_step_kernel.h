@@ -68,15 +68,6 @@ CMHA_INLINE void mix_rows(const A* p, int64_t p_stride, const S* rows, int64_t r
   }
 }
 
-// f(i, Int<c>) for groups of c <= 4 that make up [begin, end).
-template <class F>
-CMHA_INLINE void by_fours(int64_t begin, int64_t end, const F& f) {
-  for (; begin + 4 <= end; begin += 4) f(begin, Int<4>{});
-  if (end - begin == 3) f(begin, Int<3>{});
-  if (end - begin == 2) f(begin, Int<2>{});
-  if (end - begin == 1) f(begin, Int<1>{});
-}
-
 // A token of a stream as it is kept: scaled, where tokens are codes.
 template <class R>
 struct InputRow {

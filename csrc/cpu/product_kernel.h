@@ -1,8 +1,8 @@
 // Products of two matrices of which one has few rows, such as a batch's tokens with weights.
 #pragma once
 
-#include "input_step_kernel.h"
 #include "kernels.h"
+#include "project_kernel.h"
 #include "scratch.h"
 #include "tiles.h"
 

@@ -9,7 +9,17 @@
 namespace continual_mha::cpu {
 namespace {
 
-constexpr int64_t kQueryBlock = 4;
+constexpr int64_t kQueryBlock = 16;
+constexpr int64_t kKeyTile = 64;  // rows that stay in the first-level cache while a block passes
+
+// Keys as scores are made of them: tiles of kKeyTile keys, feature by feature, so that a score
+// needs no sum over lanes; or row by row where X comes in pairs of neighbours.
+template <class X>
+constexpr bool kKeysInTiles = std::is_same_v<X, typename AccOf<X>::type>;
+
+// Keys that are turned to features together.
+template <class X>
+constexpr int kKeysTogether = Simd<typename AccOf<X>::type>::kLanes;
 
 // X: what scores and sums are products of.
 template <class S, class X>
@@ -17,7 +27,7 @@ struct RingStepsScratch {
   using A = typename AccOf<S>::type;
   X* q;    // (kQueryBlock, D)
   A* out;  // (kQueryBlock, D)
-  X* k;    // every key that the task's windows hold, oldest first
+  X* k;    // every key that the task's windows hold, oldest first, and room for some rows
   X* v;
   A* scores;   // (kQueryBlock, score_stride)
   X* factors;  // the same, as factors of the values
@@ -25,10 +35,11 @@ struct RingStepsScratch {
 
   RingStepsScratch(const RingStepsParams& p, Arena& arena) {
     const int64_t rows = p.length - 1 + p.block_tokens;
-    score_stride = padded_scores<A>(p.length + kQueryBlock);
+    const int64_t keys = (rows + kKeyTile - 1) / kKeyTile * kKeyTile;
+    score_stride = padded_scores<A>(rows);
     q = arena.take<X>(kQueryBlock * p.head_dim);
     out = arena.take<A>(kQueryBlock * p.head_dim);
-    k = arena.take<X>(rows * p.head_dim);
+    k = arena.take<X>((keys + kKeysTogether<X>)*p.head_dim);
     v = arena.take<X>(rows * p.head_dim);
     scores = arena.take<A>(kQueryBlock * score_stride);
     factors = factors_of<X>(scores, kQueryBlock * score_stride, arena);
@@ -109,50 +120,128 @@ struct HeadOfClip {
   int64_t window_begin(int64_t token) const { return max_of(token - p.length + 1, -position()); }
 };
 
-// Outputs of kQ tokens from `token` on. Key and value rows lie in the scratch from token `base` on.
-// What the windows share is read once for all of them; the few rows at both ends, once for each:
-// a row outside of a window may hold NaN and must not even meet a weight of zero.
-template <int kQ, class S, class X, class A>
+// Lays out the keys of `count` tokens from `token` on.
+template <class S, class R, class X>
+CMHA_INLINE void lay_out_keys(const HeadOfClip<S>& head, const Kept<R>& keys, int64_t token,
+                              int64_t count, X* to) {
+  const int64_t head_dim = head.p.head_dim;
+  if constexpr (!kKeysInTiles<X>) {
+    for (int64_t i = 0; i < count; ++i) head.read(keys, token + i, to + i * head_dim);
+  } else {
+    constexpr int kLanes = kKeysTogether<X>;
+    X* rows = to + (count + kKeyTile - 1) / kKeyTile * kKeyTile * head_dim;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      for (int64_t r = 0; r < kLanes; ++r) {  // behind the last its own again, which none asks for
+        head.read(keys, token + min_of(i + r, count - 1), rows + r * head_dim);
+      }
+      X* tile = to + i / kKeyTile * kKeyTile * head_dim + i % kKeyTile;
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const int64_t features = min_of<int64_t>(kLanes, head_dim - d);
+        typename Simd<X>::Vec v[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) {
+          v[r] = load_partial(rows + reversed(r, kLanes) * head_dim + d, features);
+        }
+        transpose<X>(v);
+        for (int64_t f = 0; f < features; ++f) store<X>(tile + (d + f) * kKeyTile, v[f]);
+      }
+    }
+  }
+}
+
+// scores[q][l] = query q . key l for keys [begin, end), which are of one tile; `keys` are those
+// from key 0 on.
+template <int kQ, class X, class A>
+CMHA_INLINE void score_keys(const X* q, const X* keys, int64_t begin, int64_t end, int64_t head_dim,
+                            A* scores, int64_t stride) {
+  if constexpr (kKeysInTiles<X>) {
+    const int64_t tile = begin / kKeyTile * kKeyTile;
+    weighted_rows<kQ>(q, head_dim, keys + tile * head_dim + begin - tile, kKeyTile, 0, head_dim,
+                      end - begin, scores + begin, stride);
+  } else {
+    dot_rows<kQ>(keys, head_dim, begin, end, q, head_dim, head_dim,
+                 [&](int64_t l, int i, A sum)
+                     __attribute__((always_inline)) { scores[i * stride + l] = sum; });
+  }
+}
+
+// f(i, Int<c>, begin, end) for groups of c <= 4 of `count` tokens from `token` on, and the rows
+// from `base` on that range(i, c) says, in stretches that stay in a cache while all groups pass.
+template <class Range, class F>
+CMHA_INLINE void by_stretches(int64_t rows, int64_t count, const Range& range, const F& f) {
+  for (int64_t stretch = 0; stretch < rows; stretch += kKeyTile) {
+    by_fours(0, count, [&](int64_t i, auto tag) __attribute__((always_inline)) {
+      const auto [first, last] = range(i, decltype(tag)::value);
+      const int64_t begin = max_of(stretch, first);
+      const int64_t end = min_of(stretch + kKeyTile, last);
+      if (begin < end) f(i, tag, begin, end);
+    });
+  }
+}
+
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// Outputs of `count` tokens from `token` on. Key and value rows lie in the scratch from token
+// `base` on. What the windows of four tokens share is read once for them; the few rows at both
+// ends, once for each: a row outside of a window may hold NaN and must not even meet a weight of
+// zero.
+template <class S, class X, class A>
 CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<S, X>& scratch,
-                              const ExtraSlots<S>& extra, int64_t token, int64_t base, A scale) {
+                              const ExtraSlots<S>& extra, int64_t token, int64_t count,
+                              int64_t base, A scale) {
   const int64_t head_dim = head.p.head_dim;
   const int64_t stride = scratch.score_stride;
-  const int64_t first = head.window_begin(token);  // the row of column 0 of the scores
-  for (int q = 0; q < kQ; ++q) {
+  const int64_t rows = token + count - base;
+  // a query's window, and what those of some queries share
+  const auto window = [&](int64_t q) __attribute__((always_inline)) {
+    return RowRange{head.window_begin(token + q) - base, token + q + 1 - base};
+  };
+  const auto seen_by_any = [&](int64_t q, int64_t some) __attribute__((always_inline)) {
+    return RowRange{window(q).begin, window(q + some - 1).end};
+  };
+  const auto seen_by_all = [&](int64_t q, int64_t some) __attribute__((always_inline)) {
+    return RowRange{window(q + some - 1).begin, window(q).end};
+  };
+  for (int64_t q = 0; q < count; ++q) {
     copy_row(head.query(token + q), head_dim, scratch.q + q * head_dim);
   }
-  const X* k = scratch.k + (first - base) * head_dim;
-  const X* v = scratch.v + (first - base) * head_dim;
-  dot_rows<kQ>(k, head_dim, 0, token + kQ - first, scratch.q, head_dim, head_dim,
-               [&](int64_t l, int q, A sum)
-                   __attribute__((always_inline)) { scratch.scores[q * stride + l] = sum; });
-  const int64_t shared_begin = head.window_begin(token + kQ - 1) - first;
-  const int64_t shared_end = max_of(shared_begin, token + 1 - first);
-  A scales[kQ];
-  for (int q = 0; q < kQ; ++q) {
+  by_stretches(rows, count, seen_by_any,
+               [&](int64_t q, auto tag, int64_t begin, int64_t end) __attribute__((always_inline)) {
+                 score_keys<decltype(tag)::value>(scratch.q + q * head_dim, scratch.k, begin, end,
+                                                  head_dim, scratch.scores + q * stride, stride);
+               });
+  A scales[kQueryBlock];
+  for (int64_t q = 0; q < count; ++q) {
     A* scores = scratch.scores + q * stride;
-    const int64_t begin = head.window_begin(token + q) - first;
-    const int64_t end = token + q + 1 - first;
+    const auto [begin, end] = window(q);
     extra.score(scratch.q + q * head_dim, head_dim, scores + end);
-    const int64_t count = end - begin + extra.count();
-    copy_scaled(scores + begin, count, scale, scores + begin);
-    scales[q] = 1 / softmax_numerators(scores + begin, count, kMinusInfinity<A>).sum;
+    const int64_t slots = end - begin + extra.count();
+    scales[q] = 1 / softmax_numerators(scores + begin, slots, kMinusInfinity<A>, scale).sum;
     to_factors(scores + begin, end - begin, scratch.factors + q * stride + begin);
   }
-  weighted_rows<kQ>(scratch.factors, stride, v, head_dim, shared_begin, shared_end, head_dim,
-                    scratch.out, head_dim);
-  for (int q = 0; q < kQ; ++q) {
-    const A* scores = scratch.scores + q * stride;
-    A* out = scratch.out + q * head_dim;
-    const int64_t begin = head.window_begin(token + q) - first;
-    const int64_t end = token + q + 1 - first;
-    const X* factors = scratch.factors + q * stride;
-    weighted_rows<1, true>(factors, 0, v, head_dim, begin, min_of(shared_begin, end), head_dim, out,
-                           0);
-    weighted_rows<1, true>(factors, 0, v, head_dim, shared_end, end, head_dim, out, 0);
-    extra.add_value(scores[end], head_dim, out);
-    for (int64_t d = 0; d < head_dim; ++d) out[d] *= scales[q];
-  }
+  for (int64_t i = 0; i < count * head_dim; ++i) scratch.out[i] = 0;
+  const auto add = [&](int64_t q, auto tag, int64_t begin, int64_t end)
+                       __attribute__((always_inline)) {
+                         weighted_rows<decltype(tag)::value, true>(
+                             scratch.factors + q * stride, stride, scratch.v, head_dim, begin, end,
+                             head_dim, scratch.out + q * head_dim, head_dim);
+                       };
+  by_stretches(rows, count, seen_by_all, add);
+  by_fours(0, count, [&](int64_t first, auto tag) __attribute__((always_inline)) {
+    constexpr int kQ = decltype(tag)::value;
+    const auto shared = seen_by_all(first, kQ);
+    for (int64_t q = first; q < first + kQ; ++q) {
+      const auto [begin, end] = window(q);
+      add(q, Int<1>{}, begin, min_of(shared.begin, end));
+      add(q, Int<1>{}, max_of(shared.begin, shared.end), end);
+      A* out = scratch.out + q * head_dim;
+      extra.add_value(scratch.scores[q * stride + end], head_dim, out);
+      for (int64_t d = 0; d < head_dim; ++d) out[d] *= scales[q];
+    }
+  });
 }
 
 // Tasks are (stream, head, block of tokens): the windows' rows are laid out once in the order of
@@ -175,24 +264,18 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
     int64_t token = p.first + task % blocks * p.block_tokens;
     const int64_t last = min_of(token + p.block_tokens, p.tokens);
     const int64_t base = head.window_begin(token);
+    lay_out_keys(head, keys, base, last - base, scratch.k);
     for (int64_t t = base; t < last; ++t) {
-      const int64_t row = (t - base) * p.head_dim;
-      head.read(keys, t, scratch.k + row);
-      head.read(values, t, scratch.v + row);
+      head.read(values, t, scratch.v + (t - base) * p.head_dim);
     }
     S* out = static_cast<S*>(p.out) + head.stream * wanted * p.num_heads * p.head_dim + column;
-    while (token < last) {
-      const int64_t count = last - token >= kQueryBlock ? kQueryBlock : 1;
-      if (count == kQueryBlock) {
-        attend_block<kQueryBlock>(head, scratch, extra, token, base, scale);
-      } else {
-        attend_block<1>(head, scratch, extra, token, base, scale);
-      }
+    for (; token < last; token += kQueryBlock) {
+      const int64_t count = min_of(kQueryBlock, last - token);
+      attend_block(head, scratch, extra, token, count, base, scale);
       for (int64_t q = 0; q < count; ++q) {
         S* to = out + (token + q - p.first) * p.num_heads * p.head_dim;
         copy_scaled(scratch.out + q * p.head_dim, p.head_dim, A{1}, to);
       }
-      token += count;
     }
   }
 }

@@ -49,6 +49,15 @@ struct Int {
   static constexpr int value = kValue;
 };
 
+// f(i, Int<c>) for groups of c <= 4 that make up [begin, end).
+template <class F>
+CMHA_INLINE void by_fours(int64_t begin, int64_t end, const F& f) {
+  for (; begin + 4 <= end; begin += 4) f(begin, Int<4>{});
+  if (end - begin == 3) f(begin, Int<3>{});
+  if (end - begin == 2) f(begin, Int<2>{});
+  if (end - begin == 1) f(begin, Int<1>{});
+}
+
 // sums[i] is the sum of the lanes of acc[i].
 template <class A, int kCount>
 CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
@@ -235,8 +244,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
   chunks_of(Int<2>{});
   chunks_of(Int<1>{});
   if (d < columns) {
-    weighted_tile<kQ, 1, kQ == 1 ? 4 : 1, true, kAdd>(p, p_stride, rows + d, row_stride, begin, end,
-                                                      columns - d, out + d, out_stride);
+    weighted_tile<kQ, 1, 4, true, kAdd>(p, p_stride, rows + d, row_stride, begin, end, columns - d,
+                                        out + d, out_stride);
   }
 }
 
@@ -248,8 +257,8 @@ CMHA_INLINE A exp_of(A x) {
   return static_cast<A>(__builtin_exp(static_cast<double>(x)));
 }
 
-// exp(x - max) in place over `count` scores, whose array reaches to the next multiple of kLanes.
-// Returns the maximum, which also counts the score `sink`, and the sum, which does not.
+// exp(scale (x - max)) in place over `count` scores, whose array reaches to the next multiple of
+// kLanes. Returns the maximum, which also counts the score `sink`, and the sum, which does not.
 template <class A>
 struct SoftmaxSum {
   A max;
@@ -257,7 +266,7 @@ struct SoftmaxSum {
 };
 
 template <class A>
-CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count, A sink) {
+CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count, A sink, A scale = 1) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -270,7 +279,7 @@ CMHA_INLINE SoftmaxSum<A> softmax_numerators(A* scores, int64_t count, A sink) {
   const A max = max_of(max_lanes<A>(highest), sink);
   Vec sum = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const Vec e = exp_nonpositive(load(scores + i) - max);
+    const Vec e = exp_nonpositive((load(scores + i) - max) * scale);
     store<A>(scores + i, e);
     sum += e;
   }

@@ -271,34 +271,39 @@ struct Halves {
   }
 };
 
+template <class A>
+struct Pair {
+  typename Simd<A>::Vec low;
+  typename Simd<A>::Vec high;
+};
+
 template <class A, int kGroup, int... kI>
-struct FoldImpl {
+struct SplitImpl {
   using Vec = typename Simd<A>::Vec;
   using Int = typename Simd<A>::Int;
-  static CMHA_INLINE Vec apply(Vec a, Vec b) {
+  static CMHA_INLINE Pair<A> apply(Vec a, Vec b) {
     using Index = Halves<Simd<A>::kLanes>;
 #if defined(__clang__)
-    const Vec low = __builtin_shufflevector(a, b, Index::index(kI, kGroup, false)...);
-    const Vec high = __builtin_shufflevector(a, b, Index::index(kI, kGroup, true)...);
+    return {__builtin_shufflevector(a, b, Index::index(kI, kGroup, false)...),
+            __builtin_shufflevector(a, b, Index::index(kI, kGroup, true)...)};
 #else
-    const Vec low = __builtin_shuffle(a, b, Int{Index::index(kI, kGroup, false)...});
-    const Vec high = __builtin_shuffle(a, b, Int{Index::index(kI, kGroup, true)...});
+    return {__builtin_shuffle(a, b, Int{Index::index(kI, kGroup, false)...}),
+            __builtin_shuffle(a, b, Int{Index::index(kI, kGroup, true)...})};
 #endif
-    return low + high;
   }
 };
 
 template <class A, int kGroup, int kLanes>
-struct Fold;
+struct Split;
 template <class A, int kGroup>
-struct Fold<A, kGroup, 2> : FoldImpl<A, kGroup, 0, 1> {};
+struct Split<A, kGroup, 2> : SplitImpl<A, kGroup, 0, 1> {};
 template <class A, int kGroup>
-struct Fold<A, kGroup, 4> : FoldImpl<A, kGroup, 0, 1, 2, 3> {};
+struct Split<A, kGroup, 4> : SplitImpl<A, kGroup, 0, 1, 2, 3> {};
 template <class A, int kGroup>
-struct Fold<A, kGroup, 8> : FoldImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7> {};
+struct Split<A, kGroup, 8> : SplitImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7> {};
 template <class A, int kGroup>
-struct Fold<A, kGroup, 16>
-    : FoldImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> {};
+struct Split<A, kGroup, 16>
+    : SplitImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> {};
 
 // v[0] of the result is the sum of the lanes of v[0], and so on; kCount vectors, kCount <= kLanes.
 template <class A, int kGroup, int kCount>
@@ -309,13 +314,35 @@ CMHA_INLINE typename Simd<A>::Vec transposed_sum(const typename Simd<A>::Vec* v)
 #pragma GCC unroll 16
   for (int i = 0; i < kNext; ++i) {
     const Vec& second = 2 * i + 1 < kCount ? v[2 * i + 1] : v[2 * i];
-    folded[i] = Fold<A, kGroup, Simd<A>::kLanes>::apply(v[2 * i], second);
+    const Pair<A> halves = Split<A, kGroup, Simd<A>::kLanes>::apply(v[2 * i], second);
+    folded[i] = halves.low + halves.high;
   }
   if constexpr (kGroup == 2) {
     return folded[0];
   } else {
     return transposed_sum<A, kGroup / 2, kNext>(folded);
   }
+}
+
+// The bits of i < count in reverse order.
+constexpr int reversed(int i, int count) {
+  return count <= 1 ? 0 : (i & 1) * (count / 2) + reversed(i >> 1, count / 2);
+}
+
+// Vector i of the result has lane i of each of kLanes vectors, that of v[reversed(p)] at place p.
+template <class A, int kGroup = Simd<A>::kLanes>
+CMHA_INLINE void transpose(typename Simd<A>::Vec* v) {
+  constexpr int kLanes = Simd<A>::kLanes;
+#pragma GCC unroll 16
+  for (int block = 0; block < kLanes; block += kGroup) {
+#pragma GCC unroll 8
+    for (int i = block; i < block + kGroup / 2; ++i) {
+      const Pair<A> halves = Split<A, kGroup, kLanes>::apply(v[i], v[i + kGroup / 2]);
+      v[i] = halves.low;
+      v[i + kGroup / 2] = halves.high;
+    }
+  }
+  if constexpr (kGroup > 2) transpose<A, kGroup / 2>(v);
 }
 
 template <class A>
