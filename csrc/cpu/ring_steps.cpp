@@ -73,7 +73,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   p.first = first;
   // Each task lays out L - 1 rows besides its own: blocks of at least L / 2 keep that in
   // proportion.
-  p.block_tokens = std::min(count - first, std::max<int64_t>(32, s.length / 2));
+  p.block_tokens = std::min(count - first, std::max<int64_t>(64, s.length / 2));
   if (first < count) attend(p, dtype, ring);
   if (update) {
     write_rings(p, heads, dtype);

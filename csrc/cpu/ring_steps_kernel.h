@@ -9,13 +9,19 @@
 namespace continual_mha::cpu {
 namespace {
 
-constexpr int64_t kQueryBlock = 16;
-constexpr int64_t kKeyTile = 64;  // rows that stay in the first-level cache while a block passes
+constexpr int64_t kKeyTile = 64;
 
 // Keys as scores are made of them: tiles of kKeyTile keys, feature by feature, so that a score
 // needs no sum over lanes; or row by row where X comes in pairs of neighbours.
 template <class X>
 constexpr bool kKeysInTiles = std::is_same_v<X, typename AccOf<X>::type>;
+
+// Queries that pass so many rows together, four at a time: the rows stay in the first-level cache,
+// or where products are as fast as those in pairs, the scores of only four.
+template <class X>
+constexpr int64_t kQueryBlock = kKeysInTiles<X> ? 16 : 4;
+template <class X>
+constexpr int64_t kStretch = kKeysInTiles<X> ? kKeyTile : int64_t{1} << 40;
 
 // Keys that are turned to features together.
 template <class X>
@@ -25,11 +31,11 @@ constexpr int kKeysTogether = Simd<typename AccOf<X>::type>::kLanes;
 template <class S, class X>
 struct RingStepsScratch {
   using A = typename AccOf<S>::type;
-  X* q;    // (kQueryBlock, D)
-  A* out;  // (kQueryBlock, D)
+  X* q;    // (kQueryBlock<X>, D)
+  A* out;  // (kQueryBlock<X>, D)
   X* k;    // every key that the task's windows hold, oldest first, and room for some rows
   X* v;
-  A* scores;   // (kQueryBlock, score_stride)
+  A* scores;   // (kQueryBlock<X>, score_stride)
   X* factors;  // the same, as factors of the values
   int64_t score_stride;
 
@@ -37,12 +43,12 @@ struct RingStepsScratch {
     const int64_t rows = p.length - 1 + p.block_tokens;
     const int64_t keys = (rows + kKeyTile - 1) / kKeyTile * kKeyTile;
     score_stride = padded_scores<A>(rows);
-    q = arena.take<X>(kQueryBlock * p.head_dim);
-    out = arena.take<A>(kQueryBlock * p.head_dim);
+    q = arena.take<X>(kQueryBlock<X> * p.head_dim);
+    out = arena.take<A>(kQueryBlock<X> * p.head_dim);
     k = arena.take<X>((keys + kKeysTogether<X>)*p.head_dim);
     v = arena.take<X>(rows * p.head_dim);
-    scores = arena.take<A>(kQueryBlock * score_stride);
-    factors = factors_of<X>(scores, kQueryBlock * score_stride, arena);
+    scores = arena.take<A>(kQueryBlock<X> * score_stride);
+    factors = factors_of<X>(scores, kQueryBlock<X> * score_stride, arena);
   }
 };
 
@@ -165,15 +171,15 @@ CMHA_INLINE void score_keys(const X* q, const X* keys, int64_t begin, int64_t en
   }
 }
 
-// f(i, Int<c>, begin, end) for groups of c <= 4 of `count` tokens from `token` on, and the rows
-// from `base` on that range(i, c) says, in stretches that stay in a cache while all groups pass.
-template <class Range, class F>
+// f(i, Int<c>, begin, end) for groups of c <= 4 of `count` queries, from i on, and what range(i, c)
+// says of `rows` rows, by stretches of kLength that stay in a cache while all groups pass.
+template <int64_t kLength, class Range, class F>
 CMHA_INLINE void by_stretches(int64_t rows, int64_t count, const Range& range, const F& f) {
-  for (int64_t stretch = 0; stretch < rows; stretch += kKeyTile) {
+  for (int64_t stretch = 0; stretch < rows; stretch += kLength) {
     by_fours(0, count, [&](int64_t i, auto tag) __attribute__((always_inline)) {
       const auto [first, last] = range(i, decltype(tag)::value);
       const int64_t begin = max_of(stretch, first);
-      const int64_t end = min_of(stretch + kKeyTile, last);
+      const int64_t end = min_of(stretch + kLength, last);
       if (begin < end) f(i, tag, begin, end);
     });
   }
@@ -208,12 +214,13 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
   for (int64_t q = 0; q < count; ++q) {
     copy_row(head.query(token + q), head_dim, scratch.q + q * head_dim);
   }
-  by_stretches(rows, count, seen_by_any,
-               [&](int64_t q, auto tag, int64_t begin, int64_t end) __attribute__((always_inline)) {
-                 score_keys<decltype(tag)::value>(scratch.q + q * head_dim, scratch.k, begin, end,
-                                                  head_dim, scratch.scores + q * stride, stride);
-               });
-  A scales[kQueryBlock];
+  by_stretches<kStretch<X>>(
+      rows, count, seen_by_any,
+      [&](int64_t q, auto tag, int64_t begin, int64_t end) __attribute__((always_inline)) {
+        score_keys<decltype(tag)::value>(scratch.q + q * head_dim, scratch.k, begin, end, head_dim,
+                                         scratch.scores + q * stride, stride);
+      });
+  A scales[kQueryBlock<X>];
   for (int64_t q = 0; q < count; ++q) {
     A* scores = scratch.scores + q * stride;
     const auto [begin, end] = window(q);
@@ -229,7 +236,7 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
                              scratch.factors + q * stride, stride, scratch.v, head_dim, begin, end,
                              head_dim, scratch.out + q * head_dim, head_dim);
                        };
-  by_stretches(rows, count, seen_by_all, add);
+  by_stretches<kStretch<X>>(rows, count, seen_by_all, add);
   by_fours(0, count, [&](int64_t first, auto tag) __attribute__((always_inline)) {
     constexpr int kQ = decltype(tag)::value;
     const auto shared = seen_by_all(first, kQ);
@@ -269,8 +276,8 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
       head.read(values, t, scratch.v + (t - base) * p.head_dim);
     }
     S* out = static_cast<S*>(p.out) + head.stream * wanted * p.num_heads * p.head_dim + column;
-    for (; token < last; token += kQueryBlock) {
-      const int64_t count = min_of(kQueryBlock, last - token);
+    for (; token < last; token += kQueryBlock<X>) {
+      const int64_t count = min_of(kQueryBlock<X>, last - token);
       attend_block(head, scratch, extra, token, count, base, scale);
       for (int64_t q = 0; q < count; ++q) {
         S* to = out + (token + q - p.first) * p.num_heads * p.head_dim;
