@@ -41,11 +41,11 @@ struct RingStepsScratch {
 
   RingStepsScratch(const RingStepsParams& p, Arena& arena) {
     const int64_t rows = p.length - 1 + p.block_tokens;
-    const int64_t keys = (rows + kKeyTile - 1) / kKeyTile * kKeyTile;
+    const int64_t keys = (rows + kKeyTile - 1) / kKeyTile * kKeyTile + kKeysTogether<X>;
     score_stride = padded_scores<A>(rows);
     q = arena.take<X>(kQueryBlock<X> * p.head_dim);
     out = arena.take<A>(kQueryBlock<X> * p.head_dim);
-    k = arena.take<X>((keys + kKeysTogether<X>)*p.head_dim);
+    k = arena.take<X>(keys * p.head_dim);
     v = arena.take<X>(rows * p.head_dim);
     scores = arena.take<A>(kQueryBlock<X> * score_stride);
     factors = factors_of<X>(scores, kQueryBlock<X> * score_stride, arena);
@@ -146,7 +146,8 @@ CMHA_INLINE void lay_out_keys(const HeadOfClip<S>& head, const Kept<R>& keys, in
         typename Simd<X>::Vec v[kLanes];
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
-          v[r] = load_partial(rows + reversed(r, kLanes) * head_dim + d, features);
+          const X* row = rows + reversed(r, kLanes) * head_dim + d;
+          v[r] = features == kLanes ? load(row) : load_partial(row, features);
         }
         transpose<X>(v);
         for (int64_t f = 0; f < features; ++f) store<X>(tile + (d + f) * kKeyTile, v[f]);
