@@ -174,6 +174,7 @@ CLIPS = pytest.mark.parametrize(
         (Case(streams=1, embed=16, length=1, tokens=5), 2),
         (Case(streams=2, embed=64, heads=1, length=63, tokens=200), 10),
         (Case(streams=2, embed=128, length=64, tokens=1), 0),
+        (Case(streams=1, embed=40, length=150, tokens=90), 0),
         (Case(streams=3, embed=34, heads=17, length=20, tokens=70), 3),
         (Case(streams=2, tokens=40, query_slots=3), 40),
         (Case(streams=130, tokens=3, position=0), 0),
