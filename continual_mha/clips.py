@@ -15,7 +15,7 @@ from . import _native, backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .modes import is_batched, is_opaque, is_transformed
 from .precision import autocast_dtype
-from .products import Multiply, by_cpu_library, by_pytorch
+from .products import multiply
 from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
@@ -115,17 +115,13 @@ def _is_one_node(
     return mixing.why_not_fused(as_moved, key, value, *how) is None
 
 
-def _fastest_product(tokens: Tensor, params: Sequence[Tensor | None]) -> Multiply:
-    """What multiplies tokens ``(N, E)`` and weights where autograd does not follow."""
+def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
+    """Whether to multiply tokens ``(N, E)`` and weights by the CPU library, where autograd does not
+    follow: where it was faster than torch's in docs/cpu.md."""
     if backends.order(tokens.device.type)[0] != "cpu":
-        return by_pytorch
+        return False
     if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
-        return by_pytorch
-    return by_cpu_library if _library_multiplies_faster(tokens) else by_pytorch
-
-
-def _library_multiplies_faster(tokens: Tensor) -> bool:
-    """Whether the CPU library is faster than torch's, as measured for docs/cpu.md."""
+        return False
     isa = _native.cpu_isa()
     if tokens.dtype == torch.float16:
         return isa != "baseline"
@@ -183,9 +179,10 @@ class _AttendClip(torch.autograd.Function):
         weights = _without_extra_slots(params)
         (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
         asking = node.asking(query, key)
-        multiply = _fastest_product(asking, params)
-        q = multiply(asking, w_q.t(), b_q).unflatten(-1, (node.num_heads, -1))
-        moved = inputs.moved_queries(q, w_k, multiply)
+        by_library = _library_multiplies(asking, params)
+        q = multiply(asking, w_q.t(), b_q, by_library=by_library)
+        q = q.unflatten(-1, (node.num_heads, -1))
+        moved = inputs.moved_queries(q, w_k, by_library)
         seed = dropout_seed(node.dropout_p, key.device)
         name = "attend_shared"
         args: tuple[Any, ...] = (moved, key, value, mask, None)
@@ -196,12 +193,13 @@ class _AttendClip(torch.autograd.Function):
         share = None if seed is None else kept.unsqueeze(-1)
         if mask is not None and node.blank:
             mixed, share = mixing.blanked(mixed, share, lse)
-        heads = inputs.projected_mix(mixed, share, w_v, b_v, multiply).flatten(1)
-        ctx.node, ctx.multiply = node, multiply
+        heads = inputs.projected_mix(mixed, share, w_v, b_v, by_library).flatten(1)
+        ctx.node, ctx.by_library = node, by_library
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         found = _Found(q, moved, mixed, share, lse, kept, heads, seed)
         ctx.save_for_backward(query, key, value, mask, *params, *found)
-        return multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias), attn
+        w_o, b_o = weights.out_proj_weight, weights.out_proj_bias
+        return multiply(heads, w_o.t(), b_o, by_library=by_library), attn
 
     @staticmethod
     def backward(
@@ -217,7 +215,7 @@ class _AttendClip(torch.autograd.Function):
         if followed or any(map(is_batched, grads)):
             return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
         with _without_autocast(grad_out.device.type):
-            return None, *_gradients(ctx.node, ctx.multiply, given, found, grads, needed)
+            return None, *_gradients(ctx.node, ctx.by_library, given, found, grads, needed)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -248,7 +246,7 @@ class _Needed(NamedTuple):
 
 def _gradients(
     node: _Node,
-    multiply: Multiply,
+    by_library: bool,
     given: tuple[Any, ...],
     found: _Found,
     grads: tuple[Tensor, Tensor | None],
@@ -275,20 +273,21 @@ def _gradients(
     # one buffer for what is one parameter, of which these are the parts
     d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
     d_b_q, d_b_k, d_b_v = _parts(d_params[3])
+    product = partial(multiply, by_library=by_library)
 
     if needed.out_proj_weight:
-        multiply(d_out.t(), heads, out=d_params[4])
+        product(d_out.t(), heads, out=d_params[4])
     if needed.out_proj_bias:
         torch.sum(d_out, 0, out=d_params[5])
     if of_heads:
-        d_heads = multiply(d_out, weights.out_proj_weight).view(N, H, D)
+        d_heads = product(d_out, weights.out_proj_weight).view(N, H, D)
         if d_w_v is not None:
             by_head = d_w_v.unflatten(0, (H, D))
-            multiply(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
+            product(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
         if d_b_v is not None:
             torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
     if of_attention:
-        d_mixed = multiply(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+        d_mixed = product(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
         d_kept = None
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
@@ -304,21 +303,21 @@ def _gradients(
         d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
         if d_w_k is not None:
             by_head = d_w_k.unflatten(0, (H, D))
-            multiply(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
+            product(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
         if d_b_k is not None:
             d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
     if of_queries:
-        d_q = multiply(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale=scale)
+        d_q = product(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale=scale)
         d_q = d_q.transpose(0, 1).reshape(N, H * D)
         if d_w_q is not None:
-            multiply(d_q.t(), node.asking(query, key), out=d_w_q)
+            product(d_q.t(), node.asking(query, key), out=d_w_q)
         if d_b_q is not None:
             torch.sum(d_q, 0, out=d_b_q)
         if needed.query:
-            d_query = multiply(d_q, w_q)
+            d_query = product(d_q, w_q)
         if asking_in_clip:
             assert d_key is not None
-            multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
+            product(d_q, w_q, out=d_key[:, node.query_index], add=True)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 

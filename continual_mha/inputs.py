@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
-from .products import Multiply, by_pytorch
+from .products import multiply
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
     Options,
@@ -343,11 +343,12 @@ def _attend_inputs(
     return _Attended(found, mix.on_extra, mix.attn)
 
 
-def moved_queries(q: Tensor, w_k: Tensor, multiply: Multiply = by_pytorch) -> Tensor:
+def moved_queries(q: Tensor, w_k: Tensor, by_library: bool = False) -> Tensor:
     """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
     by_head = w_k.unflatten(0, q.shape[1:])
     scale = 1.0 / math.sqrt(q.shape[2])
-    return multiply(q.transpose(0, 1), by_head, scale=scale).transpose(0, 1)
+    moved = multiply(q.transpose(0, 1), by_head, scale=scale, by_library=by_library)
+    return moved.transpose(0, 1)
 
 
 def projected_mix(
@@ -355,15 +356,16 @@ def projected_mix(
     share: Tensor | None,
     w_v: Tensor,
     b_v: Tensor | None,
-    multiply: Multiply = by_pytorch,
+    by_library: bool = False,
 ) -> Tensor:
     """Heads' outputs ``(N, H, D)`` from their mixed inputs ``(N, H, Ev)``, of weights ``share``."""
     heads = (mixed.shape[1], w_v.shape[0] // mixed.shape[1])
     mixed, w_v = mixed.transpose(0, 1), w_v.unflatten(0, heads).transpose(1, 2)
     bias = None if b_v is None else b_v.view(heads)
     if bias is None or share is None:
-        return multiply(mixed, w_v, bias).transpose(0, 1)
-    return multiply(mixed, w_v).transpose(0, 1) + bias * share.to(mixed.dtype)
+        return multiply(mixed, w_v, bias, by_library=by_library).transpose(0, 1)
+    found = multiply(mixed, w_v, by_library=by_library).transpose(0, 1)
+    return found + bias * share.to(mixed.dtype)
 
 
 def plain_mix(

@@ -78,7 +78,7 @@ SCHEMAS = {
 
 # Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
 # is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
-# of which torch is told nothing. `products.Multiply`, and `reference.take_slots` in one call.
+# of which torch is told nothing. `products.multiply`, and `reference.take_slots` in one call.
 _OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from continual_mha import _native, products, use_backend
 pytestmark = pytest.mark.skipif(_native.load("cpu") is not None, reason=str(_native.load("cpu")))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+by_library = partial(products.multiply, by_library=True)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -60,8 +63,8 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
             k: v.to(torch.float64, copy=True) if isinstance(v, Tensor) else v
             for k, v in option.items()
         }
-        exact = products.by_pytorch(left.double(), right.double(), **wide)
-        plain = products.by_pytorch(
+        exact = products.multiply(left.double(), right.double(), **wide)
+        plain = products.multiply(
             left, right, **{k: v.clone() if k == "out" else v for k, v in option.items()}
         )
         for of_left in orders:
@@ -71,9 +74,7 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
                     whole = torch.full((*batch, rows + 2, columns + 3), 7.0, dtype=dtype)
                     given["out"] = whole[..., 1:-1, 1:-2]
                     given["out"].copy_(held)
-                found = products.by_cpu_library(
-                    in_order(left, of_left), in_order(right, of_right), **given
-                )
+                found = by_library(in_order(left, of_left), in_order(right, of_right), **given)
                 assert found.shape == plain.shape
                 assert_as_exact_as_torch(found, exact, plain)
                 if "add" in option:
@@ -84,7 +85,7 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
 def test_what_is_written_over_is_not_read() -> None:
     for inner in (0, 40):
         out = torch.full((5, 6), torch.nan)
-        products.by_cpu_library(torch.ones(5, inner), torch.ones(inner, 6), out=out)
+        by_library(torch.ones(5, inner), torch.ones(inner, 6), out=out)
         assert torch.equal(out, torch.full((5, 6), float(inner)))
 
 
@@ -96,7 +97,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             rights = (right, in_order(right, (1, 0)))
-            found.append([products.by_cpu_library(left, x) for x in rights])
+            found.append([by_library(left, x) for x in rights])
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *found))

@@ -184,7 +184,7 @@ Tokens gathered(const void* src, int64_t stream_stride, int64_t feature_stride, 
                 int64_t features, DType dtype, const Gather& gather) {
   void* buffer = scratch<InputTag>(count * features * token_size(dtype));
   parallel(count, features, [&](int64_t begin, int64_t end) {
-    gather(src, stream_stride, feature_stride, features, buffer, begin, end);
+    gather(src, stream_stride, feature_stride, features, 1.0, buffer, begin, end);
   });
   return {buffer, features, count, features};
 }

@@ -210,14 +210,12 @@ constexpr int64_t kProductColumns = 256;  // alike
 struct Kernels {
   // Whether projections take tokens as acc, or else as DType.
   bool tokens_are_acc;
-  // Tokens (streams, in_features) of any strides, DType or acc, to an array as projections take it.
+  // Tokens (streams, in_features) of any strides, DType or acc, times a number, to an array as
+  // projections take it.
   void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
-                 void* dst, int64_t begin, int64_t end);
+                 double scale, void* dst, int64_t begin, int64_t end);
   void (*gather_acc)(const void* src, int64_t stream_stride, int64_t feature_stride,
-                     int64_t features, void* dst, int64_t begin, int64_t end);
-  // The first times a number.
-  void (*gather_scaled)(const void* src, int64_t stream_stride, int64_t feature_stride,
-                        int64_t features, double scale, void* dst, int64_t begin, int64_t end);
+                     int64_t features, double scale, void* dst, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
   int64_t (*product_scratch)(const ProductParams&);

@@ -61,7 +61,7 @@ void multiply_columns(const ProductParams& p, int64_t batches, const void* bias,
       one.x_stride = p.left_row;
       if (!as_it_lies) {
         void* copy = scratch<LeftTag>(p.rows * p.inner * acc_size(dtype));
-        table.gather_scaled(one.x, p.left_row, p.left_inner, p.inner, p.scale, copy, 0, p.rows);
+        table.gather(one.x, p.left_row, p.left_inner, p.inner, p.scale, copy, 0, p.rows);
         one.x = copy;
         one.x_stride = p.inner;
       }

@@ -37,7 +37,7 @@ int64_t product_scratch(const ProductParams& p) {
 template <class S, class X>
 CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t rows, X* factors) {
   if (p.left_inner <= p.left_row) {
-    gather_scaled<S, X>(left, p.left_row, p.left_inner, p.inner, p.scale, factors, 0, rows);
+    gather<S, X>(left, p.left_row, p.left_inner, p.inner, p.scale, factors, 0, rows);
     return;
   }
   const auto scale = static_cast<typename AccOf<S>::type>(p.scale);

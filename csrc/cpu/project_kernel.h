@@ -11,8 +11,8 @@ namespace {
 
 // X: what projections multiply, DType or acc.
 template <class S, class X>
-void gather_scaled(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
-                   double scale, void* dst, int64_t begin, int64_t end) {
+void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
+            double scale, void* dst, int64_t begin, int64_t end) {
   const auto factor = static_cast<typename AccOf<S>::type>(scale);
   for (int64_t n = begin; n < end; ++n) {
     const S* from = static_cast<const S*>(src) + n * stream_stride;
@@ -23,12 +23,6 @@ void gather_scaled(const void* src, int64_t stream_stride, int64_t feature_strid
     }
     for (int64_t i = 0; i < features; ++i) narrow(widen(from[i * feature_stride]) * factor, to + i);
   }
-}
-
-template <class S, class X>
-void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
-            void* dst, int64_t begin, int64_t end) {
-  gather_scaled<S, X>(src, stream_stride, feature_stride, features, 1.0, dst, begin, end);
 }
 
 // kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
@@ -90,7 +84,6 @@ constexpr void set_projections(Kernels& table) {
   table.tokens_are_acc = std::is_same_v<X, A>;
   table.gather = gather<S, X>;
   table.gather_acc = gather<A, X>;
-  table.gather_scaled = gather_scaled<S, X>;
   table.project = project<S, X, S>;
   table.project_to_acc = project<S, X, A>;
 }
