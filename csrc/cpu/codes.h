@@ -130,6 +130,7 @@ CMHA_INLINE FVec score_tile(const R* rows, int64_t head_dim, const float* q) {
   int64_t i = 0;
   for (; i + kLanes <= head_dim; i += kLanes) {
     const FVec x = load(q + i);
+    for (int r = 0; i % 64 == 0 && r < kLanes; ++r) ask_ahead(rows + r * head_dim + i);
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) acc[r] += load(rows + r * head_dim + i) * x;
   }

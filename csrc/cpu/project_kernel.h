@@ -58,24 +58,33 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   }
 }
 
-// Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while all
-// streams pass by, so that weights are read from memory once per call.
+// Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while streams
+// pass by, as many as stay in the second level's: so weights are read once per call where those are
+// all, and else far less often than the streams would be.
 template <class S, class X, class O>
 void project(const ProjectParams& p, int64_t begin, int64_t end) {
-  const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
-    constexpr int kCount = decltype(tag)::value;
-    int64_t groups = (p.streams + kMaxColumns - 1) / kMaxColumns;
-    for (int64_t n = 0; n < p.streams; --groups) {
-      const int64_t count = (p.streams - n + groups - 1) / groups;  // as even as can be
-      if (count == 5) project_tile<S, X, O, kCount, kMaxColumns>(p, row, stretch, n);
-      if (count == 4) project_tile<S, X, O, kCount, 4>(p, row, stretch, n);
-      if (count == 3) project_tile<S, X, O, kCount, 3>(p, row, stretch, n);
-      if (count == 2) project_tile<S, X, O, kCount, 2>(p, row, stretch, n);
-      if (count == 1) project_tile<S, X, O, kCount, 1>(p, row, stretch, n);
-      n += count;
-    }
-  };
-  tiles_of_rows(begin * kRowBlock, min_of(end * kRowBlock, p.rows), tile);
+  constexpr int64_t kStreamBytes = 256 << 10;
+  const int64_t stream_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(X)};
+  const int64_t most = max_of(kStreamBytes / stream_bytes, int64_t{kMaxColumns});
+  const int64_t passes = max_of((p.streams + most - 1) / most, int64_t{1});
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = p.streams * pass / passes;
+    const int64_t last = p.streams * (pass + 1) / passes;
+    const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(tag)::value;
+      int64_t groups = (last - first + kMaxColumns - 1) / kMaxColumns;
+      for (int64_t n = first; n < last; --groups) {
+        const int64_t count = (last - n + groups - 1) / groups;  // as even as can be
+        if (count == 5) project_tile<S, X, O, kCount, kMaxColumns>(p, row, stretch, n);
+        if (count == 4) project_tile<S, X, O, kCount, 4>(p, row, stretch, n);
+        if (count == 3) project_tile<S, X, O, kCount, 3>(p, row, stretch, n);
+        if (count == 2) project_tile<S, X, O, kCount, 2>(p, row, stretch, n);
+        if (count == 1) project_tile<S, X, O, kCount, 1>(p, row, stretch, n);
+        n += count;
+      }
+    };
+    tiles_of_rows(begin * kRowBlock, min_of(end * kRowBlock, p.rows), tile);
+  }
 }
 
 template <class S, class X>

@@ -125,6 +125,15 @@ CMHA_INLINE void tiles_of_rows(int64_t begin, int64_t end, const Tile& tile) {
   for (int64_t r = begin + kRows * stretch; r < end; ++r) tile(r, 0, Int<1>{});
 }
 
+// Asks for what comes 8 KB after `p`, where rows are read one after another.
+template <class S>
+CMHA_INLINE void ask_ahead(const S* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 8192);
+}
+
+// The compiler moves no load across this: read in turns, rows are as many streams to the hardware.
+CMHA_INLINE void keep_order() { __asm__ volatile("" ::: "memory"); }
+
 // Rows that fit into one vector, as many as there are lanes: the lanes of all are added up
 // together.
 template <class S, class A>
@@ -134,6 +143,7 @@ CMHA_TILE void dot_short_tile(const S* rows, int64_t row_stride, const A* x, int
   constexpr int kLanes = Simd<A>::kLanes;
   const bool full = count == kLanes;
   const Vec xs = full ? load(x) : load_partial(x, count);
+  for (int r = 0; r < kLanes; ++r) ask_ahead(rows + r * row_stride);
   Vec acc[kLanes] = {};
   if (full) {
 #pragma GCC unroll 16
@@ -145,22 +155,76 @@ CMHA_TILE void dot_short_tile(const S* rows, int64_t row_stride, const A* x, int
   store_sums<A, kLanes>(acc, sums);
 }
 
+// dot_tile<kR, 1> of rows side by side, in the order of memory, with the same bits.
+template <int kR, class S, class A>
+CMHA_TILE void dot_next_tile(const S* rows, int64_t row_stride, const A* x, int64_t count,
+                             A* sums) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  Vec acc[kR] = {};
+  int64_t i = 0;
+  const auto add = [&](auto tag) __attribute__((always_inline)) {
+    constexpr int kVecs = decltype(tag)::value;
+    for (; i + kVecs * kLanes <= count; i += kVecs * kLanes) {
+      Vec xs[kVecs];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) xs[j] = load(x + i + j * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) {
+        keep_order();
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) {
+          const S* at = rows + r * row_stride + i + j * kLanes;
+          if (j * kLanes * sizeof(S) % 64 == 0) ask_ahead(at);
+          acc[r] += load(at) * xs[j];
+        }
+      }
+    }
+  };
+  add(Int<8>{});
+  add(Int<4>{});
+  add(Int<1>{});
+  if (i < count) {
+    const Vec xs = load_partial(x + i, count - i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kR; ++r) {
+      const S* at = rows + r * row_stride + i;
+      ask_ahead(at);
+      acc[r] += load_partial(at, count - i) * xs;
+    }
+  }
+  store_sums<A, kR>(acc, sums);
+}
+
+// emit(row, row . x) for rows [begin, end), front to back: a head of a ring is too short for four
+// streams, which the hardware would have to find anew for each.
+template <class S, class A, class Emit>
+CMHA_INLINE void dot_rows_in_order(const S* rows, int64_t row_stride, int64_t begin, int64_t end,
+                                   const A* x, int64_t count, const Emit& emit) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  for (; count <= kLanes && begin + kLanes <= end; begin += kLanes) {
+    A sums[kLanes];
+    dot_short_tile(rows + begin * row_stride, row_stride, x, count, sums);
+    for (int r = 0; r < kLanes; ++r) emit(begin + r, sums[r]);
+  }
+  by_fours(begin, end, [&](int64_t row, auto tag) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(tag)::value;
+    A sums[kCount];
+    dot_next_tile<kCount>(rows + row * row_stride, row_stride, x, count, sums);
+    for (int r = 0; r < kCount; ++r) emit(row + r, sums[r]);
+  });
+}
+
 // emit(row, c, row . x c) for rows [begin, end) and kC vectors x.
 template <int kC, class S, class X, class Emit>
 CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int64_t end, const X* x,
                           int64_t x_stride, int64_t count, const Emit& emit) {
   using A = typename AccOf<X>::type;
   if constexpr (kC == 1 && std::is_same_v<X, A>) {
-    constexpr int kLanes = Simd<A>::kLanes;
-    A sums[kLanes];
-    for (; count <= kLanes && begin + kLanes <= end; begin += kLanes) {
-      const S* first = rows + begin * row_stride;
-      for (int r = 0; r < kLanes; ++r) {  // a head's short rows end before the hardware follows
-        __builtin_prefetch(first + (2 * kLanes + r) * row_stride);
-      }
-      dot_short_tile(first, row_stride, x, count, sums);
-      for (int r = 0; r < kLanes; ++r) emit(begin + r, 0, sums[r]);
-    }
+    dot_rows_in_order(rows, row_stride, begin, end, x, count,
+                      [&](int64_t row, A sum)
+                          __attribute__((always_inline)) { emit(row, 0, sum); });
+    return;
   }
   tiles_of_rows(begin, end,
                 [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
@@ -174,8 +238,6 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
                 });
 }
 
-constexpr int64_t kAhead = 16;  // rows from the one in use to the one prefetched
-
 // out[q][0..columns) = sum over rows l of p[q][l] * row l, or += with kAdd, for kQ rows of weights
 // and kVecs vectors of columns, or with kTail for `tail` columns of one vector. The rows are
 // dealt out to kPhases accumulators, so that a narrow chunk is not bound by the latency of one
@@ -188,10 +250,11 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
   Vec acc[kPhases][kQ][kVecs] = {};
   const auto add_row = [&](Vec(*sums)[kVecs], int64_t l) __attribute__((always_inline)) {
     const S* row = rows + l * row_stride;
+    if constexpr (kQ == 1) keep_order();
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) {
       if (kQ == 1 && j * kLanes * sizeof(S) % 64 == 0) {
-        __builtin_prefetch(row + j * kLanes + kAhead * row_stride);
+        ask_ahead(row + j * kLanes);
       }
       const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
 #pragma GCC unroll 4
