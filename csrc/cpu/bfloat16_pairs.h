@@ -19,7 +19,7 @@ struct FactorOf<BFloat16> {
   using type = BFloat16;
 };
 
-template <int kR, int kC>
+template <int kR, int kC, bool kAsk = false>
 CMHA_TILE void dot_tile(const BFloat16* rows, int64_t row_stride, const BFloat16* x,
                         int64_t x_stride, int64_t count, float* sums) {
   constexpr int kPairs = 2 * Simd<float>::kLanes;
@@ -36,13 +36,17 @@ CMHA_TILE void dot_tile(const BFloat16* rows, int64_t row_stride, const BFloat16
   for (; i + kPairs <= count; i += kPairs) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load_pairs(x + c * x_stride + i);
-#pragma GCC unroll 4
-    for (int r = 0; r < kR; ++r) add(r, load_pairs(rows + r * row_stride + i));
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const BFloat16* at = rows + r * row_stride + i;
+      if (kAsk) __builtin_prefetch(at + count);
+      add(r, held(load_pairs(at)));
+    }
   }
   if (i < count) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load_pairs(x + c * x_stride + i, count - i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) add(r, load_pairs(rows + r * row_stride + i, count - i));
   }
   store_sums<float, kR * kC>(acc, sums);

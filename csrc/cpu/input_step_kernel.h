@@ -28,7 +28,7 @@ CMHA_TILE void mix_tile(const A* p, int64_t p_stride, const S* rows, int64_t row
       if (!kTail && ahead != 0 && j * kLanes * sizeof(S) % 64 == 0) {
         __builtin_prefetch(row + j * kLanes + ahead, 0, 2);
       }
-      const Vec v = kTail ? load_partial(row, tail) : load(row + j * kLanes);
+      const Vec v = held(kTail ? load_partial(row, tail) : load(row + j * kLanes));
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) acc[q][j] += p[q * p_stride + l] * v;
     }

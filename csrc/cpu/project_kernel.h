@@ -25,8 +25,9 @@ void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int6
   }
 }
 
-// kCount rows of the weight, from `row` on and `stretch` apart, against kC streams.
-template <class S, class X, class O, int kCount, int kC>
+// kCount rows of the weight, from `row` on and `stretch` apart, against kC streams. With kAsk those
+// that come next are asked for.
+template <class S, class X, class O, int kCount, int kC, bool kAsk>
 CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stretch,
                               int64_t stream) {
   using A = typename AccOf<S>::type;
@@ -35,7 +36,8 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   const S* bias = static_cast<const S*>(p.bias);
   O* out = static_cast<O*>(p.out) + stream * p.out_stride;
   A sums[kCount * kC];
-  dot_rows_tile<kCount, kC>(weight, stretch * p.in_features, x, p.x_stride, p.in_features, sums);
+  dot_rows_tile<kCount, kC, kAsk>(weight, stretch * p.in_features, x, p.x_stride, p.in_features,
+                                  sums);
   A biases[kCount] = {};
   for (int r = 0; bias != nullptr && r < kCount; ++r) biases[r] = widen(bias[row + r * stretch]);
   if constexpr (std::is_same_v<O, A>) {
@@ -58,32 +60,60 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   }
 }
 
+// The streams [first, last) against rows [begin, end) of the weight, in tiles of kRows by kColumns
+// at most. While the last streams pass a tile, the next one is asked for.
+template <int kRows, int kColumns, class S, class X, class O>
+CMHA_INLINE void project_streams(const ProjectParams& p, int64_t begin, int64_t end, int64_t first,
+                                 int64_t last) {
+  const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(tag)::value;
+    int64_t groups = (last - first + kColumns - 1) / kColumns;
+    for (int64_t n = first; n < last; --groups) {
+      const int64_t count = (last - n + groups - 1) / groups;  // as even as can be
+      const auto pass = [&](auto streams, auto asks) __attribute__((always_inline)) {
+        project_tile<S, X, O, kCount, decltype(streams)::value, decltype(asks)::value>(p, row,
+                                                                                       stretch, n);
+      };
+      if (groups > 1) {
+        if (kColumns == 5 && count == 5) pass(Int<kColumns>{}, std::false_type{});
+        if (count == 4) pass(Int<4>{}, std::false_type{});
+        if (count == 3) pass(Int<3>{}, std::false_type{});
+      } else {
+        if (kColumns == 5 && count == 5) pass(Int<kColumns>{}, std::true_type{});
+        if (count == 4) pass(Int<4>{}, std::true_type{});
+        if (count == 3) pass(Int<3>{}, std::true_type{});
+        if (count == 2) pass(Int<2>{}, std::false_type{});
+        if (count == 1) pass(Int<1>{}, std::false_type{});
+      }
+      n += count;
+    }
+  };
+  tiles_of_rows<kRows>(begin, end, tile);
+}
+
 // Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while streams
 // pass by, as many as stay in the second level's: so weights are read once per call where those are
-// all, and else far less often than the streams would be.
+// all, and else far less often than the streams would be. Six rows multiply faster than four, but
+// few streams wait for weights, for six rows longer, and long rows are too many for the cache.
 template <class S, class X, class O>
 void project(const ProjectParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kFewStreams = 20;
+  constexpr int64_t kLongRow = 4 << 10;
   constexpr int64_t kStreamBytes = 256 << 10;
-  const int64_t stream_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(X)};
-  const int64_t most = max_of(kStreamBytes / stream_bytes, int64_t{kMaxColumns});
-  const int64_t passes = max_of((p.streams + most - 1) / most, int64_t{1});
+  constexpr int64_t kLeastStreams = 64;  // to read all weights for
+  begin *= kRowBlock;
+  end = min_of(end * kRowBlock, p.rows);
+  const int64_t row_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(X)};
+  const int64_t most = max_of(kStreamBytes / row_bytes, kLeastStreams);
+  const int64_t passes = (p.streams + most - 1) / most;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = p.streams * pass / passes;
     const int64_t last = p.streams * (pass + 1) / passes;
-    const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
-      constexpr int kCount = decltype(tag)::value;
-      int64_t groups = (last - first + kMaxColumns - 1) / kMaxColumns;
-      for (int64_t n = first; n < last; --groups) {
-        const int64_t count = (last - n + groups - 1) / groups;  // as even as can be
-        if (count == 5) project_tile<S, X, O, kCount, kMaxColumns>(p, row, stretch, n);
-        if (count == 4) project_tile<S, X, O, kCount, 4>(p, row, stretch, n);
-        if (count == 3) project_tile<S, X, O, kCount, 3>(p, row, stretch, n);
-        if (count == 2) project_tile<S, X, O, kCount, 2>(p, row, stretch, n);
-        if (count == 1) project_tile<S, X, O, kCount, 1>(p, row, stretch, n);
-        n += count;
-      }
-    };
-    tiles_of_rows(begin * kRowBlock, min_of(end * kRowBlock, p.rows), tile);
+    if (kTileVectors == 16 && (p.streams <= kFewStreams || row_bytes > kLongRow)) {
+      project_streams<4, 5, S, X, O>(p, begin, end, first, last);
+    } else {
+      project_streams<6, 4, S, X, O>(p, begin, end, first, last);
+    }
   }
 }
 

@@ -69,8 +69,9 @@ CMHA_INLINE void store_sums(const typename Simd<A>::Vec* acc, A* sums) {
 }
 
 // sums[r * kC + c] = row r . x c over `count` elements. Each sum has one accumulator and one order
-// of addition whatever kR and kC are, so its bits do not depend on them.
-template <int kR, int kC, class S, class A>
+// of addition whatever kR and kC are, so its bits do not depend on them. With kAsk what follows
+// each row is asked for.
+template <int kR, int kC, bool kAsk = false, class S, class A>
 CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x_stride,
                         int64_t count, A* sums) {
   using Vec = typename Simd<A>::Vec;
@@ -81,9 +82,11 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
   for (; i + kLanes <= count; i += kLanes) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load(x + c * x_stride + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
-      const Vec w = load(rows + r * row_stride + i);
+      const S* at = rows + r * row_stride + i;
+      if (kAsk) __builtin_prefetch(at + count);
+      const Vec w = held(load(at));
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) acc[r * kC + c] += w * xs[c];
     }
@@ -91,7 +94,7 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
   if (i < count) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) xs[c] = load_partial(x + c * x_stride + i, count - i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       const Vec w = load_partial(rows + r * row_stride + i, count - i);
 #pragma GCC unroll 8
@@ -101,28 +104,28 @@ CMHA_TILE void dot_tile(const S* rows, int64_t row_stride, const A* x, int64_t x
   store_sums<A, kR * kC>(acc, sums);
 }
 
-constexpr int kRows = 4;                                 // rows that are multiplied together
-constexpr int kMaxColumns = kTileVectors == 16 ? 5 : 4;  // vectors, at most
-
-// dot_tile<kCount, kC>, in as many parts as the registers ask for.
-template <int kCount, int kC, class S, class X, class A>
+// dot_tile<kCount, kC>, in two parts where the registers ask for it.
+template <int kCount, int kC, bool kAsk = false, class S, class X, class A>
 CMHA_INLINE void dot_rows_tile(const S* rows, int64_t row_stride, const X* x, int64_t x_stride,
                                int64_t count, A* sums) {
-  constexpr int kR = kCount < kRows || kTileVectors == 16 || kC <= 2 ? kCount : kCount / 2;
+  constexpr int kMostSums = kTileVectors == 16 ? 24 : 12;
+  constexpr int kR = kCount * kC <= kMostSums ? kCount : kCount / 2;
   for (int r = 0; r < kCount; r += kR) {
-    dot_tile<kR, kC>(rows + r * row_stride, row_stride, x, x_stride, count, sums + r * kC);
+    dot_tile<kR, kC, kAsk>(rows + r * row_stride, row_stride, x, x_stride, count, sums + r * kC);
   }
 }
 
-// Calls tile(row, stride, Int<rows>) for tiles that make up the rows [begin, end). A tile's rows
-// lie a stretch apart, `stride` rows, so that each is the next of a stream through memory that the
-// hardware's prefetcher follows: side by side they would be as many short streams, which it does
-// not, and half as fast.
-template <class Tile>
+// Calls tile(row, stride, Int<rows>) for tiles of kRows and fewer that make up the rows [begin,
+// end). A tile's rows lie a stretch apart, `stride` rows, so that each is the next of a stream
+// through memory that the hardware's prefetcher follows: side by side they would be as many short
+// streams, which it does not, and half as fast.
+template <int kRows, class Tile>
 CMHA_INLINE void tiles_of_rows(int64_t begin, int64_t end, const Tile& tile) {
   const int64_t stretch = (end - begin) / kRows;
   for (int64_t r = begin; r < begin + stretch; ++r) tile(r, stretch, Int<kRows>{});
-  for (int64_t r = begin + kRows * stretch; r < end; ++r) tile(r, 0, Int<1>{});
+  int64_t r = begin + kRows * stretch;
+  for (; r + 2 <= end; r += 2) tile(r, 1, Int<2>{});
+  if (r < end) tile(r, 0, Int<1>{});
 }
 
 // Asks for what comes 8 KB after `p`, where rows are read one after another.
@@ -226,16 +229,16 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
                           __attribute__((always_inline)) { emit(row, 0, sum); });
     return;
   }
-  tiles_of_rows(begin, end,
-                [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
-                  constexpr int kCount = decltype(tag)::value;
-                  const S* first = rows + row * row_stride;
-                  A sums[kCount * kC];
-                  dot_rows_tile<kCount, kC>(first, stretch * row_stride, x, x_stride, count, sums);
-                  for (int r = 0; r < kCount; ++r) {
-                    for (int c = 0; c < kC; ++c) emit(row + r * stretch, c, sums[r * kC + c]);
-                  }
-                });
+  tiles_of_rows<6>(
+      begin, end, [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(tag)::value;
+        const S* first = rows + row * row_stride;
+        A sums[kCount * kC];
+        dot_rows_tile<kCount, kC>(first, stretch * row_stride, x, x_stride, count, sums);
+        for (int r = 0; r < kCount; ++r) {
+          for (int c = 0; c < kC; ++c) emit(row + r * stretch, c, sums[r * kC + c]);
+        }
+      });
 }
 
 // out[q][0..columns) = sum over rows l of p[q][l] * row l, or += with kAdd, for kQ rows of weights
@@ -256,7 +259,7 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
       if (kQ == 1 && j * kLanes * sizeof(S) % 64 == 0) {
         ask_ahead(row + j * kLanes);
       }
-      const Vec v = kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes);
+      const Vec v = held(kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes));
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
     }

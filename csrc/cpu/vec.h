@@ -253,6 +253,18 @@ CMHA_INLINE void narrow(FVec v, Float16* p) {
 #endif
 }
 
+// What is multiplied with several vectors, in a register: the compiler would load it anew for each
+// of two or three, which takes as long as two products.
+template <class Vec>
+CMHA_INLINE Vec held(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class A>
 CMHA_INLINE typename Simd<A>::Vec broadcast(A x) {
   return x - typename Simd<A>::Vec{};
