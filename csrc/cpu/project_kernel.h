@@ -61,7 +61,7 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
 }
 
 // The streams [first, last) against rows [begin, end) of the weight, in tiles of kRows by kColumns
-// at most. While the last streams pass a tile, the next one is asked for.
+// at most. The first to pass a tile wait for it; the last, if those are others, ask for the next.
 template <int kRows, int kColumns, class S, class X, class O>
 CMHA_INLINE void project_streams(const ProjectParams& p, int64_t begin, int64_t end, int64_t first,
                                  int64_t last) {
@@ -70,21 +70,20 @@ CMHA_INLINE void project_streams(const ProjectParams& p, int64_t begin, int64_t 
     int64_t groups = (last - first + kColumns - 1) / kColumns;
     for (int64_t n = first; n < last; --groups) {
       const int64_t count = (last - n + groups - 1) / groups;  // as even as can be
-      const auto pass = [&](auto streams, auto asks) __attribute__((always_inline)) {
-        project_tile<S, X, O, kCount, decltype(streams)::value, decltype(asks)::value>(p, row,
-                                                                                       stretch, n);
+      const bool asks = groups == 1 && n > first;
+      const auto pass = [&](auto streams) __attribute__((always_inline)) {
+        constexpr int kC = decltype(streams)::value;
+        if (kC > 2 && asks) {
+          project_tile<S, X, O, kCount, kC, (kC > 2)>(p, row, stretch, n);
+        } else {
+          project_tile<S, X, O, kCount, kC, false>(p, row, stretch, n);
+        }
       };
-      if (groups > 1) {
-        if (kColumns == 5 && count == 5) pass(Int<kColumns>{}, std::false_type{});
-        if (count == 4) pass(Int<4>{}, std::false_type{});
-        if (count == 3) pass(Int<3>{}, std::false_type{});
-      } else {
-        if (kColumns == 5 && count == 5) pass(Int<kColumns>{}, std::true_type{});
-        if (count == 4) pass(Int<4>{}, std::true_type{});
-        if (count == 3) pass(Int<3>{}, std::true_type{});
-        if (count == 2) pass(Int<2>{}, std::false_type{});
-        if (count == 1) pass(Int<1>{}, std::false_type{});
-      }
+      if (kColumns == 5 && count == 5) pass(Int<kColumns>{});
+      if (count == 4) pass(Int<4>{});
+      if (count == 3) pass(Int<3>{});
+      if (count == 2) pass(Int<2>{});
+      if (count == 1) pass(Int<1>{});
       n += count;
     }
   };
