@@ -473,3 +473,15 @@ def test_layouts_that_are_views(layout: dict[str, bool]) -> None:
     shaped = x.transpose(0, 1) if "batch_first" in layout else x.transpose(1, 2)
     x = shaped.detach().contiguous().requires_grad_()
     assert_same(gradients(module, x), plain_gradients(module, x))
+
+
+@pytest.mark.parametrize("construction", [{}, {"kdim": 7, "vdim": 10}])
+def test_weights_that_lie_by_columns_train(construction: dict[str, int]) -> None:
+    module = build(dtype=torch.float64, **construction)
+    tokens = [x.requires_grad_() for x in draw_tokens(module, STREAMS, LENGTH)]
+    for part in (module, module.out_proj):
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if weight.dim() == 2:
+                setattr(part, name, torch.nn.Parameter(weight.detach().t().contiguous().t()))
+    assert is_one_node(module(*tokens)[0])
+    assert_same(gradients(module, *tokens), plain_gradients(module, *tokens))
