@@ -495,7 +495,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         if active is not None:
             checks.check_active(active, query)
         if again is not None:
-            return again.run(query, active)
+            try:
+                return again.run(query, active)
+            except RuntimeError:  # weights may be others behind their parameters; nothing advanced
+                self._repeat = None
+                tokens = self._tokens(query, key, value)
         return self._go_on(tokens, update_state, active)
 
     def forward_steps(

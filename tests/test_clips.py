@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from oracles import LENGTH, build, draw_tokens
+from oracles import LENGTH, assert_as_exact_as_torch, build, draw_tokens
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -473,3 +474,36 @@ def test_layouts_that_are_views(layout: dict[str, bool]) -> None:
     shaped = x.transpose(0, 1) if "batch_first" in layout else x.transpose(1, 2)
     x = shaped.detach().contiguous().requires_grad_()
     assert_same(gradients(module, x), plain_gradients(module, x))
+
+
+@pytest.mark.parametrize("construction", [{}, {"kdim": 7, "vdim": 10}])
+def test_weights_that_lie_by_columns_train(construction: dict[str, int]) -> None:
+    module = build(dtype=torch.float64, **construction)
+    tokens = [x.requires_grad_() for x in draw_tokens(module, STREAMS, LENGTH)]
+    for part in (module, module.out_proj):
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if weight.dim() == 2:
+                setattr(part, name, torch.nn.Parameter(weight.detach().t().contiguous().t()))
+    assert is_one_node(module(*tokens)[0])
+    assert_same(gradients(module, *tokens), plain_gradients(module, *tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_exact_where_one_token_has_nearly_all_the_weight(
+    dtype: torch.dtype, isa: str
+) -> None:
+    module = build(embed_dim=16, num_heads=1, query_index=0).to(dtype)
+    mask = torch.full((1, 40), -20.0, dtype=dtype)
+    mask[0, 3] = 0.0
+    x = draw_tokens(module, 2, 40)[0]
+
+    def of_queries(module: SingleOutputMultiheadAttention, backend: str) -> Tensor:
+        to = module.in_proj_weight
+        with co.use_backend(backend):
+            out, _ = module(x.to(to), need_weights=False, attn_mask=mask.to(to))
+        (gradient,) = torch.autograd.grad(out.sum(), to)
+        return gradient[:16]
+
+    exact = of_queries(copy.deepcopy(module).double(), "torch")
+    assert exact.abs().max() > 1e-3
+    assert_as_exact_as_torch(of_queries(module, "cpu"), exact, of_queries(module, "torch"))

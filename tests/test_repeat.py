@@ -52,6 +52,12 @@ def other_data(module):
     module.in_proj_weight.data = module.in_proj_weight.data * 2
 
 
+def strided_bias(module):
+    """Which the library does not take."""
+    bias = module.in_proj_bias
+    bias.data = torch.stack([bias.data] * 2, -1)[:, 0]
+
+
 def state_of_other_ages(module):
     other = warm(formulation=module.formulation)
     with torch.no_grad():
@@ -73,6 +79,7 @@ CHANGES = {
     "weight": new_weight,
     "weights in place": lambda module: module.in_proj_weight.detach().mul_(2),
     "data": other_data,
+    "layout": strided_bias,
     "output projection": new_out_proj,
     "its weight": new_out_weight,
     "loaded": lambda module: module.load_state_dict(build(seed=3).state_dict()),
@@ -254,6 +261,16 @@ def test_weight_of_another_dtype_behind_the_same_parameter_is_refused(backend):
         with pytest.raises(RuntimeError):
             module.forward_step(torch.randn(N, EMBED))
     assert_same_state(module.get_state(), before)
+
+
+def test_weight_of_another_shape_behind_the_same_parameter_is_refused_as_in_a_first_step(backend):
+    module = warm()
+    positions = module._ring_position.clone()
+    with torch.no_grad():
+        module.in_proj_weight.data = module.in_proj_weight.data[:-1]
+        with pytest.raises(ValueError, match="in_proj_weight must have the shape"):
+            module.forward_step(torch.randn(N, EMBED))
+    assert torch.equal(module._ring_position, positions)
 
 
 @needs_library

@@ -37,7 +37,6 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   const Tensor keys = as_tiles(key);
   const Tensor values = value ? as_tiles(*value) : keys;
   const Tensor grads = as_rows(grad_out);
-  const Tensor outs = as_contiguous(out);
   if (mask) mask = torch::stable::to(*mask, acc);
   sink = contiguous_acc(sink, acc);
   const OptionalTensor known = contiguous_acc(lse, acc);
@@ -57,7 +56,6 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   const Tensor pairs = new_if(of_tiles, query, {n, p.slots, 2 * heads}, acc);
   p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
-  p.out = outs.mutable_data_ptr();
   p.lse = known->mutable_data_ptr();
   p.grad_out = head_vectors(grads);
   p.grad_lse = data_or_null(grad_lse);

@@ -40,39 +40,52 @@ int64_t shared_gradient_scratch(const SharedGradientParams& p) {
   return arena.used();
 }
 
-// What every score of a head gets through the normalisation: the gradient of the logarithm of the
-// denominator less what reaches the weights.
-template <class S, class X, class A>
-CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t n, int64_t row,
-                                    const X* grad_out, const A* applied) {
-  if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
-  const S* out = static_cast<const S*>(p.out) + row * p.value_dim;
-  A sum = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
-  A product;
-  dot_tile<1, 1>(out, 0, grad_out, 0, p.value_dim, &product);
-  sum -= product;
-  if (p.grad_kept != nullptr) {
-    sum -= static_cast<const A*>(p.grad_kept)[row] * static_cast<const A*>(p.kept)[row];
+// Scores to weights, in place, whose array reaches to the next multiple of kLanes. The logarithm of
+// their denominator is rounded, so that they and `sink` add up to 1 only with a factor, which is
+// returned.
+template <class A>
+CMHA_INLINE A to_weights(A* scores, int64_t count, A lse, A sink) {
+  using Vec = typename Simd<A>::Vec;
+  constexpr int kLanes = Simd<A>::kLanes;
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = count; i < padded; ++i) scores[i] = kMinusInfinity<A>;
+  Vec sum = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec e = exp_nonpositive(load(scores + i) - lse);
+    store<A>(scores + i, e);
+    sum += e;
   }
-  if (p.grad_average == nullptr) return sum;
-  const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
-  dot_tile<1, 1>(applied, 0, average, 0, p.slots, &product);
-  return sum - product / p.num_heads;
+  const A total = sum_lanes<A>(sum) + sink;
+  const A factor = total == 0 ? 1 : 1 / total;
+  for (int64_t i = 0; i < padded; i += kLanes) store<A>(scores + i, load(scores + i) * factor);
+  return factor;
+}
+
+// What every score of a head gets through the normalisation: the gradient of the logarithm of the
+// denominator less what reaches the weights. That is summed up as the scores' gradients have it,
+// and not from the rounded output: where one weight is nearly all, the two are nearly the same.
+template <class A>
+CMHA_INLINE A through_normalisation(const SharedGradientParams& p, int64_t row, const A* weights,
+                                    const A* grad_weights) {
+  if (static_cast<const A*>(p.lse)[row] == kMinusInfinity<A>) return 0;  // it attends to nothing
+  A reaches_weights;
+  dot_tile<1, 1>(weights, 0, grad_weights, 0, p.slots, &reaches_weights);
+  const A of_lse = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[row];
+  return of_lse - reaches_weights;
 }
 
 // Scores of one head to weights, and the gradients of the applied weights to those of the scores.
 // Returns the applied weights, which with dropout are in `scales`.
-template <class S, class X, class A>
+template <class A>
 CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, int64_t head,
-                                      const X* grad_out, A* weights, A* scores, A* scales) {
+                                      A* weights, A* scores, A* scales) {
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t row = n * p.num_heads + head;
   add_mask(p, n, head, weights);
   const A lse = static_cast<const A*>(p.lse)[row];
   const A known = lse == kMinusInfinity<A> ? 0 : lse;
-  for (int64_t s = 0; s < p.slots; s += kLanes) {
-    store<A>(weights + s, exp_nonpositive(load(weights + s) - known));
-  }
+  const A sink = p.sink == nullptr ? 0 : exp_of(static_cast<const A*>(p.sink)[row] - known);
+  const A factor = to_weights(weights, p.slots, known, sink);
   if (p.grad_average != nullptr) {
     const A* average = static_cast<const A*>(p.grad_average) + n * p.slots;
     for (int64_t s = 0; s < p.slots; ++s) scores[s] += average[s] / p.num_heads;
@@ -85,15 +98,14 @@ CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, 
       scales[s] *= weights[s];
     }
   }
-  const A* applied = p.kept == nullptr ? weights : scales;
-  const A shared = through_normalisation<S>(p, n, row, grad_out, applied);
+  const A shared = through_normalisation(p, row, weights, scores);
   for (int64_t s = 0; s < p.slots; s += kLanes) {
     store<A>(scores + s, load(weights + s) * (load(scores + s) + shared));
   }
   if (p.grad_sink != nullptr) {
-    static_cast<A*>(p.grad_sink)[row] = exp_of(static_cast<const A*>(p.sink)[row] - lse) * shared;
+    static_cast<A*>(p.grad_sink)[row] = sink * factor * shared;
   }
-  return applied;
+  return p.kept == nullptr ? weights : scales;
 }
 
 // kC heads from `head` on.
@@ -119,8 +131,7 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
   for (int c = 0; c < kC; ++c) {
     A* weights = scratch.weights + c * scratch.score_stride;
     A* scores = scratch.scores + c * scratch.score_stride;
-    const A* applied = finish_gradients<S>(p, n, head + c, grad_out + c * p.value_dim, weights,
-                                           scores, scratch.scales);
+    const A* applied = finish_gradients(p, n, head + c, weights, scores, scratch.scales);
     for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
       narrow(scores[s], &pairs[s * 2 * p.num_heads + c]);
       narrow(applied[s], &pairs[s * 2 * p.num_heads + p.num_heads + c]);

@@ -185,7 +185,8 @@ struct AttendSharedParams {
   bool blank;             // a query to which the mask leaves nothing gets zeros, else NaN
 };
 
-// Its gradients. `out`, `lse` and `kept` are results of the forward, and `weights` is not used.
+// Its gradients. `lse` is a result of the forward, `kept` tells that there was dropout, and `out`
+// and `weights` are not used.
 struct SharedGradientParams : AttendSharedParams {
   HeadVectors grad_out;
   const void* grad_lse;      // (N, H) acc, or null
