@@ -70,8 +70,9 @@ class GraphedStep:
                 for _ in range(_WARM_UP_RUNS):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
-            # torch's own stream for captures stays on the device of the process's first one
-            with torch.cuda.graph(self._graph, stream=side):
+            # torch's own stream for captures stays on the device of the process's first one. What
+            # another thread asks of the device meanwhile, memory say, is no part of this.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 return self._step()
 
     def __call__(self, tokens: Tensor) -> Tensor:

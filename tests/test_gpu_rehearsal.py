@@ -138,17 +138,25 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
 
 
 def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
-    """That stream is the device's; torch's own for captures is that of the first device asked."""
-    used = []
+    """That stream is the device's; torch's own for captures is that of the first device asked.
+
+    And a capture may go wrong by what its own thread does, not by one that serves beside it.
+    """
+    used, modes = [], []
     on, captured = torch.cuda.stream, torch.cuda.graph
+
+    def graph(graph, stream=None, capture_error_mode="global"):
+        used.append(stream)
+        modes.append(capture_error_mode)
+        return captured(graph)
+
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: (used.append(stream), on(stream))[1])
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, stream=None: (used.append(stream), captured(graph))[1]
-    )
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     module, _ = modules("kv")
     co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
     first, last = used
     assert first is last
+    assert modes == ["thread_local"]
 
 
 # name: (what to make of good tokens, error, fragments)
