@@ -159,6 +159,28 @@ def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
     assert modes == ["thread_local"]
 
 
+def test_threads_capture_one_after_the_other(cuda, monkeypatch):
+    """A capture begins by waiting for the device, and none that is under way there survives it."""
+    under_way, seen = [], []
+
+    @contextlib.contextmanager
+    def graph(graph, stream=None, capture_error_mode="global"):
+        seen.append(len(under_way))
+        under_way.append(graph)
+        time.sleep(0.1)
+        yield
+        under_way.pop()
+
+    def make(module):
+        with torch.cuda.stream(None), co.use_backend("torch"):
+            co.GraphedStep(module, torch.zeros(3, module.embed_dim))
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(make, modules("kv")))
+    assert seen == [0, 0]
+
+
 # name: (what to make of good tokens, error, fragments)
 BAD_TOKENS = {
     "wider": (lambda x: x.double(), TypeError, ["float64", "float32", "convert"]),
