@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from .modes import active_streams
 from .streams import all_or_as_before, stateful_modules
 
 _WARM_UP_RUNS = 3
+_capturing = threading.Lock()  # torch waits for the device first, which no capture there bears
 
 
 class GraphedStep:
@@ -63,15 +66,16 @@ class GraphedStep:
     def _capture(self) -> Tensor:
         """Run the step, with no stream active so that no state moves, and record it."""
         on_device = torch.cuda.device(self._tokens.device)
-        with on_device, torch.no_grad(), active_streams(self.active):
+        with _capturing, on_device, torch.no_grad(), active_streams(self.active):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP_RUNS):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
-            # torch's own stream for captures stays on the device of the process's first one
-            with torch.cuda.graph(self._graph, stream=side):
+            # torch's own stream for captures stays on the device of the process's first one. What
+            # another thread asks of the device meanwhile, memory say, is no part of this.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 return self._step()
 
     def __call__(self, tokens: Tensor) -> Tensor:

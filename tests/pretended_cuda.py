@@ -128,6 +128,9 @@ class _Stream:
     def wait_stream(self, other):
         pass
 
+    def synchronize(self):
+        pass
+
 
 class PretendedCuda:
     """What stands in for `torch.cuda`.

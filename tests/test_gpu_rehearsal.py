@@ -138,17 +138,47 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
 
 
 def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
-    """That stream is the device's; torch's own for captures is that of the first device asked."""
-    used = []
+    """That stream is the device's; torch's own for captures is that of the first device asked.
+
+    And a capture may go wrong by what its own thread does, not by one that serves beside it.
+    """
+    used, modes = [], []
     on, captured = torch.cuda.stream, torch.cuda.graph
+
+    def graph(graph, stream=None, capture_error_mode="global"):
+        used.append(stream)
+        modes.append(capture_error_mode)
+        return captured(graph)
+
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: (used.append(stream), on(stream))[1])
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, stream=None: (used.append(stream), captured(graph))[1]
-    )
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     module, _ = modules("kv")
     co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
     first, last = used
     assert first is last
+    assert modes == ["thread_local"]
+
+
+def test_threads_capture_one_after_the_other(cuda, monkeypatch):
+    """A capture begins by waiting for the device, and none that is under way there survives it."""
+    under_way, seen = [], []
+
+    @contextlib.contextmanager
+    def graph(graph, stream=None, capture_error_mode="global"):
+        seen.append(len(under_way))
+        under_way.append(graph)
+        time.sleep(0.1)
+        yield
+        under_way.pop()
+
+    def make(module):
+        with torch.cuda.stream(None), co.use_backend("torch"):
+            co.GraphedStep(module, torch.zeros(3, module.embed_dim))
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(make, modules("kv")))
+    assert seen == [0, 0]
 
 
 # name: (what to make of good tokens, error, fragments)

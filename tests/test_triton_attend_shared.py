@@ -221,6 +221,20 @@ def test_a_mask_whose_heads_lie_far_apart() -> None:
     assert torch.equal(out, attend_shared(*args)[0])
 
 
+@pytest.mark.skipif(bool(PTX), reason="that machine copies all of the memory")
+def test_queries_whose_heads_lie_far_apart() -> None:
+    """As those of many streams do, whose queries were moved to the tokens head by head."""
+    args = arguments(torch.float32, 1, 3, 4, 8, 8, one_tensor=True)
+    far = torch.empty((1 << 31) + 8, device=DEVICE)
+    query = far.as_strided(args[0].shape, (0, 1 << 30, 1)).copy_(args[0])
+    results = attend_shared(*args)
+    assert torch.equal(attend_shared(query, *args[1:])[0], results[0])
+    grads = [torch.ones_like(x) for x in results]
+    found = attend_shared_backward(*grads, query, *args[1:], *results)
+    expected = attend_shared_backward(*grads, *args, *results)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_where_everything_is_masked_the_output_is_nan() -> None:
     args = arguments(torch.float32, 1, 2, 4, 8, 8)
     args[3] = torch.full((1, 1, 4), float("-inf"), device=DEVICE)

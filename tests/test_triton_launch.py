@@ -312,9 +312,8 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(module, "_CAPTURE_ARENA", 64)
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7})
-    )
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return capturing
 
@@ -328,6 +327,22 @@ def test_each_captured_call_has_counters_of_its_own(capture: list[int]) -> None:
     assert len(pointers) == 4
     assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
     assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
+
+
+def test_counters_are_zero_before_a_capture_can_take_them(
+    capture: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are zeroed on one stream, and a graph may be replayed on another that never waits."""
+    log, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *args, **kw: log.append("zeros") or zeros(*args, **kw)
+    )
+    stream: Any = torch.cuda.current_stream(torch.device("cuda"))
+    stream.synchronize = lambda: log.append(f"waited for, {module._taking.locked()}")
+    counters(OnDevice, 8)  # type: ignore[arg-type]
+    assert log == ["zeros", "zeros", "waited for, True"]
+    counters(OnDevice, 8)  # type: ignore[arg-type]
+    assert len(log) == 3
 
 
 def test_counters_that_stay_do_not_come_from_a_pool_that_this_thread_has_to_use(

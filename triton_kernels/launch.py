@@ -275,6 +275,7 @@ def counters(like: torch.Tensor, count: int) -> torch.Tensor:
             arenas, used = _captured.get(device, ([], _CAPTURE_ARENA))
             if 2 * used > _CAPTURE_ARENA:  # nobody was faster
                 arenas.append(_zeros_to_keep(_CAPTURE_ARENA, device))
+                torch.cuda.current_stream(device).synchronize()  # no graph waits for zeros
                 _captured[device] = (arenas, 0)
     return arena
 

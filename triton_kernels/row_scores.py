@@ -87,7 +87,8 @@ def row_scores(
                 there = features < tl.where(first + h < H, E, 0)
             else:
                 there = features < E
-            query = tl.load(query_ptr + (first + h) * stride_qh + features, mask=there, other=0.0)
+            row_ptr = query_ptr + (first + h) * tl.cast(stride_qh, tl.int64)
+            query = tl.load(row_ptr + features, mask=there, other=0.0)
             # Of rows that it may not read by 16 bytes, a thread can have one product of a chunk.
             score = product(tile.to(ACC), query.to(ACC), CHUNKS == 1)
             if _REVERSED:
