@@ -92,6 +92,41 @@ def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy, "matmul", matmul)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _replaced_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of its language at the start of a launch alone.
+
+    It does so at each call of a function within a kernel once more, which takes a third of its time
+    and changes nothing.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    tl, replace = interpreter.tl, interpreter._patch_lang
+    replaced: set[Any] = set()  # modules, until the launch ends
+
+    def once(fn: Any) -> Any:
+        modules = {x for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if modules <= replaced:
+            return None
+        scope = replace(fn)
+        restore = scope.restore
+
+        def end() -> None:
+            replaced.clear()
+            restore()
+
+        scope.restore = end
+        replaced.update(modules)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _as_ptx() -> Iterator[None]:
     """Every launch of a Triton kernel runs as PTX, if that was asked for."""

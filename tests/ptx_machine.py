@@ -199,6 +199,11 @@ def _floats(x: Array, kind: str) -> Array:
     return _from_bf16(x) if kind == "bf16" else x.view(np.float16).astype(np.float32)
 
 
+def _unwritten(dtype: Any) -> Array:
+    """What a register holds that nobody wrote, which is not zero."""
+    return np.array([0xA5] * 8, np.uint8).view(dtype)[0] if dtype.kind != "b" else np.array(True)
+
+
 class Machine:
     """`grid` programs of `threads` threads each; `run` runs them to their ends over a memory.
 
@@ -222,15 +227,13 @@ class Machine:
         self.program, self.threads, self.harmless = program, threads, harmless
         self.programs, self.cluster = int(np.prod(grid)), cluster
         self.warps = threads // _WARP  # of each program
-        self.n = self.programs * threads
         self.random = np.random.default_rng(seed)
-        lanes = np.arange(self.n, dtype=np.int64)
-        self.cta = lanes // threads
-        self.warp = lanes // _WARP  # over all programs
+        lanes = np.arange(self.programs * threads, dtype=np.int64)
+        self._cta, self._warp = lanes // threads, lanes // _WARP
         self._shared_bytes = program.shared_bytes + shared_bytes
         tid = (lanes % threads).astype(np.uint32)
         special = {"%tid.x": tid, "%laneid": tid % _WARP, "%ntid.x": np.full_like(tid, threads)}
-        rest = self.cta
+        rest = self._cta
         for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
             special[f"%ctaid.{axis}"] = (rest % size).astype(np.uint32)
             special[f"%nctaid.{axis}"] = np.full_like(tid, size)
@@ -253,18 +256,12 @@ class Machine:
         self.parameters = Space(self, self._encoded(arguments))
         self.shared, self.globals = Shared(self, self._shared_bytes), Global(self)
         self.generic = Generic(self.shared, self.globals)
-        self.live = np.zeros(self.n, bool)
-        self.r.update(self._special)
-        for name, dtype in self.program.registers.items():  # what nobody wrote is not zero
-            fill = True if dtype.kind == "b" else np.array([0xA5] * 8, np.uint8).view(dtype)[0]
-            self.r[name] = self._full(np.array(fill, dtype))
         with np.errstate(all="ignore"):
             if one_by_one:
                 for which in self.random.permutation(self.programs // self.cluster):
-                    self._run(self.cta // self.cluster == which)
+                    self._run(int(which) * self.cluster, self.cluster)
             else:
-                self._run(np.ones(self.n, bool))
-        self.shared.end()
+                self._run(0, self.programs)
         self.order.end()
 
     def _encoded(self, arguments: Sequence[int | float | bytes]) -> Array:
@@ -283,10 +280,24 @@ class Machine:
 
     # The order of things.
 
-    def _run(self, mask: Array) -> None:
-        groups: dict[int, Array] = {0: mask}
+    def _begin(self, first: int, count: int) -> None:
+        """Lanes are now the threads of `count` programs from the first on."""
+        those = slice(first * self.threads, (first + count) * self.threads)
+        self.n = count * self.threads
+        self.cta = self._cta[those]
+        self.warp = self._warp[those]  # over all programs
+        self.r.update({name: value[those] for name, value in self._special.items()})
+        registers = self.program.registers
+        nobodys = {dtype: self._full(_unwritten(dtype)) for dtype in set(registers.values())}
+        self.r.update({name: nobodys[dtype] for name, dtype in registers.items()})
+        self.live = np.ones(self.n, bool)
+
+    def _run(self, first: int, count: int) -> None:
+        self._begin(first, count)
+        self.order.begin()
+        self.shared.begin()
+        groups: dict[int, Array] = {0: self.live.copy()}
         waiting: dict[int, Array] = {}  # at which barrier
-        self.live = mask.copy()
         lines, labels = self.program.lines, self.program.labels
         while groups or waiting:
             if not groups:
@@ -326,6 +337,7 @@ class Machine:
                 if pc == others:
                     groups[pc] |= mask
                     break
+        self.shared.end()
 
     def _barrier(self, waiting: dict[int, Array]) -> dict[int, Array]:
         """Take those out of the waiting who may go on, for there is nobody left who need not wait.
@@ -360,7 +372,7 @@ class Machine:
 
     def fault(self, what: str, lanes: Array) -> FaultError:
         lane = int(lanes[0])
-        where = f"program {lane // self.threads}, thread {lane % self.threads}"
+        where = f"program {self.cta[lane]}, thread {lane % self.threads}"
         return FaultError(f"{self.program.name}: {what} ({where}): {self.at}")
 
     # Operands.
@@ -752,10 +764,10 @@ class Machine:
         target, _, found = line.operands[0].partition("|")
         source = self.get(line.operands[1], "b32")
         count, clamp = (self.get(x, "u32") for x in line.operands[2:4])
-        lane = np.arange(self.n) % _WARP
 
         def step(mask: Mask) -> None:
             self._whole_warps(mask)
+            lane = np.arange(self.n) % _WARP
             by, limits = (np.asarray(x()).astype(np.int64) for x in (count, clamp))
             segment, last = limits >> 8 & 31, limits & 31
             most = (lane & segment) | (last & ~segment)
@@ -923,28 +935,20 @@ class Machine:
     def _make_ldmatrix(self, line: Line, parts: list[str]) -> Callable:
         targets = self.several(line.operands[0])
         address = self._address(line.operands[1], "u32")
-        lane = np.arange(_WARP)
-        if "trans" in parts:
-            row, column = (
-                (lane % 4 * 2)[:, None] + np.arange(2),
-                np.repeat(lane[:, None] // 4, 2, 1),
-            )
-        else:
-            row, column = (
-                np.repeat(lane[:, None] // 4, 2, 1),
-                (lane % 4 * 2)[:, None] + np.arange(2),
-            )
+        rows = 8 * len(targets)
 
         def step(mask: Mask) -> None:
             runs = np.flatnonzero(self._whole_warps(mask))
-            at = address().reshape(-1, _WARP)[runs]
+            at = address().reshape(-1, _WARP)[runs, :rows]
+            lanes = runs[:, None] * _WARP + np.arange(rows)
+            data = self.shared.load(lanes.ravel(), at.ravel(), 16)
+            matrices = data.view(np.uint16).reshape(len(runs), -1, 8, 8)
+            if "trans" in parts:
+                matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+            pairs = matrices.view(np.uint32).reshape(len(runs), -1, _WARP)
             for i, target in enumerate(targets):
-                lanes = runs[:, None] * _WARP + 8 * i + np.arange(8)
-                data = self.shared.load(lanes.ravel(), at[:, 8 * i : 8 * i + 8].ravel(), 16)
-                matrices = data.view(np.uint16).reshape(-1, 8, 8)
                 full = np.zeros((self.n // _WARP, _WARP), np.uint32)
-                pairs = np.ascontiguousarray(matrices[:, row, column])
-                full[runs] = pairs.view(np.uint32)[..., 0]
+                full[runs] = pairs[:, i]
                 self.put(target, full.ravel(), mask)
 
         return step
@@ -978,21 +982,18 @@ class Machine:
     def _registers(self, names: list[str]) -> list[Source]:
         return [self.get(x, "b32") for x in names]
 
+    def _numbers(self, sources: list[Source], kind: str) -> Array:
+        """[warps, registers, 8, 4, numbers of a register] what registers hold in float32."""
+        bits = np.stack([self._full(x()) for x in sources]).reshape(len(sources), -1, 8, 4)
+        values = _tf32(bits)[..., None] if kind == "tf32" else _floats(_halves(bits), kind)
+        return values.swapaxes(0, 1)
+
     def _fragment(self, sources: list[Source], kind: str) -> Array:
         """[warps, 16, K] a matrix of 16 rows, K = 16 for 16-bit numbers and 8 for tf32."""
-        parts = [self._full(x()).reshape(-1, _WARP) for x in sources]
-        g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
-        if kind == "tf32":
-            matrix = np.zeros((len(parts[0]), 16, 8), np.float32)
-            for i, part in enumerate(parts):
-                matrix[:, g + 8 * (i % 2), t + 4 * (i // 2)] = _tf32(part)
-            return matrix
-        matrix = np.zeros((len(parts[0]), 16, 16), np.float32)
-        for i, part in enumerate(parts):
-            values = _floats(_halves(part), kind)
-            for j in range(2):
-                matrix[:, g + 8 * (i % 2), 2 * t + 8 * (i // 2) + j] = values[..., j]
-        return matrix
+        values = self._numbers(sources, kind)
+        warps, _, rows, _, _ = values.shape
+        values = values.reshape(warps, 2, 2, rows, -1)  # halves of K, then halves of the rows
+        return values.transpose(0, 2, 3, 1, 4).reshape(warps, 2 * rows, -1)
 
     def _make_mma(self, line: Line, parts: list[str]) -> Callable:
         shape, types = parts[2], parts[5:]
@@ -1002,23 +1003,15 @@ class Machine:
         d, a, b, c = (self.several(x) for x in line.operands)
         a_sources, b_sources = self._registers(a), self._registers(b)
         c_sources = [self.get(x, "f32") for x in c]
-        g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
 
         def step(mask: Mask) -> None:
             self._whole_warps(mask)
             left = self._fragment(a_sources, kind)
-            right = np.zeros((len(left), left.shape[2], 8), np.float32)
-            for i, source in enumerate(b_sources):
-                part = self._full(source()).reshape(-1, _WARP)
-                if kind == "tf32":
-                    right[:, t + 4 * i, g] = _tf32(part)
-                else:
-                    values = _floats(_halves(part), kind)
-                    for j in range(2):
-                        right[:, 2 * t + 8 * i + j, g] = values[..., j]
-            product = np.matmul(left, right)
+            right = self._numbers(b_sources, kind).transpose(0, 1, 3, 4, 2)
+            product = np.matmul(left, right.reshape(len(left), -1, 8))
+            product = product.reshape(-1, 2, _WARP, 2)  # halves of the rows, their pairs of columns
             for i in range(4):
-                part = product[:, g + 8 * (i // 2), 2 * t + i % 2].ravel()
+                part = product[:, i // 2, :, i % 2].ravel()
                 self.put(d[i], part + c_sources[i](), mask)
 
         return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,14 +81,18 @@ class Order:
         self.machine = machine
         count = machine.programs
         self.barriers = np.ones(count, np.int64)
-        self.arrived, self.releasing = np.zeros(machine.n, int), np.zeros(machine.n, bool)
         self.known, self.learnt, self.executed = (np.ones((count, count), int) for _ in range(3))
         self.visited = np.zeros((count, count), int)  # when q's shared memory was last reached by p
         self.released: dict[int, Array] = {}  # by atomics at an address
+
+    def begin(self) -> None:
+        """The machine's threads are others, who have done nothing yet."""
+        count = self.machine.n
+        self.arrived, self.releasing = np.zeros(count, int), np.zeros(count, bool)
         # Of each thread the time of its last fence and which of `fences` says what it knew, and
         # what it observed by atomics that do not acquire, until a fence does.
         self.fences: list[Array] = []
-        self.fenced, self.fence_times = (np.zeros(machine.n, int) for _ in range(2))
+        self.fenced, self.fence_times = (np.zeros(count, int) for _ in range(2))
         self.observed: dict[int, Array] = {}
 
     def own(self, lanes: Array) -> tuple[Array, Array, Array]:
@@ -190,6 +194,44 @@ class Order:
         self.barrier(programs)
 
 
+class Place(NamedTuple):
+    """Where in a table of every byte what lanes reach is: `pieces` of `unit` bytes each.
+
+    pieces: [lanes, count], each from byte `piece * unit` on.
+    """
+
+    pieces: Array
+    unit: int
+
+    def of(self, table: Array) -> Array:
+        """[lanes, bytes] what the table has there."""
+        lanes, count = self.pieces.shape
+        return table.reshape(-1, self.unit)[self.pieces].reshape(lanes, count * self.unit)
+
+    def put(self, table: Array, values: Any) -> None:
+        """Change the table there: values for [lanes, bytes], for [lanes, 1] or for all."""
+        if np.ndim(values):
+            each = values.shape[1] > 1
+            values = values.reshape(*self.pieces.shape, self.unit) if each else values[..., None]
+        table.reshape(-1, self.unit)[self.pieces] = values
+
+    def add(self, table: Array, value: int) -> None:
+        np.add.at(table.reshape(-1, self.unit), self.pieces, value)
+
+    def which(self, lanes: Array) -> Place:
+        return Place(self.pieces[lanes], self.unit)
+
+    def behind(self, distance: Any) -> Place:
+        """So many bytes behind, or [lanes, 1] so many, in whole pieces."""
+        return Place(self.pieces + distance // self.unit, self.unit)
+
+    def words(self) -> Place:
+        """The same in a table of every four bytes."""
+        if self.unit < 4:
+            return Place(self.pieces * self.unit // 4, 1)
+        return Place(self.pieces, self.unit // 4)
+
+
 class Space:
     """Bytes that threads reach by address, and the checks that any such have."""
 
@@ -207,18 +249,21 @@ class Space:
         """[lanes, size] bytes."""
         return self.bytes[address[:, None] + np.arange(size)]
 
-    def put(self, lanes: Array, at: Array, data: Array) -> None:
-        self.bytes[at] = data
-        self.never(lanes, self.bytes[at] != data, f"several threads write one byte of {self.name}")
+    def put(self, lanes: Array, at: Place, data: Array) -> None:
+        at.put(self.bytes, data)
+        twice = at.of(self.bytes) != data
+        self.never(lanes, twice, f"several threads write one byte of {self.name}")
 
 
-def _mark(readers: Array, times: Array, at: Any, warp: Array, now: Array) -> None:
+def _mark(readers: Array, times: Array, at: Place, warp: Array, now: Array) -> None:
     """Note a reader: `warp`, or several where one has read since the last barrier."""
-    before = np.where(times[at] >> 1 == now >> 1, readers[at], -1)
+    before = np.where(at.of(times) >> 1 == now >> 1, at.of(readers), -1)
     marks = np.where((before != -1) & (before != warp), _SEVERAL, warp)
-    readers[at] = marks
-    readers[at] = np.where(readers[at] != marks, _SEVERAL, marks)
-    times[at] = now
+    at.put(readers, marks)
+    different = at.of(readers) != marks
+    if different.any():
+        at.put(readers, np.where(different, _SEVERAL, marks))
+    at.put(times, now)
 
 
 class Shared(Space):
@@ -241,14 +286,18 @@ class Shared(Space):
         self.coming = np.zeros(count, bool)
         self.multiplied = np.zeros(count, np.int16)
         self.unfenced = np.zeros(count, bool)  # not for matrix units to read yet
-        self.groups = {kind: np.zeros(machine.n, np.int64) for kind in ("copies", "products")}
+
+    def begin(self) -> None:
+        """The machine's threads are others, who have begun nothing yet."""
+        count = self.machine.n
+        self.groups = {kind: np.zeros(count, np.int64) for kind in ("copies", "products")}
         # lanes, their groups, and for each lane the bytes, and what comes into them
-        self.pending: dict[str, list[tuple[Array, Array, Array, Array]]] = {
+        self.pending: dict[str, list[tuple[Array, Array, Place, Array]]] = {
             kind: [] for kind in self.groups
         }
 
-    def at(self, lanes: Array, address: Array, size: int, program: Array | None = None) -> Array:
-        """[lanes, size] where in `bytes` these are, of the threads' own programs or of others."""
+    def at(self, lanes: Array, address: Array, size: int, program: Array | None = None) -> Place:
+        """Where in `bytes` these are, of the threads' own programs or of others."""
         beyond = (address < 0) | (address + size > self.size)
         self.never(lanes, beyond, "reaches beyond the shared memory")
         self.never(lanes, address % size != 0, "reaches shared memory misaligned")
@@ -257,7 +306,7 @@ class Shared(Space):
             program = own
         elif (foreign := program != own).any():
             self.order.visit(lanes[foreign], program[foreign])
-        return (program * self.size + address)[:, None] + np.arange(size)
+        return Place(((program * self.size + address) // size)[:, None], size)
 
     def load(self, lanes: Array, address: Array, size: int, program: Array | None = None) -> Array:
         """[lanes, size] bytes."""
@@ -266,48 +315,56 @@ class Shared(Space):
         racing = self._overwritten(lanes, at)
         self.never(lanes, racing, "reads shared memory as another warp writes")
         mine, warp, now = self.order.own(lanes)
-        _mark(self.reader, self.read, (mine % self.machine.cluster, at), warp, now)
-        return self.bytes[at]
+        _mark(self.reader, self.read, self._of_rank(at, mine % self.machine.cluster), warp, now)
+        return at.of(self.bytes)
 
-    def _overwritten(self, lanes: Array, at: Array) -> Array:
-        writer = self.writer[at]
+    def _of_rank(self, at: Place, rank: Any) -> Place:
+        """The same for the programs of that rank in their clusters, in what there is of each."""
+        return at.behind(rank * len(self.bytes))
+
+    def _overwritten(self, lanes: Array, at: Place) -> Array:
+        writer = at.of(self.writer)
         program = writer // self.machine.warps
-        return self.order.unordered(lanes, program, writer, self.written[at])
+        return self.order.unordered(lanes, program, writer, at.of(self.written))
 
-    def _there(self, lanes: Array, at: Array) -> None:
-        self.never(lanes, self.written[at] == 0, "reads shared memory that nobody wrote")
-        self.never(lanes, self.coming[at], "reads what is still being copied")
+    def _there(self, lanes: Array, at: Place) -> None:
+        self.never(lanes, at.of(self.written) == 0, "reads shared memory that nobody wrote")
+        self.never(lanes, at.of(self.coming), "reads what is still being copied")
 
     def store(
         self, lanes: Array, address: Array, data: Array, program: Array | None = None
     ) -> None:
         at = self.at(lanes, address, data.shape[1], program)
-        self._free(lanes, at, self.bytes[at] != data)
+        self._free(lanes, at, at.of(self.bytes) != data)
         self.put(lanes, at, data)
         self._arrive(lanes, at)
-        self.unfenced[at] = True
+        at.put(self.unfenced, True)
 
-    def _free(self, lanes: Array, at: Array, changes: Array) -> None:
+    def _free(self, lanes: Array, at: Place, changes: Array | bool) -> None:
         """`changes`: where a byte becomes another one; the same once more harms nobody."""
         twice = self._overwritten(lanes, at) & changes
         self.never(lanes, twice, "writes shared memory as another warp does")
         cluster = self.machine.cluster
+        first = at.pieces[:, :1] * at.unit // self.size // cluster * cluster
         for rank in range(cluster):
-            program = at // self.size // cluster * cluster + rank
-            reader, read = self.reader[rank, at], self.read[rank, at]
+            program = first + rank
+            theirs = self._of_rank(at, rank)
+            reader, read = theirs.of(self.reader), theirs.of(self.read)
             early = self.order.unordered(lanes, program, reader, read) & changes
             self.never(lanes, early, "writes shared memory as another warp reads")
-        self.never(lanes, self.coming[at], "writes what is still being copied")
-        self.never(lanes, self.multiplied[at] > 0, "writes what is still being multiplied")
+        self.never(lanes, at.of(self.coming), "writes what is still being copied")
+        self.never(lanes, at.of(self.multiplied) > 0, "writes what is still being multiplied")
 
-    def _arrive(self, lanes: Array, at: Array) -> None:
-        _, self.writer[at], self.written[at] = self.order.own(lanes)
+    def _arrive(self, lanes: Array, at: Place) -> None:
+        _, warp, now = self.order.own(lanes)
+        at.put(self.writer, warp)
+        at.put(self.written, now)
 
     def copy(self, lanes: Array, address: Array, data: Array) -> None:
         """Begin to copy [lanes, size] bytes to the addresses."""
         at = self.at(lanes, address, data.shape[1])
-        self._free(lanes, at, np.ones(at.shape, bool))
-        self.coming[at] = True
+        self._free(lanes, at, True)
+        at.put(self.coming, True)
         self.pending["copies"].append((lanes, self.groups["copies"][lanes], at, data))
 
     def commit(self, mask: Mask, kind: str = "copies") -> None:
@@ -322,14 +379,15 @@ class Shared(Space):
         for lanes, group, at, data in self.pending[kind]:
             over = group < ends[lanes]
             if kind == "copies":
-                self.coming[at[over]] = False
-                self.put(lanes[over], at[over], data[over])
-                self._arrive(lanes[over], at[over])
-                self.unfenced[at[over]] = False
+                here = at.which(over)
+                here.put(self.coming, False)
+                self.put(lanes[over], here, data[over])
+                self._arrive(lanes[over], here)
+                here.put(self.unfenced, False)
             else:
-                np.subtract.at(self.multiplied, at[over], 1)
+                at.which(over).add(self.multiplied, -1)
             if not over.all():
-                left.append((lanes[~over], group[~over], at[~over], data[~over]))
+                left.append((lanes[~over], group[~over], at.which(~over), data[~over]))
         self.pending[kind] = left
 
     def fence(self, mask: Mask) -> None:
@@ -339,21 +397,21 @@ class Shared(Space):
 
     def multiply(self, lanes: Array, address: Array) -> Array:
         """16-bit numbers at the addresses [lanes, count], which a warpgroup of each lane reads."""
-        at = self.machine.cta[lanes][:, None] * self.size + address
-        at = (at[..., None] + np.arange(2)).reshape(len(lanes), -1)
+        at = Place((self.machine.cta[lanes][:, None] * self.size + address) // 2, 2)
         beyond = (address < 0) | (address + 2 > self.size)
         self.never(lanes, beyond, "multiplies what lies beyond the shared memory")
         self._there(lanes, at)
         mine, _, now = self.order.own(lanes)
-        late = self.written[at] >> 1 == now >> 1
+        late = at.of(self.written) >> 1 == now >> 1
         self.never(lanes, late, "multiplies what was written since the last barrier")
-        self.never(lanes, self.unfenced[at], "multiplies what no fence has published")
-        where = mine % self.machine.cluster, at
-        self.read[where], self.reader[where] = now, _SEVERAL
-        np.add.at(self.multiplied, at, 1)
+        self.never(lanes, at.of(self.unfenced), "multiplies what no fence has published")
+        mine = self._of_rank(at, mine % self.machine.cluster)
+        mine.put(self.read, now)
+        mine.put(self.reader, _SEVERAL)
+        at.add(self.multiplied, 1)
         group = self.groups["products"][lanes]
         self.pending["products"].append((lanes, group, at, np.zeros((len(lanes), 0))))
-        return self.bytes[at].view(np.uint16)
+        return at.of(self.bytes).view(np.uint16)
 
     def end(self) -> None:
         """Nothing may be on its way when a program ends."""
@@ -375,19 +433,21 @@ class Global(Space):
         self.reader = np.zeros((count, size // 4), np.int32)
         self.read = np.zeros((count, size // 4), np.int16)
 
-    def at(self, lanes: Array, address: Array, size: int) -> Array:
-        """[lanes, size] where in `bytes` these are."""
-        self.never(lanes, address % (size & -size) != 0, "reaches global memory misaligned")
-        at = (address - _BASE)[:, None] + np.arange(size)
-        inside = (at >= 0) & (at < len(self.bytes))
-        inside &= self.machine.memory.usable[np.where(inside, at, 0)]
-        self.never(lanes, ~inside, "reaches beside every tensor")
+    def at(self, lanes: Array, address: Array, size: int) -> Place:
+        """Where in `bytes` these are."""
+        unit = size & -size
+        self.never(lanes, address % unit != 0, "reaches global memory misaligned")
+        start = address - _BASE
+        outside = (start < 0) | (start + size > len(self.bytes))
+        self.never(lanes, outside, "reaches beside every tensor")
+        at = Place((start // unit)[:, None] + np.arange(size // unit), unit)
+        self.never(lanes, ~at.of(self.machine.memory.usable), "reaches beside every tensor")
         return at
 
-    def _written(self, lanes: Array, at: Array, doing: str) -> None:
+    def _written(self, lanes: Array, at: Place, doing: str) -> None:
         """What is there has been written before, not meanwhile."""
-        program = self.program[at]
-        late = self.order.unordered(lanes, program, self.writer[at], self.written[at])
+        program = at.of(self.program)
+        late = self.order.unordered(lanes, program, at.of(self.writer), at.of(self.written))
         foreign = program != self.machine.cta[lanes][:, None]
         self.never(lanes, late & foreign, f"{doing} what another program writes")
         self.never(lanes, late, f"{doing} what another warp writes")
@@ -396,32 +456,37 @@ class Global(Space):
         """[lanes, size] bytes, of which `constant` promises that the kernel does not write them."""
         at = self.at(lanes, address, size)
         if self.machine.harmless(self.machine.at.source):
-            return self.bytes[at]
+            return at.of(self.bytes)
         self._written(lanes, at, "reads")
         if constant:
-            self.never(lanes, self.written[at] > 0, "reads as constant what the kernel writes")
+            written = at.of(self.written) > 0
+            self.never(lanes, written, "reads as constant what the kernel writes")
         mine, warp, now = self.order.own(lanes)
-        _mark(self.reader, self.read, (mine, at[:, ::4] // 4), warp, now)
-        return self.bytes[at]
+        words = at.words().behind(mine * self.reader.shape[1])
+        _mark(self.reader, self.read, words, warp, now)
+        return at.of(self.bytes)
 
     def store(self, lanes: Array, address: Array, data: Array) -> None:
         at = self.at(lanes, address, data.shape[1])
-        changed = (self.bytes[at] != data).any(1)
+        changed = (at.of(self.bytes) != data).any(1)
         if changed.any():  # the same once more harms nobody
-            some = lanes[changed]
-            self._written(some, at[changed], "writes")
+            some, there = lanes[changed], at.which(changed)
+            self._written(some, there, "writes")
             mine = self.machine.cta[some][:, None]
-            words = at[changed][:, ::4] // 4
-            known = self.order.known[mine[:, 0]].T[:, :, None]
-            late = self.read[:, words] >= known  # [programs, lanes, words]
+            words = there.words()
+            read = self.read.reshape(len(self.read), -1, words.unit)[:, words.pieces]
+            known = self.order.known[mine[:, 0]].T[:, :, None, None]
+            late = read >= known  # [programs, lanes, ...] words
             late[mine[:, 0], np.arange(len(some))] = False
             self.never(some, late.any(0), "writes what another program reads")
-            late = self.order.unordered(
-                some, mine, self.reader[mine, words], self.read[mine, words]
-            )
+            own = words.behind(mine * self.read.shape[1])
+            late = self.order.unordered(some, mine, own.of(self.reader), own.of(self.read))
             self.never(some, late, "writes what another warp reads")
         self.put(lanes, at, data)
-        self.program[at], self.writer[at], self.written[at] = self.order.own(lanes)
+        for table, value in zip(
+            (self.program, self.writer, self.written), self.order.own(lanes), strict=True
+        ):
+            at.put(table, value)
 
     def count(
         self, lane: int, address: int, to: Callable[[Any], Any], acquires: bool, releases: bool
@@ -430,11 +495,12 @@ class Global(Space):
         lanes = np.array([lane])
         at = self.at(lanes, np.array([address]), 4)
         mine = int(self.machine.cta[lane])
-        self.never(lanes, (self.written[at] > 0) & (self.program[at] != mine), "counts too late")
-        old = self.bytes[at[0]].view(np.uint32)[0]
-        self.bytes[at[0]] = np.array([to(old)], np.uint32).view(np.uint8)
+        foreign = at.of(self.program) != mine
+        self.never(lanes, (at.of(self.written) > 0) & foreign, "counts too late")
+        old = at.of(self.bytes).view(np.uint32)[0, 0]
+        at.put(self.bytes, np.array([[to(old)]], np.uint32).view(np.uint8))
         # in the order of what it releases
-        self.read[mine, at[0, 0] // 4] = 2 * self.order.barriers[mine] - 1
+        self.read[mine, at.pieces[0, 0]] = 2 * self.order.barriers[mine] - 1
         self.order.exchange(lane, address, acquires, releases)
         return int(old)
 

@@ -58,6 +58,16 @@ def run(body: str, tensor: Tensor, programs: int = 1, cluster: int = 1) -> None:
         ("xor.b32 %r3, %r2, 128; st.shared.b32 [%r2], %r1; ld.shared.b32 %r4, [%r3];", "another"),
         ("setp.lt.s32 %p1, %r1, 5; @%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", "part of a warp"),
         ("ld.global.b32 %r3, [%rd1]; st.global.b32 [%rd2], %r1;", "another warp reads"),
+        (
+            "setp.lt.s32 %p1, %r1, 32; @%p1 ld.global.b16 %rs1, [%rd1+130]; "
+            "st.global.b32 [%rd2], %r1;",
+            "another warp reads",
+        ),
+        (
+            "st.shared.b32 [%r2], %r1; bar.sync 0; xor.b32 %r3, %r2, 128; "
+            "ld.shared.b32 %r4, [%r3]; st.shared.b32 [%r2], %r3;",
+            "as another warp reads",
+        ),
         ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $L__a; bar.sync 0; $L__a:", "part of a warp"),
         ("st.global.b32 [%rd2], %r1; ld.global.nc.b32 %r3, [%rd2];", "constant"),
         ("barrier.cluster.wait;", "without having arrived"),
@@ -73,6 +83,14 @@ def test_programs_that_write_one_word_are_found_out() -> None:
     body = "mov.u32 %r3, %ctaid.x;\nst.global.b32 [%rd2], %r3;"
     with pytest.raises(FaultError, match="write"):
         run(body, torch.zeros(64, dtype=torch.int32), programs=2)
+
+
+def test_a_program_that_writes_what_another_one_has_read_is_found_out() -> None:
+    body = """
+mov.u32 %r3, %ctaid.x;setp.eq.s32 %p1, %r3, 1;setp.eq.s32 %p2, %r3, 0;
+@%p1 ld.global.b32 %r4, [%rd2];@%p2 st.global.b32 [%rd2], %r1;
+"""
+    outcome(body, torch.full((64,), 99, dtype=torch.int32), "another program reads")
 
 
 COUNT = "@%p1 atom.{}.gpu.global.inc.u32 %r5, [%rd1], 1;"
@@ -188,6 +206,11 @@ $L__end:
          "fma.rn.f16x2 %r3, %r3, %r4, %r5;", lambda i: 0x64006400 + 2 * i),
         ("setp.lt.s32 %p1, %r1, 9;\n@%p1 bra $L__a;\nmov.b32 %r3, 1;\nbra $L__b;\n$L__a:\n"
          "mov.b32 %r3, 2;\n$L__b:", lambda i: 2 if i < 9 else 1),
+        ("and.b32 %r4, %r1, 31;\nst.shared.b32 [%r2], %r4;\nbar.sync 0;\nand.b32 %r4, %r1, 15;\n"
+         "shl.b32 %r4, %r4, 4;\n"
+         "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r5, %r3}, [%r4];",
+         lambda i: 0x40000 * (i % 4 * 2 + 1) + 8 * (i % 4) + 0x10001 * (i % 32 // 8)
+         if i // 4 % 2 == 0 else 0),
     ],
 )  # fmt: skip
 def test_instructions(body: str, expected: Callable[[int], int]) -> None:

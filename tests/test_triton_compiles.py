@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -119,14 +119,9 @@ def steps_configurations() -> Iterator[tuple[str, list[Launch]]]:
             yield f"steps-{dtype}-{slots}", launches
 
 
-def with_and_without_options(E: int) -> tuple[bool, ...]:
-    """Clips with every option have the rows of those without, one of which will do."""
-    return (False, True) if E == 512 else (True,)
-
-
 def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for E in plan.SHARED_ROWS:  # the backward's blocks are those of any width, but of one tile
-        for full in with_and_without_options(E):
+        for full in (False, True):
             name = f"shared-E{E}" + ("-full" if full else "")
             yield name, aot.shared_launches(256, 8, 64, E, HALF, full=full)[:1]
             ragged = ((8, 70, torch.float16), (16, 70, HALF)) if full else ()
@@ -138,7 +133,7 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
     for E in (384, 768):  # with features behind the last
         yield f"shared-backward-E{E}", aot.shared_launches(256, 8, 70, E, HALF)[-1:]
     for E in plan.SHARED_ROWS_32:
-        for full in with_and_without_options(E):
+        for full in (False, True):
             name = f"shared-E{E}-float32" + ("-full" if full else "")
             launches = aot.shared_launches(256, 8, 70, E, FULL, full=full)
             yield name, [launches[0], launches[-1]]
@@ -156,23 +151,8 @@ def shared_configurations() -> Iterator[tuple[str, list[Launch]]]:
         yield name + ("-full" if full else ""), launches
 
 
-def test_clips_with_every_option_have_the_rows_of_those_without() -> None:
-    for dtype, rows in ((HALF, plan.SHARED_ROWS), (FULL, plan.SHARED_ROWS_32)):
-        for E in rows:
-            plain, full = (aot.shared_launches(256, 8, 64, E, dtype, full=x) for x in (False, True))
-            for a, b in ((plain[0], full[0]), (plain[-1], full[-1])):
-                assert a.kernel is b.kernel
-                assert a.options == b.options
-                assert constants_of(a) == constants_of(b)
-
-
-def constants_of(launch: Launch) -> list[Any]:
-    pairs = zip(launch.kernel.params, launch.args, strict=True)
-    return [arg for param, arg in pairs if param.is_constexpr]
-
-
 def configurations(little: bool = False) -> dict[str, list[Launch]]:
-    return dict(
+    every = dict(
         [
             *step_configurations(),
             *input_configurations(little),
@@ -181,6 +161,39 @@ def configurations(little: bool = False) -> dict[str, list[Launch]]:
             *shared_configurations(),
         ]
     )
+    alike: dict[tuple[Any, ...], list[set[str]]] = {}
+    for launch in chain.from_iterable(every.values()):
+        alike.setdefault(without_options(launch), []).append(options_of(launch))
+    left = {
+        name: [
+            launch
+            for launch in launches
+            if name in PLAIN
+            or not any(options_of(launch) < more for more in alike[without_options(launch)])
+        ]
+        for name, launches in every.items()
+    }
+    return {name: launches for name, launches in left.items() if launches}
+
+
+# Arguments without which a kernel is a part of what it is with them. Where all the rest is the
+# same, the rows too, it is compiled with them alone, but for these plain ones.
+OPTIONAL = ("seed_ptr", "sink_ptr", "grad_lse_ptr", "grad_kept_ptr", "grad_average_ptr")
+PLAIN = ("shared-E512", f"shared-backward-E512-H8-S64-{HALF}", "shared-E512-float32")
+
+
+def options_of(launch: Launch) -> set[str]:
+    """Which of the optional arguments it has."""
+    pairs = zip(launch.kernel.params, launch.args, strict=True)
+    return {param.name for param, arg in pairs if param.name in OPTIONAL and arg is not None}
+
+
+def without_options(launch: Launch) -> tuple[Any, ...]:
+    """What Triton would compile without them."""
+    pairs = zip(launch.kernel.params, launch.args, strict=True)
+    args = tuple(None if param.name in OPTIONAL else arg for param, arg in pairs)
+    source = aot.source(launch._replace(args=args))
+    return source.hash(), *sorted(launch.options.items())
 
 
 def shape_of(launch: Launch) -> tuple[Any, ...]:
