@@ -9,7 +9,9 @@
 namespace continual_mha::cpu {
 namespace {
 
-constexpr int64_t kProductInner = 32;  // rows of the right that stay in the first-level cache
+// Rows of the right that stay in the first-level cache.
+template <class S>
+constexpr int64_t kProductInner = (32 << 10) / (kProductColumns * int64_t{sizeof(S)});
 
 template <class S>
 struct ProductScratch {
@@ -19,12 +21,14 @@ struct ProductScratch {
   ProductScratch(const ProductParams& p, void* memory) {
     Arena arena(memory);
     factors = arena.take<X>(kProductRows * p.inner);
+    block = arena.take<S>(kProductInner<S> * kProductColumns);
     sums = std::is_same_v<S, A> ? nullptr : arena.take<A>(kProductRows * kProductColumns);
     bytes = arena.used();
   }
 
   X* factors;
-  A* sums;  // of a task, where the output is no acc
+  S* block;  // of the right
+  A* sums;   // of a task, where the output is no acc
   int64_t bytes;
 };
 
@@ -41,12 +45,23 @@ CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t row
     return;
   }
   const auto scale = static_cast<typename AccOf<S>::type>(p.scale);
+  X scaled[kProductRows];
   for (int64_t k = 0; k < p.inner; ++k) {
     const S* column = left + k * p.left_inner;
-    for (int64_t r = 0; r < rows; ++r) {
-      narrow(widen(column[r * p.left_row]) * scale, factors + r * p.inner + k);
+    if (p.left_row == 1) {
+      copy_scaled(column, rows, scale, scaled);
+    } else {
+      gather<S, X>(column, 0, p.left_row, rows, p.scale, scaled, 0, 1);
     }
+    for (int64_t r = 0; r < rows; ++r) factors[r * p.inner + k] = scaled[r];
   }
+}
+
+// Whether rows of the right should be copied next to each other: where they lie a large power of
+// two apart, few of them fit into the first-level cache at once.
+template <class S>
+CMHA_INLINE bool packs(const ProductParams& p, int64_t rows) {
+  return rows > kProductRows / 2 && p.right_row * int64_t{sizeof(S)} % 2048 == 0;
 }
 
 // Tasks are blocks of kProductRows rows by kProductColumns columns of a batch's output.
@@ -80,19 +95,28 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
     copy_factors(p, left, rows, scratch.factors);
     int64_t k = 0;
     do {  // sums of nothing are zeros
-      const int64_t last = min_of(k + kProductInner, p.inner);
+      const int64_t inner = min_of(kProductInner<S>, p.inner - k);
+      const S* block = right + k * p.right_row;
+      int64_t block_row = p.right_row;
+      if (packs<S>(p, rows)) {
+        for (int64_t i = 0; i < inner; ++i) {
+          copy_row(block + i * p.right_row, columns, scratch.block + i * columns);
+        }
+        block = scratch.block;
+        block_row = columns;
+      }
       by_fours(0, rows, [&](int64_t r, auto tag) __attribute__((always_inline)) {
         constexpr int kCount = decltype(tag)::value;
-        const auto* factors = scratch.factors + r * p.inner;
+        const auto* factors = scratch.factors + r * p.inner + k;
         A* to = sums + r * stride;
         if (p.add || k > 0) {
-          weighted_rows<kCount, true>(factors, p.inner, right, p.right_row, k, last, columns, to,
+          weighted_rows<kCount, true>(factors, p.inner, block, block_row, 0, inner, columns, to,
                                       stride);
         } else {
-          weighted_rows<kCount>(factors, p.inner, right, p.right_row, k, last, columns, to, stride);
+          weighted_rows<kCount>(factors, p.inner, block, block_row, 0, inner, columns, to, stride);
         }
       });
-      k += kProductInner;
+      k += kProductInner<S>;
     } while (k < p.inner);
     if constexpr (!std::is_same_v<S, A>) {
       for (int64_t r = 0; r < rows; ++r) {
