@@ -35,6 +35,7 @@ SIZES = [
     (None, 10, 3, 7),
     (None, 70, 33, 300),
     (None, 3, 200, 17),
+    (None, 20, 70, 1024),  # rows a power of two apart, whose second kilobytes of columns are a task
     (3, 2, 9, 40),
     (2, 35, 34, 65),
     (4, 6, 0, 5),

@@ -256,12 +256,14 @@ def test_own_kernels_give_the_same_bits_in_any_slot_and_batch(kind, backend):
             assert torch.equal(module.forward_step(x[rows, t])[slot], expected[t])
 
 
+@pytest.mark.parametrize("embed_dim", [96, 512, 1040])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_streams_keep_their_bits_in_large_batches_on_the_cpu_kernels(dtype):
-    """All of a step runs on them, but for bfloat16, in a batch of any size."""
+def test_streams_keep_their_bits_in_large_batches_on_the_cpu_kernels(dtype, embed_dim):
+    """All of a step runs on them, but for bfloat16, in a batch of any size. Wide tokens pass the
+    weights in parts."""
     if "cpu" not in co.backends.available():
         pytest.skip("the CPU library is not built")
-    sizes = {"embed_dim": 96, "num_heads": 4, "sequence_len": 3}
+    sizes = {"embed_dim": embed_dim, "num_heads": 4, "sequence_len": 3}
     module = build(formulation="kv", **sizes).to(dtype).requires_grad_(False)
     x = draw_tokens(module, 130, 9)[0]
 
@@ -272,7 +274,7 @@ def test_streams_keep_their_bits_in_large_batches_on_the_cpu_kernels(dtype):
 
     with co.use_backend("cpu"):
         [expected] = outputs(torch.tensor([7]))
-        for streams, slot in ((33, 32), (130, 64)):
+        for streams, slot in ((33, 32), (130, 64), (130, 128)):
             rows = torch.arange(streams)
             rows[slot] = 7
             assert torch.equal(outputs(rows)[slot], expected)
