@@ -161,6 +161,8 @@ def configurations(little: bool = False) -> dict[str, list[Launch]]:
             *shared_configurations(),
         ]
     )
+    if INTERPRETED:  # nothing is compiled, nor known of a kernel's parameters
+        return every
     alike: dict[tuple[Any, ...], list[set[str]]] = {}
     for launch in chain.from_iterable(every.values()):
         alike.setdefault(without_options(launch), []).append(options_of(launch))
