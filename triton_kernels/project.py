@@ -56,7 +56,7 @@ def _project_kernel(
     mask_n = offs_n < N
     mask_o = offs_o < OUTPUTS
     start_after_previous_launch(PDL)
-    mask_p = mask_n & (tl.program_id(1) == 0)
+    mask_p = offs_n < tl.where(tl.program_id(1) == 0, N, 0)
     position = offs_n
     step = tl.full((BLOCK_N,), 1, tl.int64)
     if position_ptr is not None:  # ahead of the loop, and so of its barriers: all threads read it
