@@ -108,11 +108,13 @@ void project(const ProjectParams& p, int64_t begin, int64_t end) {
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = p.streams * pass / passes;
     const int64_t last = p.streams * (pass + 1) / passes;
-    if (kTileVectors == 16 && (p.streams <= kFewStreams || row_bytes > kLongRow)) {
-      project_streams<4, 5, S, X, O>(p, begin, end, first, last);
-    } else {
-      project_streams<6, 4, S, X, O>(p, begin, end, first, last);
+    if constexpr (kTileVectors == 16) {
+      if (p.streams <= kFewStreams || row_bytes > kLongRow) {
+        project_streams<4, 5, S, X, O>(p, begin, end, first, last);
+        continue;
+      }
     }
+    project_streams<6, 4, S, X, O>(p, begin, end, first, last);
   }
 }
 
