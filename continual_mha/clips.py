@@ -267,9 +267,7 @@ def _gradients(
     of_heads = of_attention or needed.v_proj_weight
     d_query = d_key = d_value = None
     d_params: list[Any] = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if x is not None and need
-        else None
+        x.new_empty(x.shape) if x is not None and need else None
         for x, need in zip(params, needed[4:], strict=True)
     ]
     # one buffer for what is one parameter, of which these are the parts

@@ -44,15 +44,9 @@ CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t row
     gather<S, X>(left, p.left_row, p.left_inner, p.inner, p.scale, factors, 0, rows);
     return;
   }
-  const auto scale = static_cast<typename AccOf<S>::type>(p.scale);
   X scaled[kProductRows];
   for (int64_t k = 0; k < p.inner; ++k) {
-    const S* column = left + k * p.left_inner;
-    if (p.left_row == 1) {
-      copy_scaled(column, rows, scale, scaled);
-    } else {
-      gather<S, X>(column, 0, p.left_row, rows, p.scale, scaled, 0, 1);
-    }
+    gather<S, X>(left + k * p.left_inner, 0, p.left_row, rows, p.scale, scaled, 0, 1);
     for (int64_t r = 0; r < rows; ++r) factors[r * p.inner + k] = scaled[r];
   }
 }
