@@ -263,9 +263,11 @@ def with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> 
 def extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
     """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
 
-    The scores are scaled if the queries ``(..., H, D)`` are.
+    The scores are scaled if the queries ``(..., H, D)`` are. They are of the dtype of sums: what is
+    taken off them is often as large, and so are the two gradients that reach a nearly full slot.
     """
     scores = []
+    q = q.to(wide(q.dtype))
     if weights.bias_k is not None:
         scores.append((q * weights.bias_k.view(q.shape[-2:])).sum(-1, keepdim=True))
     if add_zero_attn:
@@ -335,7 +337,7 @@ def _attend_inputs(
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
     extra = extra_scores(q, weights, options.add_zero_attn)
     if extra is not None and b_k is not None:
-        extra = extra - (q * b_k.view(heads)).sum(-1, keepdim=True)
+        extra = extra - (q.to(extra.dtype) * b_k.view(heads)).sum(-1, keepdim=True)
     extra = None if extra is None else extra / math.sqrt(heads[1])
     asked = (options.dropout_p, need_weights, blank)
     mix = mixing(moved_queries(q, w_k), key, value, mask, extra, *asked)

@@ -12,7 +12,7 @@ from . import backends, inputs, ops
 from .dropout import dropout_seed
 from .inputs import Mix
 from .modes import is_exporting, is_opaque, is_transformed
-from .precision import autocast_dtype, wide
+from .precision import autocast_dtype
 
 
 def mix(
@@ -79,7 +79,7 @@ def blanked(mixed: Tensor, share: Tensor | None, lse: Tensor) -> tuple[Tensor, T
 
 def sink(extra: Tensor | None) -> Tensor | None:
     """One score that weighs as much as all extra slots ``(..., H, X)`` together."""
-    return None if extra is None else torch.logsumexp(extra.to(wide(extra.dtype)), dim=-1)
+    return None if extra is None else torch.logsumexp(extra, dim=-1)
 
 
 def weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from typing import Any
 
@@ -507,3 +508,22 @@ def test_gradients_are_exact_where_one_token_has_nearly_all_the_weight(
     exact = of_queries(copy.deepcopy(module).double(), "torch")
     assert exact.abs().max() > 1e-3
     assert_as_exact_as_torch(of_queries(module, "cpu"), exact, of_queries(module, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_an_extra_slot_that_has_nearly_all_the_weight(dtype: torch.dtype) -> None:
+    module = build(embed_dim=16, num_heads=2, sequence_len=1, add_bias_kv=True)
+    with torch.no_grad():
+        module.in_proj_weight[:16] = 0
+        module.in_proj_bias[:16] = 1
+        module.bias_k += 9 / math.sqrt(8)  # 9 more than the score of a token
+    module = module.to(dtype)
+    x = draw_tokens(module, 2, 1)[0]
+
+    def of_slot(module: SingleOutputMultiheadAttention, backend: str) -> Tensor:
+        with co.use_backend(backend):
+            out, _ = module(x.to(module.bias_k), need_weights=False)
+        return torch.autograd.grad(64 * out.sum(), module.bias_k)[0]
+
+    exact = of_slot(copy.deepcopy(module).double(), "torch")
+    assert_as_exact_as_torch(of_slot(module, "cpu"), exact, of_slot(module, "torch"))
