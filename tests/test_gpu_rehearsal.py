@@ -406,7 +406,9 @@ def test_masked_forward_without_returned_weights_runs_on_cuda(
         trained = list(module.parameters())
         found, plain = (torch.autograd.grad(y[1:].sum(), trained) for y in (out, expected))
         if asked:  # else the NaN of the stream that sees nothing reaches plain PyTorch's
-            torch.testing.assert_close(found, plain)
+            for mine, other in zip(found, plain, strict=True):  # sums, in another order
+                rounding = 1e-5 * float(other.abs().max())
+                torch.testing.assert_close(mine, other, rtol=0, atol=rounding)
     assert called == list(names[: 2 if grad else 1])
 
 
