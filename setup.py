@@ -39,6 +39,7 @@ CUDA_ARCHS = ("80", "90", "100")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_FLAGS = {
+    "kernels_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
     "kernels_avx512": AVX512,
     "kernels_avx2": AVX2,

@@ -260,7 +260,7 @@ def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run:
 
 
 def cpu_isa() -> str:
-    """The CPU kernels' instruction set: "avx512_bf16", "avx512", "avx2" or "baseline"."""
+    """The CPU kernels' instruction set: "amx", "avx512_bf16", "avx512", "avx2" or "baseline"."""
     name: bytes = _cpu_functions().continual_mha_cpu_isa()
     return name.decode()
 

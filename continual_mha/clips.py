@@ -125,7 +125,7 @@ def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool
     isa = _native.cpu_isa()
     if tokens.dtype == torch.float16:
         return isa != "baseline"
-    if not isa.startswith("avx512"):
+    if isa not in ("amx", "avx512_bf16", "avx512"):
         return False
     return tokens.dtype != torch.bfloat16 or tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
 

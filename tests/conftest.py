@@ -144,7 +144,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with the CPU library's kernels of each instruction set in turn."""
     before = _native.cpu_isa()

@@ -151,8 +151,8 @@ def test_in_training_on_clips_the_library_multiplies_where_it_is_faster(
     dtype: torch.dtype, isa: str
 ) -> None:
     module = build(dtype=dtype)
-    faster = {"avx512_bf16": DTYPES, "avx512": DTYPES, "avx2": [torch.float16], "baseline": []}
-    who, other = ("library", "torch") if dtype in faster[isa] else ("torch", "library")
+    faster = {"avx2": [torch.float16], "baseline": []}.get(isa, DTYPES)
+    who, other = ("library", "torch") if dtype in faster else ("torch", "library")
     found = products_in_training(module, draw_tokens(module, 3, 9)[0])
     assert found == {who: 12, other: 0}
 
@@ -161,7 +161,7 @@ def test_pytorch_multiplies_large_products_of_bfloat16(isa: str) -> None:
     module = build(embed_dim=256, num_heads=4, dtype=torch.bfloat16)
     for N, few in ((63, True), (64, False)):
         found = products_in_training(module, draw_tokens(module, N, 3)[0])
-        assert (found["library"] == 12) == (few and isa.startswith("avx512"))
+        assert (found["library"] == 12) == (few and isa not in ("avx2", "baseline"))
         assert sum(found.values()) == 12
 
 

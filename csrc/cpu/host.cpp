@@ -175,35 +175,36 @@ Tensor flat(const Tensor& x) {
 
 namespace {
 
-int64_t token_size(DType dtype) {
-  return kernels(dtype).tokens_are_acc ? acc_size(dtype) : element_size(dtype);
-}
-
-template <class Gather>
-Tokens gathered(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t count,
-                int64_t features, DType dtype, const Gather& gather) {
-  void* buffer = scratch<InputTag>(count * features * token_size(dtype));
-  parallel(count, features, [&](int64_t begin, int64_t end) {
-    gather(src, stream_stride, feature_stride, features, 1.0, buffer, begin, end);
-  });
-  return {buffer, features, count, features};
+Tokens as_taken(GatherParams p, bool are_acc, DType dtype) {
+  const Kernels& table = kernels(dtype);
+  if (taken_as_they_lie(dtype, are_acc, p.feature_stride)) {
+    return {p.src, p.stream_stride, p.tokens, p.features};
+  }
+  p.dst = scratch<InputTag>(table.gathered_bytes(p.tokens, p.features));
+  parallel((p.tokens + kTokenBlock - 1) / kTokenBlock, kTokenBlock * p.features,
+           [&](int64_t begin, int64_t end) {
+             are_acc ? table.gather_acc(p, begin, end) : table.gather(p, begin, end);
+           });
+  return {p.dst, p.features, p.tokens, p.features};
 }
 
 }  // namespace
 
-Tokens tokens_of(const Tensor& x, DType dtype) {
-  const int64_t count = x.size(0);
-  const int64_t features = x.size(1);
-  if (token_size(dtype) == element_size(dtype) && x.stride(1) == 1) {
-    return {x.const_data_ptr(), x.stride(0), count, features};
-  }
-  return gathered(x.const_data_ptr(), x.stride(0), x.stride(1), count, features, dtype,
-                  kernels(dtype).gather);
+bool taken_as_they_lie(DType dtype, bool are_acc, int64_t feature_stride) {
+  const bool same = element_size(dtype) == acc_size(dtype);
+  const TokensAs as = kernels(dtype).tokens_as;
+  return feature_stride == 1 && as != TokensAs::kPacked &&
+         (same || are_acc == (as == TokensAs::kAcc));
 }
 
-Tokens tokens_of(const void* acc, int64_t count, int64_t features, DType dtype) {
-  if (kernels(dtype).tokens_are_acc) return {acc, features, count, features};
-  return gathered(acc, features, 1, count, features, dtype, kernels(dtype).gather_acc);
+Tokens tokens_of(const Tensor& x, DType dtype) {
+  return as_taken(
+      {x.const_data_ptr(), nullptr, x.stride(0), x.stride(1), x.size(0), x.size(1), 1.0}, false,
+      dtype);
+}
+
+Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features, DType dtype) {
+  return as_taken({rows, nullptr, features, 1, count, features, 1.0}, are_acc, dtype);
 }
 
 void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtype,
@@ -231,13 +232,14 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType
   in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
 }
 
-// Measured beside MKL and oneDNN on AVX-512, see docs/cpu.md: oneDNN has bfloat16's own
-// instructions, which the kernels match for fewer tokens where they have those of vectors.
-// Elsewhere the kernels are at least as fast, and give a stream the same bits in a batch of any
-// size.
+// Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
+// the kernels lack, or use but for fewer tokens as fast. Elsewhere, and where the kernels have the
+// matrix unit, they are at least as fast, and give a stream the same bits in a batch of any size.
 bool prefers_gemm(DType dtype, int64_t tokens) {
-  const bool in_pairs = !kernels(dtype).tokens_are_acc && !has_matrix_unit();
-  return dtype == DType::kBFloat16 && tokens >= (in_pairs ? 64 : 16);
+  const TokensAs as = kernels(dtype).tokens_as;
+  if (dtype != DType::kBFloat16 || as == TokensAs::kPacked) return false;
+  const bool in_pairs = as == TokensAs::kDType && !has_matrix_unit();
+  return tokens >= (in_pairs ? 64 : 16);
 }
 
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
@@ -274,7 +276,7 @@ void project_out(const Tokens& attended, const Weights& w, DType dtype, const Te
 
 void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
   const int64_t e = w.out_proj_weight.size(0);
-  project_out(tokens_of(attended, out.numel() / e, e, dtype), w, dtype, out);
+  project_out(tokens_of(attended, true, out.numel() / e, e, dtype), w, dtype, out);
 }
 
 void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out) {

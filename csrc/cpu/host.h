@@ -87,17 +87,20 @@ Tensor flat(const Tensor& x);
 
 // Tokens as a projection reads them.
 struct Tokens {
-  const void* data;  // (count, features), acc or DType by Kernels::tokens_are_acc
+  const void* data;  // (count, features) by Kernels::tokens_as
   int64_t stride;
   int64_t count;
   int64_t features;
 };
 
+// Whether a projection takes such tokens without a copy.
+bool taken_as_they_lie(DType dtype, bool are_acc, int64_t feature_stride);
+
 // (count, features) of any strides. Valid until the thread's next call, as is the other.
 Tokens tokens_of(const Tensor& x, DType dtype);
 
-// (count, features) acc.
-Tokens tokens_of(const void* acc, int64_t count, int64_t features, DType dtype);
+// (count, features), contiguous, acc or of the dtype.
+Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features, DType dtype);
 
 // Where the rows of query, key and value in the packed weight or bias begin; null for null.
 inline const void* third_at(const void* packed, int64_t i, int64_t elements, DType dtype) {

@@ -127,7 +127,7 @@ Tokens asked_tokens(const InputStepParams& p, DType dtype, RingDType ring) {
   const int64_t e = p.embed_dim;
   void* rows = scratch<AskedTag>(p.queries * e * acc_size(dtype));
   kernels(dtype).asked_input[static_cast<int>(ring)](p, rows, 0, p.queries);
-  return tokens_of(rows, p.queries, e, dtype);
+  return tokens_of(rows, true, p.queries, e, dtype);
 }
 
 // One token: into its slot first, from where it is attended to.

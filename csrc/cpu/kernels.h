@@ -15,13 +15,31 @@ constexpr int kNumRingDTypes = 3;
 
 // Accumulation type: float for all but float64. Pointers marked "acc" point to it, others to DType.
 
+// How a projection takes tokens.
+enum class TokensAs {
+  kDType,   // rows of features, any number of elements apart
+  kAcc,     // alike
+  kPacked,  // as Kernels::gather lays them out
+};
+
+// Tokens, of any strides and times a number, to an array as projections take them.
+struct GatherParams {
+  const void* src;  // (tokens, features), DType or acc
+  void* dst;
+  int64_t stream_stride;
+  int64_t feature_stride;
+  int64_t tokens;
+  int64_t features;
+  double scale;
+};
+
 // Rows [row_begin, row_end) of `out = x weight^T + bias`.
 struct ProjectParams {
-  const void* x;       // (streams, in_features), acc or DType by Kernels::tokens_are_acc
+  const void* x;       // (streams, in_features) by Kernels::tokens_as
   const void* weight;  // (rows, in_features), contiguous
   const void* bias;    // (rows,), or null
   void* out;           // (streams, rows), DType or acc
-  int64_t x_stride;    // elements from one stream to the next
+  int64_t x_stride;    // elements from one stream to the next, unless packed
   int64_t out_stride;
   int64_t streams;
   int64_t rows;
@@ -203,20 +221,17 @@ struct SharedGradientParams : AttendSharedParams {
 constexpr int64_t kHeadBlock = 4;         // heads of one task of attend_shared
 constexpr int64_t kSlotBlock = 32;        // slots of one task of shared_tile_gradient
 constexpr int64_t kRowBlock = 16;         // rows of one task of project
+constexpr int64_t kTokenBlock = 16;       // tokens of one task of gather
 constexpr int64_t kProductRows = 32;      // of one task of multiply
 constexpr int64_t kProductColumns = 256;  // alike
 
 // What one instruction set offers for one DType. Every function works on a range of independent
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
 struct Kernels {
-  // Whether projections take tokens as acc, or else as DType.
-  bool tokens_are_acc;
-  // Tokens (streams, in_features) of any strides, DType or acc, times a number, to an array as
-  // projections take it.
-  void (*gather)(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
-                 double scale, void* dst, int64_t begin, int64_t end);
-  void (*gather_acc)(const void* src, int64_t stream_stride, int64_t feature_stride,
-                     int64_t features, double scale, void* dst, int64_t begin, int64_t end);
+  TokensAs tokens_as;
+  int64_t (*gathered_bytes)(int64_t tokens, int64_t features);
+  void (*gather)(const GatherParams&, int64_t begin, int64_t end);
+  void (*gather_acc)(const GatherParams&, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
   int64_t (*product_scratch)(const ProductParams&);
@@ -253,6 +268,7 @@ struct Kernels {
 };
 
 // One table per instruction set, indexed by DType; null where the compiler cannot target it.
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
@@ -261,7 +277,7 @@ const Kernels* kernels_baseline();
 // The kernels of the instruction set in use.
 const Kernels& kernels(DType dtype);
 
-// Whether the processor multiplies matrices of bfloat16 by itself.
+// Whether the processor multiplies matrices of bfloat16 by itself, and the system lets it.
 bool has_matrix_unit();
 
 }  // namespace continual_mha::cpu

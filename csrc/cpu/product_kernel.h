@@ -41,12 +41,14 @@ int64_t product_scratch(const ProductParams& p) {
 template <class S, class X>
 CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t rows, X* factors) {
   if (p.left_inner <= p.left_row) {
-    gather<S, X>(left, p.left_row, p.left_inner, p.inner, p.scale, factors, 0, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      gather_row(left + r * p.left_row, p.left_inner, p.inner, p.scale, factors + r * p.inner);
+    }
     return;
   }
   X scaled[kProductRows];
   for (int64_t k = 0; k < p.inner; ++k) {
-    gather<S, X>(left + k * p.left_inner, 0, p.left_row, rows, p.scale, scaled, 0, 1);
+    gather_row(left + k * p.left_inner, p.left_row, rows, p.scale, scaled);
     for (int64_t r = 0; r < rows; ++r) factors[r * p.inner + k] = scaled[r];
   }
 }

@@ -9,20 +9,30 @@
 namespace continual_mha::cpu {
 namespace {
 
+// `count` numbers, `stride` apart, times a factor.
+template <class S, class X>
+CMHA_INLINE void gather_row(const S* from, int64_t stride, int64_t count, double scale, X* to) {
+  const auto factor = static_cast<typename AccOf<S>::type>(scale);
+  if (stride == 1) {
+    copy_scaled(from, count, factor, to);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) narrow(widen(from[i * stride]) * factor, to + i);
+}
+
 // X: what projections multiply, DType or acc.
 template <class S, class X>
-void gather(const void* src, int64_t stream_stride, int64_t feature_stride, int64_t features,
-            double scale, void* dst, int64_t begin, int64_t end) {
-  const auto factor = static_cast<typename AccOf<S>::type>(scale);
-  for (int64_t n = begin; n < end; ++n) {
-    const S* from = static_cast<const S*>(src) + n * stream_stride;
-    X* to = static_cast<X*>(dst) + n * features;
-    if (feature_stride == 1) {
-      copy_scaled(from, features, factor, to);
-      continue;
-    }
-    for (int64_t i = 0; i < features; ++i) narrow(widen(from[i * feature_stride]) * factor, to + i);
+void gather(const GatherParams& p, int64_t begin, int64_t end) {
+  end = min_of(end * kTokenBlock, p.tokens);
+  for (int64_t n = begin * kTokenBlock; n < end; ++n) {
+    gather_row(static_cast<const S*>(p.src) + n * p.stream_stride, p.feature_stride, p.features,
+               p.scale, static_cast<X*>(p.dst) + n * p.features);
   }
+}
+
+template <class X>
+int64_t gathered_bytes(int64_t tokens, int64_t features) {
+  return tokens * features * int64_t{sizeof(X)};
 }
 
 // kCount rows of the weight, from `row` on and `stretch` apart, against kC streams. With kAsk those
@@ -121,7 +131,8 @@ void project(const ProjectParams& p, int64_t begin, int64_t end) {
 template <class S, class X>
 constexpr void set_projections(Kernels& table) {
   using A = typename AccOf<S>::type;
-  table.tokens_are_acc = std::is_same_v<X, A>;
+  table.tokens_as = std::is_same_v<X, A> ? TokensAs::kAcc : TokensAs::kDType;
+  table.gathered_bytes = gathered_bytes<X>;
   table.gather = gather<S, X>;
   table.gather_acc = gather<A, X>;
   table.project = project<S, X, S>;

@@ -49,12 +49,12 @@ Tensor run(const StepCall& call, const Tensor& query, const Tensor& key, const T
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, call.add_zero_attn);
   p.update = call.update;
   Tensor out = new_like(query, {s.streams, e});
-  p.out_is_storage = gemm || !kernels(dtype).tokens_are_acc;
+  p.out_is_storage = gemm || kernels(dtype).tokens_as != TokensAs::kAcc;
   p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
   attend(p, dtype, ring_dtype);
   if (call.update) advance_positions(rings.position, active);
   if (gemm) return linear(out, w.out_proj_weight, w.out_proj_bias);
-  project_out(Tokens{p.out, e, s.streams, e}, w, dtype, out);
+  project_out(tokens_of(p.out, !p.out_is_storage, s.streams, e, dtype), w, dtype, out);
   return out;
 }
 

@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace continual_mha::cpu {
 namespace {
@@ -25,6 +29,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+bool has_amx() { return has_avx512_bf16() && has_matrix_unit(); }
+
 bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // older compilers do not know f16c by its name
   const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -37,6 +43,7 @@ bool always() { return true; }
 // The fastest first.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"amx", kernels_amx, has_amx},
     {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
     {"avx512", kernels_avx512, has_avx512},
     {"avx2", kernels_avx2, has_avx2},
@@ -63,11 +70,15 @@ const Kernels& kernels(DType dtype) {
 }
 
 bool has_matrix_unit() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
   static const bool found = [] {  // once: a virtual machine may take microseconds to answer
     constexpr unsigned kAmxBf16 = 1u << 22;
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kAmxBf16) == 0) return false;
+    // A process has to ask for the state of the tiles, which is large.
+    constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;     // XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   }();
   return found;
 #else
