@@ -43,10 +43,8 @@ bool always() { return true; }
 // The fastest first.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"amx", kernels_amx, has_amx},
-    {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
-    {"avx512", kernels_avx512, has_avx512},
-    {"avx2", kernels_avx2, has_avx2},
+    {"amx", kernels_amx, has_amx},          {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
+    {"avx512", kernels_avx512, has_avx512}, {"avx2", kernels_avx2, has_avx2},
 #endif
     {"baseline", kernels_baseline, always},
 };
