@@ -26,9 +26,9 @@ void in_blocks(const ProjectParams& p, const Project& project) {
            [&](int64_t begin, int64_t end) { project(p, begin, end); });
 }
 
-void project(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
-             int64_t out_stride, int64_t rows) {
-  in_blocks(project_params(x, weight, bias, out, out_stride, rows), kernels(dtype).project);
+void project(const Tokens& x, const void* weight, const void* bias, void* out, int64_t out_stride,
+             int64_t rows) {
+  in_blocks(project_params(x, weight, bias, out, out_stride, rows), x.by.project);
 }
 
 Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const Weights& w,
@@ -175,36 +175,34 @@ Tensor flat(const Tensor& x) {
 
 namespace {
 
-Tokens as_taken(GatherParams p, bool are_acc, DType dtype) {
-  const Kernels& table = kernels(dtype);
-  if (taken_as_they_lie(dtype, are_acc, p.feature_stride)) {
-    return {p.src, p.stream_stride, p.tokens, p.features};
+Tokens as_taken(GatherParams p, bool are_acc, const Projection& by, DType dtype) {
+  if (takes_as_they_lie(by, dtype, are_acc, p.feature_stride)) {
+    return {by, p.src, p.stream_stride, p.tokens, p.features};
   }
-  p.dst = scratch<InputTag>(table.gathered_bytes(p.tokens, p.features));
+  p.dst = scratch<InputTag>(by.gathered_bytes(p.tokens, p.features));
   parallel((p.tokens + kTokenBlock - 1) / kTokenBlock, kTokenBlock * p.features,
            [&](int64_t begin, int64_t end) {
-             are_acc ? table.gather_acc(p, begin, end) : table.gather(p, begin, end);
+             are_acc ? by.gather_acc(p, begin, end) : by.gather(p, begin, end);
            });
-  return {p.dst, p.features, p.tokens, p.features};
+  return {by, p.dst, p.features, p.tokens, p.features};
 }
 
 }  // namespace
 
-bool taken_as_they_lie(DType dtype, bool are_acc, int64_t feature_stride) {
+bool takes_as_they_lie(const Projection& by, DType dtype, bool are_acc, int64_t feature_stride) {
   const bool same = element_size(dtype) == acc_size(dtype);
-  const TokensAs as = kernels(dtype).tokens_as;
-  return feature_stride == 1 && as != TokensAs::kPacked &&
-         (same || are_acc == (as == TokensAs::kAcc));
+  return !by.packed && feature_stride == 1 && (same || are_acc == by.factors_are_acc);
 }
 
-Tokens tokens_of(const Tensor& x, DType dtype) {
+Tokens tokens_of(const Tensor& x, const Projection& by, DType dtype) {
   return as_taken(
-      {x.const_data_ptr(), nullptr, x.stride(0), x.stride(1), x.size(0), x.size(1), 1.0}, false,
+      {x.const_data_ptr(), nullptr, x.stride(0), x.stride(1), x.size(0), x.size(1), 1.0}, false, by,
       dtype);
 }
 
-Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features, DType dtype) {
-  return as_taken({rows, nullptr, features, 1, count, features, 1.0}, are_acc, dtype);
+Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features,
+                 const Projection& by, DType dtype) {
+  return as_taken({rows, nullptr, features, 1, count, features, 1.0}, are_acc, by, dtype);
 }
 
 void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtype,
@@ -227,25 +225,25 @@ void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtyp
   }
 }
 
-void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
+void project_to_acc(const Tokens& x, const void* weight, const void* bias, void* out,
                     int64_t rows) {
-  in_blocks(project_params(x, weight, bias, out, rows, rows), kernels(dtype).project_to_acc);
+  in_blocks(project_params(x, weight, bias, out, rows, rows), x.by.project_to_acc);
 }
 
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
-// the kernels lack, or use but for fewer tokens as fast. Elsewhere, and where the kernels have the
-// matrix unit, they are at least as fast, and give a stream the same bits in a batch of any size.
-bool prefers_gemm(DType dtype, int64_t tokens) {
-  const TokensAs as = kernels(dtype).tokens_as;
-  if (dtype != DType::kBFloat16 || as == TokensAs::kPacked) return false;
-  const bool in_pairs = as == TokensAs::kDType && !has_matrix_unit();
-  return tokens >= (in_pairs ? 64 : 16);
+// the kernels lack, or use but for fewer tokens as fast.
+const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
+  const Projection& own = kernels(dtype).projection;
+  const bool by_matrix_unit = own.packed;
+  if (invariant || dtype != DType::kBFloat16 || by_matrix_unit) return &own;
+  const bool in_pairs = !own.factors_are_acc && !has_matrix_unit();
+  return tokens >= (in_pairs ? 64 : 16) ? nullptr : &own;
 }
 
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
-                     DType dtype, bool gemm) {
+                     DType dtype, const Projection* by) {
   const std::array<const Tensor*, 3> tokens{&query, &key, &value};
-  if (gemm) return project_in_by_gemm(tokens, w, dtype);
+  if (by == nullptr) return project_in_by_gemm(tokens, w, dtype);
   const int64_t e = w.out_proj_weight.size(0);
   const int64_t bytes = query.size(0) * 3 * e * element_size(dtype);
   char* out = static_cast<char*>(scratch<ProjectedTag>(bytes));
@@ -253,7 +251,7 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
   const Tensor packed = as_contiguous(w.in_proj_weight);
   const void* bias = data_or_null(w.in_proj_bias);
   if (!w.k_proj_weight && same_tokens(query, key) && same_tokens(query, value)) {
-    project(tokens_of(query, dtype), packed.const_data_ptr(), bias, dtype, out, 3 * e, 3 * e);
+    project(tokens_of(query, *by, dtype), packed.const_data_ptr(), bias, out, 3 * e, 3 * e);
   } else {
     const std::array<OptionalTensor, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};
     for (int64_t i = 0; i < 3; ++i) {
@@ -261,26 +259,17 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
       if (w.k_proj_weight) own = as_contiguous(*separate[i]);
       const void* weight =
           own ? own->const_data_ptr() : third_at(packed.const_data_ptr(), i, e * e, dtype);
-      project(tokens_of(*tokens[i], dtype), weight, third_at(bias, i, e, dtype), dtype,
+      project(tokens_of(*tokens[i], *by, dtype), weight, third_at(bias, i, e, dtype),
               out + i * part, 3 * e, e);
     }
   }
   return {out, out + part, out + 2 * part, 3 * e, {}};
 }
 
-void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out) {
+void project_out(const Tokens& attended, const Weights& w, const Tensor& out) {
   const Tensor weight = as_contiguous(w.out_proj_weight);
-  project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), dtype,
-          out.mutable_data_ptr(), attended.features, attended.features);
-}
-
-void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out) {
-  const int64_t e = w.out_proj_weight.size(0);
-  project_out(tokens_of(attended, true, out.numel() / e, e, dtype), w, dtype, out);
-}
-
-void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out) {
-  project_out(tokens_of(attended, dtype), w, dtype, out);
+  project(attended, weight.const_data_ptr(), data_or_null(w.out_proj_bias), out.mutable_data_ptr(),
+          attended.features, attended.features);
 }
 
 }  // namespace continual_mha::cpu

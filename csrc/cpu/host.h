@@ -85,22 +85,28 @@ void write_ring(const KeptTokens& kept, const ClipSizes& s, DType dtype, const i
 // (N, T, E) as (N * T, E).
 Tensor flat(const Tensor& x);
 
+// How to project so many tokens, on which with `invariant` no token's bits may depend: null where
+// torch's matrix multiplication beats the kernels.
+const Projection* projection_of(DType dtype, int64_t tokens, bool invariant);
+
 // Tokens as a projection reads them.
 struct Tokens {
-  const void* data;  // (count, features) by Kernels::tokens_as
+  const Projection& by;
+  const void* data;
   int64_t stride;
   int64_t count;
   int64_t features;
 };
 
-// Whether a projection takes such tokens without a copy.
-bool taken_as_they_lie(DType dtype, bool are_acc, int64_t feature_stride);
+// Whether a projection takes tokens without a copy, that are acc or of the dtype.
+bool takes_as_they_lie(const Projection& by, DType dtype, bool are_acc, int64_t feature_stride);
 
 // (count, features) of any strides. Valid until the thread's next call, as is the other.
-Tokens tokens_of(const Tensor& x, DType dtype);
+Tokens tokens_of(const Tensor& x, const Projection& by, DType dtype);
 
 // (count, features), contiguous, acc or of the dtype.
-Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features, DType dtype);
+Tokens tokens_of(const void* rows, bool are_acc, int64_t count, int64_t features,
+                 const Projection& by, DType dtype);
 
 // Where the rows of query, key and value in the packed weight or bias begin; null for null.
 inline const void* third_at(const void* packed, int64_t i, int64_t elements, DType dtype) {
@@ -126,23 +132,13 @@ void set_moved(MovedParams& p, const Weights& w, const InWeights& in, DType dtyp
                bool always_extra);
 
 // out = x weight^T + bias as acc, (count, rows).
-void project_to_acc(const Tokens& x, const void* weight, const void* bias, DType dtype, void* out,
-                    int64_t rows);
-
-// Whether torch's matrix multiplication beats the kernels for so many tokens at once.
-bool prefers_gemm(DType dtype, int64_t tokens);
+void project_to_acc(const Tokens& x, const void* weight, const void* bias, void* out, int64_t rows);
 
 // In-projection of (tokens, E*) each. The result is valid until the thread's next call.
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,
-                     DType dtype, bool gemm);
+                     DType dtype, const Projection* by);
 
 // out = attended weight^T + bias for (tokens, E).
-void project_out(const Tokens& attended, const Weights& w, DType dtype, const Tensor& out);
-
-// The same for acc.
-void project_out(const void* attended, const Weights& w, DType dtype, const Tensor& out);
-
-// The same for the weights' dtype.
-void project_out(const Tensor& attended, const Weights& w, DType dtype, const Tensor& out);
+void project_out(const Tokens& attended, const Weights& w, const Tensor& out);
 
 }  // namespace continual_mha::cpu

@@ -110,7 +110,7 @@ void attend(InputStepParams& p, const Tokens& asked, const InputCall& a, const I
   const int64_t e = p.embed_dim;
   // Enough tasks for some threads; otherwise all heads together, which read the ring once.
   p.group_heads = p.queries < 4 ? kHeadBlock : p.num_heads;
-  project_to_acc(asked, in.q.const_data_ptr(), data_or_null(a.weights.in_proj_bias), dtype, p.q, e);
+  project_to_acc(asked, in.q.const_data_ptr(), data_or_null(a.weights.in_proj_bias), p.q, e);
   parallel(p.num_heads, p.queries * e * e / p.num_heads,
            [&](int64_t begin, int64_t end) { table.move_queries(p, begin, end); });
   const int64_t groups = (p.num_heads + p.group_heads - 1) / p.group_heads;
@@ -127,7 +127,7 @@ Tokens asked_tokens(const InputStepParams& p, DType dtype, RingDType ring) {
   const int64_t e = p.embed_dim;
   void* rows = scratch<AskedTag>(p.queries * e * acc_size(dtype));
   kernels(dtype).asked_input[static_cast<int>(ring)](p, rows, 0, p.queries);
-  return tokens_of(rows, true, p.queries, e, dtype);
+  return tokens_of(rows, true, p.queries, e, kernels(dtype).projection, dtype);
 }
 
 // One token: into its slot first, from where it is attended to.
@@ -141,7 +141,8 @@ void attend_to_token(InputStepParams& p, const Tensor& query, const InputCall& a
   parallel(p.streams, p.embed_dim, [&](int64_t begin, int64_t end) {
     put(p, scratch<StepTag>(p.embed_dim * element_size(dtype)), begin, end);
   });
-  const Tokens asked = p.delay == 0 ? tokens_of(query, dtype) : asked_tokens(p, dtype, ring);
+  const Tokens asked = p.delay == 0 ? tokens_of(query, kernels(dtype).projection, dtype)
+                                    : asked_tokens(p, dtype, ring);
   attend(p, asked, a, in, dtype, ring);
 }
 
@@ -178,7 +179,7 @@ Tensor run(const InputCall& a, const Tensor& query, const OptionalTensor& active
     const Slots slots(p, e * (a.x_scale ? 1 : element_size(dtype)));
     attend_to_token(p, query, a, in, dtype, ring);
   }
-  project_out(p.out, a.weights, dtype, out);
+  project_out(tokens_of(p.out, true, n, e, kernels(dtype).projection, dtype), a.weights, out);
   return out;
 }
 
@@ -207,7 +208,9 @@ Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
     write_ring(p.clip, clip, dtype, p.position, p.x_ring, p.x_scale, p.length);
     advance_positions(a.position, std::nullopt, clip.tokens);
   }
-  if (first < clip.tokens) project_out(p.out, a.weights, dtype, out);
+  if (first == clip.tokens) return out;
+  const int64_t count = n * (clip.tokens - first);
+  project_out(tokens_of(p.out, true, count, e, kernels(dtype).projection, dtype), a.weights, out);
   return out;
 }
 

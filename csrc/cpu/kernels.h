@@ -15,14 +15,7 @@ constexpr int kNumRingDTypes = 3;
 
 // Accumulation type: float for all but float64. Pointers marked "acc" point to it, others to DType.
 
-// How a projection takes tokens.
-enum class TokensAs {
-  kDType,   // rows of features, any number of elements apart
-  kAcc,     // alike
-  kPacked,  // as Kernels::gather lays them out
-};
-
-// Tokens, of any strides and times a number, to an array as projections take them.
+// Tokens, of any strides and times a number, to an array as a projection takes them.
 struct GatherParams {
   const void* src;  // (tokens, features), DType or acc
   void* dst;
@@ -35,7 +28,7 @@ struct GatherParams {
 
 // Rows [row_begin, row_end) of `out = x weight^T + bias`.
 struct ProjectParams {
-  const void* x;       // (streams, in_features) by Kernels::tokens_as
+  const void* x;       // (streams, in_features), as the Projection takes them
   const void* weight;  // (rows, in_features), contiguous
   const void* bias;    // (rows,), or null
   void* out;           // (streams, rows), DType or acc
@@ -225,15 +218,21 @@ constexpr int64_t kTokenBlock = 16;       // tokens of one task of gather
 constexpr int64_t kProductRows = 32;      // of one task of multiply
 constexpr int64_t kProductColumns = 256;  // alike
 
-// What one instruction set offers for one DType. Every function works on a range of independent
-// tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
-struct Kernels {
-  TokensAs tokens_as;
+// A way to project any number of tokens, on which the bits of one do not depend.
+struct Projection {
+  bool packed;  // it takes tokens as `gather` lays them out, else as rows, any stride apart
+  bool factors_are_acc;  // of acc, else of DType
   int64_t (*gathered_bytes)(int64_t tokens, int64_t features);
   void (*gather)(const GatherParams&, int64_t begin, int64_t end);
   void (*gather_acc)(const GatherParams&, int64_t begin, int64_t end);
   void (*project)(const ProjectParams&, int64_t begin, int64_t end);
   void (*project_to_acc)(const ProjectParams&, int64_t begin, int64_t end);
+};
+
+// What one instruction set offers for one DType. Every function works on a range of independent
+// tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
+struct Kernels {
+  Projection projection;
   int64_t (*product_scratch)(const ProductParams&);
   void (*multiply)(const ProductParams&, void* scratch, int64_t begin, int64_t end);
   // By RingDType, here and below: null for codes where DType is kFloat64.

@@ -10,7 +10,7 @@ struct Table {
 
   Table() {
     for (int i = 0; i < kNumDTypes; ++i) kernels[i] = kernels_avx512_bf16()[i];
-    set_packed_projections(kernels[static_cast<int>(DType::kBFloat16)]);
+    kernels[static_cast<int>(DType::kBFloat16)].projection = kByMatrixUnit;
   }
 };
 

@@ -34,7 +34,7 @@ constexpr void set_ring_of_codes(Kernels& table, RingDType kind) {
 template <class S>
 constexpr Kernels table_of() {
   Kernels table{};
-  set_projections<S, typename AccOf<S>::type>(table);
+  table.projection = projection<S, typename AccOf<S>::type>();
   set_ring<S, S>(table, RingDType::kAsTokens);
   if constexpr (sizeof(S) < 8) {
     set_ring_of_codes<S, Int8>(table, RingDType::kInt8);

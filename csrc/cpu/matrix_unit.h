@@ -287,14 +287,13 @@ void project_packed(const ProjectParams& p, int64_t begin, int64_t end) {
   }
 }
 
-constexpr void set_packed_projections(Kernels& table) {
-  table.tokens_as = TokensAs::kPacked;
-  table.gathered_bytes = packed_bytes;
-  table.gather = pack<BFloat16>;
-  table.gather_acc = pack<float>;
-  table.project = project_packed<BFloat16>;
-  table.project_to_acc = project_packed<float>;
-}
+constexpr Projection kByMatrixUnit{true,
+                                   false,
+                                   packed_bytes,
+                                   pack<BFloat16>,
+                                   pack<float>,
+                                   project_packed<BFloat16>,
+                                   project_packed<float>};
 
 }  // namespace
 }  // namespace continual_mha::cpu

@@ -48,8 +48,8 @@ void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
 
 // The right by its columns: dot products with them, as projections are.
 void multiply_columns(const ProductParams& p, int64_t batches, const void* bias, DType dtype) {
-  const Kernels& table = kernels(dtype);
-  const bool as_it_lies = p.scale == 1.0 && taken_as_they_lie(dtype, false, p.left_inner);
+  const Projection& by = kernels(dtype).projection;
+  const bool as_it_lies = p.scale == 1.0 && takes_as_they_lie(by, dtype, false, p.left_inner);
   const int64_t blocks = (p.columns + kRowBlock - 1) / kRowBlock;
   parallel(batches * blocks, kRowBlock * p.rows * p.inner, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -59,9 +59,9 @@ void multiply_columns(const ProductParams& p, int64_t batches, const void* bias,
       one.x = at(p.left, batch * p.left_batch, dtype);
       one.x_stride = p.left_row;
       if (!as_it_lies) {
-        void* copy = scratch<LeftTag>(table.gathered_bytes(p.rows, p.inner));
-        table.gather({one.x, copy, p.left_row, p.left_inner, p.rows, p.inner, p.scale}, 0,
-                     (p.rows + kTokenBlock - 1) / kTokenBlock);
+        void* copy = scratch<LeftTag>(by.gathered_bytes(p.rows, p.inner));
+        by.gather({one.x, copy, p.left_row, p.left_inner, p.rows, p.inner, p.scale}, 0,
+                  (p.rows + kTokenBlock - 1) / kTokenBlock);
         one.x = copy;
         one.x_stride = p.inner;
       }
@@ -72,7 +72,7 @@ void multiply_columns(const ProductParams& p, int64_t batches, const void* bias,
       one.streams = p.rows;
       one.rows = p.columns;
       one.in_features = p.inner;
-      table.project(one, begin - batch * blocks, stop - batch * blocks);
+      by.project(one, begin - batch * blocks, stop - batch * blocks);
       begin = stop;
     }
   });

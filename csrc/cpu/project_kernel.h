@@ -129,14 +129,10 @@ void project(const ProjectParams& p, int64_t begin, int64_t end) {
 }
 
 template <class S, class X>
-constexpr void set_projections(Kernels& table) {
+constexpr Projection projection() {
   using A = typename AccOf<S>::type;
-  table.tokens_as = std::is_same_v<X, A> ? TokensAs::kAcc : TokensAs::kDType;
-  table.gathered_bytes = gathered_bytes<X>;
-  table.gather = gather<S, X>;
-  table.gather_acc = gather<A, X>;
-  table.project = project<S, X, S>;
-  table.project_to_acc = project<S, X, A>;
+  return {false,        std::is_same_v<X, A>, gathered_bytes<X>, gather<S, X>,
+          gather<A, X>, project<S, X, S>,     project<S, X, A>};
 }
 
 }  // namespace

@@ -43,18 +43,19 @@ Tensor run(const StepCall& call, const Tensor& query, const Tensor& key, const T
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return new_like(query, {0, e});
 
-  const bool gemm = !call.batch_invariant && prefers_gemm(dtype, s.streams);
-  const Projected tokens = project_in(query, key, value, w, dtype, gemm);
+  const Projection* by = projection_of(dtype, s.streams, call.batch_invariant);
+  const Projected tokens = project_in(query, key, value, w, dtype, by);
   RingStepParams p{};
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, call.add_zero_attn);
   p.update = call.update;
   Tensor out = new_like(query, {s.streams, e});
-  p.out_is_storage = gemm || kernels(dtype).tokens_as != TokensAs::kAcc;
-  p.out = gemm ? out.mutable_data_ptr() : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
+  p.out_is_storage = by == nullptr || !by->factors_are_acc;
+  p.out = by == nullptr ? out.mutable_data_ptr()
+                        : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
   attend(p, dtype, ring_dtype);
   if (call.update) advance_positions(rings.position, active);
-  if (gemm) return linear(out, w.out_proj_weight, w.out_proj_bias);
-  project_out(tokens_of(p.out, !p.out_is_storage, s.streams, e, dtype), w, dtype, out);
+  if (by == nullptr) return linear(out, w.out_proj_weight, w.out_proj_bias);
+  project_out(tokens_of(p.out, !p.out_is_storage, s.streams, e, *by, dtype), w, out);
   return out;
 }
 

@@ -60,8 +60,8 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);
-  const bool gemm = !batch_invariant && prefers_gemm(dtype, s.streams * count);
-  const Projected tokens = project_in(q, k, v, w, dtype, gemm);
+  const Projection* by = projection_of(dtype, s.streams * count, batch_invariant);
+  const Projected tokens = project_in(q, k, v, w, dtype, by);
   RingStepsParams p{};
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, add_zero_attn);
   const ClipSizes heads{s.streams, count, s.num_heads, s.head_dim};
@@ -79,9 +79,9 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
     write_rings(p, heads, dtype);
     advance_positions(position, std::nullopt, count);
   }
-  if (gemm) return linear(out, out_proj_weight, out_proj_bias);
+  if (by == nullptr) return linear(out, out_proj_weight, out_proj_bias);
   const Tensor projected = new_like(query, {s.streams, count - first, e});
-  project_out(flat(out), w, dtype, projected);
+  project_out(tokens_of(flat(out), *by, dtype), w, projected);
   return projected;
 }
 

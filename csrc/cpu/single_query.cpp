@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
 
   const InWeights in(w);
   const MovedParams moved = moved_params(w, in, shared, dtype, add_zero_attn);
-  project_to_acc(tokens_of(query, dtype), in.q.const_data_ptr(), data_or_null(in_proj_bias), dtype,
+  const Projection& by = table.projection;
+  project_to_acc(tokens_of(query, by, dtype), in.q.const_data_ptr(), data_or_null(in_proj_bias),
                  moved.q, e);
   parallel(num_heads, n * e * shared.key_dim / num_heads,
            [&](int64_t begin, int64_t end) { table.move_queries(moved, begin, end); });
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
   }
   parallel(num_heads, n * e * shared.value_dim / num_heads,
            [&](int64_t begin, int64_t end) { table.project_mixed(moved, begin, end); });
-  project_out(moved.out, w, dtype, out);
+  project_out(tokens_of(moved.out, true, n, e, by, dtype), w, out);
   return {out, attn};
 }
 
