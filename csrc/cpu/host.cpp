@@ -233,11 +233,13 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, void*
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
 // the kernels lack, or use but for fewer tokens as fast.
 const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
-  const Projection& own = kernels(dtype).projection;
-  const bool by_matrix_unit = own.packed;
-  if (invariant || dtype != DType::kBFloat16 || by_matrix_unit) return &own;
-  const bool in_pairs = !own.factors_are_acc && !has_matrix_unit();
-  return tokens >= (in_pairs ? 64 : 16) ? nullptr : &own;
+  const Kernels& table = kernels(dtype);
+  const Projection& own = table.projection;
+  if (invariant || dtype != DType::kBFloat16) return &own;
+  if (tokens == 1) return &table.of_one;
+  const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
+  const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
+  return tokens <= most ? &own : nullptr;
 }
 
 Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value, const Weights& w,

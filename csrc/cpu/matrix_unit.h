@@ -45,6 +45,15 @@ class MatrixUnit {
                      : "memory");
   }
 
+  // The same for what will not be read again soon.
+  template <int kTile>
+  CMHA_INLINE void load_once(const void* from, int64_t row_bytes) const {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
+                     :
+                     : "r"(from), "r"(row_bytes), "i"(kTile)
+                     : "memory");
+  }
+
   template <int kTile>
   CMHA_INLINE void store(float* to) const {
     constexpr int64_t kRowBytes = 64;
@@ -130,7 +139,7 @@ CMHA_TILE void multiply_tiles(const MatrixUnit& unit, const BFloat16* weight, in
   const auto multiply = [&](int64_t first, bool whole) __attribute__((always_inline)) {
     const char* right = packed + first / kTileFeatures * kTileBytes;
     unrolled<kBlocks>([&](auto b) __attribute__((always_inline)) {
-      unit.load<kRight + decltype(b)::value>(right + decltype(b)::value * block_bytes, 64);
+      unit.load_once<kRight + decltype(b)::value>(right + decltype(b)::value * block_bytes, 64);
     });
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       constexpr int kRow = decltype(r)::value;
@@ -163,52 +172,67 @@ CMHA_TILE void multiply_tiles(const MatrixUnit& unit, const BFloat16* weight, in
   });
 }
 
-// Sums (16 rows, 16 tokens) with a bias for each row, to `count` tokens of the output.
-CMHA_INLINE void put_whole(const float* sums, const float* biases, int64_t count, float* out,
-                           int64_t stride) {
-  const FVec bias = load(biases);
-  FVec by_token[kTileRows];
-  unrolled<kTileRows>([&](auto i) __attribute__((always_inline)) {
-    by_token[place_of<decltype(i)::value>] = load(sums + decltype(i)::value * kTileRows);
-  });
-  transpose<float>(by_token);
-  for (int64_t n = 0; n < count; ++n) store<float>(out + n * stride, by_token[n] + bias);
+// The sums of a tile of rows, (16 rows, 16 tokens), and with kTiles of 2 those of the next, which
+// lie `next` behind, with a bias for each row: to `count` tokens of the output.
+template <int kTiles>
+CMHA_INLINE void put_whole(const float* sums, int64_t next, const float* biases, int64_t count,
+                           float* out, int64_t stride) {
+  for (int t = 0; t < kTiles; ++t) {
+    const FVec bias = load(biases + t * kTileRows);
+    FVec by_token[kTileRows];
+    unrolled<kTileRows>([&](auto i) __attribute__((always_inline)) {
+      by_token[place_of<decltype(i)::value>] = load(sums + t * next + decltype(i)::value * 16);
+    });
+    transpose<float>(by_token);
+    float* to = out + t * kTileRows;
+    for (int64_t n = 0; n < count; ++n) store<float>(to + n * stride, by_token[n] + bias);
+  }
 }
 
 // Rounded first, so that two rows are one vector to transpose. No NaN is rounded up to infinity or
 // beyond: it comes from bfloat16, and its lower half is zeros.
-CMHA_INLINE void put_whole(const float* sums, const float* biases, int64_t count, BFloat16* out,
-                           int64_t stride) {
+template <int kTiles>
+CMHA_INLINE void put_whole(const float* sums, int64_t next, const float* biases, int64_t count,
+                           BFloat16* out, int64_t stride) {
   typedef uint32_t Bits __attribute__((vector_size(64)));
-  const auto rounded = [&](int i) __attribute__((always_inline)) {
-    const Bits bits = bit_cast<Bits>(load(sums + i * kTileRows) + biases[i]);
+  const auto rounded = [&](const float* row, float bias) __attribute__((always_inline)) {
+    const Bits bits = bit_cast<Bits>(load(row) + bias);
     return bits + 0x7fffu + (bits >> 16 & 1u);
   };
   FVec by_token[kTileRows];
-  unrolled<kTileRows / 2>([&](auto tag) __attribute__((always_inline)) {
+  unrolled<kTileRows>([&](auto tag) __attribute__((always_inline)) {
     constexpr int kPair = decltype(tag)::value;
-    const Bits pair = rounded(2 * kPair) >> 16 | (rounded(2 * kPair + 1) & 0xffff0000u);
-    by_token[place_of<kPair>] = bit_cast<FVec>(pair);
-    by_token[place_of<kPair + kTileRows / 2>] = FVec{};
+    constexpr int kTile = kPair / 8;
+    FVec& pair = by_token[place_of<kPair>];
+    if constexpr (kTile < kTiles) {
+      const float* row = sums + kTile * next + kPair % 8 * 2 * kTileRows;
+      pair = bit_cast<FVec>(rounded(row, biases[2 * kPair]) >> 16 |
+                            (rounded(row + kTileRows, biases[2 * kPair + 1]) & 0xffff0000u));
+    } else {
+      pair = FVec{};
+    }
   });
   transpose<float>(by_token);
-  for (int64_t n = 0; n < count; ++n) memcpy(out + n * stride, by_token + n, 32);
+  for (int64_t n = 0; n < count; ++n) memcpy(out + n * stride, by_token + n, 32 * kTiles);
 }
 
-// Rows [row, row + rows) of tokens [token, token + count) from their sums.
-template <class O>
-CMHA_INLINE void put_sums(const ProjectParams& p, const float* sums, int64_t row, int64_t rows,
-                          int64_t token, int64_t count) {
-  float biases[kTileRows] = {};
-  if (p.bias != nullptr) copy_row(static_cast<const BFloat16*>(p.bias) + row, rows, biases);
+// Rows [row, row + rows) of tokens [token, token + count) from their sums, of kTiles tiles.
+template <int kTiles, class O>
+CMHA_INLINE void put_sums(const ProjectParams& p, const float* sums, int64_t next, int64_t row,
+                          int64_t rows, int64_t token, int64_t count) {
+  constexpr int64_t kRows = kTiles * kTileRows;
+  float biases[kRows] = {};
+  if (p.bias != nullptr) {
+    copy_row(static_cast<const BFloat16*>(p.bias) + row, min_of(rows, kRows), biases);
+  }
   O* out = static_cast<O*>(p.out) + token * p.out_stride + row;
-  if (rows == kTileRows) {
-    put_whole(sums, biases, count, out, p.out_stride);
+  if (rows >= kRows) {
+    put_whole<kTiles>(sums, next, biases, count, out, p.out_stride);
     return;
   }
-  O whole[kTileRows * kTileRows];
-  put_whole(sums, biases, count, whole, kTileRows);
-  for (int64_t n = 0; n < count; ++n) copy_row(whole + n * kTileRows, rows, out + n * p.out_stride);
+  O whole[kRows * kTileRows];
+  put_whole<kTiles>(sums, next, biases, count, whole, kRows);
+  for (int64_t n = 0; n < count; ++n) copy_row(whole + n * kRows, rows, out + n * p.out_stride);
 }
 
 // All rows of a range, 16 at a time, for a few tokens, which wait for them: rows far apart are long
@@ -256,15 +280,19 @@ void project_packed(const ProjectParams& p, int64_t begin, int64_t end) {
                          auto token_blocks) __attribute__((always_inline)) {
     constexpr int kRows = decltype(row_tiles)::value;
     constexpr int kBlocks = decltype(token_blocks)::value;
-    alignas(64) float sums[kRows * kBlocks * kTileSums];
+    constexpr int kTiles = kRows == 1 ? 1 : 2;  // that go to the output together
+    constexpr int64_t kNext = kBlocks * kTileSums;
+    alignas(64) float sums[kRows * kNext];
     multiply_tiles<kRows, kBlocks>(
         unit, static_cast<const BFloat16*>(p.weight) + row * p.in_features, end - row, 1,
         p.in_features, static_cast<const char*>(p.x) + block * block_bytes, sums);
-    for (int i = 0; i < kRows * kBlocks; ++i) {
-      const int64_t first = row + i / kBlocks * kTileRows;
-      const int64_t token = (block + i % kBlocks) * kTileRows;
-      put_sums<O>(p, sums + i * kTileSums, first, min_of(kTileRows, end - first), token,
-                  min_of(kTileRows, p.streams - token));
+    for (int r = 0; r < kRows; r += kTiles) {
+      const int64_t first = row + r * kTileRows;
+      for (int b = 0; b < kBlocks; ++b) {
+        const int64_t token = (block + b) * kTileRows;
+        put_sums<kTiles, O>(p, sums + r * kNext + b * kTileSums, kNext, first, end - first, token,
+                            min_of(kTileRows, p.streams - token));
+      }
     }
   };
   for (int64_t pass = 0; pass < passes; ++pass) {
