@@ -236,7 +236,7 @@ const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
   const Kernels& table = kernels(dtype);
   const Projection& own = table.projection;
   if (invariant || dtype != DType::kBFloat16) return &own;
-  if (tokens == 1) return &table.of_one;
+  if (tokens == 1) return &table.of_rows;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
   const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
   return tokens <= most ? &own : nullptr;

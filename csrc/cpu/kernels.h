@@ -233,7 +233,7 @@ struct Projection {
 // tasks and may be called for disjoint ranges from several threads; `scratch` is the thread's own.
 struct Kernels {
   Projection projection;
-  Projection of_one;  // faster for a single token, or the same
+  Projection of_rows;  // never packed: faster for one token, or few rows of the weight; or the same
   int64_t (*product_scratch)(const ProductParams&);
   void (*multiply)(const ProductParams&, void* scratch, int64_t begin, int64_t end);
   // By RingDType, here and below: null for codes where DType is kFloat64.

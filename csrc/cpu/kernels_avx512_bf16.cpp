@@ -14,7 +14,7 @@ struct Table {
   Table() {
     for (int i = 0; i < kNumDTypes; ++i) kernels[i] = kernels_avx512()[i];
     Kernels& of_bfloat16 = kernels[static_cast<int>(DType::kBFloat16)];
-    of_bfloat16.projection = of_bfloat16.of_one = projection<BFloat16, BFloat16>();
+    of_bfloat16.projection = of_bfloat16.of_rows = projection<BFloat16, BFloat16>();
     set_products<BFloat16>(of_bfloat16);
     set_clips<BFloat16>(of_bfloat16);
     of_bfloat16.ring_steps_scratch = ring_steps_scratch<BFloat16>;

@@ -34,7 +34,7 @@ constexpr void set_ring_of_codes(Kernels& table, RingDType kind) {
 template <class S>
 constexpr Kernels table_of() {
   Kernels table{};
-  table.projection = table.of_one = projection<S, typename AccOf<S>::type>();
+  table.projection = table.of_rows = projection<S, typename AccOf<S>::type>();
   set_ring<S, S>(table, RingDType::kAsTokens);
   if constexpr (sizeof(S) < 8) {
     set_ring_of_codes<S, Int8>(table, RingDType::kInt8);
