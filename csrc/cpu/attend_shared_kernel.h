@@ -108,6 +108,21 @@ CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scor
   return sum;
 }
 
+// Scores of a head to factors of the values, and its other results. Returns what the sum of the
+// values is to be multiplied with.
+template <class A, class X>
+CMHA_INLINE A finish_head(const AttendSharedParams& p, int64_t n, int64_t head, A* scores,
+                          A* scales, X* factors) {
+  const int64_t row = n * p.num_heads + head;
+  const Normaliser<A> normaliser = finish_scores(p, n, head, scores);
+  if (p.kept != nullptr) {
+    static_cast<A*>(p.kept)[row] = drop(p, n, head, scores, scales) * normaliser.inputs;
+  }
+  if (p.weights != nullptr) store_weights(p, row, scores, normaliser);
+  to_factors(scores, p.slots, factors);
+  return normaliser.inputs;
+}
+
 // Those of `count` heads of a stream from `head` on.
 template <class Q, class X>
 CMHA_INLINE void copy_vectors(const HeadVectors& vectors, int64_t n, int64_t head, int64_t count,
@@ -172,15 +187,8 @@ CMHA_INLINE void attend_heads(const AttendSharedParams& p, const AttendSharedScr
   key.template dot<kC>(scratch.q, scratch.scores, scratch.score_stride);
   A scale[kC];
   for (int c = 0; c < kC; ++c) {
-    A* scores = scratch.scores + c * scratch.score_stride;
-    const Normaliser<A> normaliser = finish_scores(p, n, head + c, scores);
-    if (p.kept != nullptr) {
-      static_cast<A*>(p.kept)[row + c] =
-          drop(p, n, head + c, scores, scratch.scales) * normaliser.inputs;
-    }
-    if (p.weights != nullptr) store_weights(p, row + c, scores, normaliser);
-    to_factors(scores, p.slots, scratch.factors + c * scratch.score_stride);
-    scale[c] = normaliser.inputs;
+    scale[c] = finish_head(p, n, head + c, scratch.scores + c * scratch.score_stride,
+                           scratch.scales, scratch.factors + c * scratch.score_stride);
   }
   const SharedTile<S> value(p.value, n, p.slots, p.value_dim);
   value.template sum<kC>(scratch.factors, scratch.score_stride, scratch.out);

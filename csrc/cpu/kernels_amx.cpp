@@ -1,16 +1,18 @@
 #if defined(__x86_64__)
-#include "matrix_unit.h"
+#include "matrix_unit_clips.h"
 
 namespace continual_mha::cpu {
 namespace {
 
-// Those of AVX-512 with pairs of bfloat16, but for projections in bfloat16.
+// Those of AVX-512 with pairs of bfloat16, but for projections and clips in bfloat16.
 struct Table {
   Kernels kernels[kNumDTypes];
 
   Table() {
     for (int i = 0; i < kNumDTypes; ++i) kernels[i] = kernels_avx512_bf16()[i];
-    kernels[static_cast<int>(DType::kBFloat16)].projection = kByMatrixUnit;
+    Kernels& of_bfloat16 = kernels[static_cast<int>(DType::kBFloat16)];
+    of_bfloat16.projection = kByMatrixUnit;
+    set_clips_of_unit(of_bfloat16);
   }
 };
 

@@ -123,18 +123,16 @@ void pack(const GatherParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// kRows tiles of the weight's rows against kBlocks blocks of tokens. To sums[tile][block], each (16
-// rows, 16 tokens). A tile's rows are `stretch` apart, and tiles follow each other; `rows` is how
-// many there are of all.
+// kRows tiles of rows against kBlocks blocks of tokens. To sums[tile][block], each (16 rows, 16
+// tokens). Rows lie `row` elements apart and tiles `tile`; `rows` is how many there are of all.
 template <int kRows, int kBlocks>
 CMHA_TILE void multiply_tiles(const MatrixUnit& unit, const BFloat16* weight, int64_t rows,
-                              int64_t stretch, int64_t features, const char* packed, float* sums) {
+                              int64_t row, int64_t tile, int64_t features, const char* packed,
+                              float* sums) {
   constexpr int kRight = kRows * kBlocks;  // the first tile of tokens, behind those of sums
   constexpr int kLeft = kRight + kBlocks;
   constexpr int kLefts = 8 - kLeft;
   static_assert(kLefts > 0);
-  const int64_t row = stretch * features;
-  const int64_t tile = stretch == 1 ? kTileRows * row : features;
   const int64_t block_bytes = tiles_of_features(features) * kTileBytes;
   const auto multiply = [&](int64_t first, bool whole) __attribute__((always_inline)) {
     const char* right = packed + first / kTileFeatures * kTileBytes;
@@ -245,8 +243,8 @@ CMHA_INLINE int64_t project_few(const ProjectParams& p, const MatrixUnit& unit, 
     constexpr int kRows = decltype(count)::value;
     alignas(64) float sums[kRows * kTileSums];
     multiply_tiles<kRows, 1>(unit, static_cast<const BFloat16*>(p.weight) + row * p.in_features,
-                             kRows * kTileRows, stretch, p.in_features,
-                             static_cast<const char*>(p.x), sums);
+                             kRows * kTileRows, stretch * p.in_features, p.in_features,
+                             p.in_features, static_cast<const char*>(p.x), sums);
     for (int64_t i = 0; i < kRows * kTileRows; ++i) {
       const int64_t at = row + i / kTileRows + i % kTileRows * stretch;
       const float bias = p.bias == nullptr ? 0 : widen(static_cast<const BFloat16*>(p.bias)[at]);
@@ -284,8 +282,9 @@ void project_packed(const ProjectParams& p, int64_t begin, int64_t end) {
     constexpr int64_t kNext = kBlocks * kTileSums;
     alignas(64) float sums[kRows * kNext];
     multiply_tiles<kRows, kBlocks>(
-        unit, static_cast<const BFloat16*>(p.weight) + row * p.in_features, end - row, 1,
-        p.in_features, static_cast<const char*>(p.x) + block * block_bytes, sums);
+        unit, static_cast<const BFloat16*>(p.weight) + row * p.in_features, end - row,
+        p.in_features, kTileRows * p.in_features, p.in_features,
+        static_cast<const char*>(p.x) + block * block_bytes, sums);
     for (int r = 0; r < kRows; r += kTiles) {
       const int64_t first = row + r * kTileRows;
       for (int b = 0; b < kBlocks; ++b) {
