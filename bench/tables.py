@@ -73,20 +73,49 @@ def speed(results: Results, mode: str) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def summary(results: Results) -> str:
-    """Speed-up of the automatic choice over every other implementation, by mode."""
+def _kinds(results: Results) -> list[tuple[str, str]]:
+    """Modes and dtypes, in the order of the cases."""
+    return list(dict.fromkeys((case.mode, case.dtype) for case in results.cases))
+
+
+def _speed_ups(results: Results, kind: tuple[str, str], rival: str | None) -> list[float]:
+    """Over one implementation, or in each case over the fastest, where there are times."""
+    found = []
+    for case in results.cases:
+        if (case.mode, case.dtype) != kind:
+            continue
+        if rival is not None:
+            ratio = results.ratio(case, rival)
+        else:
+            best = results.best_rival(case)
+            ratio = best[1] if best else None
+        if ratio is not None:
+            found.append(ratio.value)
+    return found
+
+
+def brief(results: Results) -> str:
+    """Speed-up of the automatic choice by mode and dtype: geometric means, and the least ones."""
+    rivals = {REFERENCE: REFERENCE, ONE_QUERY: ONE_QUERY, "the fastest other": None}
     lines = []
-    for mode in dict.fromkeys(case.mode for case in results.cases):
+    for kind in _kinds(results):
+        found = [_speed_ups(results, kind, rival) for rival in rivals.values()]
+        if any(found):
+            cells = [f"{figures(geometric_mean(x))}× ({figures(min(x))}×)" if x else "" for x in found]
+            lines.append([f"{kind[0]}, {kind[1]}", str(max(map(len, found))), *cells])
+    return markdown(["", "shapes", *(f"over {name}" for name in rivals)], lines) if lines else ""
+
+
+def summary(results: Results) -> str:
+    """Speed-up of the automatic choice over every other implementation, by mode and dtype."""
+    lines = []
+    for mode, dtype in _kinds(results):
         for rival in results.rivals(mode):
-            found = [
-                ratio.value
-                for case in results.cases
-                if case.mode == mode and (ratio := results.ratio(case, rival)) is not None
-            ]
+            found = _speed_ups(results, (mode, dtype), rival)
             if found:
                 numbers = (geometric_mean(found), min(found), max(found))
                 cells = [f"{figures(x)}×" for x in numbers]
-                lines.append([f"{mode}: {rival}", str(len(found)), *cells])
+                lines.append([f"{mode}, {dtype}: {rival}", str(len(found)), *cells])
     header = ["over", "shapes", "geometric mean", "least", "most"]
     return markdown(header, lines) if lines else ""
 
@@ -128,6 +157,7 @@ def missing(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "brief": brief,
     "summary": summary,
     "step": lambda results: speed(results, "step"),
     "forward": lambda results: speed(results, "forward"),

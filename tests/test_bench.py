@@ -436,7 +436,9 @@ def test_tables_are_made_from_the_rows(data):
     assert "*A processor, 2 cores, AVX2, torch 2.13.0; commit abc*" in step
     line = "| example: E=512, H=8, L=32, float32 | 8 | 80 (78.4–81.6) | 2 % | 5× |  | 3× "
     assert line + "| ring + SDPA math (wall) |" in step
-    assert "| step: continual-inference | 4 | 5× | 5× | 5× |" in report.table("cpu-summary", data)
+    summary = report.table("cpu-summary", data)
+    assert "| step, float32: continual-inference | 4 | 5× | 5× | 5× |" in summary
+    assert "| step, float32 | 4 | 5× (5×) |  | 3× (3×) |" in report.table("cpu-brief", data)
     assert "| transformers: not there | absent | 4 |" in report.table("cpu-missing", data)
     assert "| ours:kv | noise |" in report.table("cpu-dispatch", data)
     assert report.table("gpu-step", data) == "No results yet."

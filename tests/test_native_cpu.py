@@ -585,6 +585,37 @@ def test_shared_tile_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 4, 9, 16, 18, 35])
+def test_shared_tile_of_any_number_of_heads(heads: int, dtype: torch.dtype, isa: str) -> None:
+    """From operators and, with queries that are not rounded, in a whole `forward`; of views."""
+    for slots, width in ((16, 32), (31, 34), (49, 100), (130, 64)):
+        clip = torch.randn(3, slots, 2 * width).to(dtype)[..., :width]
+        query = (torch.randn(3, heads, width) * width**-0.5).to(dtype)
+        args = (query, clip, None, None, None)
+        out, lse = torch.ops.continual_mha.cpu_attend_shared(*args)
+        exact = reference.attend_shared(*(cast(x, torch.float64) for x in args))
+        plain = reference.attend_shared(*args)
+        for mine, right, other in zip((out, lse), exact, plain, strict=True):
+            assert_as_exact_as_torch(mine, right, other)
+    module = build(embed_dim=2 * heads, num_heads=heads, sequence_len=40).to(dtype)
+    x = draw_tokens(module, 3, 40)[0]
+    module.requires_grad_(False)
+    with continual_mha.use_backend("cpu"):
+        found = module(x)
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)  # which share the heads
+        try:
+            assert all(map(torch.equal, module(x), found))
+        finally:
+            torch.set_num_threads(before)
+    with continual_mha.use_backend("torch"):
+        plain = module(x)
+        exact = module.double()(x.double())
+    for mine, right, other in zip(found, exact, plain, strict=True):
+        assert_as_exact_as_torch(mine, right, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("mask", [None, (1, 1), (3, 6)])
