@@ -94,6 +94,10 @@ def _speed_ups(results: Results, kind: tuple[str, str], rival: str | None) -> li
     return found
 
 
+def _mean_and_least(speed_ups: list[float]) -> str:
+    return f"{figures(geometric_mean(speed_ups))}× ({figures(min(speed_ups))}×)"
+
+
 def brief(results: Results) -> str:
     """Speed-up of the automatic choice by mode and dtype: geometric means, and the least ones."""
     rivals = {REFERENCE: REFERENCE, ONE_QUERY: ONE_QUERY, "the fastest other": None}
@@ -101,7 +105,7 @@ def brief(results: Results) -> str:
     for kind in _kinds(results):
         found = [_speed_ups(results, kind, rival) for rival in rivals.values()]
         if any(found):
-            cells = [f"{figures(geometric_mean(x))}× ({figures(min(x))}×)" if x else "" for x in found]
+            cells = [_mean_and_least(x) if x else "" for x in found]
             lines.append([f"{kind[0]}, {kind[1]}", str(max(map(len, found))), *cells])
     return markdown(["", "shapes", *(f"over {name}" for name in rivals)], lines) if lines else ""
 
