@@ -39,8 +39,8 @@ CMHA_INLINE void score_slots(const MatrixUnit& unit, const SharedTile<BFloat16>&
     for (; keys.slots - slot > (kTiles - 1) * kTileRows; slot += kTiles * kTileRows) {
       alignas(64) float sums[kTiles * kBlocks * kTileSums];
       multiply_tiles<kTiles, kBlocks>(unit, keys.data + slot * keys.slot_stride, keys.slots - slot,
-                                      keys.slot_stride, kTileRows * keys.slot_stride,
-                                      keys.features, packed, sums);
+                                      keys.slot_stride, kTileRows * keys.slot_stride, keys.features,
+                                      packed, sums);
       for (int i = 0; i < kTiles * kBlocks; ++i) {
         FVec by_query[kTileRows];
         unrolled<kTileRows>([&](auto tag) __attribute__((always_inline)) {
@@ -107,8 +107,8 @@ CMHA_INLINE void attend_by_unit(const AttendSharedParams& p, const UnitScratch& 
   }
   const int64_t queries = kParts<Q> * count;
   const int64_t blocks = (queries + kTileRows - 1) / kTileRows;
-  pack<BFloat16>(
-      {scratch.queries, scratch.packed, p.key_dim, 1, queries, p.key_dim, 1.0}, 0, blocks);
+  pack<BFloat16>({scratch.queries, scratch.packed, p.key_dim, 1, queries, p.key_dim, 1.0}, 0,
+                 blocks);
   const SharedTile<BFloat16> keys(p.key, n, p.slots, p.key_dim);
   if (blocks == 1) {
     score_slots<1>(unit, keys, scratch.packed, scratch.scores, stride);
