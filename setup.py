@@ -69,6 +69,12 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
+def takes(flags: list[str]) -> bool:
+    """Whether the C++ compiler knows these flags."""
+    command = [find_compiler(), *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="", capture_output=True, text=True).returncode == 0
+
+
 def find_nvcc() -> str | None:
     """nvcc's path: from CUDA_HOME, or wherever the shell finds it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -166,13 +172,18 @@ class Compiler:
 class CpuCompiler(Compiler):
     """g++ or clang++."""
 
+    def flags(self, source: str) -> list[str]:
+        """What a file may be compiled for; the one for AMX does without where compilers do."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return []
+        flags = X86_FLAGS.get(Path(source).stem, [])
+        return flags if Path(source).stem != "kernels_amx" or takes(flags) else []
+
     def compile(self, source: str) -> list[str]:
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
         command = [find_compiler(), "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread"]
         command += ["-Wall", "-Wextra", *(["-Werror"] if STRICT else []), self.define]
         command += ["-isystem", str(self.torch / "include")]
-        command += X86_FLAGS.get(Path(source).stem, []) if x86 else []
-        return [*command, *self.cxxflags, "-c"]
+        return [*command, *self.flags(source), *self.cxxflags, "-c"]
 
     def link(self, objects: list[str], library: str) -> list[str]:
         sanitized = any(flag.startswith("-fsanitize") for flag in self.cxxflags)

@@ -63,6 +63,15 @@ def test_library_loads_only_torch_s_own_libraries_and_the_system_s() -> None:
     assert "RPATH" not in listing.stdout
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_kernels_for_a_matrix_unit_are_none_where_the_compiler_does_not_know_it() -> None:
+    source = ROOT / "csrc" / "cpu" / "kernels_amx.cpp"
+    command = ["g++", "-std=c++17", "-E", source]
+    plain = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "kernels_amx() { return nullptr; }" in plain
+    assert "tdpbf16ps" not in plain
+
+
 def copy_of_the_tree(target: Path) -> Path:
     """The sources with the compiler's object files, so that nothing is compiled twice."""
     parts = ["continual_mha", "triton_kernels", "csrc", "build/objects"]

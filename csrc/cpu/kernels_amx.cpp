@@ -1,7 +1,12 @@
-#if defined(__x86_64__)
+#if defined(__AMX_BF16__)
 #include "matrix_unit_clips.h"
+#else
+#include "kernels.h"
+#endif
 
 namespace continual_mha::cpu {
+
+#if defined(__AMX_BF16__)
 namespace {
 
 // Those of AVX-512 with pairs of bfloat16, but for projections and clips in bfloat16.
@@ -22,6 +27,8 @@ const Kernels* kernels_amx() {
   static const Table table;
   return table.kernels;
 }
+#else
+const Kernels* kernels_amx() { return nullptr; }
+#endif
 
 }  // namespace continual_mha::cpu
-#endif

@@ -29,7 +29,10 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-bool has_amx() { return has_avx512_bf16() && has_matrix_unit(); }
+bool has_amx() {
+  const bool compiled = kernels_amx() != nullptr;  // which older compilers cannot
+  return compiled && has_avx512_bf16() && has_matrix_unit();
+}
 
 bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // older compilers do not know f16c by its name
