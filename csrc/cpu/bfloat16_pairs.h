@@ -52,9 +52,21 @@ CMHA_TILE void dot_tile(const BFloat16* rows, int64_t row_stride, const BFloat16
   store_sums<float, kR * kC>(acc, sums);
 }
 
+// Interleaved by 128 bits, the first of two sums has the columns 0 to 3, 8 to 11, and so on, and
+// the second the others: both in the order of columns.
+CMHA_INLINE Pair<float> in_order(FVec first, FVec second) {
+  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+  const __m512 a = bit_cast<__m512>(first);
+  const __m512 b = bit_cast<__m512>(second);
+  return {bit_cast<FVec>(_mm512_permutex2var_ps(a, lower, b)),
+          bit_cast<FVec>(_mm512_permutex2var_ps(a, upper, b))};
+}
+
 // The first `count` lanes of a sum, or all; none if `count` is not positive.
 template <bool kPartial, bool kAdd>
-CMHA_INLINE void put(float* to, __m512 sum, int64_t count) {
+CMHA_INLINE void put(float* to, FVec lanes_of_sum, int64_t count) {
+  __m512 sum = bit_cast<__m512>(lanes_of_sum);
   constexpr int kLanes = Simd<float>::kLanes;
   const bool all = !kPartial || count >= kLanes;
   const __mmask16 lanes = all ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
@@ -102,19 +114,14 @@ CMHA_TILE void weighted_pairs_tile(const BFloat16* p, int64_t p_stride, const BF
   int64_t l = begin;
   for (; l + 2 <= end; l += 2) add(l, Int<2>{});
   if (l < end) add(l, Int<1>{});
-  // Interleaved by 128 bits: the first of the halves has the columns 0 to 3, 8 to 11, and so on.
-  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
 #pragma GCC unroll 4
   for (int q = 0; q < kQ; ++q) {
 #pragma GCC unroll 8
     for (int j = 0; j < kChunks; ++j) {
-      const __m512 halves[2] = {bit_cast<__m512>(acc[q][2 * j]),
-                                bit_cast<__m512>(acc[q][2 * j + 1])};
+      const Pair<float> sums = in_order(acc[q][2 * j], acc[q][2 * j + 1]);
       float* to = out + q * out_stride + j * 2 * kLanes;
-      put<kTail, kAdd>(to, _mm512_permutex2var_ps(halves[0], lower, halves[1]), tail);
-      put<kTail, kAdd>(to + kLanes, _mm512_permutex2var_ps(halves[0], upper, halves[1]),
-                       tail - kLanes);
+      put<kTail, kAdd>(to, sums.low, tail);
+      put<kTail, kAdd>(to + kLanes, sums.high, tail - kLanes);
     }
   }
 }

@@ -170,6 +170,14 @@ CMHA_TILE void multiply_tiles(const MatrixUnit& unit, const BFloat16* weight, in
   });
 }
 
+// The columns of sums (16 rows, 16 columns).
+CMHA_INLINE void columns_of(const float* sums, FVec* columns) {
+  unrolled<kTileRows>([&](auto i) __attribute__((always_inline)) {
+    columns[place_of<decltype(i)::value>] = load(sums + decltype(i)::value * kTileRows);
+  });
+  transpose<float>(columns);
+}
+
 // The sums of a tile of rows, (16 rows, 16 tokens), and with kTiles of 2 those of the next, which
 // lie `next` behind, with a bias for each row: to `count` tokens of the output.
 template <int kTiles>
@@ -178,10 +186,7 @@ CMHA_INLINE void put_whole(const float* sums, int64_t next, const float* biases,
   for (int t = 0; t < kTiles; ++t) {
     const FVec bias = load(biases + t * kTileRows);
     FVec by_token[kTileRows];
-    unrolled<kTileRows>([&](auto i) __attribute__((always_inline)) {
-      by_token[place_of<decltype(i)::value>] = load(sums + t * next + decltype(i)::value * 16);
-    });
-    transpose<float>(by_token);
+    columns_of(sums + t * next, by_token);
     float* to = out + t * kTileRows;
     for (int64_t n = 0; n < count; ++n) store<float>(to + n * stride, by_token[n] + bias);
   }

@@ -43,11 +43,7 @@ CMHA_INLINE void score_slots(const MatrixUnit& unit, const SharedTile<BFloat16>&
                                       packed, sums);
       for (int i = 0; i < kTiles * kBlocks; ++i) {
         FVec by_query[kTileRows];
-        unrolled<kTileRows>([&](auto tag) __attribute__((always_inline)) {
-          constexpr int kRow = decltype(tag)::value;
-          by_query[place_of<kRow>] = load(sums + i * kTileSums + kRow * kTileRows);
-        });
-        transpose<float>(by_query);
+        columns_of(sums + i * kTileSums, by_query);
         float* to = scores + i % kBlocks * kTileRows * stride + slot + i / kBlocks * kTileRows;
         for (int c = 0; c < kTileRows; ++c) store<float>(to + c * stride, by_query[c]);
       }
@@ -128,19 +124,17 @@ CMHA_INLINE void attend_by_unit(const AttendSharedParams& p, const UnitScratch& 
   }
   const SharedTile<BFloat16> values(p.value, n, p.slots, p.value_dim);
   Q* out = static_cast<Q*>(p.out) + (n * p.num_heads + head) * p.value_dim;
-  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
   for (int64_t i = 0; i < p.value_dim; i += kTileFeatures) {
     const int64_t width = min_of(kTileFeatures, p.value_dim - i);
     alignas(64) float sums[2 * kTileSums];
     weigh_features(unit, scratch.factors, stride, values.data + i, values.slot_stride, p.slots,
                    width, sums);
     for (int64_t c = 0; c < count; ++c) {
-      const __m512 low = _mm512_load_ps(sums + c * kTileRows);
-      const __m512 high = _mm512_load_ps(sums + kTileSums + c * kTileRows);
+      const Pair<float> halves =
+          in_order(load(sums + c * kTileRows), load(sums + kTileSums + c * kTileRows));
       float features[kTileFeatures];
-      _mm512_storeu_ps(features, _mm512_permutex2var_ps(low, lower, high));
-      _mm512_storeu_ps(features + kTileRows, _mm512_permutex2var_ps(low, upper, high));
+      store<float>(features, halves.low);
+      store<float>(features + kTileRows, halves.high);
       copy_scaled(features, width, scale[c], out + c * p.value_dim + i);
     }
   }
