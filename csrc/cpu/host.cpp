@@ -230,15 +230,20 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, void*
   in_blocks(project_params(x, weight, bias, out, rows, rows), x.by.project_to_acc);
 }
 
+const Projection& own_projection(DType dtype, int64_t tokens) {
+  const Kernels& table = kernels(dtype);
+  return tokens == 1 ? table.of_rows : table.projection;
+}
+
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
 // the kernels lack, or use but for fewer tokens as fast.
 const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
-  const Kernels& table = kernels(dtype);
-  const Projection& own = table.projection;
-  if (invariant || dtype != DType::kBFloat16) return &own;
-  if (tokens == 1) return &table.of_rows;
+  const Projection& any = kernels(dtype).projection;
+  if (invariant) return &any;
+  const Projection& own = own_projection(dtype, tokens);
+  if (dtype != DType::kBFloat16) return &own;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
-  const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
+  const int64_t most = any.packed ? 512 : by_pairs ? 63 : 15;
   return tokens <= most ? &own : nullptr;
 }
 

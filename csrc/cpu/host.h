@@ -85,6 +85,9 @@ void write_ring(const KeptTokens& kept, const ClipSizes& s, DType dtype, const i
 // (N, T, E) as (N * T, E).
 Tensor flat(const Tensor& x);
 
+// How the kernels project so many tokens fastest.
+const Projection& own_projection(DType dtype, int64_t tokens);
+
 // How to project so many tokens, on which with `invariant` no token's bits may depend: null where
 // torch's matrix multiplication beats the kernels.
 const Projection* projection_of(DType dtype, int64_t tokens, bool invariant);

@@ -29,10 +29,7 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-bool has_amx() {
-  const bool compiled = kernels_amx() != nullptr;  // which older compilers cannot
-  return compiled && has_avx512_bf16() && has_matrix_unit();
-}
+bool has_amx() { return has_avx512_bf16() && has_matrix_unit(); }
 
 bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // older compilers do not know f16c by its name
@@ -52,9 +49,12 @@ constexpr Isa kIsas[] = {
     {"baseline", kernels_baseline, always},
 };
 
+// In this order: what hands out a table may itself need the instruction set.
+bool usable(const Isa& isa) { return isa.supported() && isa.table() != nullptr; }
+
 const Isa* fastest() {
   for (const Isa& isa : kIsas) {
-    if (isa.supported()) return &isa;
+    if (usable(isa)) return &isa;
   }
   return nullptr;
 }
@@ -100,7 +100,7 @@ __attribute__((visibility("default"))) const char* continual_mha_cpu_isa() {
 __attribute__((visibility("default"))) bool continual_mha_cpu_use_isa(const char* name) {
   using namespace continual_mha::cpu;
   for (const Isa& isa : kIsas) {
-    if (std::strcmp(isa.name, name) != 0 || !isa.supported()) continue;
+    if (std::strcmp(isa.name, name) != 0 || !usable(isa)) continue;
     current().store(&isa);
     return true;
   }

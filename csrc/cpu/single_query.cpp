@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> single_query(Tensor query, Tensor key, Tensor value,
 
   const InWeights in(w);
   const MovedParams moved = moved_params(w, in, shared, dtype, add_zero_attn);
-  const Projection& by = n == 1 ? table.of_rows : table.projection;
+  const Projection& by = own_projection(dtype, n);
   project_to_acc(tokens_of(query, by, dtype), in.q.const_data_ptr(), data_or_null(in_proj_bias),
                  moved.q, e);
   parallel(num_heads, n * e * shared.key_dim / num_heads,
