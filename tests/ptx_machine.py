@@ -727,6 +727,8 @@ class Machine:
         (source,) = sources
         if to == "bf16":
             return lambda mask: self.put(target, _to_bf16(source()), mask)
+        if to == "tf32" and how == {"rna"}:
+            return lambda mask: self.put(target, _to_tf32(source()), mask)
         dtype = _TYPES["f32"] if kind == "bf16" and to == "f32" else _TYPES[to]
         if to[0] in "us" and (kind[0] == "f" or kind == "bf16"):
             rounding = _ROUNDINGS[next(x for x in how if x in _ROUNDINGS)]
@@ -1008,11 +1010,13 @@ class Machine:
             self._whole_warps(mask)
             left = self._fragment(a_sources, kind)
             right = self._numbers(b_sources, kind).transpose(0, 1, 3, 4, 2)
-            product = np.matmul(left, right.reshape(len(left), -1, 8))
-            product = product.reshape(-1, 2, _WARP, 2)  # halves of the rows, their pairs of columns
+            right = right.reshape(len(left), -1, 8)
+            old = np.stack([self._full(x()) for x in c_sources], 1)
+            # [warps, halves of the rows, the eight rows, their pairs of columns]
+            old = old.reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4)
+            new = _multiply_add(left, right, old.reshape(-1, 16, 8)).reshape(-1, 2, _WARP, 2)
             for i in range(4):
-                part = product[:, i // 2, :, i % 2].ravel()
-                self.put(d[i], part + c_sources[i](), mask)
+                self.put(d[i], new[:, i // 2, :, i % 2].ravel(), mask)
 
         return step
 
@@ -1033,8 +1037,9 @@ class Machine:
         b_address = self.get(line.operands[2], "b64")
         adds = self.get(line.operands[3], "pred")
         negate_a, negate_b, *transposed = (int(x, 0) for x in line.operands[4:])
-        if negate_a != 1 or negate_b != 1 or kind not in ("bf16", "f16"):
+        if negate_a != 1 or negate_b != 1 or kind not in ("bf16", "f16", "tf32"):
             raise NotImplementedError(str(line))
+        transposed = transposed or [0]  # never, of tf32
         old = [self.get(x, "f32") for x in d]
         g, t = np.arange(_WARP) // 4, np.arange(_WARP) % 4
 
@@ -1044,41 +1049,49 @@ class Machine:
                 raise self.fault("only a part of a warpgroup arrives", np.flatnonzero(mask))
             groups = np.flatnonzero(runs[:, 0])
             if in_registers:
-                left = self._fragment(a_sources, kind).reshape(-1, 64, 16)[groups]
+                left = self._fragment(a_sources, kind)
+                left = left.reshape(-1, 64, left.shape[-1])[groups]
             else:
                 left = self._tile(groups, a_address, 64, kind, bool(transposed[0]))
             right = self._tile(groups, b_address, width, kind, bool(transposed[-1]))
-            product = np.zeros((len(runs), 64, width), np.float32)
-            product[groups] = np.matmul(left, right.transpose(0, 2, 1))
-            product = product.reshape(-1, 16, width)
             scale = self._full(adds())
-            for i, name in enumerate(d):
-                part = product[:, g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2].ravel()
-                self.put(name, part + np.where(scale, old[i](), np.float32(0)), mask)
+            sums = np.zeros((self.n // _WARP, 16, width), np.float32)
+            places = [(g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2) for i in range(len(d))]
+            for place, before in zip(places, old, strict=True):
+                kept = np.where(scale, before(), np.float32(0))
+                sums[:, place[0], place[1]] = kept.reshape(-1, _WARP)
+            sums = sums.reshape(-1, 64, width)
+            sums[groups] = _multiply_add(left, right.transpose(0, 2, 1), sums[groups])
+            sums = sums.reshape(-1, 16, width)
+            for place, name in zip(places, d, strict=True):
+                self.put(name, sums[:, place[0], place[1]].ravel(), mask)
 
         return step
 
     def _tile(self, groups: Array, source: Source, rows: int, kind: str, along: bool) -> Array:
-        """[groups, rows, 16] of shared memory, as descriptors say; `along`: rows side by side."""
+        """[groups, rows, K] of shared memory, as descriptors say; `along`: rows side by side."""
         lanes = groups * 4 * _WARP
+        size = 4 if kind == "tf32" else 2
         words = self._full(source())[lanes].astype(np.int64)
         start, leading, stride = (((words >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
         swizzle = {0: 16, 1: 128, 2: 64, 3: 32}
         modes = np.unique(words >> 62 & 3)
         assert len(modes) == 1
         span = swizzle[int(modes[0])]
-        row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+        row, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
         start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
         if along:
-            per = span // 2
-            at = start + row // per * leading + k // 8 * stride + k % 8 * span + row % per * 2
+            per = span // size
+            at = start + row // per * leading + k // 8 * stride + k % 8 * span + row % per * size
         elif span == 16:
-            at = start + row // 8 * stride + k // 8 * leading + row % 8 * 16 + k % 8 * 2
+            per = span // size
+            at = start + row // 8 * stride + k // per * leading + row % 8 * 16 + k % per * size
         else:
-            at = start + row // 8 * stride + row % 8 * span + k * 2
+            at = start + row // 8 * stride + row % 8 * span + k * size
         at = at ^ ((at >> 7 & (span // 16 - 1)) << 4)
-        data = self.shared.multiply(lanes, at.reshape(len(groups), -1))
-        return _floats(data, kind).reshape(len(groups), rows, 16)
+        data = self.shared.multiply(lanes, at.reshape(len(groups), -1), size)
+        values = _tf32(data) if kind == "tf32" else _floats(data, kind)
+        return values.reshape(len(groups), rows, -1)
 
     def _make_fence(self, line: Line, parts: list[str]) -> Callable:
         assert parts[:2] == ["proxy", "async"]
@@ -1099,6 +1112,33 @@ def _quotient(a: Any, b: Any) -> Any:
 
 def _tf32(bits: Array) -> Array:
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _to_tf32(x: Array) -> Array:
+    """As bits of float32, rounded to nearest, halves away from zero."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return np.where(np.isnan(x), 0x7FFFE000, bits + np.uint32(0x1000) & 0xFFFFE000).astype(
+        np.uint32
+    )
+
+
+def _truncated(x: Array) -> Array:
+    """float64 to float32, towards zero."""
+    near = x.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+
+
+def _multiply_add(left: Array, right: Array, sums: Array) -> Array:
+    """[..., M, N] sums + left @ right as a matrix unit does it, which truncates its sums.
+
+    How many products it adds up at once differs between architectures; here K / 2, as few as known.
+    """
+    half = left.shape[-1] // 2
+    with np.errstate(invalid="ignore", over="ignore"):
+        for part in (slice(None, half), slice(half, None)):
+            products = np.matmul(left[..., part], right[..., part, :], dtype=np.float64)
+            sums = _truncated(products + sums)
+    return sums
 
 
 def _unordered(compare: Callable) -> Callable:

@@ -395,10 +395,10 @@ class Shared(Space):
         programs = self.machine.cta if mask is None else self.machine.cta[mask]
         self.unfenced.reshape(-1, self.size)[np.unique(programs)] = False
 
-    def multiply(self, lanes: Array, address: Array) -> Array:
-        """16-bit numbers at the addresses [lanes, count], which a warpgroup of each lane reads."""
-        at = Place((self.machine.cta[lanes][:, None] * self.size + address) // 2, 2)
-        beyond = (address < 0) | (address + 2 > self.size)
+    def multiply(self, lanes: Array, address: Array, size: int) -> Array:
+        """The bits at the addresses [lanes, count], which a warpgroup of each lane reads."""
+        at = Place((self.machine.cta[lanes][:, None] * self.size + address) // size, size)
+        beyond = (address < 0) | (address + size > self.size)
         self.never(lanes, beyond, "multiplies what lies beyond the shared memory")
         self._there(lanes, at)
         mine, _, now = self.order.own(lanes)
@@ -411,7 +411,7 @@ class Shared(Space):
         at.add(self.multiplied, 1)
         group = self.groups["products"][lanes]
         self.pending["products"].append((lanes, group, at, np.zeros((len(lanes), 0))))
-        return at.of(self.bytes).view(np.uint16)
+        return at.of(self.bytes).view(f"u{size}")
 
     def end(self) -> None:
         """Nothing may be on its way when a program ends."""

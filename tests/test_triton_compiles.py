@@ -253,7 +253,8 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert copies.count(128) * 16 * report.threads == tile_bytes(launch)
         without = ("_write_rings_kernel", "_quantise_tokens_kernel", "_shared_gradient_kernel")
         multiplies = report.kernel not in without and not (reads_ring and "fused" not in name)
-        if multiplies and launch.args[0].dtype.itemsize == 2:
+        given = dict(zip((x.name for x in launch.kernel.params), launch.args, strict=True))
+        if multiplies and given["PRECISION"] != "ieee" and given.get("USE_DOT", True):
             assert report.has_matrix_instructions(), report.kernel
 
 
@@ -264,6 +265,26 @@ def test_configuration_fits_a_chip_with_little_shared_memory(name: str, capabili
         report = aot.compile_launch(launch, capability)
         assert report.spills <= (8 if capability == 120 else 0), report.kernel
         assert report.resident_programs(plan.LITTLE_MEMORY[capability]) >= 1, report.kernel
+
+
+@pytest.fixture
+def _multiplied_as_they_are() -> Iterator[None]:
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("_multiplied_as_they_are")
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_kernels_fit_where_fp32_is_not_to_be_divided(D: int) -> None:
+    for launch in (
+        *aot.window_launches(8, 256, 2, D, 64, FULL, full=True),
+        *aot.shared_launches(256, D // 2, 64, 512, FULL, False, full=True),
+        *aot.step_launches(64, 8 * D, 8, 64, FULL, "invariant"),
+    ):
+        report = aot.compile_launch(launch, 90)
+        assert report.spills == 0, report.kernel
+        assert not report.has_matrix_instructions(), report.kernel
 
 
 _MEMORY = re.compile(r"\b(?:atom|ld|st|red)\.global\S*|\bcp\.async\.c\S*|\bbar\.sync\b")

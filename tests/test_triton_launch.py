@@ -158,16 +158,18 @@ def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel:
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
 def test_precision_follows_either_of_torchs_settings(setting: str) -> None:
-    expected = "tf32" if setting == "tf32" else "ieee"
+    """The default, "none", is as exact as fp32; what is asked for by name is taken as it is."""
+    matmul = torch.backends.cuda.matmul
     try:
-        torch.backends.cuda.matmul.fp32_precision = setting
-        assert dot_precision() == expected
-        torch.backends.cuda.matmul.fp32_precision = "none"
-        torch.backends.cuda.matmul.allow_tf32 = setting == "tf32"
-        assert dot_precision() == expected
+        matmul.fp32_precision = setting
+        assert dot_precision() == {"none": "tf32x3"}.get(setting, setting)
+        assert dot_precision(whole=True) == {"none": "ieee"}.get(setting, setting)
+        matmul.fp32_precision = "none"
+        matmul.allow_tf32 = setting == "tf32"
+        assert dot_precision() == ("tf32" if setting == "tf32" else "ieee")
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cuda.matmul.fp32_precision = "none"
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = "none"
 
 
 def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from continual_mha.triton_kernels import (
 )
 from continual_mha.triton_kernels.eight_bits import CODES, decode
 from continual_mha.triton_kernels.input_step import input_step_
-from continual_mha.triton_kernels.launch import launch
+from continual_mha.triton_kernels.launch import constants_of, launch
+from continual_mha.triton_kernels.pieces import dot
 from continual_mha.triton_kernels.plan import input_plan, invariant_step_plan, step_plan
 from continual_mha.triton_kernels.ring_step import ring_step_
 
@@ -157,7 +158,48 @@ def test_every_code_is_decoded(codes: torch.dtype, dtype: torch.dtype, capabilit
     assert known.sum() == (256 if codes == torch.int8 else 254)
 
 
-@pytest.mark.parametrize(("dtype", "D", "T"), [(HALF, 64, 70), (FULL, 32, 20), (HALF, 8, 40)])
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    """The product (64, 16) of a (64, 64) and b (64, 16)."""
+    rows, inner, columns = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, 16)
+    a = tl.load(a_ptr + rows[:, None] * 64 + inner[None, :])
+    b = tl.load(b_ptr + inner[:, None] * 16 + columns[None, :])
+    product = dot(a, b, tl.zeros((64, 16), tl.float32), PRECISION)
+    tl.store(out_ptr + rows[:, None] * 16 + columns[None, :], product)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_three_products_of_tf32_err_as_fp32_does(precision: str, capability: int) -> None:
+    """Although the matrix unit truncates: here as coarsely as any is known to."""
+    torch.manual_seed(0)
+    a, b, out = torch.randn(64, 64), torch.randn(64, 16), torch.full((64, 16), torch.nan)
+    with as_ptx(capability):
+        launch(_dot_kernel, (1, 1, 1), (a, b, out), constants_of(precision), num_warps=4)
+    exact = a.double() @ b.double()
+    error = (out - exact).abs().max() / exact.abs().max()
+    assert error < 5e-7 if precision != "tf32" else error > 1e-4, error
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What torch is told to multiply fp32 with."""
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "T", "precision"),
+    [
+        (HALF, 64, 70, "none"),
+        (FULL, 32, 20, "none"),
+        (FULL, 64, 40, "none"),
+        (FULL, 64, 40, "ieee"),
+        (HALF, 8, 40, "none"),
+    ],
+    indirect=["precision"],
+)
+@pytest.mark.usefixtures("precision")
 def test_steps(dtype: torch.dtype, D: int, T: int, capability: int) -> None:
     case = RingCase(N=1, H=2, D=D, L=33, dtype=dtype).warm()
     clip, rest = case.clip(T), [0, True, 0.0, True]
@@ -169,10 +211,17 @@ def test_steps(dtype: torch.dtype, D: int, T: int, capability: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 40, 1, 64, 33, 0, True), (1, 40, 1, 128, 20, 0, False)], ids=str
+    ("dtype", "shape"),
+    [
+        (HALF, (1, 40, 1, 64, 33, 0, True)),
+        (HALF, (1, 40, 1, 128, 20, 0, False)),
+        (FULL, (1, 40, 1, 64, 33, 0, True)),
+        (FULL, (1, 20, 1, 100, 20, 0, False)),
+    ],
+    ids=str,
 )
-def test_window_and_its_gradients(shape: tuple, capability: int) -> None:
-    args, p = window_arguments(HALF, *shape), 0.3 if shape[-1] else 0.0
+def test_window_and_its_gradients(dtype: torch.dtype, shape: tuple, capability: int) -> None:
+    args, p = window_arguments(dtype, *shape), 0.3 if shape[-1] else 0.0
     args[3:5] = [x.nan_to_num(0.0) for x in args[3:5]]
     plain, exact = (reference.attend_window(*x, p) for x in (args, widened(args)))
     grads = [torch.randn_like(x) for x in plain]

@@ -716,7 +716,7 @@ def attend_shared_full(
     )  # fmt: skip
     constants = constants_of(
         H, EK, EV, plan.splits, plan.block_h, plan.block_s, plan.block_e, plan.block_v,
-        plan.one_tile, plan.groups, plan.parts, plan.stages, dot_precision(), acc,
+        plan.one_tile, plan.groups, plan.parts, plan.stages, dot_precision(plan.by_rows), acc,
     )  # fmt: skip
     launch(
         _attend_shared_kernel,
@@ -846,7 +846,7 @@ def attend_shared_full_backward(
         )  # fmt: skip
         constants = constants_of(
             H, EK, plan.block_h, plan.block_s, plan.block_e, plan.block_v, plan.groups,
-            plan.stages, dot_precision(), acc,
+            plan.stages, dot_precision(plan.by_rows), acc,
         )  # fmt: skip
     elif plan.one_tile:
         kernel = _one_tile_backward_kernel

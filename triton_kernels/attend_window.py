@@ -229,7 +229,7 @@ def _packed(x: Tensor) -> Tensor:
 
 def _constants(plan: StepsPlan, dtype: torch.dtype) -> tuple:
     _, acc = accumulators(dtype)
-    return plan.block_t, plan.block_s, plan.block_d, plan.stages, dot_precision(), acc
+    return plan.block_t, plan.block_s, plan.block_d, plan.stages, dot_precision(plan.whole), acc
 
 
 def attend_window(

@@ -605,8 +605,11 @@ def input_step_(
         on_bias = torch.empty((N, num_heads), dtype=wide, device=query.device)
     seed = dropout_seed(dropout_p, query.device)
     state = (x_ring, x_scale, position, active, seed, extra)
+    precision = dot_precision(
+        plan.by_rows or x_scale is not None
+    )  # decoded, a tile fills registers
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
-               (E // num_heads) ** -0.5, dot_precision(), acc)  # fmt: skip
+               (E // num_heads) ** -0.5, precision, acc)  # fmt: skip
     sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))

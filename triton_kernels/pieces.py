@@ -35,10 +35,19 @@ def accumulators(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def dot_precision() -> str:
-    """Input precision of an fp32 dot: true fp32 unless torch itself may use tf32."""
-    # `allow_tf32`, which says the same, raises once anybody has set `fp32_precision`.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def dot_precision(whole: bool = False) -> str:
+    """Input precision of an fp32 dot: "tf32x3" unless torch's setting names another one.
+
+    That is three products on the matrix unit, of the leading and the following 11 bits of each
+    number, and one addition of fp32 for each tile: together they err as products of fp32 do. Those,
+    "ieee", read shared memory through one bank wherever the sum runs along an operand's rows.
+    `whole`: take them nevertheless.
+    """
+    # `allow_tf32`, which says less, raises once anybody has set `fp32_precision`.
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "tf32":
+        return "tf32"
+    return "ieee" if whole or setting == "ieee" else "tf32x3"
 
 
 @triton.jit

@@ -71,8 +71,7 @@ ONE_LAUNCH = ("fused", "group")
 # Streams of a program of path "group". With more, a tile has fewer slots of each, and a program
 # waits for more tiles; with fewer, more programs read the same weights.
 GROUP = 4
-# Several tokens of fp32 are left to torch's products: without the matrix unit Triton reads a weight
-# with eight threads from one bank of shared memory, which takes a program 28 us at 1024 features.
+# Several tokens of fp32 are left to torch's products, which are those of fp32 as it is.
 STEP_RULES = (
     StepRule("fused", 8, 64, MULTIPROCESSORS, 96 * 1024, _NO_LIMIT, 128, 64, False),
     StepRule("group", 2, 256, 2 * MULTIPROCESSORS, 64 * 1024, 128, _NO_LIMIT, _NO_LIMIT, False),
@@ -142,7 +141,7 @@ def step_plan(
         if rule.path not in ONE_LAUNCH and warps > 1 and rows * block_d <= 1024 * warps // 2:
             warps //= 2
     wide = 4096 // max(itemsize, 2)
-    # Without the matrix unit the product of a group is unrolled, and 256 features at once spill.
+    # The product of a group is unrolled, and 256 features of fp32 at once spill.
     features = 64 if rule.path == "group" and itemsize > 2 else 256
     crowded = little and itemsize > 2 and rule.path == "fused"  # 64 KiB for each block of weights
     return StepPlan(
@@ -248,7 +247,7 @@ def shared_plan(
     little: bool = False,
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
-    # The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
+    # The matrix unit has 16 rows, which fewer heads do not fill; `row_scores` needs none.
     block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
     width = max(64, triton.next_power_of_2(max(EK, EV)))
     rows = tile_rows(itemsize, little)
@@ -260,9 +259,9 @@ def shared_plan(
     elif one_tile:
         block_s, block_v, warps = rows[width], width, 8 if width >= 1024 else 4
     else:
-        # Philox keeps five numbers per weight, which more warps share.
-        accumulators = 2048 if dropout and itemsize > 2 else 8192
-        block_v = min(width, 256 if itemsize == 2 else 64, accumulators // block_h)
+        # Philox keeps five numbers per weight, which more warps share, and fp32 two of each number.
+        accumulators = 8192 if itemsize == 2 else 2048 if dropout else 4096
+        block_v = min(width, 256, accumulators // block_h)
         block_s = 64 if itemsize == 2 and not (dropout and block_h > 16) else 32
         warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
     block_s = max(16, min(block_s, triton.next_power_of_2(S)))
@@ -271,9 +270,11 @@ def shared_plan(
     stages = _stages(itemsize, width, little) if one_tile else 2
     registers = ROW_REGISTERS.get(width) if by_rows else None
     parts = _parts(width, warps, little) if one_tile and itemsize == 2 else 1
+    block_e = 64 if itemsize == 2 else 32
     return SharedPlan(
-        splits, block_h, block_s, 64, block_v, one_tile, by_rows, warps, stages, registers, parts
-    )
+        splits, block_h, block_s, block_e, block_v, one_tile, by_rows, warps, stages, registers,
+        parts,
+    )  # fmt: skip
 
 
 def _parts(width: int, warps: int, little: bool) -> int:
@@ -324,7 +325,7 @@ def shared_backward_plan(
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
     block_s = max(16, min(rows, triton.next_power_of_2(S)))
-    block_e = 64 if itemsize == 2 else 32
+    block_e = 64 if itemsize == 2 else 16 if block_h >= 32 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, False, warps, 2)
 
@@ -393,7 +394,7 @@ INPUT_RULES = (
 # into registers.
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
 # Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
-# The matrix unit has 16 rows, which fewer heads do not fill; fp32 runs on the other units.
+# The matrix unit has 16 rows, which fewer heads do not fill; fp32 is not multiplied there.
 MAX_INPUT_ACCUMULATORS_16 = 16384
 MAX_INPUT_ACCUMULATORS_32 = 8192
 MAX_INPUT_HEADS = 32
@@ -483,6 +484,7 @@ class StepsPlan(NamedTuple):
     """Blocks of tokens, of keys and of features in the many-token kernel.
 
     block_one: keys of a tile that a single token has to itself.
+    whole: fp32 is multiplied as it is, since registers have no room for two parts of each number.
     """
 
     block_t: int
@@ -491,9 +493,11 @@ class StepsPlan(NamedTuple):
     block_one: int
     num_warps: int
     stages: int
+    whole: bool
 
 
-# (tokens, keys, warps) by padded head_dim: 16-bit elements on the matrix unit, fp32 on the others.
+# (tokens, keys, warps) by padded head_dim, for 16-bit elements and for fp32, of which a thread has
+# two parts of each number in registers.
 STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                    256: (32, 32, 8)}  # fmt: skip
 STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
@@ -506,7 +510,7 @@ ONE_TOKEN_BLOCKS = {16: 32, 32: 16, 64: 32, 128: 4, 256: 8}
 # The backward holds two tiles of accumulators where the forward holds one.
 WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
                              256: (32, 32, 8)}  # fmt: skip
-WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 8),
+WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 16, 4), 64: (16, 32, 4), 128: (16, 16, 8),
                              256: (16, 16, 8)}  # fmt: skip
 
 
@@ -533,7 +537,7 @@ def steps_plan(
     if dropout and not (backward and itemsize > 2) and not of_few_weights:
         block_t = max(16, block_t // 2)  # Philox keeps five numbers per weight
     if dropout and backward and itemsize > 2:
-        block_s, warps = min(block_s, block_t), 8 if block_d >= 64 else warps
+        block_s = min(block_s, block_t)
     if dropout and backward and itemsize == 2 and block_d == 64:
         block_s //= 2
     stages = 2
@@ -544,4 +548,5 @@ def steps_plan(
     if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
         block_s //= 2
     block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
-    return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages)
+    whole = itemsize > 2 and block_d == 256
+    return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages, whole)

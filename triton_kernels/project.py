@@ -95,11 +95,12 @@ def project(
     _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, position, active, tokens, outputs, *x.stride())
     block_k = 16 * 1024 // (plan.block_n * x.element_size())
+    if x.element_size() > 2:  # of more, registers do not hold both parts of each number
+        block_k = min(block_k, 128)
+    block_k = max(16, min(block_k, triton.next_power_of_2(features)))
     constants = constants_of(
-        features, plan.block_n, plan.block_o,
-        max(16, min(block_k, triton.next_power_of_2(features))),
-        3 if x.element_size() == 2 else 2, plan.pdl, dot_precision(), acc,
-    )  # fmt: skip
+        features, plan.block_n, plan.block_o, block_k, 3, plan.pdl, dot_precision(), acc
+    )
     grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
     launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)
     return out

@@ -410,7 +410,7 @@ def ring_steps_(
     )  # fmt: skip
     constants = constants_of(
         H, D, L, R, plan.block_t, plan.block_s, plan.block_d, plan.block_one, bool(add_zero_attn),
-        plan.stages, dot_precision(), D**-0.5, acc,
+        plan.stages, dot_precision(plan.whole), D**-0.5, acc,
     )  # fmt: skip
     programs = N * H * triton.cdiv(T - first, plan.block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)

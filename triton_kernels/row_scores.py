@@ -1,6 +1,6 @@
-"""Scores of a tile by its threads, not by the matrix unit: fp32, which that unit would round.
+"""Scores of a tile by its threads, not by the matrix unit: fp32 as it is, not in parts.
 
-What Triton makes of an fp32 `tl.dot` reads the operand that the sum runs along, eight threads at a
+What Triton makes of such a `tl.dot` reads the operand that the sum runs along, eight threads at a
 time, from one bank of shared memory. Here each thread multiplies what it has of the tile's rows in
 registers. A tile is [C, S / 4, GROUPS, 4, 32]: a thread has four features of a row side by side,
 eight lanes 32 of them, the lanes of a warp four rows, and the warps other features of the same
