@@ -520,8 +520,24 @@ def test_a_stream_s_bits_depend_neither_on_neighbours_nor_on_the_batch_size(
 def test_projections_of_any_number_of_tokens(
     embed: int, heads: int, dtype: torch.dtype, isa: str
 ) -> None:
-    for streams in (1, 4, 5, 16, 17, 33, 49, 70):
+    for streams in (1, 4, 5, 16, 17, 33, 49, 70, 290):
         assert_equals_reference(Case(streams=streams, embed=embed, heads=heads, dtype=dtype))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_projections_of_many_tokens_keep_them_apart(
+    dtype: torch.dtype, bad: float, isa: str
+) -> None:
+    case = Case(streams=50, embed=44, heads=2, dtype=dtype)
+    drawn = draw(case)
+    native = torch.ops.continual_mha.cpu_ring_step_
+    expected, _ = step(native, case, drawn, case.dtype, None)
+    drawn["tokens"][0][[3, 40], 5] = bad
+    out, _ = step(native, case, drawn, case.dtype, None)
+    others = [i for i in range(50) if i not in (3, 40)]
+    assert torch.equal(out[others], expected[others])
+    assert not torch.equal(out[3], expected[3])
 
 
 def test_update_false_gives_the_bits_of_update_true() -> None:

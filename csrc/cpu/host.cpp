@@ -232,18 +232,22 @@ void project_to_acc(const Tokens& x, const void* weight, const void* bias, void*
 
 const Projection& own_projection(DType dtype, int64_t tokens) {
   const Kernels& table = kernels(dtype);
-  return tokens == 1 ? table.of_rows : table.projection;
+  return tokens < table.projection.least_tokens ? table.of_rows : table.projection;
+}
+
+const Projection& invariant_projection(DType dtype) {
+  const Kernels& table = kernels(dtype);
+  return table.projection.least_tokens > 2 ? table.of_rows : table.projection;
 }
 
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
 // the kernels lack, or use but for fewer tokens as fast.
 const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
-  const Projection& any = kernels(dtype).projection;
-  if (invariant) return &any;
+  if (invariant) return &invariant_projection(dtype);
   const Projection& own = own_projection(dtype, tokens);
   if (dtype != DType::kBFloat16) return &own;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
-  const int64_t most = any.packed ? 512 : by_pairs ? 63 : 15;
+  const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
   return tokens <= most ? &own : nullptr;
 }
 

@@ -88,6 +88,9 @@ Tensor flat(const Tensor& x);
 // How the kernels project so many tokens fastest.
 const Projection& own_projection(DType dtype, int64_t tokens);
 
+// How they project few tokens and many, so that no token's bits depend on how many there are.
+const Projection& invariant_projection(DType dtype);
+
 // How to project so many tokens, on which with `invariant` no token's bits may depend: null where
 // torch's matrix multiplication beats the kernels.
 const Projection* projection_of(DType dtype, int64_t tokens, bool invariant);

@@ -127,7 +127,7 @@ Tokens asked_tokens(const InputStepParams& p, DType dtype, RingDType ring) {
   const int64_t e = p.embed_dim;
   void* rows = scratch<AskedTag>(p.queries * e * acc_size(dtype));
   kernels(dtype).asked_input[static_cast<int>(ring)](p, rows, 0, p.queries);
-  return tokens_of(rows, true, p.queries, e, kernels(dtype).projection, dtype);
+  return tokens_of(rows, true, p.queries, e, invariant_projection(dtype), dtype);
 }
 
 // One token: into its slot first, from where it is attended to.
@@ -141,7 +141,7 @@ void attend_to_token(InputStepParams& p, const Tensor& query, const InputCall& a
   parallel(p.streams, p.embed_dim, [&](int64_t begin, int64_t end) {
     put(p, scratch<StepTag>(p.embed_dim * element_size(dtype)), begin, end);
   });
-  const Tokens asked = p.delay == 0 ? tokens_of(query, kernels(dtype).projection, dtype)
+  const Tokens asked = p.delay == 0 ? tokens_of(query, invariant_projection(dtype), dtype)
                                     : asked_tokens(p, dtype, ring);
   attend(p, asked, a, in, dtype, ring);
 }
@@ -179,7 +179,7 @@ Tensor run(const InputCall& a, const Tensor& query, const OptionalTensor& active
     const Slots slots(p, e * (a.x_scale ? 1 : element_size(dtype)));
     attend_to_token(p, query, a, in, dtype, ring);
   }
-  project_out(tokens_of(p.out, true, n, e, kernels(dtype).projection, dtype), a.weights, out);
+  project_out(tokens_of(p.out, true, n, e, invariant_projection(dtype), dtype), a.weights, out);
   return out;
 }
 
@@ -210,7 +210,7 @@ Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
   }
   if (first == clip.tokens) return out;
   const int64_t count = n * (clip.tokens - first);
-  project_out(tokens_of(p.out, true, count, e, kernels(dtype).projection, dtype), a.weights, out);
+  project_out(tokens_of(p.out, true, count, e, invariant_projection(dtype), dtype), a.weights, out);
   return out;
 }
 

@@ -220,6 +220,7 @@ constexpr int64_t kProductColumns = 256;  // alike
 
 // A way to project any number of tokens, on which the bits of one do not depend.
 struct Projection {
+  int64_t least_tokens;  // fewer are projected faster by rows
   bool packed;  // it takes tokens as `gather` lays them out, else as rows, any stride apart
   bool factors_are_acc;  // of acc, else of DType
   int64_t (*gathered_bytes)(int64_t tokens, int64_t features);

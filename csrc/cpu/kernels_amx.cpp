@@ -1,5 +1,6 @@
 #if defined(__AMX_BF16__)
 #include "matrix_unit_clips.h"
+#include "matrix_unit_parts.h"
 #else
 #include "kernels.h"
 #endif
@@ -9,7 +10,7 @@ namespace continual_mha::cpu {
 #if defined(__AMX_BF16__)
 namespace {
 
-// Those of AVX-512 with pairs of bfloat16, but for projections and clips in bfloat16.
+// Those of AVX-512 with pairs of bfloat16, but for projections, and clips in bfloat16.
 struct Table {
   Kernels kernels[kNumDTypes];
 
@@ -17,6 +18,7 @@ struct Table {
     for (int i = 0; i < kNumDTypes; ++i) kernels[i] = kernels_avx512_bf16()[i];
     Kernels& of_bfloat16 = kernels[static_cast<int>(DType::kBFloat16)];
     of_bfloat16.projection = kByMatrixUnit;
+    kernels[static_cast<int>(DType::kFloat32)].projection = kByParts;
     set_clips_of_unit(of_bfloat16);
   }
 };

@@ -220,13 +220,13 @@ CMHA_INLINE void put_whole(const float* sums, int64_t next, const float* biases,
 }
 
 // Rows [row, row + rows) of tokens [token, token + count) from their sums, of kTiles tiles.
-template <int kTiles, class O>
+template <int kTiles, class S, class O>
 CMHA_INLINE void put_sums(const ProjectParams& p, const float* sums, int64_t next, int64_t row,
                           int64_t rows, int64_t token, int64_t count) {
   constexpr int64_t kRows = kTiles * kTileRows;
   float biases[kRows] = {};
   if (p.bias != nullptr) {
-    copy_row(static_cast<const BFloat16*>(p.bias) + row, min_of(rows, kRows), biases);
+    copy_row(static_cast<const S*>(p.bias) + row, min_of(rows, kRows), biases);
   }
   O* out = static_cast<O*>(p.out) + token * p.out_stride + row;
   if (rows >= kRows) {
@@ -294,8 +294,8 @@ void project_packed(const ProjectParams& p, int64_t begin, int64_t end) {
       const int64_t first = row + r * kTileRows;
       for (int b = 0; b < kBlocks; ++b) {
         const int64_t token = (block + b) * kTileRows;
-        put_sums<kTiles, O>(p, sums + r * kNext + b * kTileSums, kNext, first, end - first, token,
-                            min_of(kTileRows, p.streams - token));
+        put_sums<kTiles, BFloat16, O>(p, sums + r * kNext + b * kTileSums, kNext, first,
+                                      end - first, token, min_of(kTileRows, p.streams - token));
       }
     }
   };
@@ -319,7 +319,8 @@ void project_packed(const ProjectParams& p, int64_t begin, int64_t end) {
   }
 }
 
-constexpr Projection kByMatrixUnit{true,
+constexpr Projection kByMatrixUnit{2,
+                                   true,
                                    false,
                                    packed_bytes,
                                    pack<BFloat16>,

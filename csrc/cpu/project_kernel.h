@@ -131,8 +131,14 @@ void project(const ProjectParams& p, int64_t begin, int64_t end) {
 template <class S, class X>
 constexpr Projection projection() {
   using A = typename AccOf<S>::type;
-  return {false,        std::is_same_v<X, A>, gathered_bytes<X>, gather<S, X>,
-          gather<A, X>, project<S, X, S>,     project<S, X, A>};
+  return {0,
+          false,
+          std::is_same_v<X, A>,
+          gathered_bytes<X>,
+          gather<S, X>,
+          gather<A, X>,
+          project<S, X, S>,
+          project<S, X, A>};
 }
 
 }  // namespace
