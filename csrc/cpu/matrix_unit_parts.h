@@ -22,16 +22,16 @@ constexpr int64_t kSpanTiles = 2;  // of features, whose parts of a few rows the
 constexpr int64_t kSpan = kSpanTiles * kTileFeatures;
 constexpr int64_t kPassBlocks = 16;  // of tokens that pass such rows, at most
 
-// 32 numbers as parts of 32 each: the leading 8 bits, what follows them, and what follows those.
+// 32 numbers as parts of 32 each: the leading 8 bits, what follows them, and what follows those. A
+// number of the first 16 and one of the others lie side by side, as they do in the other factor.
 CMHA_INLINE void split(FVec low, FVec high, FVec (&parts)[kFloatParts]) {
   typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef uint16_t Halves __attribute__((vector_size(64)));
   for (FVec& part : parts) {
-    part = bit_cast<FVec>(__builtin_shufflevector(
-        bit_cast<Halves>(low), bit_cast<Halves>(high), 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23,
-        25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63));
-    low -= bit_cast<FVec>(bit_cast<Words>(low) & 0xffff0000u);
-    high -= bit_cast<FVec>(bit_cast<Words>(high) & 0xffff0000u);
+    const Words leading_low = bit_cast<Words>(low) & 0xffff0000u;
+    const Words leading_high = bit_cast<Words>(high) & 0xffff0000u;
+    part = bit_cast<FVec>(leading_low >> 16 | leading_high);
+    low -= bit_cast<FVec>(leading_low);
+    high -= bit_cast<FVec>(leading_high);
   }
 }
 
