@@ -1123,9 +1123,10 @@ def _to_tf32(x: Array) -> Array:
 
 
 def _truncated(x: Array) -> Array:
-    """float64 to float32, towards zero."""
+    """float64 to float32, towards zero, but to infinity beyond the largest."""
     near = x.astype(np.float32)
-    return np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+    larger = (np.abs(near) > np.abs(x)) & np.isfinite(near)
+    return np.where(larger, np.nextafter(near, np.float32(0)), near)
 
 
 def _multiply_add(left: Array, right: Array, sums: Array) -> Array:

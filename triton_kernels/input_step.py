@@ -15,6 +15,7 @@ from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, encode, scale_of, unit_of
 from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
+    EXACT_FEATURES,
     LOG2E,
     accumulators,
     cast,
@@ -508,10 +509,11 @@ def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     N, H, K = x.shape
     _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, N, *x.stride(), *weight.stride(), *out.stride())
+    most = 128 if x.element_size() == 2 else EXACT_FEATURES
+    block_k = max(16, min(most, triton.next_power_of_2(K)))
     constants = constants_of(
-        out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES,
-        max(16, min(128, triton.next_power_of_2(K))), dot_precision(), acc,
-    )  # fmt: skip
+        out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES, block_k, dot_precision(), acc
+    )
     blocks = triton.cdiv(out.shape[2], INVARIANT_FEATURES)
     grid = (triton.cdiv(N, INVARIANT_TOKENS), blocks, H)
     launch(_by_head_kernel, grid, args, constants, num_warps=4)
@@ -605,9 +607,8 @@ def input_step_(
         on_bias = torch.empty((N, num_heads), dtype=wide, device=query.device)
     seed = dropout_seed(dropout_p, query.device)
     state = (x_ring, x_scale, position, active, seed, extra)
-    precision = dot_precision(
-        plan.by_rows or x_scale is not None
-    )  # decoded, a tile fills registers
+    # Decoded, a tile leaves no registers for two parts of each number.
+    precision = dot_precision(plan.by_rows or x_scale is not None)
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, precision, acc)  # fmt: skip
     sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts)

@@ -50,6 +50,11 @@ def dot_precision(whole: bool = False) -> str:
     return "ieee" if whole or setting == "ieee" else "tf32x3"
 
 
+# Of a projection of fp32, to multiply at a time: sums of so many products err as those of fp32 do
+# even where the matrix unit truncates the sum of every four; sums of 128 err three times as much.
+EXACT_FEATURES = 32
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in the accumulator's precision."""

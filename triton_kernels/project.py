@@ -7,7 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import constants_of, launch
-from .pieces import accumulators, cast, dot, dot_precision, start_after_previous_launch
+from .pieces import (
+    EXACT_FEATURES,
+    accumulators,
+    cast,
+    dot,
+    dot_precision,
+    start_after_previous_launch,
+)
 from .plan import StepPlan
 
 
@@ -94,12 +101,12 @@ def project(
     out = x.new_empty((tokens, outputs))
     _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, position, active, tokens, outputs, *x.stride())
-    block_k = 16 * 1024 // (plan.block_n * x.element_size())
-    if x.element_size() > 2:  # of more, registers do not hold both parts of each number
-        block_k = min(block_k, 128)
+    block_k, stages = 16 * 1024 // (plan.block_n * x.element_size()), 3
+    if x.element_size() > 2:
+        block_k, stages = EXACT_FEATURES, 4
     block_k = max(16, min(block_k, triton.next_power_of_2(features)))
     constants = constants_of(
-        features, plan.block_n, plan.block_o, block_k, 3, plan.pdl, dot_precision(), acc
+        features, plan.block_n, plan.block_o, block_k, stages, plan.pdl, dot_precision(), acc
     )
     grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
     launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)

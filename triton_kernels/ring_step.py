@@ -907,7 +907,9 @@ def _prepare(
     # Rows of a tile that the same threads hold, where they load 16 bytes at a time.
     held = plan.block_l * plan.block_d * slot // (16 * 32 * plan.num_warps)
     fold = max(1, min(held, plan.block_l))
-    ends = (precision, (E // H) ** -0.5, acc)
+    # The kernel's own products of fp32 are of one token, which needs no matrix unit.
+    of_one = precision if precision == "tf32" else "ieee"
+    ends = (of_one, (E // H) ** -0.5, acc)
     block_m = 1024 * MERGED_ROWS.value // max(block_s, MERGED_ROWS.value)
     if grouped:
         constants: tuple = (
@@ -917,7 +919,7 @@ def _prepare(
     else:
         constants = (
             *sizes, plan.splits, plan.spread, fold, *tile, plan.block_e if fused else 0, fused,
-            plan.stages, dtype.itemsize == 2 or precision == "tf32", add_zero_attn, update, block_h,
+            plan.stages, dtype.itemsize == 2 or of_one == "tf32", add_zero_attn, update, block_h,
             block_s, block_m, plan.pdl, *ends,
         )  # fmt: skip
     groups = triton.cdiv(N, plan.group)
