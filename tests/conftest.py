@@ -152,3 +152,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
     assert _native.use_cpu_isa(before)
+
+
+@pytest.fixture
+def fp32_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch is told to multiply fp32 on CUDA tensors in this way."""
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"

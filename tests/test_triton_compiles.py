@@ -267,14 +267,8 @@ def test_configuration_fits_a_chip_with_little_shared_memory(name: str, capabili
         assert report.resident_programs(plan.LITTLE_MEMORY[capability]) >= 1, report.kernel
 
 
-@pytest.fixture
-def _multiplied_as_they_are() -> Iterator[None]:
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = "none"
-
-
-@pytest.mark.usefixtures("_multiplied_as_they_are")
+@pytest.mark.parametrize("fp32_precision", ["ieee"], indirect=True)
+@pytest.mark.usefixtures("fp32_precision")
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_kernels_fit_where_fp32_is_not_to_be_divided(D: int) -> None:
     for launch in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,16 +180,8 @@ def test_three_products_of_tf32_err_as_fp32_does(precision: str, capability: int
     assert error < 5e-7 if precision != "tf32" else error > 1e-4, error
 
 
-@pytest.fixture
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What torch is told to multiply fp32 with."""
-    torch.backends.cuda.matmul.fp32_precision = request.param
-    yield request.param
-    torch.backends.cuda.matmul.fp32_precision = "none"
-
-
 @pytest.mark.parametrize(
-    ("dtype", "D", "T", "precision"),
+    ("dtype", "D", "T", "fp32_precision"),
     [
         (HALF, 64, 70, "none"),
         (FULL, 32, 20, "none"),
@@ -197,9 +189,9 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
         (FULL, 64, 40, "ieee"),
         (HALF, 8, 40, "none"),
     ],
-    indirect=["precision"],
+    indirect=["fp32_precision"],
 )
-@pytest.mark.usefixtures("precision")
+@pytest.mark.usefixtures("fp32_precision")
 def test_steps(dtype: torch.dtype, D: int, T: int, capability: int) -> None:
     case = RingCase(N=1, H=2, D=D, L=33, dtype=dtype).warm()
     clip, rest = case.clip(T), [0, True, 0.0, True]

@@ -15,12 +15,12 @@ from ..dropout import dropout_seed
 from .eight_bits import CODES, decode, encode, scale_of, unit_of
 from .launch import constants_of, counters, launch, little_memory
 from .pieces import (
-    EXACT_FEATURES,
     LOG2E,
     accumulators,
     cast,
     dot,
     dot_precision,
+    features_at_once,
     finite_or_zero,
     is_last,
     keep_scale,
@@ -509,8 +509,7 @@ def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     N, H, K = x.shape
     _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, N, *x.stride(), *weight.stride(), *out.stride())
-    most = 128 if x.element_size() == 2 else EXACT_FEATURES
-    block_k = max(16, min(most, triton.next_power_of_2(K)))
+    block_k = features_at_once(K, x.element_size(), 128)
     constants = constants_of(
         out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES, block_k, dot_precision(), acc
     )

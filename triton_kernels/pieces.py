@@ -50,9 +50,13 @@ def dot_precision(whole: bool = False) -> str:
     return "ieee" if whole or setting == "ieee" else "tf32x3"
 
 
-# Of a projection of fp32, to multiply at a time: sums of so many products err as those of fp32 do
-# even where the matrix unit truncates the sum of every four; sums of 128 err three times as much.
-EXACT_FEATURES = 32
+def features_at_once(features: int, itemsize: int, most: int) -> int:
+    """Of a projection, to multiply at a time: at `most` so many, of fp32 32.
+
+    Sums of 32 products err as those of fp32 do even where the matrix unit truncates the sum of
+    every four; sums of 128 err nearly four times as much.
+    """
+    return max(16, min(most if itemsize == 2 else 32, triton.next_power_of_2(features)))
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .launch import constants_of, launch
 from .pieces import (
-    EXACT_FEATURES,
     accumulators,
     cast,
     dot,
     dot_precision,
+    features_at_once,
     start_after_previous_launch,
 )
 from .plan import StepPlan
@@ -101,10 +101,8 @@ def project(
     out = x.new_empty((tokens, outputs))
     _, acc = accumulators(x.dtype)
     args = (x, weight, bias, out, position, active, tokens, outputs, *x.stride())
-    block_k, stages = 16 * 1024 // (plan.block_n * x.element_size()), 3
-    if x.element_size() > 2:
-        block_k, stages = EXACT_FEATURES, 4
-    block_k = max(16, min(block_k, triton.next_power_of_2(features)))
+    block_k = features_at_once(features, x.element_size(), 8 * 1024 // plan.block_n)
+    stages = 3 if x.element_size() == 2 else 4
     constants = constants_of(
         features, plan.block_n, plan.block_o, block_k, stages, plan.pdl, dot_precision(), acc
     )

@@ -235,6 +235,7 @@ const Projection& own_projection(DType dtype, int64_t tokens) {
   return tokens < table.projection.least_tokens ? table.of_rows : table.projection;
 }
 
+// By rows, where few tokens would pay for what many gain.
 const Projection& invariant_projection(DType dtype) {
   const Kernels& table = kernels(dtype);
   return table.projection.least_tokens > 2 ? table.of_rows : table.projection;

@@ -167,22 +167,20 @@ CMHA_TILE int64_t project_groups(const ProjectParams& p, const MatrixUnit& unit,
     return RowSplitter<kTiles>{static_cast<const float*>(p.weight) + at * features + span, features,
                                end - at, features - span, left[to]};
   };
-  const auto has_group = [&](int64_t at) { return end - at > (kTiles - 1) * kTileRows; };
-  if (!has_group(row)) return row;
   int64_t now = 0;
   RowSplitter<kTiles> next = splitter(row, 0, now);
-  for (; has_group(row); row += kRows) {
+  for (; end - row > (kTiles - 1) * kTileRows; row += kRows) {
     for (int64_t span = 0; span < features; span += kSpan, now ^= 1) {
       while (!next.done()) next.piece();
-      next = span + kSpan < features ? splitter(row, span + kSpan, now ^ 1)
-                                     : splitter(row + kRows, 0, now ^ 1);
-      if (span + kSpan >= features && !has_group(row + kRows)) next.row = kRows;
+      const bool last_span = span + kSpan >= features;
+      next = last_span ? splitter(row + kRows, 0, now ^ 1) : splitter(row, span + kSpan, now ^ 1);
       const int64_t count = tiles_of_features(min_of(kSpan, features - span));
       for (int64_t block = first; block < last; block += 2) {
         const char* right =
             packed + (block - first) * block_bytes + packed_parts_bytes(kTileRows, span);
         float* to = sums + (block - first) * kTiles * kTileSums;
-        if (block + 1 == last) {
+        const int64_t together = min_of(last - block, int64_t{2});
+        if (together == 1) {
           multiply_parts<kTiles, 1, false>(unit, left[now], count, right, block_bytes, span == 0,
                                            to, next);
         } else if (block == first) {
@@ -192,15 +190,12 @@ CMHA_TILE int64_t project_groups(const ProjectParams& p, const MatrixUnit& unit,
           multiply_parts<kTiles, 2, false>(unit, left[now], count, right, block_bytes, span == 0,
                                            to, next);
         }
+        for (int64_t b = 0; last_span && b < together; ++b) {
+          const int64_t token = (block + b) * kTileRows;
+          put_sums<kTiles, float, float>(p, to + b * kTileSums, together * kTileSums, row,
+                                         end - row, token, min_of(kTileRows, p.streams - token));
+        }
       }
-    }
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t pair = (block - first) & ~int64_t{1};
-      const bool whole = first + pair + 2 <= last;
-      const float* from = sums + (pair * kTiles + (block - first - pair)) * kTileSums;
-      put_sums<kTiles, float, float>(p, from, (whole ? 2 : 1) * kTileSums, row, end - row,
-                                     block * kTileRows,
-                                     min_of(kTileRows, p.streams - block * kTileRows));
     }
   }
   return row;
