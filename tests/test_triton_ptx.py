@@ -26,6 +26,7 @@ from continual_mha.triton_kernels.input_step import input_step_
 from continual_mha.triton_kernels.launch import constants_of, launch
 from continual_mha.triton_kernels.pieces import dot
 from continual_mha.triton_kernels.plan import input_plan, invariant_step_plan, step_plan
+from continual_mha.triton_kernels.project import project
 from continual_mha.triton_kernels.ring_step import ring_step_
 
 pytest.importorskip("numpy")
@@ -178,6 +179,14 @@ def test_three_products_of_tf32_err_as_fp32_does(precision: str, capability: int
     exact = a.double() @ b.double()
     error = (out - exact).abs().max() / exact.abs().max()
     assert error < 5e-7 if precision != "tf32" else error > 1e-4, error
+
+
+def test_projections_of_fp32_add_up_often_enough(capability: int) -> None:
+    x, weight = torch.randn(8, 512), torch.randn(16, 512)
+    with as_ptx(capability):
+        out = project(x, weight, None, step_plan(8, 512, 8, 64, 4, "chain"))
+    exact = x.double() @ weight.double().T
+    assert (out - exact).abs().max() < 5e-7 * exact.abs().max()
 
 
 @pytest.mark.parametrize(
