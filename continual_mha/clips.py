@@ -20,8 +20,9 @@ from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-# And in training products of so many multiply-adds.
+# And in training products of so many multiply-adds, or with AMX of more tokens.
 _CPU_LARGE_PRODUCT = 1 << 22
+_CPU_MOST_TOKENS_OF_UNIT = 512
 
 
 def input_formulation_is_cheaper(
@@ -66,7 +67,8 @@ def attend_clip(
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = need_weights or (mask is not None and not blank)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
-    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args):
+    extra_slots = _has_extra_slots(weights, options)
+    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
         out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
     node = _Node(num_heads, index, options.dropout_p, need_weights, blank)
@@ -77,7 +79,11 @@ def attend_clip(
     return inputs.attend_clip(tokens, weights, *how, mixing.mix)
 
 
-def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
+def _has_extra_slots(weights: Weights, options: Options) -> bool:
+    return weights.bias_k is not None or options.add_zero_attn
+
+
+def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
     """Whether to run ``attend_clip`` by the CPU's operator for all of it, without a gradient."""
     query, key, num_heads = args[0], args[1], args[12]
     if backends.order(query.device.type)[0] != "cpu":
@@ -88,7 +94,8 @@ def _cpu_runs_at_once(args: tuple[Any, ...]) -> bool:
         return True  # or it says why not
     if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
-        if projections_dominate:
+        by_node = not extra_slots and _unit_multiplies(query, args[3:9])
+        if projections_dominate or by_node:
             return False
     return backends.why_not_later("cpu", "single_query", args) is None
 
@@ -101,14 +108,16 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
 def _is_one_node(
     node: _Node, clips: Tokens, weights: Weights, options: Options, mask: Tensor | None
 ) -> bool:
-    """Whether ``_AttendClip`` serves: in training, but for what looks into it or it does not know.
+    """Whether ``_AttendClip`` serves: in training, and where the CPU's matrix unit multiplies,
+    but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
     asked, key, value = clips
-    if not _needs_gradient((*clips, *weights)) or is_opaque(asked):
+    if _has_extra_slots(weights, options) or is_opaque(asked):
         return False
-    if weights.bias_k is not None or options.add_zero_attn:
+    asking = asked[:, node.query_index]
+    if not (_needs_gradient((*clips, *weights)) or _unit_multiplies(asking, weights[:6])):
         return False
     as_moved = key[:, :1].expand(-1, node.num_heads, -1)  # what decides is shape and dtype
     how = (mask, node.dropout_p, node.need_weights)
@@ -127,7 +136,17 @@ def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool
         return isa != "baseline"
     if isa not in ("amx", "avx512_bf16", "avx512"):
         return False
-    return tokens.dtype != torch.bfloat16 or tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
+    if tokens.dtype != torch.bfloat16:
+        return True
+    if isa == "amx":
+        return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
+    return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
+
+
+def _unit_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
+    """Whether it does so by the processor's matrix unit, which is faster in inference as well."""
+    bfloat16 = tokens.dtype == torch.bfloat16
+    return bfloat16 and _library_multiplies(tokens, params) and _native.cpu_isa() == "amx"
 
 
 class _Node(NamedTuple):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
-from .products import multiply
+from .products import linear, multiply
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
     Options,
@@ -139,7 +139,7 @@ def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int
     x, position = inputs
     (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
     k, v = (
-        split_heads(F.linear(x, w, b), num_heads).contiguous() for w, b in ((w_k, b_k), (w_v, b_v))
+        split_heads(linear(x, w, b), num_heads).contiguous() for w, b in ((w_k, b_k), (w_v, b_v))
     )
     waiting = delay + 1 if delay else 0
     q_ring = k.new_zeros(x.shape[0], waiting, x.shape[2])
@@ -147,7 +147,7 @@ def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int
         at = position[:, None] + torch.arange(-delay, 0, device=x.device)
         known = take(x, at % x.shape[-2])
         # a token that never was is one of zeros, as in a single step
-        known = F.linear(known.masked_fill((at < 0).unsqueeze(-1), 0), w_q, b_q)
+        known = linear(known.masked_fill((at < 0).unsqueeze(-1), 0), w_q, b_q)
         q_ring = put(q_ring, at % waiting, known)
     return Rings(k, v, q_ring, position)
 
@@ -240,7 +240,7 @@ def attend_clip(
     query, key, value = tokens
     weights = weights.unpacked()
     w_q, b_q = weights.split()[0], weights.split_bias()[0]
-    q = F.linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
+    q = linear(query, w_q, b_q).unflatten(-1, (num_heads, -1))
     asked = (options, mask, need_weights, blank)
     if moved:
         mixing = mixing or partial(plain_mix, average=average)
@@ -249,7 +249,7 @@ def attend_clip(
         found = _attend_projected(q, key, value, weights, *asked, average)
     heads, on_extra, attn = found
     heads = with_bias_slot(heads, on_extra, weights)
-    out = F.linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
+    out = linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
     return out, attn
 
 
@@ -304,8 +304,8 @@ def _attend_projected(
     """Attention over projected keys and values, for queries ``(N, H, D)`` yet to be scaled."""
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
     q = q / math.sqrt(q.shape[-1])
-    k = split_heads(F.linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
-    v = split_heads(F.linear(value, w_v, b_v), q.shape[1])
+    k = split_heads(linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
+    v = split_heads(linear(value, w_v, b_v), q.shape[1])
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask

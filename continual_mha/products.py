@@ -1,12 +1,43 @@
-"""Products of the tokens of a batch with weights: by PyTorch, or by the CPU library's kernel."""
+"""Products of the tokens of a batch with weights: by PyTorch, or by the CPU library's kernel.
+
+In none of them does a row that is not finite reach another.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
 from .modes import is_transformed
+from .precision import autocast_dtype
+
+# What PyTorch multiplies at a time by AMX.
+_TILE_FEATURES = 32
+
+
+def _lacking(x: Tensor, features: int) -> int:
+    """How many zeros belong behind so many features, for products with them to keep rows apart.
+
+    In bfloat16 on a processor with AMX, PyTorch (2.11 and 2.13) reads on into the next row where
+    they are more than 32 and no multiple of it, and what is not finite there spoils this one.
+    """
+    zeros = -features % _TILE_FEATURES
+    if not zeros or features < _TILE_FEATURES or x.device.type != "cpu":
+        return 0
+    return zeros if (autocast_dtype("cpu") or x.dtype) == torch.bfloat16 else 0
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, in which, and in whose gradient, no row of ``x`` reaches another."""
+    columns = weight.shape[0]
+    inner, outer = _lacking(x, x.shape[-1]), _lacking(x, columns)
+    if inner == outer == 0:
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else F.pad(bias, (0, outer))
+    found = F.linear(F.pad(x, (0, inner)), F.pad(weight, (0, inner, 0, outer)), bias)
+    return found[..., :columns]
 
 
 def multiply(
@@ -32,14 +63,26 @@ def multiply(
         by_library: by the CPU library, of which autograd knows nothing. It lays batches, as of
             heads, inside of rows.
     """
-    batched = left.dim() == 3
     if by_library:
         if out is None:
             *batch, rows, _ = left.shape
             out = left.new_empty((rows, *batch, right.shape[-1]))
-            out = out.transpose(0, 1) if batched else out
+            out = out.transpose(0, 1) if batch else out
         _native.cpu_function("product_")(out, left, right, bias, scale, add)
         return out
+    columns = right.shape[-1]
+    inner, outer = _lacking(left, left.shape[-1]), 0 if out is not None else _lacking(left, columns)
+    if inner == outer == 0:
+        return _multiply_by_torch(left, right, bias, scale, out, add)
+    left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
+    bias = None if bias is None else F.pad(bias, (0, outer))
+    return _multiply_by_torch(left, right, bias, scale, out, add)[..., :columns]
+
+
+def _multiply_by_torch(
+    left: Tensor, right: Tensor, bias: Tensor | None, scale: float, out: Tensor | None, add: bool
+) -> Tensor:
+    batched = left.dim() == 3
     if bias is not None and batched:
         bias = bias.unsqueeze(1)
     if out is None and is_transformed():

@@ -18,6 +18,7 @@ from torch import Tensor
 from .dropout import keep_scale
 from .modes import has_numbers, is_transformed
 from .precision import wide
+from .products import linear
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
 
 _QUERY_BLOCK = 128
@@ -96,10 +97,10 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In-projection ``(..., E*) -> (..., E)`` of query, key and value."""
     if weights.k_proj_weight is None and is_shared((query, key, value)):
-        q, k, v = F.linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
         return q, k, v
     tokens = zip((query, key, value), weights.split(), weights.split_bias(), strict=True)
-    q, k, v = (F.linear(x, w, b) for x, w, b in tokens)
+    q, k, v = (linear(x, w, b) for x, w, b in tokens)
     return q, k, v
 
 
@@ -221,7 +222,7 @@ def ring_step(
     due, q_ring = _delayed_queries(q, rings, put)
     slots = _Slots(k_ring, v_ring, filled(rings.position, sequence_len))
     out = attend(split_heads(due, num_heads), [slots], weights, add_zero_attn, dropout_p)
-    out = F.linear(out, weights.out_proj_weight, weights.out_proj_bias)
+    out = linear(out, weights.out_proj_weight, weights.out_proj_bias)
     step = 1 if active is None else active.to(torch.int64)
     return out.squeeze(1), Rings(k_ring, v_ring, q_ring, rings.position + step)
 
@@ -248,7 +249,7 @@ def ring_steps(
     out = (attending or attend_in_blocks)(
         (due, k, v), rings, weights, first, add_zero_attn, dropout_p
     )
-    out = F.linear(out, weights.out_proj_weight, weights.out_proj_bias)
+    out = linear(out, weights.out_proj_weight, weights.out_proj_bias)
     if put is None:
         return out, rings
     slot = last_positions(rings.position, query.shape[1], sequence_len) % sequence_len

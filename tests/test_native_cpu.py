@@ -603,15 +603,25 @@ def test_shared_tile_is_as_exact_as_torch(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [1, 4, 9, 16, 18, 35])
 def test_shared_tile_of_any_number_of_heads(heads: int, dtype: torch.dtype, isa: str) -> None:
-    """From operators and, with queries that are not rounded, in a whole `forward`; of views."""
-    for slots, width in ((16, 32), (31, 34), (49, 100), (130, 64)):
+    """From operators, gradients too, and, with queries that are not rounded, in a whole `forward`;
+    of views."""
+    native = torch.ops.continual_mha
+    for slots, width, of_value in ((16, 32, None), (31, 34, 66), (49, 100, 100), (130, 64, None)):
         clip = torch.randn(3, slots, 2 * width).to(dtype)[..., :width]
+        value = None if of_value is None else torch.randn(3, slots, of_value).to(dtype)
         query = (torch.randn(3, heads, width) * width**-0.5).to(dtype)
-        args = (query, clip, None, None, None)
-        out, lse = torch.ops.continual_mha.cpu_attend_shared(*args)
-        exact = reference.attend_shared(*(cast(x, torch.float64) for x in args))
-        plain = reference.attend_shared(*args)
-        for mine, right, other in zip((out, lse), exact, plain, strict=True):
+        args = (query, clip, value, None, None)
+        wide = [cast(x, torch.float64) for x in args]
+        found = native.cpu_attend_shared(*args)
+        exact, plain = reference.attend_shared(*wide), reference.attend_shared(*args)
+        for mine, right, other in zip(found, exact, plain, strict=True):
+            assert_as_exact_as_torch(mine, right, other)
+        grad = torch.randn(found[0].shape).to(dtype)
+        given = (grad, None, *args)
+        found = native.cpu_attend_shared_backward(*given, *found)
+        plain = reference.attend_shared_backward(*given, *plain)
+        exact = reference.attend_shared_backward(grad.double(), None, *wide, *exact)
+        for mine, right, other in zip(found, exact, plain, strict=True):
             assert_as_exact_as_torch(mine, right, other)
     module = build(embed_dim=2 * heads, num_heads=heads, sequence_len=40).to(dtype)
     x = draw_tokens(module, 3, 40)[0]

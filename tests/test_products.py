@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ SIZES = [
     (None, 70, 33, 300),
     (None, 3, 200, 17),
     (None, 20, 70, 1024),  # rows a power of two apart, whose second kilobytes of columns are a task
+    (None, 33, 33, 257),  # one more of each than AMX takes at once
     (3, 2, 9, 40),
     (2, 35, 34, 65),
     (4, 6, 0, 5),
@@ -159,10 +161,38 @@ def test_in_training_on_clips_the_library_multiplies_where_it_is_faster(
 
 def test_pytorch_multiplies_large_products_of_bfloat16(isa: str) -> None:
     module = build(embed_dim=256, num_heads=4, dtype=torch.bfloat16)
-    for N, few in ((63, True), (64, False)):
+    most = 512 if isa == "amx" else 63
+    for N, few in ((most, True), (most + 1, False)):
         found = products_in_training(module, draw_tokens(module, N, 3)[0])
         assert (found["library"] == 12) == (few and isa not in ("avx2", "baseline"))
         assert sum(found.values()) == 12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("features", [32, 44, 65, 100])
+def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
+    """In PyTorch's own products of bfloat16 they do not, on processors with AMX."""
+    streams, broken = 40, [3, 17, 39]
+    x = drawn(streams, features).bfloat16()
+    weight = drawn(features, features, seed=1).bfloat16()
+    spoilt = x.clone()
+    spoilt[broken, 5] = bad
+    others = torch.ones(streams, dtype=torch.bool)
+    others[broken] = False
+
+    def alone(multiply: Callable[[Tensor], Tensor]) -> None:
+        expected, found = multiply(x), multiply(spoilt)
+        assert torch.equal(found[others], expected[others])
+        assert not found[broken].isfinite().any(-1).all()
+
+    bias = weight[0]
+    alone(lambda x: products.linear(x, weight, bias))
+    alone(lambda x: products.multiply(x, weight.t(), bias))
+    alone(lambda x: products.multiply(x.expand(2, -1, -1), weight.expand(2, -1, -1))[1])
+    alone(lambda x: by_library(x, weight.t(), bias))
+    alone(lambda x: by_library(x, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone(lambda x: products.linear(x.float(), weight.float(), bias.float()))
 
 
 def test_pytorch_multiplies_what_the_library_does_not_take() -> None:

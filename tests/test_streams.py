@@ -19,7 +19,7 @@ from oracles import (
 )
 
 import continual_mha as co
-from continual_mha import _native
+from continual_mha import _native, backends, use_backend
 
 N = 4
 KINDS = {
@@ -239,6 +239,39 @@ def test_outputs_are_bit_for_bit_the_same_whatever_the_neighbours_hold(kind, bad
         assert torch.equal(left[1:3], right[1:3])
     for i in (1, 2):
         assert_same_state(module.get_stream(i), twin.get_stream(i))
+
+
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True}])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("embed_dim", [44, 100])
+@pytest.mark.parametrize("on", ["cpu", "torch"])
+def test_in_bfloat16_on_a_cpu_no_call_nor_gradient_mixes_streams(on, embed_dim, formulation, extra):
+    """PyTorch's products by AMX do, where features are no multiple of what a tile holds."""
+    if on not in backends.available():
+        pytest.skip("the native library was not built")
+    streams, length, broken = 40, 18, [3, 17, 39]
+    others = [i for i in range(streams) if i not in broken]
+    construction = {"embed_dim": embed_dim, "num_heads": 2, "sequence_len": length, **extra}
+
+    def answers(x):
+        module = build(**construction, formulation=formulation).bfloat16()
+        clip = x[:, :length].clone().requires_grad_()
+        out, _ = module.forward(clip)
+        found = [out, torch.autograd.grad(out, clip, torch.ones_like(out))[0]]
+        with torch.no_grad():
+            found.append(module.forward(x[:, :3])[0])
+            found.append(module.forward_steps(x[:, : length + 2]))
+            found.append(module.forward_step(x[:, length + 2]))
+            found.append(module.forward_steps(x[:, length + 3 :]))
+        return found
+
+    x = draw_tokens(build(**construction), streams, length + 8)[0].bfloat16()
+    spoilt = x.clone()
+    spoilt[broken, 2::3] = NAN
+    with use_backend(on):
+        for left, right in zip(answers(x), answers(spoilt), strict=True):
+            assert torch.equal(left[others], right[others])
+            assert right[broken].isnan().any()
 
 
 @pytest.mark.parametrize("kind", ["kv", "kv_delayed"])

@@ -58,6 +58,17 @@ Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const W
   return result;
 }
 
+// Whether its products of bfloat16 do: on a processor with AMX, in PyTorch 2.11 and 2.13, they read
+// on into the next row where features are more than 32 and no multiple of it, and what is not
+// finite there spoils this one.
+bool torch_keeps_rows_apart(const Weights& w) {
+  const auto whole = [](const OptionalTensor& weight) {
+    return !weight || weight->size(1) % 32 == 0;
+  };
+  return whole(w.in_proj_weight) && whole(w.k_proj_weight) && whole(w.v_proj_weight) &&
+         whole(w.out_proj_weight);
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& x, const char* op) {
@@ -243,10 +254,10 @@ const Projection& invariant_projection(DType dtype) {
 
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
 // the kernels lack, or use but for fewer tokens as fast.
-const Projection* projection_of(DType dtype, int64_t tokens, bool invariant) {
+const Projection* projection_of(const Weights& w, DType dtype, int64_t tokens, bool invariant) {
   if (invariant) return &invariant_projection(dtype);
   const Projection& own = own_projection(dtype, tokens);
-  if (dtype != DType::kBFloat16) return &own;
+  if (dtype != DType::kBFloat16 || !torch_keeps_rows_apart(w)) return &own;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
   const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
   return tokens <= most ? &own : nullptr;

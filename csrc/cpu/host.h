@@ -92,8 +92,8 @@ const Projection& own_projection(DType dtype, int64_t tokens);
 const Projection& invariant_projection(DType dtype);
 
 // How to project so many tokens, on which with `invariant` no token's bits may depend: null where
-// torch's matrix multiplication beats the kernels.
-const Projection* projection_of(DType dtype, int64_t tokens, bool invariant);
+// torch's matrix multiplication beats the kernels, and keeps tokens apart.
+const Projection* projection_of(const Weights& w, DType dtype, int64_t tokens, bool invariant);
 
 // Tokens as a projection reads them.
 struct Tokens {

@@ -10,7 +10,7 @@ namespace continual_mha::cpu {
 #if defined(__AMX_BF16__)
 namespace {
 
-// Those of AVX-512 with pairs of bfloat16, but for projections, and clips in bfloat16.
+// Those of AVX-512 with pairs of bfloat16, but for projections, and products and clips in bfloat16.
 struct Table {
   Kernels kernels[kNumDTypes];
 
@@ -19,6 +19,7 @@ struct Table {
     Kernels& of_bfloat16 = kernels[static_cast<int>(DType::kBFloat16)];
     of_bfloat16.projection = kByMatrixUnit;
     kernels[static_cast<int>(DType::kFloat32)].projection = kByParts;
+    set_products_of_unit(of_bfloat16);
     set_clips_of_unit(of_bfloat16);
   }
 };

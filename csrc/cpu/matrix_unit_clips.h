@@ -1,8 +1,10 @@
-// The queries of up to 16 heads against one tile of keys and values in bfloat16, by AMX.
+// The queries of up to 16 heads against one tile of keys and values in bfloat16, by AMX, and their
+// gradients.
 #pragma once
 
+#include "attend_shared_backward_kernel.h"
 #include "attend_shared_kernel.h"
-#include "matrix_unit.h"
+#include "matrix_unit_products.h"
 
 namespace continual_mha::cpu {
 namespace {
@@ -54,28 +56,34 @@ CMHA_INLINE void score_slots(const MatrixUnit& unit, const SharedTile<BFloat16>&
   tiles_of(Int<1>{});
 }
 
-// To sums[2][head][16] the weighted sums of `width` <= 32 features of all slots: those of the lower
-// and of the upper halves of what 128 bits hold of them.
+// To scores[c] those of vector c of `count` <= 32; behind them is room for those of whole tiles.
+CMHA_INLINE void score(const MatrixUnit& unit, const SharedTile<BFloat16>& keys,
+                       const BFloat16* vectors, int64_t count, char* packed, float* scores,
+                       int64_t stride) {
+  const int64_t features = keys.features;
+  const int64_t blocks = (count + kTileRows - 1) / kTileRows;
+  pack<BFloat16>({vectors, packed, features, 1, count, features, 1.0}, 0, blocks);
+  if (blocks == 1) {
+    score_slots<1>(unit, keys, packed, scores, stride);
+  } else {
+    score_slots<2>(unit, keys, packed, scores, stride);
+  }
+}
+
+// To sums[half][head][16] the weighted sums of `width` <= 32 features of all slots.
 CMHA_INLINE void weigh_features(const MatrixUnit& unit, const BFloat16* factors, int64_t stride,
                                 const BFloat16* values, int64_t slot_stride, int64_t slots,
                                 int64_t width, float* sums) {
-  const bool whole = width == kTileFeatures;
-  const auto row = [&](int64_t slot) __attribute__((always_inline)) {
-    const BFloat16* at = values + slot * slot_stride;
-    if (slot >= slots) return __m512i{};
-    return bit_cast<__m512i>(whole ? load_pairs(at) : load_pairs(at, width));
-  };
-  alignas(64) char pairs[2][2 * kTileBytes];
+  alignas(64) char pairs[2][kRightBytes];
   unit.clear<0>();
   unit.clear<1>();
   for (int64_t s = 0; s < slots; s += kTileFeatures) {
     char* to = pairs[s / kTileFeatures % 2];
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const __m512i first = row(s + 2 * i);
-      const __m512i second = row(s + 2 * i + 1);
-      _mm512_store_si512(to + i * 64, _mm512_unpacklo_epi16(first, second));
-      _mm512_store_si512(to + kTileBytes + i * 64, _mm512_unpackhi_epi16(first, second));
-    }
+    interleave(
+        [&](int64_t r) __attribute__((always_inline)) {
+          return s + r < slots ? load_row(values + (s + r) * slot_stride, width) : __m512i{};
+        },
+        to);
     unit.load<2>(factors + s, stride * int64_t{sizeof(BFloat16)});
     unit.load<3>(to, 64);
     unit.load<4>(to + kTileBytes, 64);
@@ -84,6 +92,27 @@ CMHA_INLINE void weigh_features(const MatrixUnit& unit, const BFloat16* factors,
   }
   unit.store<0>(sums);
   unit.store<1>(sums + kTileSums);
+}
+
+// To out[head] = scale[head] times the sum over slots of its factors times their rows.
+template <class O>
+CMHA_INLINE void weigh_slots(const MatrixUnit& unit, const BFloat16* factors, int64_t stride,
+                             const SharedTile<BFloat16>& values, const float* scale, int64_t count,
+                             O* out) {
+  for (int64_t i = 0; i < values.features; i += kTileFeatures) {
+    const int64_t width = min_of(kTileFeatures, values.features - i);
+    alignas(64) float sums[2 * kTileSums];
+    weigh_features(unit, factors, stride, values.data + i, values.slot_stride, values.slots, width,
+                   sums);
+    for (int64_t c = 0; c < count; ++c) {
+      const Pair<float> halves =
+          in_order(load(sums + c * kTileRows), load(sums + kTileSums + c * kTileRows));
+      float features[kTileFeatures];
+      store<float>(features, halves.low);
+      store<float>(features + kTileRows, halves.high);
+      copy_scaled(features, width, scale[c], out + c * values.features + i);
+    }
+  }
 }
 
 // `count` <= 16 heads from `head` on.
@@ -101,16 +130,8 @@ CMHA_INLINE void attend_by_unit(const AttendSharedParams& p, const UnitScratch& 
       for (int64_t i = 0; i < p.key_dim; ++i) narrow(query[i] - widen(high[i]), low + i);
     }
   }
-  const int64_t queries = kParts<Q> * count;
-  const int64_t blocks = (queries + kTileRows - 1) / kTileRows;
-  pack<BFloat16>({scratch.queries, scratch.packed, p.key_dim, 1, queries, p.key_dim, 1.0}, 0,
-                 blocks);
-  const SharedTile<BFloat16> keys(p.key, n, p.slots, p.key_dim);
-  if (blocks == 1) {
-    score_slots<1>(unit, keys, scratch.packed, scratch.scores, stride);
-  } else {
-    score_slots<2>(unit, keys, scratch.packed, scratch.scores, stride);
-  }
+  score(unit, SharedTile<BFloat16>(p.key, n, p.slots, p.key_dim), scratch.queries,
+        kParts<Q> * count, scratch.packed, scratch.scores, stride);
   float scale[kTileRows];
   for (int64_t c = 0; c < count; ++c) {
     float* scores = scratch.scores + c * stride;
@@ -123,21 +144,8 @@ CMHA_INLINE void attend_by_unit(const AttendSharedParams& p, const UnitScratch& 
     for (int64_t s = p.slots; s < stride; ++s) factors[s] = {};
   }
   const SharedTile<BFloat16> values(p.value, n, p.slots, p.value_dim);
-  Q* out = static_cast<Q*>(p.out) + (n * p.num_heads + head) * p.value_dim;
-  for (int64_t i = 0; i < p.value_dim; i += kTileFeatures) {
-    const int64_t width = min_of(kTileFeatures, p.value_dim - i);
-    alignas(64) float sums[2 * kTileSums];
-    weigh_features(unit, scratch.factors, stride, values.data + i, values.slot_stride, p.slots,
-                   width, sums);
-    for (int64_t c = 0; c < count; ++c) {
-      const Pair<float> halves =
-          in_order(load(sums + c * kTileRows), load(sums + kTileSums + c * kTileRows));
-      float features[kTileFeatures];
-      store<float>(features, halves.low);
-      store<float>(features + kTileRows, halves.high);
-      copy_scaled(features, width, scale[c], out + c * p.value_dim + i);
-    }
-  }
+  weigh_slots(unit, scratch.factors, stride, values, scale, count,
+              static_cast<Q*>(p.out) + (n * p.num_heads + head) * p.value_dim);
 }
 
 // Whether a call gains by the unit, whatever part of its tasks a thread has.
@@ -153,22 +161,159 @@ int64_t attend_shared_unit_scratch(const AttendSharedParams& p) {
   return arena.used();
 }
 
-// As attend_shared, whose tasks of a stream are done together, up to 16 heads.
-template <class Q>
-void attend_shared_by_unit(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
-  if (!suits_unit(p)) return attend_shared<BFloat16, Q>(p, memory, begin, end);
+// f(n, head, count) for the heads of tasks [begin, end), up to 16 of a stream together.
+template <class F>
+CMHA_INLINE void for_unit_blocks(const AttendSharedParams& p, int64_t begin, int64_t end,
+                                 const F& f) {
   constexpr int64_t kMost = kTileRows / kHeadBlock;
-  Arena arena(memory);
-  const UnitScratch scratch(p, arena);
-  const MatrixUnit unit;
   const int64_t blocks = (p.num_heads + kHeadBlock - 1) / kHeadBlock;
   while (begin < end) {
     const int64_t n = begin / blocks;
     const int64_t stop = min_of(min_of(begin + kMost, (n + 1) * blocks), end);
     const int64_t head = begin % blocks * kHeadBlock;
-    const int64_t count = min_of((stop - begin) * kHeadBlock, p.num_heads - head);
-    attend_by_unit<Q>(p, scratch, unit, n, head, count);
+    f(n, head, min_of((stop - begin) * kHeadBlock, p.num_heads - head));
     begin = stop;
+  }
+}
+
+// As attend_shared, whose tasks of a stream are done together, up to 16 heads.
+template <class Q>
+void attend_shared_by_unit(const AttendSharedParams& p, void* memory, int64_t begin, int64_t end) {
+  if (!suits_unit(p)) return attend_shared<BFloat16, Q>(p, memory, begin, end);
+  Arena arena(memory);
+  const UnitScratch scratch(p, arena);
+  const MatrixUnit unit;
+  for_unit_blocks(p, begin, end, [&](int64_t n, int64_t head, int64_t count) {
+    attend_by_unit<Q>(p, scratch, unit, n, head, count);
+  });
+}
+
+struct UnitGradientScratch {
+  BFloat16* vectors;  // of heads: queries, then the outputs' gradients
+  char* packed;       // the same
+  float* scores;      // (2 * kTileRows, stride): scores, then gradients of the weights
+  BFloat16* factors;  // (kTileRows, stride), zeros behind the slots
+  float* scales;      // (stride,)
+  char* right;        // the vectors of all heads, whose sums a tile's gradients are
+  BFloat16* left;     // (kSlotBlock, left_stride): factors of these, zeros behind them
+  int64_t stride;
+  int64_t left_stride;
+
+  UnitGradientScratch(const SharedGradientParams& p, Arena& arena) {
+    stride = tiles_of_features(p.slots) * kTileFeatures;
+    left_stride = tiles_of_features(2 * p.num_heads) * kTileFeatures;
+    const int64_t most = max_of(p.key_dim, p.value_dim);
+    vectors = arena.take<BFloat16>(2 * kTileRows * most);
+    packed = arena.take<char>(packed_bytes(2 * kTileRows, most));
+    scores = arena.take<float>(2 * kTileRows * stride);
+    factors = arena.take<BFloat16>(kTileRows * stride);
+    scales = arena.take<float>(stride);
+    right = arena.take<char>(2 * right_bytes(left_stride, most));
+    left = arena.take<BFloat16>(kSlotBlock * left_stride);
+  }
+};
+
+int64_t shared_gradient_unit_scratch(const SharedGradientParams& p) {
+  if (!suits_unit(p)) return shared_gradient_scratch<BFloat16>(p);
+  Arena arena(nullptr);
+  UnitGradientScratch(p, arena);
+  return arena.used();
+}
+
+// `count` <= 16 heads from `head` on.
+CMHA_INLINE void query_gradient_by_unit(const SharedGradientParams& p,
+                                        const UnitGradientScratch& scratch, const MatrixUnit& unit,
+                                        int64_t n, int64_t head, int64_t count) {
+  const int64_t stride = scratch.stride;
+  const SharedTile<BFloat16> key(p.key, n, p.slots, p.key_dim);
+  const SharedTile<BFloat16> value(p.value, n, p.slots, p.value_dim);
+  const bool same = key.data == value.data && key.slot_stride == value.slot_stride &&
+                    key.features == value.features;
+  BFloat16* grad_out = scratch.vectors + count * p.key_dim;
+  copy_vectors<BFloat16>(p.query, n, head, count, p.key_dim, scratch.vectors);
+  copy_vectors<BFloat16>(p.grad_out, n, head, count, p.value_dim, grad_out);
+  float* of_weights = scratch.scores + (same ? count : kTileRows) * stride;
+  score(unit, key, scratch.vectors, same ? 2 * count : count, scratch.packed, scratch.scores,
+        stride);
+  if (!same) score(unit, value, grad_out, count, scratch.packed, of_weights, stride);
+  BFloat16* pairs = nullptr;
+  if (p.pairs != nullptr) {
+    pairs = static_cast<BFloat16*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+  }
+  float ones[kTileRows];
+  for (int64_t c = 0; c < count; ++c) {
+    float* weights = scratch.scores + c * stride;
+    float* scores = of_weights + c * stride;
+    const float* applied = finish_gradients(p, n, head + c, weights, scores, scratch.scales);
+    for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
+      narrow(scores[s], &pairs[s * 2 * p.num_heads + c]);
+      narrow(applied[s], &pairs[s * 2 * p.num_heads + p.num_heads + c]);
+    }
+    BFloat16* factors = scratch.factors + c * stride;
+    copy_row(scores, p.slots, factors);
+    for (int64_t s = p.slots; s < stride; ++s) factors[s] = {};
+    ones[c] = 1;
+  }
+  weigh_slots(unit, scratch.factors, stride, key, ones, count,
+              static_cast<BFloat16*>(p.grad_query) + (n * p.num_heads + head) * p.key_dim);
+}
+
+void shared_query_gradient_by_unit(const SharedGradientParams& p, void* memory, int64_t begin,
+                                   int64_t end) {
+  if (!suits_unit(p)) return shared_query_gradient<BFloat16>(p, memory, begin, end);
+  Arena arena(memory);
+  const UnitGradientScratch scratch(p, arena);
+  const MatrixUnit unit;
+  for_unit_blocks(p, begin, end, [&](int64_t n, int64_t head, int64_t count) {
+    query_gradient_by_unit(p, scratch, unit, n, head, count);
+  });
+}
+
+void shared_tile_gradient_by_unit(const SharedGradientParams& p, void* memory, int64_t begin,
+                                  int64_t end) {
+  if (!suits_unit(p)) return shared_tile_gradient<BFloat16>(p, memory, begin, end);
+  Arena arena(memory);
+  const UnitGradientScratch scratch(p, arena);
+  const MatrixUnit unit;
+  const int64_t blocks = (p.slots + kSlotBlock - 1) / kSlotBlock;
+  const int64_t heads = p.num_heads;
+  const bool together = p.grad_value == nullptr;
+  const int64_t count = together ? 2 * heads : heads;
+  char* of_value = scratch.right + right_bytes(count, p.key_dim);
+  const auto vector = [&](const HeadVectors& vectors, int64_t n, int64_t h) {
+    return static_cast<const BFloat16*>(vectors.data) + n * vectors.stream_stride +
+           h * vectors.head_stride;
+  };
+  int64_t there = -1;  // the stream whose vectors are in scratch
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / blocks;
+    const int64_t first = task % blocks * kSlotBlock;
+    const int64_t slots = min_of(kSlotBlock, p.slots - first);
+    if (n != there) {
+      pack_right(
+          [&](int64_t i) {
+            return i < heads ? vector(p.query, n, i) : vector(p.grad_out, n, i - heads);
+          },
+          count, p.key_dim, scratch.right);
+      if (!together) {
+        pack_right([&](int64_t i) { return vector(p.grad_out, n, i); }, heads, p.value_dim,
+                   of_value);
+      }
+      there = n;
+    }
+    const auto put = [&](int64_t from, const char* right, int64_t features, void* grads) {
+      const int64_t row = n * p.slots + first;
+      const auto* pairs = static_cast<const BFloat16*>(p.pairs) + row * 2 * heads + from;
+      for (int64_t s = 0; s < slots; ++s) {
+        BFloat16* to = scratch.left + s * scratch.left_stride;
+        copy_row(pairs + s * 2 * heads, count, to);
+        for (int64_t i = count; i < scratch.left_stride; ++i) to[i] = {};
+      }
+      multiply_packed(unit, {scratch.left, scratch.left_stride, slots}, right, count, features,
+                      {static_cast<BFloat16*>(grads) + row * features, features, 1, false});
+    };
+    put(0, scratch.right, p.key_dim, p.grad_key);
+    if (!together) put(heads, of_value, p.value_dim, p.grad_value);
   }
 }
 
@@ -176,6 +321,9 @@ constexpr void set_clips_of_unit(Kernels& table) {
   table.attend_shared_scratch = attend_shared_unit_scratch;
   table.attend_shared = attend_shared_by_unit<BFloat16>;
   table.attend_shared_acc = attend_shared_by_unit<float>;
+  table.shared_gradient_scratch = shared_gradient_unit_scratch;
+  table.shared_query_gradient = shared_query_gradient_by_unit;
+  table.shared_tile_gradient = shared_tile_gradient_by_unit;
 }
 
 }  // namespace

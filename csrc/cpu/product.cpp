@@ -48,7 +48,7 @@ void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
 
 // The right by its columns: dot products with them, as projections are.
 void multiply_columns(const ProductParams& p, int64_t batches, const void* bias, DType dtype) {
-  constexpr int64_t kRepaysPacking = 256;
+  constexpr int64_t kRepaysPacking = 16;
   const Projection& by =
       p.columns < kRepaysPacking ? kernels(dtype).of_rows : own_projection(dtype, p.rows);
   const bool as_it_lies = p.scale == 1.0 && takes_as_they_lie(by, dtype, false, p.left_inner);

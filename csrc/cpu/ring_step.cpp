@@ -43,7 +43,7 @@ Tensor run(const StepCall& call, const Tensor& query, const Tensor& key, const T
   const int64_t e = s.embed_dim();
   if (s.streams == 0) return new_like(query, {0, e});
 
-  const Projection* by = projection_of(dtype, s.streams, call.batch_invariant);
+  const Projection* by = projection_of(w, dtype, s.streams, call.batch_invariant);
   const Projected tokens = project_in(query, key, value, w, dtype, by);
   RingStepParams p{};
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, call.add_zero_attn);

@@ -60,7 +60,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);
-  const Projection* by = projection_of(dtype, s.streams * count, batch_invariant);
+  const Projection* by = projection_of(w, dtype, s.streams * count, batch_invariant);
   const Projected tokens = project_in(q, k, v, w, dtype, by);
   RingStepsParams p{};
   static_cast<RingParams&>(p) = ring_params(tokens, w, rings, s, add_zero_attn);
