@@ -177,6 +177,7 @@ CLIPS = pytest.mark.parametrize(
         (Case(streams=1, embed=40, length=150, tokens=90), 0),
         (Case(streams=3, embed=34, heads=17, length=20, tokens=70), 3),
         (Case(streams=2, tokens=40, query_slots=3), 40),
+        (Case(streams=2, embed=80, length=33, tokens=51, query_slots=4, extra=True, zero=True), 2),
         (Case(streams=130, tokens=3, position=0), 0),
         (Case(streams=0, tokens=3), 1),
         (Case(streams=2, tokens=0), 0),
@@ -190,6 +191,26 @@ def test_several_tokens_are_as_exact_as_torch(
     case: Case, first: int, dtype: torch.dtype, isa: str
 ) -> None:
     assert_equals_reference(case._replace(dtype=dtype), first)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_several_tokens_one_that_is_not_finite_spoils_its_windows_alone(
+    dtype: torch.dtype, bad: float, isa: str
+) -> None:
+    """Of its stream; in windows beside it, its value meets no weight, not even one of zero."""
+    case = Case(streams=2, embed=64, length=20, tokens=60, position=40, dtype=dtype)
+    native, _ = functions(case)
+    drawn = draw(case)
+    expected, _ = step(native, case, drawn, dtype, 0)
+    drawn["tokens"][0][1, 17, 3] = bad
+    out, _ = step(native, case, drawn, dtype, 0)
+    spoilt = slice(17, 17 + case.length)
+    others = [t for t in range(60) if t not in range(17, 17 + case.length)]
+    assert torch.equal(out[0], expected[0])
+    assert out[1, spoilt].isnan().all()
+    # another order of summation may serve beside it
+    torch.testing.assert_close(out[1, others], expected[1, others])
 
 
 def draw_codes(case: Case, cache_dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor]]:

@@ -1,6 +1,7 @@
 #if defined(__AMX_BF16__)
 #include "matrix_unit_clips.h"
 #include "matrix_unit_parts.h"
+#include "matrix_unit_steps.h"
 #else
 #include "kernels.h"
 #endif
@@ -10,7 +11,8 @@ namespace continual_mha::cpu {
 #if defined(__AMX_BF16__)
 namespace {
 
-// Those of AVX-512 with pairs of bfloat16, but for projections, and products and clips in bfloat16.
+// Those of AVX-512 with pairs of bfloat16, but for projections, and products, clips and
+// forward_steps in bfloat16.
 struct Table {
   Kernels kernels[kNumDTypes];
 
@@ -21,6 +23,7 @@ struct Table {
     kernels[static_cast<int>(DType::kFloat32)].projection = kByParts;
     set_products_of_unit(of_bfloat16);
     set_clips_of_unit(of_bfloat16);
+    set_steps_of_unit(of_bfloat16);
   }
 };
 

@@ -55,11 +55,10 @@ class MatrixUnit {
   }
 
   template <int kTile>
-  CMHA_INLINE void store(float* to) const {
-    constexpr int64_t kRowBytes = 64;
+  CMHA_INLINE void store(float* to, int64_t row_bytes = 64) const {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
                      :
-                     : "r"(to), "r"(kRowBytes), "i"(kTile)
+                     : "r"(to), "r"(row_bytes), "i"(kTile)
                      : "memory");
   }
 

@@ -105,12 +105,7 @@ CMHA_INLINE void weigh_slots(const MatrixUnit& unit, const BFloat16* factors, in
     weigh_features(unit, factors, stride, values.data + i, values.slot_stride, values.slots, width,
                    sums);
     for (int64_t c = 0; c < count; ++c) {
-      const Pair<float> halves =
-          in_order(load(sums + c * kTileRows), load(sums + kTileSums + c * kTileRows));
-      float features[kTileFeatures];
-      store<float>(features, halves.low);
-      store<float>(features + kTileRows, halves.high);
-      copy_scaled(features, width, scale[c], out + c * values.features + i);
+      put_halves(sums + c * kTileRows, width, scale[c], out + c * values.features + i);
     }
   }
 }

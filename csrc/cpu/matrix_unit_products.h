@@ -20,6 +20,16 @@ CMHA_INLINE void interleave(const Row& row, char* to) {
   }
 }
 
+// `width` <= 32 columns of a row of the sums over such tiles, (2 halves, 16 rows, 16 columns).
+template <class O>
+CMHA_INLINE void put_halves(const float* row, int64_t width, float scale, O* to) {
+  const Pair<float> halves = in_order(load(row), load(row + kTileSums));
+  float columns[kTileFeatures];
+  store<float>(columns, halves.low);
+  store<float>(columns + kTileRows, halves.high);
+  copy_scaled(columns, width, scale, to);
+}
+
 CMHA_INLINE __m512i load_row(const BFloat16* from, int64_t count) {
   const bool whole = count >= kTileFeatures;
   return bit_cast<__m512i>(whole ? load_pairs(from) : load_pairs(from, count));

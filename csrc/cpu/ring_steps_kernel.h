@@ -191,6 +191,24 @@ struct RowRange {
   int64_t end;
 };
 
+// A query's scores to the numerators of its softmax, behind whose window come those of the extra
+// slots. Returns the reciprocal of their sum.
+template <class S, class X, class A>
+CMHA_INLINE A weigh_window(const ExtraSlots<S>& extra, const X* q, int64_t head_dim,
+                           RowRange window, A scale, A* scores) {
+  extra.score(q, head_dim, scores + window.end);
+  const int64_t slots = window.end - window.begin + extra.count();
+  return 1 / softmax_numerators(scores + window.begin, slots, kMinusInfinity<A>, scale).sum;
+}
+
+// A query's output from the sum over its window.
+template <class S, class A>
+CMHA_INLINE void finish_output(const ExtraSlots<S>& extra, const A* scores, RowRange window,
+                               int64_t head_dim, A scale, A* out) {
+  extra.add_value(scores[window.end], head_dim, out);
+  for (int64_t d = 0; d < head_dim; ++d) out[d] *= scale;
+}
+
 // Outputs of `count` tokens from `token` on. Key and value rows lie in the scratch from token
 // `base` on. What the windows of four tokens share is read once for them; the few rows at both
 // ends, once for each: a row outside of a window may hold NaN and must not even meet a weight of
@@ -225,9 +243,7 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
   for (int64_t q = 0; q < count; ++q) {
     A* scores = scratch.scores + q * stride;
     const auto [begin, end] = window(q);
-    extra.score(scratch.q + q * head_dim, head_dim, scores + end);
-    const int64_t slots = end - begin + extra.count();
-    scales[q] = 1 / softmax_numerators(scores + begin, slots, kMinusInfinity<A>, scale).sum;
+    scales[q] = weigh_window(extra, scratch.q + q * head_dim, head_dim, window(q), scale, scores);
     to_factors(scores + begin, end - begin, scratch.factors + q * stride + begin);
   }
   for (int64_t i = 0; i < count * head_dim; ++i) scratch.out[i] = 0;
@@ -245,15 +261,55 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
       const auto [begin, end] = window(q);
       add(q, Int<1>{}, begin, min_of(shared.begin, end));
       add(q, Int<1>{}, max_of(shared.begin, shared.end), end);
-      A* out = scratch.out + q * head_dim;
-      extra.add_value(scratch.scores[q * stride + end], head_dim, out);
-      for (int64_t d = 0; d < head_dim; ++d) out[d] *= scales[q];
+      finish_output(extra, scratch.scores + q * stride, window(q), head_dim, scales[q],
+                    scratch.out + q * head_dim);
     }
   });
 }
 
-// Tasks are (stream, head, block of tokens): the windows' rows are laid out once in the order of
-// time and stay in a cache near by while the block's queries pass.
+// A block of a head's tokens, whose windows' rows begin with the token `base`.
+template <class S, class R>
+struct BlockOfTokens {
+  HeadOfClip<S> head;
+  Kept<R> keys;
+  Kept<R> values;
+  ExtraSlots<S> extra;
+  int64_t index;
+  int64_t base;
+  int64_t token;
+  int64_t last;
+
+  // Outputs (count, D) of the tokens from `first` on.
+  template <class A>
+  CMHA_INLINE void put(const A* out, int64_t first, int64_t count) const {
+    const RingStepsParams& p = head.p;
+    const int64_t row = head.stream * (p.tokens - p.first) + first - p.first;
+    S* to = static_cast<S*>(p.out) + (row * p.num_heads + head.head) * p.head_dim;
+    for (int64_t q = 0; q < count; ++q) {
+      copy_scaled(out + q * p.head_dim, p.head_dim, A{1}, to + q * p.num_heads * p.head_dim);
+    }
+  }
+};
+
+// f(block) for tasks, which are (stream, head, block of tokens).
+template <class S, class R, class F>
+CMHA_INLINE void for_blocks_of_tokens(const RingStepsParams& p, int64_t begin, int64_t end,
+                                      const F& f) {
+  const Kept<R> keys{p.keys, static_cast<const R*>(p.k_ring), p.k_scale};
+  const Kept<R> values{p.values, static_cast<const R*>(p.v_ring), p.v_scale};
+  const int64_t blocks = (p.tokens - p.first + p.block_tokens - 1) / p.block_tokens;
+  for (int64_t task = begin; task < end; ++task) {
+    const HeadOfClip<S> head{p, task / blocks / p.num_heads, task / blocks % p.num_heads};
+    const int64_t column = head.head * p.head_dim;
+    const auto extra = extra_slots<S>(p.bias_k, p.bias_v, p.add_zero_attn, column);
+    const int64_t token = p.first + task % blocks * p.block_tokens;
+    const int64_t last = min_of(token + p.block_tokens, p.tokens);
+    f(BlockOfTokens<S, R>{head, keys, values, extra, task, head.window_begin(token), token, last});
+  }
+}
+
+// The windows' rows are laid out once in the order of time and stay in a cache near by while the
+// block's queries pass.
 template <class S, class R>
 void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
@@ -261,31 +317,19 @@ void ring_steps(const RingStepsParams& p, void* memory, int64_t begin, int64_t e
   Arena arena(memory);
   const RingStepsScratch<S, X> scratch(p, arena);
   const A scale = 1 / static_cast<A>(__builtin_sqrt(static_cast<double>(p.head_dim)));
-  const Kept<R> keys{p.keys, static_cast<const R*>(p.k_ring), p.k_scale};
-  const Kept<R> values{p.values, static_cast<const R*>(p.v_ring), p.v_scale};
-  const int64_t wanted = p.tokens - p.first;
-  const int64_t blocks = (wanted + p.block_tokens - 1) / p.block_tokens;
-  for (int64_t task = begin; task < end; ++task) {
-    const HeadOfClip<S> head{p, task / blocks / p.num_heads, task / blocks % p.num_heads};
-    const int64_t column = head.head * p.head_dim;
-    const auto extra = extra_slots<S>(p.bias_k, p.bias_v, p.add_zero_attn, column);
-    int64_t token = p.first + task % blocks * p.block_tokens;
-    const int64_t last = min_of(token + p.block_tokens, p.tokens);
-    const int64_t base = head.window_begin(token);
-    lay_out_keys(head, keys, base, last - base, scratch.k);
-    for (int64_t t = base; t < last; ++t) {
-      head.read(values, t, scratch.v + (t - base) * p.head_dim);
-    }
-    S* out = static_cast<S*>(p.out) + head.stream * wanted * p.num_heads * p.head_dim + column;
-    for (; token < last; token += kQueryBlock<X>) {
-      const int64_t count = min_of(kQueryBlock<X>, last - token);
-      attend_block(head, scratch, extra, token, count, base, scale);
-      for (int64_t q = 0; q < count; ++q) {
-        S* to = out + (token + q - p.first) * p.num_heads * p.head_dim;
-        copy_scaled(scratch.out + q * p.head_dim, p.head_dim, A{1}, to);
-      }
-    }
-  }
+  for_blocks_of_tokens<S, R>(
+      p, begin, end, [&](const BlockOfTokens<S, R>& task) __attribute__((always_inline)) {
+        const HeadOfClip<S>& head = task.head;
+        lay_out_keys(head, task.keys, task.base, task.last - task.base, scratch.k);
+        for (int64_t t = task.base; t < task.last; ++t) {
+          head.read(task.values, t, scratch.v + (t - task.base) * p.head_dim);
+        }
+        for (int64_t token = task.token; token < task.last; token += kQueryBlock<X>) {
+          const int64_t count = min_of(kQueryBlock<X>, task.last - token);
+          attend_block(head, scratch, task.extra, token, count, task.base, scale);
+          task.put(scratch.out, token, count);
+        }
+      });
 }
 
 }  // namespace
