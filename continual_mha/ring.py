@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .modes import has_numbers
+from .pages import zeros
 from .quantized import STORED_AS
 
 # A state set from outside may not be older than this: kernels find slots by positions and trust
@@ -158,7 +159,7 @@ def new_clock(steps: int) -> Tensor:
 def new_state(layout: Layout, batch_size: int, like: Tensor) -> State:
     """The state of streams that have seen nothing: zero rings, dtype and device as ``like``."""
     parts = [
-        torch.zeros(size, dtype=layout.dtype(name, like.dtype), device=like.device)
+        zeros(size, layout.dtype(name, like.dtype), like.device)
         for name, size in layout.sizes(batch_size).items()
     ]
     state: State = layout.state_type()(*parts, new_clock(0))
