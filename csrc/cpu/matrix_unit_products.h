@@ -65,8 +65,8 @@ struct UnitLeft {
 
 // kTiles tiles of rows, from `first` on, times 32 columns of the right. To sums[tile][half].
 template <int kTiles>
-CMHA_INLINE void multiply_columns(const MatrixUnit& unit, const UnitLeft& left, int64_t first,
-                                  const char* right, int64_t inner, float* sums) {
+CMHA_INLINE void multiply_right(const MatrixUnit& unit, const UnitLeft& left, int64_t first,
+                                const char* right, int64_t inner, float* sums) {
   constexpr int kLeft = 2 * kTiles;
   constexpr int kRight = kLeft + kTiles;
   unrolled<kLeft>([&](auto t) __attribute__((always_inline)) { unit.clear<decltype(t)::value>(); });
@@ -127,7 +127,7 @@ CMHA_INLINE void multiply_packed(const MatrixUnit& unit, const UnitLeft& left, c
       constexpr int kTiles = decltype(tiles)::value;
       for (; left.count - first > (kTiles - 1) * kTileRows; first += kTiles * kTileRows) {
         alignas(64) float sums[2 * kTiles * kTileSums];
-        multiply_columns<kTiles>(unit, left, first, right, inner, sums);
+        multiply_right<kTiles>(unit, left, first, right, inner, sums);
         for (int64_t r = 0; r < min_of(kTiles * kTileRows, left.count - first); ++r) {
           const float* lower = sums + r / kTileRows * 2 * kTileSums + r % kTileRows * kTileRows;
           put_row(out, load(lower), load(lower + kTileSums), columns - i,

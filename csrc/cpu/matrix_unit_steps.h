@@ -93,8 +93,8 @@ CMHA_INLINE void sum_values(const MatrixUnit& unit, const UnitStepsScratch& scra
   for (int64_t d = 0; d < head_dim; d += kTileFeatures) {
     const int64_t width = min_of(kTileFeatures, head_dim - d);
     alignas(64) float sums[2 * kTileSums];
-    multiply_columns<1>(unit, {scratch.factors + begin, scratch.stride, kTileRows}, 0, right,
-                        end - begin, sums);
+    multiply_right<1>(unit, {scratch.factors + begin, scratch.stride, kTileRows}, 0, right,
+                      end - begin, sums);
     right += right_bytes(rows, kTileFeatures);
     for (int64_t q = 0; q < kTileRows; ++q) {
       put_halves(sums + q * kTileRows, width, 1.0f, scratch.out + q * head_dim + d);
