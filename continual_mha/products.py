@@ -59,7 +59,8 @@ def multiply(
         left: ``(rows, inner)``, or batches of them.
         right: ``(inner, columns)``, or as many.
         bias: one row of each.
-        out: where the result is written.
+        out: where the result is written. Only with ``add`` are rows kept apart in it, for what is
+            written alone are gradients of weights, which are sums over tokens.
         by_library: by the CPU library, of which autograd knows nothing. It lays batches, as of
             heads, inside of rows.
     """
@@ -71,7 +72,8 @@ def multiply(
         _native.cpu_function("product_")(out, left, right, bias, scale, add)
         return out
     columns = right.shape[-1]
-    inner, outer = _lacking(left, left.shape[-1]), 0 if out is not None else _lacking(left, columns)
+    inner = 0 if out is not None and not add else _lacking(left, left.shape[-1])
+    outer = 0 if out is not None else _lacking(left, columns)
     if inner == outer == 0:
         return _multiply_by_torch(left, right, bias, scale, out, add)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))

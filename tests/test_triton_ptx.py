@@ -76,7 +76,7 @@ STEPS = [
     (64, 256, 8, 64, HALF, None, "group", 5),
     (64, 64, 8, 16, FULL, None, "group", 5),
     (64, 256, 8, 64, HALF, torch.int8, "group", 5),
-    (8, 520, 13, 40, HALF, None, "chain", 2),
+    (8, 260, 13, 40, HALF, None, "chain", 2),
     (4096, 512, 8, 250, HALF, None, "gemm", 2),
     (4096, 96, 8, 70, FULL, torch.int8, "gemm", 2),
     (64, 256, 4, 300, HALF, None, "invariant", 2),

@@ -108,6 +108,18 @@ CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, 
   return p.kept == nullptr ? weights : scales;
 }
 
+// What the gradients of the tiles take of a head.
+template <class X, class A>
+CMHA_INLINE void put_pairs(const SharedGradientParams& p, int64_t n, int64_t head, const A* scores,
+                           const A* applied) {
+  if (p.pairs == nullptr) return;
+  X* pairs = static_cast<X*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
+  for (int64_t s = 0; s < p.slots; ++s, pairs += 2 * p.num_heads) {
+    narrow(scores[s], pairs);
+    narrow(applied[s], pairs + p.num_heads);
+  }
+}
+
 // kC heads from `head` on.
 template <int kC, class S>
 CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
@@ -124,18 +136,11 @@ CMHA_INLINE void query_gradient_of_heads(const SharedGradientParams& p,
   copy_vectors<S>(p.grad_out, n, head, kC, p.value_dim, grad_out);
   key.template dot<kC>(query, scratch.weights, scratch.score_stride);
   value.template dot<kC>(grad_out, scratch.scores, scratch.score_stride);
-  X* pairs = nullptr;
-  if (p.pairs != nullptr) {
-    pairs = static_cast<X*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
-  }
   for (int c = 0; c < kC; ++c) {
     A* weights = scratch.weights + c * scratch.score_stride;
     A* scores = scratch.scores + c * scratch.score_stride;
     const A* applied = finish_gradients(p, n, head + c, weights, scores, scratch.scales);
-    for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
-      narrow(scores[s], &pairs[s * 2 * p.num_heads + c]);
-      narrow(applied[s], &pairs[s * 2 * p.num_heads + p.num_heads + c]);
-    }
+    put_pairs<X>(p, n, head + c, scores, applied);
     to_factors(scores, p.slots, scratch.factors + c * scratch.score_stride);
   }
   key.template sum<kC>(scratch.factors, scratch.score_stride, scratch.rows);

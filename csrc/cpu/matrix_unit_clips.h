@@ -231,19 +231,12 @@ CMHA_INLINE void query_gradient_by_unit(const SharedGradientParams& p,
   score(unit, key, scratch.vectors, same ? 2 * count : count, scratch.packed, scratch.scores,
         stride);
   if (!same) score(unit, value, grad_out, count, scratch.packed, of_weights, stride);
-  BFloat16* pairs = nullptr;
-  if (p.pairs != nullptr) {
-    pairs = static_cast<BFloat16*>(p.pairs) + n * p.slots * 2 * p.num_heads + head;
-  }
   float ones[kTileRows];
   for (int64_t c = 0; c < count; ++c) {
     float* weights = scratch.scores + c * stride;
     float* scores = of_weights + c * stride;
     const float* applied = finish_gradients(p, n, head + c, weights, scores, scratch.scales);
-    for (int64_t s = 0; pairs != nullptr && s < p.slots; ++s) {
-      narrow(scores[s], &pairs[s * 2 * p.num_heads + c]);
-      narrow(applied[s], &pairs[s * 2 * p.num_heads + p.num_heads + c]);
-    }
+    put_pairs<BFloat16>(p, n, head + c, scores, applied);
     BFloat16* factors = scratch.factors + c * stride;
     copy_row(scores, p.slots, factors);
     for (int64_t s = p.slots; s < stride; ++s) factors[s] = {};
