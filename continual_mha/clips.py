@@ -116,9 +116,10 @@ def _is_one_node(
     asked, key, value = clips
     if _has_extra_slots(weights, options) or is_opaque(asked):
         return False
-    asking = asked[:, node.query_index]
-    if not (_needs_gradient((*clips, *weights)) or _unit_multiplies(asking, weights[:6])):
-        return False
+    if not _needs_gradient((*clips, *weights)):
+        asking = asked[:, node.query_index]
+        if not _unit_multiplies(asking, weights[:6]):
+            return False
     as_moved = key[:, :1].expand(-1, node.num_heads, -1)  # what decides is shape and dtype
     how = (mask, node.dropout_p, node.need_weights)
     return mixing.why_not_fused(as_moved, key, value, *how) is None

@@ -1,6 +1,6 @@
 """Products of the tokens of a batch with weights: by PyTorch, or by the CPU library's kernel.
 
-In none of them does a row that is not finite reach another.
+In none does a row that is not finite reach another, but in gradients of weights, which add them up.
 """
 
 from __future__ import annotations

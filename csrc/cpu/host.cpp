@@ -59,8 +59,8 @@ Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const W
 }
 
 // Whether its products of bfloat16 do: on a processor with AMX, in PyTorch 2.11 and 2.13, they read
-// on into the next row where features are more than 32 and no multiple of it, and what is not
-// finite there spoils this one.
+// on into the next row where features are no multiple of 32, and what is not finite there spoils
+// this one. (Fewer than 32 it keeps apart, and the kernels project those as well.)
 bool torch_keeps_rows_apart(const Weights& w) {
   const auto whole = [](const OptionalTensor& weight) {
     return !weight || weight->size(1) % 32 == 0;

@@ -110,9 +110,8 @@ CMHA_INLINE void attend_block_by_unit(const HeadOfClip<BFloat16>& head,
                                       int64_t count, int64_t base, int64_t rows, float scale) {
   const int64_t head_dim = head.p.head_dim;
   const int64_t stride = scratch.stride;
-  const auto window = [&](int64_t q) __attribute__((always_inline)) {
-    return RowRange{head.window_begin(token + q) - base, token + q + 1 - base};
-  };
+  const auto window = [&](int64_t q)
+                          __attribute__((always_inline)) { return head.window(token + q, base); };
   for (int64_t q = 0; q < count; ++q) {
     BFloat16* to = scratch.q + q * scratch.q_stride;
     copy_row(head.query(token + q), head_dim, to);

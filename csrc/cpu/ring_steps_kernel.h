@@ -73,6 +73,11 @@ struct Kept {
   const float* ring_scale;
 };
 
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
 // One head of one stream. Tokens are counted from the clip's first; those before it are negative
 // and lie in the ring.
 template <class S>
@@ -124,6 +129,11 @@ struct HeadOfClip {
 
   // The oldest token of the window that ends with `token`.
   int64_t window_begin(int64_t token) const { return max_of(token - p.length + 1, -position()); }
+
+  // That window among rows that lie from the token `base` on.
+  CMHA_INLINE RowRange window(int64_t token, int64_t base) const {
+    return {window_begin(token) - base, token + 1 - base};
+  }
 };
 
 // Lays out the keys of `count` tokens from `token` on.
@@ -186,11 +196,6 @@ CMHA_INLINE void by_stretches(int64_t rows, int64_t count, const Range& range, c
   }
 }
 
-struct RowRange {
-  int64_t begin;
-  int64_t end;
-};
-
 // A query's scores to the numerators of its softmax, behind whose window come those of the extra
 // slots. Returns the reciprocal of their sum.
 template <class S, class X, class A>
@@ -221,9 +226,8 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
   const int64_t stride = scratch.score_stride;
   const int64_t rows = token + count - base;
   // a query's window, and what those of some queries share
-  const auto window = [&](int64_t q) __attribute__((always_inline)) {
-    return RowRange{head.window_begin(token + q) - base, token + q + 1 - base};
-  };
+  const auto window = [&](int64_t q)
+                          __attribute__((always_inline)) { return head.window(token + q, base); };
   const auto seen_by_any = [&](int64_t q, int64_t some) __attribute__((always_inline)) {
     return RowRange{window(q).begin, window(q + some - 1).end};
   };
