@@ -345,11 +345,11 @@ def _attend_inputs(
     return _Attended(found, mix.on_extra, mix.attn)
 
 
-def moved_queries(q: Tensor, w_k: Tensor, by_library: bool = False) -> Tensor:
+def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
     """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
     by_head = w_k.unflatten(0, q.shape[1:])
     scale = 1.0 / math.sqrt(q.shape[2])
-    moved = multiply(q.transpose(0, 1), by_head, scale=scale, by_library=by_library)
+    moved = multiply(q.transpose(0, 1), by_head, scale=scale)
     return moved.transpose(0, 1)
 
 
@@ -358,15 +358,14 @@ def projected_mix(
     share: Tensor | None,
     w_v: Tensor,
     b_v: Tensor | None,
-    by_library: bool = False,
 ) -> Tensor:
     """Heads' outputs ``(N, H, D)`` from their mixed inputs ``(N, H, Ev)``, of weights ``share``."""
     heads = (mixed.shape[1], w_v.shape[0] // mixed.shape[1])
     mixed, w_v = mixed.transpose(0, 1), w_v.unflatten(0, heads).transpose(1, 2)
     bias = None if b_v is None else b_v.view(heads)
     if bias is None or share is None:
-        return multiply(mixed, w_v, bias, by_library=by_library).transpose(0, 1)
-    found = multiply(mixed, w_v, by_library=by_library).transpose(0, 1)
+        return multiply(mixed, w_v, bias).transpose(0, 1)
+    found = multiply(mixed, w_v).transpose(0, 1)
     return found + bias * share.to(mixed.dtype)
 
 

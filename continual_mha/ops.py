@@ -47,6 +47,11 @@ _INPUT_ARGS = (
 )
 _INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor? value, Tensor? mask, Tensor? sink"
+_CLIP_ARGS = (
+    "Tensor? query, Tensor key, Tensor? value, Tensor? mask, "
+    "Tensor in_proj_weight, Tensor? k_proj_weight, Tensor? v_proj_weight, Tensor? in_proj_bias, "
+    "Tensor out_proj_weight, Tensor? out_proj_bias"
+)
 _FULL_BACKWARD_ARGS = (
     "Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, Tensor? grad_average, "
     f"{_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, float dropout_p"
@@ -78,13 +83,20 @@ SCHEMAS = {
 
 # Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
 # is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
-# of which torch is told nothing. `products.multiply`, and `reference.take_slots` in one call.
+# of which torch is told nothing. What `clip_node.py` does in one call each way; the product that it
+# is made of, by itself for who looks at it alone; and `reference.take_slots` in one call.
 _OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
         for n in ("ring_step_", "input_step_")
     },
     "cpu_bound_step_": "(int bound, Tensor query, Tensor? active) -> Tensor",
+    "cpu_attend_clip": f"({_CLIP_ARGS}, Tensor? seed, int num_heads, int query_index, "
+    "float dropout_p, bool need_weights, bool blank) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "cpu_attend_clip_backward": f"(Tensor grad_out, Tensor? grad_attn, {_CLIP_ARGS}, Tensor? seed, "
+    "Tensor q, Tensor moved, Tensor mixed, Tensor lse, Tensor kept, Tensor heads, int num_heads, "
+    "int query_index, float dropout_p, bool blank, bool[] needed) -> Tensor?[]",
     "cpu_product_": "(Tensor(a!) out, Tensor left, Tensor right, Tensor? bias, float scale, "
     "bool add) -> ()",
     "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",

@@ -1,4 +1,4 @@
-"""Products of the tokens of a batch with weights: by PyTorch, or by the CPU library's kernel.
+"""Products of the tokens of a batch with weights by PyTorch.
 
 In none does a row that is not finite reach another, but in gradients of weights, which add them up.
 """
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
 from .modes import is_transformed
 from .precision import autocast_dtype
 
@@ -48,7 +47,6 @@ def multiply(
     scale: float = 1.0,
     out: Tensor | None = None,
     add: bool = False,
-    by_library: bool = False,
 ) -> Tensor:
     """``scale * left @ right + bias``, or with ``add`` that added to ``out``.
 
@@ -61,16 +59,7 @@ def multiply(
         bias: one row of each.
         out: where the result is written. Only with ``add`` are rows kept apart in it, for what is
             written alone are gradients of weights, which are sums over tokens.
-        by_library: by the CPU library, of which autograd knows nothing. It lays batches, as of
-            heads, inside of rows.
     """
-    if by_library:
-        if out is None:
-            *batch, rows, _ = left.shape
-            out = left.new_empty((rows, *batch, right.shape[-1]))
-            out = out.transpose(0, 1) if batch else out
-        _native.cpu_function("product_")(out, left, right, bias, scale, add)
-        return out
     columns = right.shape[-1]
     inner = 0 if out is not None and not add else _lacking(left, left.shape[-1])
     outer = 0 if out is not None else _lacking(left, columns)

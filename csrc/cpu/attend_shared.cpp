@@ -1,8 +1,6 @@
 // continual_mha::cpu_attend_shared_full and its short form: all heads of a stream against one tile.
 #include "attend_shared.h"
 
-#include <tuple>
-
 namespace continual_mha::cpu {
 namespace {
 
@@ -57,9 +55,10 @@ void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& ave
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
-    Tensor query, Tensor key, OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
-    OptionalTensor seed, double dropout_p, bool need_weights) {
+SharedResults run_attend_shared(const Tensor& query, const Tensor& key, const OptionalTensor& value,
+                                OptionalTensor mask, OptionalTensor sink,
+                                const OptionalTensor& seed, double dropout_p, bool need_weights,
+                                bool blank) {
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
@@ -73,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
   p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
+  p.blank = blank;
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   const Tensor kept = new_if(seed.has_value(), query, {p.streams, p.num_heads}, acc);
@@ -85,11 +85,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_full(
   return {out, lse, kept, average};
 }
 
+namespace {
+
+SharedResults attend_shared_full(Tensor query, Tensor key, OptionalTensor value,
+                                 OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
+                                 double dropout_p, bool need_weights) {
+  return run_attend_shared(query, key, value, mask, sink, seed, dropout_p, need_weights, false);
+}
+
 std::tuple<Tensor, Tensor> attend_shared(Tensor query, Tensor key, OptionalTensor value,
                                          OptionalTensor mask, OptionalTensor sink) {
   const auto full = attend_shared_full(query, key, value, mask, sink, std::nullopt, 0.0, false);
   return {std::get<0>(full), std::get<1>(full)};
 }
+
+}  // namespace
 
 }  // namespace continual_mha::cpu
 

@@ -1,6 +1,7 @@
 // How operators hand an attention over a shared tile to its kernel.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "host.h"
@@ -47,5 +48,24 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc);
 
 // The weights that the kernel left in `p.weights`, averaged over the heads.
 void average_weights(const AttendSharedParams& p, DType dtype, const Tensor& average);
+
+// What cpu_attend_shared_full returns: out, lse, kept and average. With `blank` a query to which
+// the mask leaves nothing gets zeros, else NaN.
+using SharedResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+SharedResults run_attend_shared(const Tensor& query, const Tensor& key, const OptionalTensor& value,
+                                OptionalTensor mask, OptionalTensor sink,
+                                const OptionalTensor& seed, double dropout_p, bool need_weights,
+                                bool blank);
+
+// What cpu_attend_shared_full_backward returns: gradients of query, key, value and sink. Without
+// `of_tiles`, those of key and value have no elements.
+using SharedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+SharedGradients run_attend_shared_backward(const Tensor& grad_out, OptionalTensor grad_lse,
+                                           OptionalTensor grad_kept, OptionalTensor grad_average,
+                                           const Tensor& query, const Tensor& key,
+                                           const OptionalTensor& value, OptionalTensor mask,
+                                           OptionalTensor sink, const OptionalTensor& seed,
+                                           const Tensor& out, const Tensor& lse, const Tensor& kept,
+                                           double dropout_p, bool of_tiles);
 
 }  // namespace continual_mha::cpu

@@ -1,5 +1,4 @@
 // continual_mha::cpu_attend_shared_full_backward, its short form, and its part for frozen tiles.
-#include <tuple>
 #include <utility>
 
 #include "attend_shared.h"
@@ -11,13 +10,15 @@ constexpr const char* kOp = "cpu_attend_shared_full_backward";
 
 struct GradientTag {};
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-// Without `of_tiles`, those of key and value have no elements.
-Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor grad_kept,
-                    OptionalTensor grad_average, Tensor query, Tensor key, OptionalTensor value,
-                    OptionalTensor mask, OptionalTensor sink, OptionalTensor seed, Tensor out,
-                    Tensor lse, Tensor kept, double dropout_p, bool of_tiles) {
+SharedGradients run_attend_shared_backward(const Tensor& grad_out, OptionalTensor grad_lse,
+                                           OptionalTensor grad_kept, OptionalTensor grad_average,
+                                           const Tensor& query, const Tensor& key,
+                                           const OptionalTensor& value, OptionalTensor mask,
+                                           OptionalTensor sink, const OptionalTensor& seed,
+                                           const Tensor& out, const Tensor& lse, const Tensor& kept,
+                                           double dropout_p, bool of_tiles) {
   const Tensor& given = value ? *value : key;
   check_shared(query, key, given, mask, sink, kOp);
   const DType dtype = dtype_of(query, kOp);
@@ -83,27 +84,31 @@ Gradients gradients(Tensor grad_out, OptionalTensor grad_lse, OptionalTensor gra
   return {d_query, d_key, d_value, d_sink};
 }
 
-Gradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
-                                      OptionalTensor grad_kept, OptionalTensor grad_average,
-                                      Tensor query, Tensor key, OptionalTensor value,
-                                      OptionalTensor mask, OptionalTensor sink, OptionalTensor seed,
-                                      Tensor out, Tensor lse, Tensor kept, double dropout_p) {
-  return gradients(grad_out, grad_lse, grad_kept, grad_average, query, key, value, mask, sink, seed,
-                   out, lse, kept, dropout_p, true);
+namespace {
+
+SharedGradients attend_shared_full_backward(Tensor grad_out, OptionalTensor grad_lse,
+                                            OptionalTensor grad_kept, OptionalTensor grad_average,
+                                            Tensor query, Tensor key, OptionalTensor value,
+                                            OptionalTensor mask, OptionalTensor sink,
+                                            OptionalTensor seed, Tensor out, Tensor lse,
+                                            Tensor kept, double dropout_p) {
+  return run_attend_shared_backward(grad_out, grad_lse, grad_kept, grad_average, query, key, value,
+                                    mask, sink, seed, out, lse, kept, dropout_p, true);
 }
 
 std::tuple<Tensor, Tensor> attend_shared_query_backward(
     Tensor grad_out, OptionalTensor grad_lse, OptionalTensor grad_kept, OptionalTensor grad_average,
     Tensor query, Tensor key, OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
     OptionalTensor seed, Tensor out, Tensor lse, Tensor kept, double dropout_p) {
-  const Gradients all = gradients(grad_out, grad_lse, grad_kept, grad_average, query, key, value,
-                                  mask, sink, seed, out, lse, kept, dropout_p, false);
+  const SharedGradients all =
+      run_attend_shared_backward(grad_out, grad_lse, grad_kept, grad_average, query, key, value,
+                                 mask, sink, seed, out, lse, kept, dropout_p, false);
   return {std::get<0>(all), std::get<3>(all)};
 }
 
-Gradients attend_shared_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key,
-                                 OptionalTensor value, OptionalTensor mask, OptionalTensor sink,
-                                 Tensor out, Tensor lse) {
+SharedGradients attend_shared_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query,
+                                       Tensor key, OptionalTensor value, OptionalTensor mask,
+                                       OptionalTensor sink, Tensor out, Tensor lse) {
   return attend_shared_full_backward(grad_out, grad_lse, std::nullopt, std::nullopt, query, key,
                                      value, mask, sink, std::nullopt, out, lse, lse, 0.0);
 }

@@ -72,6 +72,7 @@ CMHA_INLINE Normaliser<A> finish_scores(const AttendSharedParams& p, int64_t n, 
   if (p.blank && nothing) {
     for (int64_t s = 0; s < p.slots; ++s) scores[s] = 0;
     if (extra != nullptr) extra[0] = extra[1] = 0;
+    if (p.lse != nullptr) static_cast<A*>(p.lse)[row] = kMinusInfinity<A>;
     return {0, {0, 0}};
   }
   for (A& other : others) other = nothing ? 0 : exp_of(other - max);

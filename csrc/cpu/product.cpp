@@ -1,8 +1,8 @@
 // continual_mha::cpu_product_: a matrix product, or a batch of them, of which one side has few
 // rows.
-#include <algorithm>
+#include "product.h"
 
-#include "host.h"
+#include <algorithm>
 
 namespace continual_mha::cpu {
 namespace {
@@ -11,24 +11,6 @@ constexpr const char* kOp = "cpu_product_";
 
 struct FactorsTag {};
 struct LeftTag {};
-
-// A matrix or a batch of them.
-struct Matrices {
-  explicit Matrices(const Tensor& x)
-      : batches(x.dim() == 3 ? x.size(0) : 1),
-        rows(x.size(x.dim() - 2)),
-        columns(x.size(x.dim() - 1)),
-        batch_stride(x.dim() == 3 ? x.stride(0) : 0),
-        row_stride(x.stride(x.dim() - 2)),
-        column_stride(x.stride(x.dim() - 1)) {}
-
-  int64_t batches;
-  int64_t rows;
-  int64_t columns;
-  int64_t batch_stride;
-  int64_t row_stride;
-  int64_t column_stride;
-};
 
 const void* at(const void* data, int64_t elements, DType dtype) {
   return static_cast<const char*>(data) + elements * element_size(dtype);
@@ -80,7 +62,37 @@ void multiply_columns(const ProductParams& p, int64_t batches, const void* bias,
   });
 }
 
-// out = scale * left right + bias, or with `add` out + scale * left right. The bias is one row.
+}  // namespace
+
+void multiply(const Product& product, DType dtype) {
+  const auto& [out, left, right, bias, scale, add] = product;
+  if (out.batches * out.rows * out.columns == 0) return;
+  ProductParams p{};
+  p.left = left.data;
+  p.left_batch = left.batch_stride;
+  p.left_row = left.row_stride;
+  p.left_inner = left.column_stride;
+  p.right = right.data;
+  p.right_batch = right.batch_stride;
+  p.right_row = right.row_stride;
+  p.out = const_cast<void*>(out.data);
+  p.out_batch = out.batch_stride;
+  p.out_row = out.row_stride;
+  p.rows = out.rows;
+  p.inner = right.rows;
+  p.columns = out.columns;
+  p.scale = scale;
+  p.add = add;
+  if (product.by_columns()) {
+    multiply_columns(p, out.batches, bias, dtype);
+  } else {
+    multiply_rows(p, out.batches, dtype);
+  }
+}
+
+namespace {
+
+// The same for tensors, of which the right may lie as it likes.
 void product(Tensor out, Tensor left, Tensor right, OptionalTensor bias, double scale, bool add) {
   const int64_t dim = out.dim();
   STD_TORCH_CHECK((dim == 2 || dim == 3) && left.dim() == dim && right.dim() == dim, kOp,
@@ -88,46 +100,27 @@ void product(Tensor out, Tensor left, Tensor right, OptionalTensor bias, double 
   check_like(left, out, kOp, "left");
   check_like(right, out, kOp, "right");
   const DType dtype = dtype_of(out, kOp);
-  const Matrices o(out);
-  const Matrices l(left);
-  Matrices r(right);
+  Matrices o = Matrices::of(out);
+  const Matrices l = Matrices::of(left);
+  Matrices r = Matrices::of(right);
   STD_TORCH_CHECK(l.batches == o.batches && r.batches == o.batches && l.rows == o.rows &&
                       r.columns == o.columns && l.columns == r.rows,
                   kOp, ": ", shape_of(left), " times ", shape_of(right), " is not ", shape_of(out));
-  STD_TORCH_CHECK(o.column_stride == 1 || o.columns == 1, kOp, ": out must have contiguous rows");
+  STD_TORCH_CHECK(o.has_contiguous_rows(), kOp, ": out must have contiguous rows");
   if (bias) check_vector(bias, o.batches * o.columns, out, kOp, "bias");
-  if (out.numel() == 0) return;
-  ProductParams p{};
-  p.left = left.const_data_ptr();
-  p.left_batch = l.batch_stride;
-  p.left_row = l.row_stride;
-  p.left_inner = l.column_stride;
-  p.out = out.mutable_data_ptr();
-  p.out_batch = o.batch_stride;
-  p.out_row = o.row_stride;
-  p.rows = o.rows;
-  p.inner = r.rows;
-  p.columns = o.columns;
-  p.scale = scale;
-  p.add = add;
   STD_TORCH_CHECK(!bias || !add, kOp, ": a bias is not added to what is there");
-  const bool columns_lie_together = r.row_stride == 1 && r.column_stride == r.rows;
-  const bool by_columns = bias || (columns_lie_together && !add);
-  if (by_columns && !columns_lie_together) {
+  if (out.numel() == 0) return;
+  o.data = out.mutable_data_ptr();
+  const Product given{o, l, r, data_or_null(bias), scale, add};
+  if (given.by_columns() && !r.has_contiguous_columns()) {
     const Tensor turned = torch::stable::transpose(right, dim - 2, dim - 1);
-    right = torch::stable::transpose(torch::stable::contiguous(turned), dim - 2, dim - 1);
-  } else if (!by_columns && r.column_stride != 1) {
+    right = torch::stable::contiguous(turned);
+    r = Matrices::of(right).transposed();
+  } else if (!given.by_columns() && r.column_stride != 1) {
     right = torch::stable::contiguous(right);
+    r = Matrices::of(right);
   }
-  r = Matrices(right);
-  p.right = right.const_data_ptr();
-  p.right_batch = r.batch_stride;
-  p.right_row = r.row_stride;
-  if (by_columns) {
-    multiply_columns(p, o.batches, data_or_null(bias), dtype);
-  } else {
-    multiply_rows(p, o.batches, dtype);
-  }
+  multiply(given, dtype);
 }
 
 }  // namespace

@@ -1,0 +1,277 @@
+"""One query over a clip with its projections, as one node of autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, backends, inputs, mixing, ops
+from .dropout import dropout_seed
+from .modes import is_batched, is_transformed
+from .precision import autocast_dtype
+from .products import multiply
+from .reference import Options, Weights
+
+
+class Node(NamedTuple):
+    """What ``AttendClip`` is told besides tensors.
+
+    With ``by_library`` the CPU library does all of it, else PyTorch multiplies with weights.
+    """
+
+    num_heads: int
+    query_index: int
+    dropout_p: float
+    need_weights: bool
+    blank: bool
+    by_library: bool
+
+    def asking(self, query: Tensor | None, key: Tensor) -> Tensor:
+        """The queries' tokens ``(N, E)``."""
+        return key[:, self.query_index] if query is None else query
+
+
+class _Found(NamedTuple):
+    """What the gradients need of the forward."""
+
+    seed: Tensor | None
+    q: Tensor  # (N, H, D)
+    moved: Tensor  # (N, H, Ek)
+    mixed: Tensor  # (N, H, Ev)
+    lse: Tensor
+    kept: Tensor
+    heads: Tensor  # (N, E)
+    share: Tensor | None = None  # (N, H, 1), which the library works out again
+
+
+class AttendClip(torch.autograd.Function):
+    """Attention over inputs with its projections, without extra slots, as one node of autograd.
+
+    From single operators autograd would make, for each part that is taken of the packed weight or
+    of the clip, a gradient as large as the whole, and add them up. This writes every part in place.
+    A query of None is a token of the keys, and a value of None the keys. Returns the output and the
+    averaged weights, the latter without elements where they are not asked for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        node: Node,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor | None,
+        mask: Tensor | None,
+        *params: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        given = (query, key, value, mask, *params)
+        run = _attend_by_library if node.by_library else _attend
+        out, attn, found = run(node, given, dropout_seed(node.dropout_p, key.device))
+        ctx.node = node
+        ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
+        ctx.save_for_backward(*given, *found)
+        return out, attn
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_attn: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # which may be asked for but once
+        given, found = saved[:10], _Found(*saved[10:])
+        if grad_out is None:
+            grad_out = torch.zeros_like(found.heads)
+        grads = (grad_out, grad_attn if ctx.node.need_weights else None)
+        needed = _Needed(*ctx.needs_input_grad[1:])
+        followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
+        if followed or any(map(is_batched, grads)):
+            return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
+        run = _gradients_by_library if ctx.node.by_library else _gradients
+        with _without_autocast(grad_out.device.type):
+            return None, *run(ctx.node, given, found, grads, needed)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """As the forward ran, whatever surrounds its backward."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _without_extra_slots(params: Sequence[Any]) -> Weights:
+    return Weights._make((*params, None, None))
+
+
+def _attend_by_library(
+    node: Node, given: tuple[Any, ...], seed: Tensor | None
+) -> tuple[Tensor, Tensor, _Found]:
+    how = (node.num_heads, node.query_index, node.dropout_p, node.need_weights, node.blank)
+    out, attn, *found = _native.cpu_function("attend_clip")(*given, seed, *how)
+    return out, attn, _Found(seed, *found)
+
+
+def _attend(
+    node: Node, given: tuple[Any, ...], seed: Tensor | None
+) -> tuple[Tensor, Tensor, _Found]:
+    query, key, value, mask, *params = given
+    weights = _without_extra_slots(params)
+    (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
+    q = multiply(node.asking(query, key), w_q.t(), b_q).unflatten(-1, (node.num_heads, -1))
+    moved = inputs.moved_queries(q, w_k)
+    name = "attend_shared"
+    args: tuple[Any, ...] = (moved, key, value, mask, None)
+    if not mixing.is_plain(node.dropout_p, node.need_weights):
+        name, args = f"{name}_full", (*args, seed, node.dropout_p, node.need_weights)
+    mixed, lse, *more = backends.run_directly(name, *args)
+    kept, attn = more or (lse.new_empty(0), lse.new_empty(0))
+    share = None if seed is None else kept.unsqueeze(-1)
+    if mask is not None and node.blank:
+        mixed, share = mixing.blanked(mixed, share, lse)
+    heads = inputs.projected_mix(mixed, share, w_v, b_v).flatten(1)
+    out = multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias)
+    return out, attn, _Found(seed, q, moved, mixed, lse, kept, heads, share)
+
+
+class _Needed(NamedTuple):
+    """Which arguments of a node need a gradient."""
+
+    query: bool
+    key: bool
+    value: bool
+    mask: bool
+    in_proj_weight: bool
+    k_proj_weight: bool
+    v_proj_weight: bool
+    in_proj_bias: bool
+    out_proj_weight: bool
+    out_proj_bias: bool
+
+
+def _gradients_by_library(
+    node: Node,
+    given: tuple[Any, ...],
+    found: _Found,
+    grads: tuple[Tensor, Tensor | None],
+    needed: _Needed,
+) -> tuple[Tensor | None, ...]:
+    function = _native.cpu_function("attend_clip_backward")
+    results = found[: _Found._fields.index("share")]
+    how = (node.num_heads, node.query_index, node.dropout_p, node.blank)
+    return tuple(function(*grads, *given, *results, *how, needed))
+
+
+def _gradients(
+    node: Node,
+    given: tuple[Any, ...],
+    found: _Found,
+    grads: tuple[Tensor, Tensor | None],
+    needed: _Needed,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments ``given`` to a node, of those that need one."""
+    query, key, value, mask, *params = given
+    weights = _without_extra_slots(params)
+    (w_q, w_k, w_v), (_, _, b_v) = weights.split(), weights.split_bias()
+    d_out, d_attn = grads
+    seed, q, moved, mixed, lse, kept, heads, share = found
+    N, H, D = q.shape
+    scale = 1.0 / math.sqrt(D)
+    # what they take, from the queries' projection to the heads' outputs
+    asking_in_clip = needed.key and query is None
+    of_queries = needed.query or asking_in_clip or needed.in_proj_weight or needed.in_proj_bias
+    of_attention = of_queries or needed.key or needed.value or needed.k_proj_weight
+    of_heads = of_attention or needed.v_proj_weight
+    d_query = d_key = d_value = None
+    d_params: list[Any] = [
+        x.new_empty(x.shape) if x is not None and need else None
+        for x, need in zip(params, needed[4:], strict=True)
+    ]
+    # one buffer for what is one parameter, of which these are the parts
+    d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
+    d_b_q, d_b_k, d_b_v = _parts(d_params[3])
+
+    if needed.out_proj_weight:
+        multiply(d_out.t(), heads, out=d_params[4])
+    if needed.out_proj_bias:
+        torch.sum(d_out, 0, out=d_params[5])
+    if of_heads:
+        d_heads = multiply(d_out, weights.out_proj_weight).view(N, H, D)
+        if d_w_v is not None:
+            by_head = d_w_v.unflatten(0, (H, D))
+            multiply(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
+        if d_b_v is not None:
+            torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
+    if of_attention:
+        d_mixed = multiply(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+        d_kept = None
+        if seed is not None and b_v is not None:
+            d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
+        if mask is not None and node.blank:
+            hidden = torch.isneginf(lse)
+            d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
+            d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
+        operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
+        of_tiles = needed.key or needed.value
+        d_moved, d_key, d_value, _ = ops.shared_gradients(
+            backends.run_directly, of_tiles, d_mixed, None, d_kept, d_attn, *operands
+        )
+        d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
+        if d_w_k is not None:
+            by_head = d_w_k.unflatten(0, (H, D))
+            multiply(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
+        if d_b_k is not None:
+            d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
+    if of_queries:
+        d_q = multiply(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale=scale)
+        d_q = d_q.transpose(0, 1).reshape(N, H * D)
+        if d_w_q is not None:
+            multiply(d_q.t(), node.asking(query, key), out=d_w_q)
+        if d_b_q is not None:
+            torch.sum(d_q, 0, out=d_b_q)
+        if needed.query:
+            d_query = multiply(d_q, w_q)
+        if asking_in_clip:
+            assert d_key is not None
+            multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
+    gradients = (d_query, d_key, d_value, None, *d_params)
+    return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
+
+
+def _parts(packed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of query, key and value of a parameter that has all three."""
+    return (None,) * 3 if packed is None else packed.chunk(3)
+
+
+def _gradients_by_operators(
+    node: Node,
+    given: tuple[Any, ...],
+    seed: Tensor | None,
+    grads: tuple[Tensor, Tensor | None],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same by operators that can be differentiated and transformed, from the arguments on.
+
+    What they are of are views: a gradient then ends here, even where one argument comes from
+    another or is given twice, and no hook of an argument runs.
+    """
+    create_graph = torch.is_grad_enabled()
+    options = Options(False, node.dropout_p)
+    with torch.enable_grad(), _without_autocast(given[1].device.type):
+        given = tuple(None if x is None else x.view_as(x) for x in given)
+        query, key, value, mask, *params = given
+        tokens = (node.asking(query, key), key, key if value is None else value)
+        weights = _without_extra_slots(params)
+        how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+        again = None if seed is None else partial(mixing.fused_mix, seed=seed)
+        results = inputs.attend_clip(tokens, weights, *how, again)
+        followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
+        outs, grads_of_outs = zip(*followed, strict=True)
+        wanted = [x for x, need in zip(given, needed, strict=True) if need]
+        gradients = torch.autograd.grad(
+            outs, wanted, grads_of_outs, create_graph=create_graph, allow_unused=True
+        )
+    found = iter(gradients)
+    return tuple(next(found) if need else None for need in needed)
