@@ -15,8 +15,8 @@ from .reference import Options, Tokens, Weights
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-# And in training products of so many multiply-adds, or with AMX of more tokens.
-_CPU_LARGE_PRODUCT = 1 << 22
+# And in training products of so many multiply-adds, or with AMX those of more tokens.
+_CPU_LARGE_PRODUCT = 1 << 24
 _CPU_MOST_TOKENS_OF_UNIT = 512
 
 
@@ -123,16 +123,13 @@ def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool
         return False
     if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
         return False
-    isa = _native.cpu_isa()
-    if tokens.dtype == torch.float16:
-        return isa != "baseline"
-    if isa not in ("amx", "avx512_bf16", "avx512"):
-        return False
-    if tokens.dtype != torch.bfloat16:
-        return True
-    if isa == "amx":
+    isa, bfloat16 = _native.cpu_isa(), tokens.dtype == torch.bfloat16
+    if bfloat16 and isa == "amx":
         return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
-    return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
+    wide = tokens.dtype in (torch.float32, torch.float64)
+    if (bfloat16 and isa == "avx512_bf16") or (wide and isa in ("avx2", "baseline")):
+        return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
+    return True
 
 
 def _unit_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:

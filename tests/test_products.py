@@ -163,23 +163,28 @@ def products_in_training(module: torch.nn.Module, x: Tensor) -> dict[str, int]:
     return found.count
 
 
+BY_LIBRARY, BY_TORCH = {"library": 2, "torch": 0}, {"library": 0, "torch": 12}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_training_on_clips_the_library_multiplies_where_it_is_faster(
+def test_in_training_on_clips_the_library_multiplies_few_tokens(
     dtype: torch.dtype, isa: str
 ) -> None:
     module = build(dtype=dtype)
-    faster = {"avx2": [torch.float16], "baseline": []}.get(isa, DTYPES)
-    expected = {"library": 2, "torch": 0} if dtype in faster else {"library": 0, "torch": 12}
-    assert products_in_training(module, draw_tokens(module, 3, 9)[0]) == expected
+    assert products_in_training(module, draw_tokens(module, 3, 9)[0]) == BY_LIBRARY
 
 
-def test_pytorch_multiplies_large_products_of_bfloat16(isa: str) -> None:
-    module = build(embed_dim=256, num_heads=4, dtype=torch.bfloat16)
-    most = 512 if isa == "amx" else 63
-    for N, few in ((most, True), (most + 1, False)):
-        found = products_in_training(module, draw_tokens(module, N, 3)[0])
-        by_library = few and isa not in ("avx2", "baseline")
-        assert found == {"library": 2 * by_library, "torch": 12 * (not by_library)}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pytorch_multiplies_many_tokens_where_it_is_faster(dtype: torch.dtype, isa: str) -> None:
+    if dtype == torch.bfloat16:
+        limits = {"amx": (64, 512), "avx512_bf16": (512, 63)}
+    else:
+        limits = {"avx2": (512, 63), "baseline": (512, 63)} if dtype != torch.float16 else {}
+    embed_dim, most = limits.get(isa, (64, 600))
+    module = build(embed_dim=embed_dim, num_heads=4, dtype=dtype)
+    assert products_in_training(module, draw_tokens(module, most, 3)[0]) == BY_LIBRARY
+    expected = BY_TORCH if isa in limits else BY_LIBRARY
+    assert products_in_training(module, draw_tokens(module, most + 1, 3)[0]) == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
