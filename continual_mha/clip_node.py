@@ -200,12 +200,12 @@ def _gradients(
     if of_heads:
         d_heads = multiply(d_out, weights.out_proj_weight).view(N, H, D)
         if d_w_v is not None:
-            by_head = d_w_v.unflatten(0, (H, D))
+            by_head = d_w_v.view(H, D, -1)
             multiply(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
         if d_b_v is not None:
             torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
     if of_attention:
-        d_mixed = multiply(d_heads.transpose(0, 1), w_v.unflatten(0, (H, D))).transpose(0, 1)
+        d_mixed = multiply(d_heads.transpose(0, 1), w_v.view(H, D, -1)).transpose(0, 1)
         d_kept = None
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
@@ -220,12 +220,12 @@ def _gradients(
         )
         d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
         if d_w_k is not None:
-            by_head = d_w_k.unflatten(0, (H, D))
+            by_head = d_w_k.view(H, D, -1)
             multiply(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
         if d_b_k is not None:
             d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
     if of_queries:
-        d_q = multiply(d_moved, w_k.unflatten(0, (H, D)).transpose(1, 2), scale=scale)
+        d_q = multiply(d_moved, w_k.view(H, D, -1).transpose(1, 2), scale=scale)
         d_q = d_q.transpose(0, 1).reshape(N, H * D)
         if d_w_q is not None:
             multiply(d_q.t(), node.asking(query, key), out=d_w_q)

@@ -347,7 +347,7 @@ def _attend_inputs(
 
 def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:
     """Queries ``(N, H, D)``, scaled and with the keys' projection moved to them: ``(N, H, Ek)``."""
-    by_head = w_k.unflatten(0, q.shape[1:])
+    by_head = w_k.view(*q.shape[1:], w_k.shape[1])
     scale = 1.0 / math.sqrt(q.shape[2])
     moved = multiply(q.transpose(0, 1), by_head, scale=scale)
     return moved.transpose(0, 1)
@@ -361,7 +361,7 @@ def projected_mix(
 ) -> Tensor:
     """Heads' outputs ``(N, H, D)`` from their mixed inputs ``(N, H, Ev)``, of weights ``share``."""
     heads = (mixed.shape[1], w_v.shape[0] // mixed.shape[1])
-    mixed, w_v = mixed.transpose(0, 1), w_v.unflatten(0, heads).transpose(1, 2)
+    mixed, w_v = mixed.transpose(0, 1), w_v.view(*heads, w_v.shape[1]).transpose(1, 2)
     bias = None if b_v is None else b_v.view(heads)
     if bias is None or share is None:
         return multiply(mixed, w_v, bias).transpose(0, 1)

@@ -74,12 +74,16 @@ def _multiply_by_torch(
     left: Tensor, right: Tensor, bias: Tensor | None, scale: float, out: Tensor | None, add: bool
 ) -> Tensor:
     batched = left.dim() == 3
+    if bias is None and not add and scale == 1.0:
+        return (torch.bmm if batched else torch.mm)(left, right, out=out)
     if bias is not None and batched:
         bias = bias.unsqueeze(1)
     if out is None and is_transformed():
         product = left @ right * scale if scale != 1.0 else left @ right
         return product if bias is None else product + bias
-    added = out if add else bias
     function = torch.baddbmm if batched else torch.addmm
-    start, beta = (left.new_empty(()), 0) if added is None else (added, 1)
+    if bias is not None:
+        start, beta = bias, 1
+    else:  # with beta 0 nothing of it is read
+        start, beta = (left.new_empty(()), 0) if out is None else (out, int(add))
     return function(start, left, right, beta=beta, alpha=scale, out=out)
