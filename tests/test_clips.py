@@ -536,3 +536,54 @@ def test_gradient_of_an_extra_slot_that_has_nearly_all_the_weight(dtype: torch.d
 
     exact = of_slot(copy.deepcopy(module).double(), "torch")
     assert_as_exact_as_torch(of_slot(module, "cpu"), exact, of_slot(module, "torch"))
+
+
+def test_the_librarys_operators_refuse_what_does_not_fit_together() -> None:
+    """Their kernels would read and write past the end of it."""
+    backends.why_missing("cpu")
+    operators = torch.ops.continual_mha
+    N, S, E = STREAMS, LENGTH, 12
+    clip, other = torch.ones(N, S, E), torch.ones(N, S, E + 1)
+    given = [None, clip, None, None, torch.ones(3 * E, E), None, None, None, torch.ones(E, E), None]
+    how = (None, 2, 0, 0.0, False, False)
+    _, _, *found = operators.cpu_attend_clip(*given, *how)
+    grad = torch.ones(N, E)
+    backward = (grad, None, *given, None, *found, 2, 0, 0.0, False, [True] * 10)
+    assert all(x is not None for x in operators.cpu_attend_clip_backward(*backward)[1:5:3])
+
+    def refused(operator: Any, args: tuple[Any, ...], place: int, wrong: Any) -> None:
+        with pytest.raises(RuntimeError, match="cpu_attend_(clip|shared)"):
+            operator(*args[:place], wrong, *args[place + 1 :])
+
+    forward = (*given, *how)
+    for place, wrong in (
+        (0, torch.ones(N + 1, E)),
+        (0, torch.ones(N, E, dtype=torch.float64)),
+        (1, other),
+        (1, clip[0]),
+        (1, clip[:, :0]),
+        (2, other[:, 1:]),
+        (2, clip.double()),
+        (3, torch.ones(N, 2, S + 1)),
+        (4, torch.ones(E, E)),
+        (5, torch.ones(E, E)),
+        (7, torch.ones(E)),
+        (8, torch.ones(E, E + 1)),
+        (9, torch.ones(E - 1)),
+        (11, 5),
+        (12, S),
+    ):
+        refused(operators.cpu_attend_clip, forward, place, wrong)
+    for place, wrong in (
+        (0, torch.ones(N, E + 1)),
+        (0, grad.double()),
+        (1, torch.ones(N, S + 1)),
+        (13, found[0][1:]),
+        (14, found[1].transpose(0, 1).contiguous().transpose(0, 1)),
+        (15, found[2].double()),
+        (16, found[3][1:]),
+        (16, found[3].double()),
+        (18, found[5][:, 1:]),
+        (23, [True] * 9),
+    ):
+        refused(operators.cpu_attend_clip_backward, backward, place, wrong)

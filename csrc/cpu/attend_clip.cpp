@@ -17,7 +17,7 @@ constexpr const char* kOp = "cpu_attend_clip";
 struct Clip {
   Clip(const OptionalTensor& query, const Tensor& key, const OptionalTensor& value,
        const OptionalTensor& mask, const Weights& w, int64_t num_heads, int64_t query_index)
-      : asking(query ? *query : token_of(key, query_index)), key(key), value(value), mask(mask) {
+      : asking(query ? *query : token_of(key, query_index)), key(key) {
     STD_TORCH_CHECK(asking.dim() == 2 && key.dim() == 3 && (!value || value->dim() == 3), kOp,
                     ": query must be (N, E), key (N, S, Ek) and value (N, S, Ev)");
     const Tensor& values = value ? *value : key;
@@ -84,14 +84,13 @@ struct Clip {
   Tensor vectors(int64_t width) const { return new_like(key, {n, heads, width}); }
 
   static Tensor token_of(const Tensor& clip, int64_t index) {
-    STD_TORCH_CHECK(clip.dim() == 3, kOp, ": key must be (N, S, Ek)");
+    STD_TORCH_CHECK(clip.dim() == 3 && index >= -clip.size(1) && index < clip.size(1), kOp,
+                    ": there is no token ", index, " in a key ", shape_of(clip));
     return torch::stable::select(clip, 1, index);
   }
 
   Tensor asking;  // (N, E), features next to each other
   const Tensor& key;
-  const OptionalTensor& value;
-  const OptionalTensor& mask;
   Tensor in_weight, k_weight, v_weight, out_weight;  // contiguous
   const void* in_bias;
   const void* out_bias;
@@ -219,7 +218,12 @@ std::vector<OptionalTensor> attend_clip_backward(
     STD_TORCH_CHECK(x.is_contiguous(), kOp, ": a result of the forward is not contiguous");
   }
   check_matrix(heads, clip.n, clip.e, key, kOp, "heads");
-  check_shape(lse, {clip.n, clip.heads}, kOp, "lse");
+  for (const Tensor* x : {&lse, &kept}) {
+    if (x == &kept && !seed) continue;  // without elements
+    check_shape(*x, {clip.n, clip.heads}, kOp, "lse or kept");
+    STD_TORCH_CHECK(x->scalar_type() == clip.acc() && x->is_contiguous(), kOp,
+                    ": lse and kept must be contiguous, of the accumulators' dtype");
+  }
   blank = blank && mask.has_value();
   const Tensor d_out = as_contiguous(grad_out);
   const Matrices d_outs = clip.joined(d_out);
@@ -242,12 +246,12 @@ std::vector<OptionalTensor> attend_clip_backward(
   if (in_proj_bias) like(kInBias, *in_proj_bias);
   like(kOutWeight, out_proj_weight);
   if (out_proj_bias) like(kOutBias, *out_proj_bias);
-  // Where the gradient of a part of the weights goes; null where there is none.
-  const auto of_part = [&](int own, int64_t i) -> void* {
+  // Where the gradient of a part of the weights or of the bias goes; null where there is none.
+  const auto of_part = [&](Argument own, int64_t i) {
     const OptionalTensor& whole = grads[clip.packed ? kInWeight : own];
-    return whole ? const_cast<void*>(clip.part(*whole, i)) : nullptr;
+    return whole ? clip.part(*whole, i) : nullptr;
   };
-  const auto of_bias = [&](int64_t i) -> const void* {
+  const auto of_bias = [&](int64_t i) {
     return grads[kInBias] ? third_at(grads[kInBias]->const_data_ptr(), i, clip.e, clip.dtype)
                           : nullptr;
   };
@@ -303,9 +307,9 @@ std::vector<OptionalTensor> attend_clip_backward(
     clip.product(clip.weight_by_head(to, clip.ek), clip.by_head(q, clip.d).transposed(),
                  clip.by_head(d_moved, clip.ek), nullptr, clip.scale());
   }
-  if (void* to = const_cast<void*>(of_bias(1))) {
+  if (const void* to = of_bias(1)) {
     // in every score of a head alike, so that the softmax takes it away
-    std::memset(to, 0, static_cast<size_t>(clip.e * element_size(clip.dtype)));
+    std::memset(const_cast<void*>(to), 0, static_cast<size_t>(clip.e * element_size(clip.dtype)));
   }
   if (!of_queries) return grads;
   const Tensor d_q = clip.vectors(clip.d);
