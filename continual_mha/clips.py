@@ -124,10 +124,12 @@ def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool
     if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
         return False
     isa, bfloat16 = _native.cpu_isa(), tokens.dtype == torch.bfloat16
+    if isa == "baseline":
+        return False
     if bfloat16 and isa == "amx":
         return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
     wide = tokens.dtype in (torch.float32, torch.float64)
-    if (bfloat16 and isa == "avx512_bf16") or (wide and isa in ("avx2", "baseline")):
+    if (bfloat16 and isa == "avx512_bf16") or (wide and isa == "avx2"):
         return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
     return True
 

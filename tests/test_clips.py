@@ -552,7 +552,7 @@ def test_the_librarys_operators_refuse_what_does_not_fit_together() -> None:
     assert all(x is not None for x in operators.cpu_attend_clip_backward(*backward)[1:5:3])
 
     def refused(operator: Any, args: tuple[Any, ...], place: int, wrong: Any) -> None:
-        with pytest.raises(RuntimeError, match="cpu_attend_(clip|shared)"):
+        with pytest.raises(RuntimeError, match=r"cpu_attend_(clip|shared)"):
             operator(*args[:place], wrong, *args[place + 1 :])
 
     forward = (*given, *how)
