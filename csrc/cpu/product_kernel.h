@@ -60,10 +60,30 @@ CMHA_INLINE bool packs(const ProductParams& p, int64_t rows) {
   return rows > kProductRows / 2 && p.right_row * int64_t{sizeof(S)} % 2048 == 0;
 }
 
+template <class X>
+struct Factors {
+  const X* data;
+  int64_t row;   // elements from one row of the output to the next
+  int64_t step;  // alike, of what is summed up; 1 unless X are acc
+};
+
+template <int kCount, bool kAdd, class S, class X, class A>
+CMHA_INLINE void add_rows(const Factors<X>& factors, const S* block, int64_t block_row,
+                          int64_t inner, int64_t columns, A* to, int64_t stride) {
+  if constexpr (std::is_same_v<S, A>) {
+    weighted_rows<kCount, kAdd>(factors.data, factors.row, block, block_row, 0, inner, columns, to,
+                                stride, factors.step);
+  } else {
+    weighted_rows<kCount, kAdd>(factors.data, factors.row, block, block_row, 0, inner, columns, to,
+                                stride);
+  }
+}
+
 // Tasks are blocks of kProductRows rows by kProductColumns columns of a batch's output.
 template <class S>
 void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
+  using X = typename FactorOf<S>::type;
   const ProductScratch<S> scratch(p, memory);
   const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
   const int64_t down = (p.rows + kProductRows - 1) / kProductRows;
@@ -88,7 +108,17 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
         copy_row(out + r * p.out_row, columns, sums + r * stride);
       }
     }
-    copy_factors(p, left, rows, scratch.factors);
+    // as they lie where nothing is to be done to them
+    const X* factors = scratch.factors;
+    int64_t factor_row = p.inner;
+    int64_t factor_step = 1;
+    if (std::is_same_v<S, A> && p.scale == 1) {
+      factors = reinterpret_cast<const X*>(left);
+      factor_row = p.left_row;
+      factor_step = p.left_inner;
+    } else {
+      copy_factors(p, left, rows, scratch.factors);
+    }
     int64_t k = 0;
     do {  // sums of nothing are zeros
       const int64_t inner = min_of(kProductInner<S>, p.inner - k);
@@ -103,13 +133,12 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
       }
       by_fours(0, rows, [&](int64_t r, auto tag) __attribute__((always_inline)) {
         constexpr int kCount = decltype(tag)::value;
-        const auto* factors = scratch.factors + r * p.inner + k;
+        const Factors<X> those{factors + r * factor_row + k * factor_step, factor_row, factor_step};
         A* to = sums + r * stride;
         if (p.add || k > 0) {
-          weighted_rows<kCount, true>(factors, p.inner, block, block_row, 0, inner, columns, to,
-                                      stride);
+          add_rows<kCount, true>(those, block, block_row, inner, columns, to, stride);
         } else {
-          weighted_rows<kCount>(factors, p.inner, block, block_row, 0, inner, columns, to, stride);
+          add_rows<kCount, false>(those, block, block_row, inner, columns, to, stride);
         }
       });
       k += kProductInner<S>;

@@ -244,10 +244,11 @@ CMHA_INLINE void dot_rows(const S* rows, int64_t row_stride, int64_t begin, int6
 // out[q][0..columns) = sum over rows l of p[q][l] * row l, or += with kAdd, for kQ rows of weights
 // and kVecs vectors of columns, or with kTail for `tail` columns of one vector. The rows are
 // dealt out to kPhases accumulators, so that a narrow chunk is not bound by the latency of one
-// addition.
+// addition. Weights of neighbouring rows are `p_step` apart.
 template <int kQ, int kVecs, int kPhases, bool kTail, bool kAdd, class S, class A>
-CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
-                             int64_t begin, int64_t end, int64_t tail, A* out, int64_t out_stride) {
+CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, int64_t p_step, const S* rows,
+                             int64_t row_stride, int64_t begin, int64_t end, int64_t tail, A* out,
+                             int64_t out_stride) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   Vec acc[kPhases][kQ][kVecs] = {};
@@ -261,7 +262,7 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
       }
       const Vec v = held(kTail ? load_partial(row + j * kLanes, tail) : load(row + j * kLanes));
 #pragma GCC unroll 4
-      for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l] * v;
+      for (int q = 0; q < kQ; ++q) sums[q][j] += p[q * p_stride + l * p_step] * v;
     }
   };
   int64_t l = begin;
@@ -292,7 +293,7 @@ CMHA_TILE void weighted_tile(const A* p, int64_t p_stride, const S* rows, int64_
 template <int kQ, bool kAdd = false, class S, class A>
 CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int64_t row_stride,
                                int64_t begin, int64_t end, int64_t columns, A* out,
-                               int64_t out_stride) {
+                               int64_t out_stride, int64_t p_step = 1) {
   constexpr int kLanes = Simd<A>::kLanes;
   int64_t d = 0;
   const auto chunks_of = [&](auto tag) __attribute__((always_inline)) {
@@ -300,8 +301,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
     constexpr int kSpare = kTileVectors / (kVecs * kQ);
     constexpr int kPhases = kSpare < 1 ? 1 : kSpare > 4 ? 4 : kSpare;
     for (; d + kVecs * kLanes <= columns; d += kVecs * kLanes) {
-      weighted_tile<kQ, kVecs, kPhases, false, kAdd>(p, p_stride, rows + d, row_stride, begin, end,
-                                                     0, out + d, out_stride);
+      weighted_tile<kQ, kVecs, kPhases, false, kAdd>(p, p_stride, p_step, rows + d, row_stride,
+                                                     begin, end, 0, out + d, out_stride);
     }
   };
   if constexpr (kTileVectors / kQ >= 16) chunks_of(Int<16>{});
@@ -310,8 +311,8 @@ CMHA_INLINE void weighted_rows(const A* p, int64_t p_stride, const S* rows, int6
   chunks_of(Int<2>{});
   chunks_of(Int<1>{});
   if (d < columns) {
-    weighted_tile<kQ, 1, 4, true, kAdd>(p, p_stride, rows + d, row_stride, begin, end, columns - d,
-                                        out + d, out_stride);
+    weighted_tile<kQ, 1, 4, true, kAdd>(p, p_stride, p_step, rows + d, row_stride, begin, end,
+                                        columns - d, out + d, out_stride);
   }
 }
 
