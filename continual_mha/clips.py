@@ -66,7 +66,7 @@ def attend_clip(
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
         out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
-    if moved and not extra_slots and _is_one_node(args, options.dropout_p):
+    if moved and not extra_slots and _is_one_node(args, options.dropout_p, need_weights):
         by_library = _library_multiplies(query, weights[:6])
         node = Node(num_heads, index, options.dropout_p, need_weights, blank, by_library)
         given = (None if asked is key else query, key, None if value is key else value)
@@ -101,13 +101,13 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def _is_one_node(args: tuple[Any, ...], dropout_p: float) -> bool:
+def _is_one_node(args: tuple[Any, ...], dropout_p: float, need_weights: bool) -> bool:
     """Whether ``AttendClip`` serves: in training, and where the CPU's matrix unit multiplies,
     but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
-    query, key, value, mask, num_heads, need_weights = *args[:3], *args[11:13], args[14]
+    query, key, value, mask, num_heads = *args[:3], *args[11:13]
     if is_opaque(query):
         return False
     if not _needs_gradient(args) and not _unit_multiplies(query, args[3:9]):
