@@ -30,9 +30,10 @@ void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
 
 // The right by its columns: dot products with them, as projections are.
 void multiply_columns(const ProductParams& p, int64_t batches, const void* bias, DType dtype) {
-  constexpr int64_t kRepaysPacking = 16;
+  // what AMX takes of the left is laid out anew for each batch, in float32 in three parts
+  const int64_t repays_packing = dtype == DType::kFloat32 ? 128 : 16;
   const Projection& by =
-      p.columns < kRepaysPacking ? kernels(dtype).of_rows : own_projection(dtype, p.rows);
+      p.columns < repays_packing ? kernels(dtype).of_rows : own_projection(dtype, p.rows);
   const bool as_it_lies = p.scale == 1.0 && takes_as_they_lie(by, dtype, false, p.left_inner);
   const int64_t blocks = (p.columns + kRowBlock - 1) / kRowBlock;
   parallel(batches * blocks, kRowBlock * p.rows * p.inner, [&](int64_t begin, int64_t end) {
