@@ -100,11 +100,18 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
                     assert (whole == 7.0).all()
 
 
-def test_what_is_written_over_is_not_read() -> None:
-    for inner in (0, 40):
-        out = torch.full((5, 6), torch.nan)
-        by_library(torch.ones(5, inner), torch.ones(inner, 6), out=out)
-        assert torch.equal(out, torch.full((5, 6), float(inner)))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("multiply", [by_library, products.multiply])
+def test_what_is_written_over_is_not_read(
+    multiply: Callable[..., Tensor], scale: float, dtype: torch.dtype
+) -> None:
+    for batch in ((), (3,)):
+        for inner in (0, 40):
+            out = torch.full((*batch, 5, 6), torch.nan, dtype=dtype)
+            left = torch.ones(*batch, 5, inner, dtype=dtype)
+            multiply(left, torch.ones(*batch, inner, 6, dtype=dtype), scale=scale, out=out)
+            assert torch.equal(out, torch.full_like(out, scale * inner))
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
