@@ -51,7 +51,8 @@ SIZES = [
     (None, 10, 3, 7),
     (None, 70, 33, 300),
     (None, 3, 200, 17),
-    (None, 20, 70, 1024),  # rows a power of two apart, whose second kilobytes of columns are a task
+    (None, 20, 30, 1024),  # rows a power of two apart, whose second kilobytes of columns are a task
+    (None, 40, 70, 1024),  # the same with more that is summed up, and more rows
     (None, 33, 33, 257),  # one more of each than AMX takes at once
     (3, 2, 9, 40),
     (2, 35, 34, 65),

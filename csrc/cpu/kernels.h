@@ -58,6 +58,12 @@ struct ProductParams {
   bool add;
 };
 
+// So many rows and columns of a product are one task.
+struct ProductBlock {
+  int64_t rows;
+  int64_t columns;
+};
+
 // Projected tokens and the rings that they belong to.
 struct RingParams {
   const void* q;  // (N, E), or (N, T, E), projected, unscaled; k and v alike
@@ -211,12 +217,10 @@ struct SharedGradientParams : AttendSharedParams {
   void* grad_sink;   // (N, H) acc, or null
 };
 
-constexpr int64_t kHeadBlock = 4;         // heads of one task of attend_shared
-constexpr int64_t kSlotBlock = 32;        // slots of one task of shared_tile_gradient
-constexpr int64_t kRowBlock = 16;         // rows of one task of project
-constexpr int64_t kTokenBlock = 16;       // tokens of one task of gather
-constexpr int64_t kProductRows = 32;      // of one task of multiply
-constexpr int64_t kProductColumns = 256;  // alike
+constexpr int64_t kHeadBlock = 4;    // heads of one task of attend_shared
+constexpr int64_t kSlotBlock = 32;   // slots of one task of shared_tile_gradient
+constexpr int64_t kRowBlock = 16;    // rows of one task of project
+constexpr int64_t kTokenBlock = 16;  // tokens of one task of gather
 
 // A way to project any number of tokens, on which the bits of one do not depend.
 struct Projection {
@@ -235,6 +239,7 @@ struct Projection {
 struct Kernels {
   Projection projection;
   Projection of_rows;  // never packed: faster for one token, or few rows of the weight; or the same
+  ProductBlock (*product_block)(const ProductParams&);
   int64_t (*product_scratch)(const ProductParams&);
   void (*multiply)(const ProductParams&, void* scratch, int64_t begin, int64_t end);
   // By RingDType, here and below: null for codes where DType is kFloat64.

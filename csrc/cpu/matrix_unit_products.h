@@ -140,15 +140,17 @@ CMHA_INLINE void multiply_packed(const MatrixUnit& unit, const UnitLeft& left, c
   }
 }
 
+constexpr ProductBlock kUnitBlock{kTileFeatures, 256};
+
 struct UnitProductScratch {
-  BFloat16* left;  // (kProductRows, stride), zeros behind what is summed
+  BFloat16* left;  // (kUnitBlock.rows, stride), zeros behind what is summed
   char* right;
   int64_t stride;
 
   UnitProductScratch(const ProductParams& p, Arena& arena) {
     stride = tiles_of_features(p.inner) * kTileFeatures;
-    left = arena.take<BFloat16>(kProductRows * stride);
-    right = arena.take<char>(right_bytes(p.inner, min_of(kProductColumns, p.columns)));
+    left = arena.take<BFloat16>(kUnitBlock.rows * stride);
+    right = arena.take<char>(right_bytes(p.inner, min_of(kUnitBlock.columns, p.columns)));
   }
 };
 
@@ -178,10 +180,9 @@ CMHA_INLINE void turn_left(const BFloat16* from, int64_t stride, int64_t count, 
   }
 }
 
-// `rows` <= kProductRows rows of the left.
+// `rows` <= kUnitBlock.rows rows of the left.
 CMHA_INLINE void copy_left(const ProductParams& p, const BFloat16* left, int64_t rows,
                            const UnitProductScratch& scratch) {
-  static_assert(kProductRows == kTileFeatures);
   if (p.left_row == 1) {
     for (int64_t k = 0; k < p.inner; k += kTileFeatures) {
       turn_left(left + k * p.left_inner, p.left_inner, p.inner - k, rows, scratch.left + k,
@@ -201,15 +202,15 @@ void multiply_by_unit(const ProductParams& p, void* memory, int64_t begin, int64
   Arena arena(memory);
   const UnitProductScratch scratch(p, arena);
   const MatrixUnit unit;
-  const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
-  const int64_t down = (p.rows + kProductRows - 1) / kProductRows;
+  const int64_t across = (p.columns + kUnitBlock.columns - 1) / kUnitBlock.columns;
+  const int64_t down = (p.rows + kUnitBlock.rows - 1) / kUnitBlock.rows;
   int64_t there = -1;  // the columns whose tiles are in scratch
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / (across * down);
-    const int64_t row = task % down * kProductRows;
-    const int64_t column = task / down % across * kProductColumns;
-    const int64_t rows = min_of(kProductRows, p.rows - row);
-    const int64_t columns = min_of(kProductColumns, p.columns - column);
+    const int64_t row = task % down * kUnitBlock.rows;
+    const int64_t column = task / down % across * kUnitBlock.columns;
+    const int64_t rows = min_of(kUnitBlock.rows, p.rows - row);
+    const int64_t columns = min_of(kUnitBlock.columns, p.columns - column);
     if (task / down != there) {
       const auto* right = static_cast<const BFloat16*>(p.right) + batch * p.right_batch + column;
       pack_right([&](int64_t k) __attribute__((always_inline)) { return right + k * p.right_row; },
@@ -224,7 +225,10 @@ void multiply_by_unit(const ProductParams& p, void* memory, int64_t begin, int64
   }
 }
 
+ProductBlock unit_product_block(const ProductParams&) { return kUnitBlock; }
+
 constexpr void set_products_of_unit(Kernels& table) {
+  table.product_block = unit_product_block;
   table.product_scratch = unit_product_scratch;
   table.multiply = multiply_by_unit;
 }

@@ -19,9 +19,10 @@ const void* at(const void* data, int64_t elements, DType dtype) {
 // The right by its rows: weighted sums of them.
 void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
   const Kernels& table = kernels(dtype);
-  const int64_t blocks = (p.rows + kProductRows - 1) / kProductRows *
-                         ((p.columns + kProductColumns - 1) / kProductColumns);
-  const int64_t work = std::min(p.rows, kProductRows) * std::min(p.columns, kProductColumns);
+  const ProductBlock block = table.product_block(p);
+  const int64_t blocks =
+      (p.rows + block.rows - 1) / block.rows * ((p.columns + block.columns - 1) / block.columns);
+  const int64_t work = std::min(p.rows, block.rows) * std::min(p.columns, block.columns);
   const int64_t bytes = table.product_scratch(p);
   parallel(batches * blocks, work * p.inner, [&](int64_t begin, int64_t end) {
     table.multiply(p, scratch<FactorsTag>(bytes), begin, end);

@@ -9,9 +9,21 @@
 namespace continual_mha::cpu {
 namespace {
 
+constexpr int64_t kMostProductRows = 64;
+
+// Of few summands the output is the most that passes: longer rows of it are written faster. The
+// same holds of sums that are rounded on their way there.
+template <class S>
+ProductBlock product_block(const ProductParams& p) {
+  const bool few = p.inner <= 32 || !std::is_same_v<S, typename AccOf<S>::type>;
+  return few ? ProductBlock{32, 256} : ProductBlock{kMostProductRows, 128};
+}
+
 // Rows of the right that stay in the first-level cache.
 template <class S>
-constexpr int64_t kProductInner = (32 << 10) / (kProductColumns * int64_t{sizeof(S)});
+CMHA_INLINE int64_t inner_of(const ProductBlock& block) {
+  return (32 << 10) / (block.columns * int64_t{sizeof(S)});
+}
 
 template <class S>
 struct ProductScratch {
@@ -20,9 +32,10 @@ struct ProductScratch {
 
   ProductScratch(const ProductParams& p, void* memory) {
     Arena arena(memory);
-    factors = arena.take<X>(kProductRows * p.inner);
-    block = arena.take<S>(kProductInner<S> * kProductColumns);
-    sums = std::is_same_v<S, A> ? nullptr : arena.take<A>(kProductRows * kProductColumns);
+    const ProductBlock task = product_block<S>(p);
+    factors = arena.take<X>(task.rows * p.inner);
+    block = arena.take<S>(inner_of<S>(task) * task.columns);
+    sums = std::is_same_v<S, A> ? nullptr : arena.take<A>(task.rows * task.columns);
     bytes = arena.used();
   }
 
@@ -46,7 +59,7 @@ CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t row
     }
     return;
   }
-  X scaled[kProductRows];
+  X scaled[kMostProductRows];
   for (int64_t k = 0; k < p.inner; ++k) {
     gather_row(left + k * p.left_inner, p.left_row, rows, p.scale, scaled);
     for (int64_t r = 0; r < rows; ++r) factors[r * p.inner + k] = scaled[r];
@@ -56,8 +69,8 @@ CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t row
 // Whether rows of the right should be copied next to each other: where they lie a large power of
 // two apart, few of them fit into the first-level cache at once.
 template <class S>
-CMHA_INLINE bool packs(const ProductParams& p, int64_t rows) {
-  return rows > kProductRows / 2 && p.right_row * int64_t{sizeof(S)} % 2048 == 0;
+CMHA_INLINE bool packs(const ProductParams& p, const ProductBlock& task, int64_t rows) {
+  return rows > task.rows / 2 && p.right_row * int64_t{sizeof(S)} % 2048 == 0;
 }
 
 template <class X>
@@ -79,20 +92,21 @@ CMHA_INLINE void add_rows(const Factors<X>& factors, const S* block, int64_t blo
   }
 }
 
-// Tasks are blocks of kProductRows rows by kProductColumns columns of a batch's output.
+// Tasks are the blocks of a batch's output.
 template <class S>
 void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) {
   using A = typename AccOf<S>::type;
   using X = typename FactorOf<S>::type;
   const ProductScratch<S> scratch(p, memory);
-  const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
-  const int64_t down = (p.rows + kProductRows - 1) / kProductRows;
+  const ProductBlock block_of_task = product_block<S>(p);
+  const int64_t across = (p.columns + block_of_task.columns - 1) / block_of_task.columns;
+  const int64_t down = (p.rows + block_of_task.rows - 1) / block_of_task.rows;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / (across * down);
-    const int64_t row = task / across % down * kProductRows;
-    const int64_t column = task % across * kProductColumns;
-    const int64_t rows = min_of(kProductRows, p.rows - row);
-    const int64_t columns = min_of(kProductColumns, p.columns - column);
+    const int64_t row = task / across % down * block_of_task.rows;
+    const int64_t column = task % across * block_of_task.columns;
+    const int64_t rows = min_of(block_of_task.rows, p.rows - row);
+    const int64_t columns = min_of(block_of_task.columns, p.columns - column);
     const S* left = static_cast<const S*>(p.left) + batch * p.left_batch + row * p.left_row;
     const S* right = static_cast<const S*>(p.right) + batch * p.right_batch + column;
     S* out = static_cast<S*>(p.out) + batch * p.out_batch + row * p.out_row + column;
@@ -121,10 +135,10 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
     }
     int64_t k = 0;
     do {  // sums of nothing are zeros
-      const int64_t inner = min_of(kProductInner<S>, p.inner - k);
+      const int64_t inner = min_of(inner_of<S>(block_of_task), p.inner - k);
       const S* block = right + k * p.right_row;
       int64_t block_row = p.right_row;
-      if (packs<S>(p, rows)) {
+      if (packs<S>(p, block_of_task, rows)) {
         for (int64_t i = 0; i < inner; ++i) {
           copy_row(block + i * p.right_row, columns, scratch.block + i * columns);
         }
@@ -141,7 +155,7 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
           add_rows<kCount, false>(those, block, block_row, inner, columns, to, stride);
         }
       });
-      k += kProductInner<S>;
+      k += inner_of<S>(block_of_task);
     } while (k < p.inner);
     if constexpr (!std::is_same_v<S, A>) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -153,6 +167,7 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
 
 template <class S>
 constexpr void set_products(Kernels& table) {
+  table.product_block = product_block<S>;
   table.product_scratch = product_scratch<S>;
   table.multiply = multiply<S>;
 }
