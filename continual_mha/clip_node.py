@@ -91,11 +91,11 @@ class AttendClip(torch.autograd.Function):
         if followed or any(map(is_batched, grads)):
             return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
         run = _gradients_by_library if ctx.node.by_library else _gradients
-        with _without_autocast(grad_out.device.type):
+        with without_autocast(grad_out.device.type):
             return None, *run(ctx.node, given, found, grads, needed)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """As the forward ran, whatever surrounds its backward."""
     if autocast_dtype(device_type) is None:
         return nullcontext()
@@ -259,7 +259,7 @@ def _gradients_by_operators(
     """
     create_graph = torch.is_grad_enabled()
     options = Options(False, node.dropout_p)
-    with torch.enable_grad(), _without_autocast(given[1].device.type):
+    with torch.enable_grad(), without_autocast(given[1].device.type):
         given = tuple(None if x is None else x.view_as(x) for x in given)
         query, key, value, mask, *params = given
         tokens = (node.asking(query, key), key, key if value is None else value)

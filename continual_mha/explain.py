@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, functional, ring
+from . import backends, functional, ring, step_node
 from .attention import SingleOutputMultiheadAttention
+from .reference import Rings
+from .ring import RingState
 
 
 def explain(
@@ -43,7 +45,11 @@ def explain(
         kept += f", quantised to {module.cache_dtype}"
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
-        return "\n".join([*lines, _with_gradient(tokens[0])])
+        reason: str | None = step_node.NO_GRADIENT
+        if not many and isinstance(state, RingState):
+            rings = Rings(*state[:-1])
+            reason = step_node.why_not(tokens, rings, None, call.weights, call.options)
+        return "\n".join([*lines, *_with_gradient(tokens[0], reason)])
     way = functional.way_of_steps(tokens, state, 0, call) if many else "at once"
     if way == "projected":
         layout = call.layout._replace(formulation="kv", cache_dtype=None)
@@ -57,12 +63,17 @@ def explain(
     return "\n".join([*lines, *backends.reasons(functional.operator_for(state, many), args)])
 
 
-def _with_gradient(query: Tensor) -> str:
-    if backends.order(query.device.type)[0] == "triton":
-        return (
+def _with_gradient(query: Tensor, reason: str | None) -> list[str]:
+    """A line for each backend; ``reason`` is the CPU library's not to run a step, if it has one."""
+    first = backends.order(query.device.type)[0]
+    if first == "triton":
+        return [
             "torch: projects, because a gradient is needed; "
             "triton: attends, where it covers sizes and dtype, or else torch"
-        )
-    if backends.forced() not in (None, "torch"):
-        return f"{backends.forced()}: {functional.NO_GRADIENT}"
-    return "torch: runs it, because a gradient is needed"
+        ]
+    if reason is None:
+        return ["cpu: runs it, and makes new rings, because a gradient is needed"]
+    lines = [] if first == "torch" else [f"{first}: {reason}"]
+    if backends.forced() in (None, "torch"):
+        lines.append("torch: runs it, because a gradient is needed")
+    return lines

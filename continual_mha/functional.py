@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, mixing, ops, reference, ring
+from . import backends, inputs, mixing, ops, reference, ring, step_node
 from .dropout import dropout_seed
 from .inputs import Inputs
 from .modes import is_opaque
@@ -26,8 +26,6 @@ from .ring import (
     RingState,
     State,
 )
-
-NO_GRADIENT = "a gradient is needed, for which it has no kernel"
 
 
 class StepCall(NamedTuple):
@@ -168,9 +166,13 @@ def _one_by_one(
 def _differentiable_step(
     tokens: Tokens, rings: Rings, active: Tensor | None, call: StepCall
 ) -> tuple[Tensor, Rings]:
-    """``step`` to rings of its own: a clip of one token where Triton attends to clips."""
+    """``step`` to rings of its own: on the CPU one node, and a clip of one token where Triton
+    attends to clips."""
     if backends.order(tokens[0].device.type)[0] != "triton":
-        backends.leave_to_pytorch("ring_step_", NO_GRADIENT)
+        reason = step_node.why_not(tokens, rings, active, call.weights, call.options)
+        if reason is None:
+            return step_node.step(tokens, rings, active, call.weights)
+        backends.leave_to_pytorch("ring_step_", reason)
         return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
     query, key, value = (x.unsqueeze(1) for x in tokens)
     if is_shared(tokens):  # keep it one tensor for those who ask
@@ -211,7 +213,7 @@ def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
     """Why the fused operator does not serve; None if it does."""
     reason = mixing.why_plain(query)
     if reason is None and backends.order(query.device.type)[0] != "triton":
-        reason = NO_GRADIENT
+        reason = step_node.NO_GRADIENT
     return reason or mixing.why_not_triton("attend_window", query, *args)
 
 

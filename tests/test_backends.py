@@ -80,7 +80,7 @@ ENTRIES = {
     "steps": ({}, lambda m, x: m.forward_steps(x), False, True),
     "steps over inputs": ({"formulation": "input"}, lambda m, x: m.forward_steps(x), False, True),
     "step with dropout": ({"dropout": 0.5}, lambda m, x: m.forward_step(x[:, 0]), False, False),
-    "step with a gradient": ({}, lambda m, x: m.forward_step(x[:, 0]), True, False),
+    "step with a gradient": ({}, lambda m, x: m.forward_step(x[:, 0]), True, True),
     "step over inputs with a gradient": (
         {"formulation": "input"},
         lambda m, x: m.forward_step(x[:, 0]),
@@ -223,7 +223,8 @@ def test_import_loads_neither_the_compiler_nor_triton():
 def test_explanation_names_formulation_and_backend():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]
-    assert co.explain(module, query[:, 0]).splitlines()[1].startswith("torch: runs it, because")
+    assert co.explain(module, query[:, 0]).splitlines()[1].startswith("cpu: runs it, and makes")
+    assert co.explain(module, query).splitlines()[2].startswith("torch: runs it, because")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(co.backends, "order", lambda device_type: ("triton", "cuda", "torch"))
         assert "triton: attends" in co.explain(module, query[:, 0])

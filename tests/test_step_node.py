@@ -1,0 +1,195 @@
+"""`forward_step` with a gradient on the CPU: one node of autograd, and what it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import LENGTH, assert_as_exact_as_torch, build, draw_tokens
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import continual_mha as co
+from continual_mha import SingleOutputMultiheadAttention, backends
+
+pytestmark = pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
+
+STREAMS = 3
+Module = SingleOutputMultiheadAttention
+
+
+def tokens_of(module: Module, count: int, kind: str = "one") -> list[tuple[Tensor, ...]]:
+    """Tokens ``(N, E*)`` for so many steps, leaves that need a gradient."""
+    clips = draw_tokens(module, STREAMS, count)
+    clips = {"one": clips[:1] * 3, "key": (clips[0], clips[1], clips[0]), "all": clips}[kind]
+    steps = []
+    for t in range(count):
+        own = {id(x): x[:, t].clone().requires_grad_() for x in clips}
+        steps.append(tuple(own[id(x)] for x in clips))
+    return steps
+
+
+def is_one_node(out: Tensor) -> bool:
+    return out.grad_fn is not None and "_StepBackward" in out.grad_fn.name()
+
+
+def run(
+    module: Module, steps: list[tuple[Tensor, ...]], active: Tensor | None = None
+) -> list[Tensor | None]:
+    """Outputs of the steps, then gradients of tokens and parameters of a function of them."""
+    module.clean_state()
+    module.start_streams(STREAMS)
+    outs = [module.forward_step(*given, active=active) for given in steps]
+    total = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
+    leaves = [x for given in steps for x in dict.fromkeys(given) if x.requires_grad]
+    leaves += [x for x in module.parameters() if x.requires_grad]
+    return [*outs, *torch.autograd.grad(total, leaves, allow_unused=True)]
+
+
+def assert_as_plain(module: Module, steps: list[tuple[Tensor, ...]], **how: Any) -> None:
+    found = run(module, steps, **how)
+    with co.use_backend("torch"):
+        expected = run(module, steps, **how)
+    for left, right in zip(found, expected, strict=True):
+        if right is None or not right.any():  # a bias of keys
+            assert left is None or left.abs().max() < 1e-11
+        else:
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-11)
+
+
+CONSTRUCTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no bias": {"bias": False},
+    "kdim and vdim": {"kdim": 7, "vdim": 10},
+    "window of one": {"sequence_len": 1},
+    "one head": {"num_heads": 1},
+}
+
+
+@pytest.mark.parametrize("count", [1, LENGTH, 2 * LENGTH + 3])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_gradients_flow_through_the_rings_as_in_plain_pytorch(
+    construction: str, count: int
+) -> None:
+    module = build(**CONSTRUCTIONS[construction], dtype=torch.float64)
+    steps = tokens_of(module, count, "all" if "kdim" in construction else "one")
+    module.start_streams(STREAMS)
+    assert is_one_node(module.forward_step(*steps[0]))
+    assert_as_plain(module, steps)
+
+
+@pytest.mark.parametrize("kind", ["key", "all"])
+def test_tokens_of_their_own_have_gradients_of_their_own(kind: str) -> None:
+    module = build(dtype=torch.float64)
+    assert_as_plain(module, tokens_of(module, LENGTH + 4, kind))
+
+
+def test_streams_of_different_age() -> None:
+    module = build(dtype=torch.float64)
+    active = torch.tensor([True, False, True])
+    assert_as_plain(module, tokens_of(module, LENGTH + 4), active=active)
+
+
+@pytest.mark.parametrize(
+    "trained", ["", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
+)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
+    module = build(dtype=torch.float64)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    steps = tokens_of(module, LENGTH + 3)
+    for given in steps:
+        given[0].requires_grad_(of_tokens)
+    if trained or of_tokens:
+        assert_as_plain(module, steps)
+    else:
+        assert not module.forward_step(steps[0][0], update_state=False)
+
+
+def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
+    module = build(dtype=torch.float64)
+    steps = tokens_of(module, LENGTH + 2)
+    with torch.no_grad():
+        for given in steps:
+            module.forward_step(*given)
+        state = module.get_state()
+        assert state is not None
+        state.k.fill_(torch.nan)
+        state.v.fill_(torch.nan)
+        module.reset([0, 1, 2])
+    out = module.forward_step(*steps[0])
+    found = torch.autograd.grad(out.square().sum(), [steps[0][0], *module.parameters()])
+    assert all(x.isfinite().all() for x in (out, *found))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.5}, {"query_index": 0}],
+)
+def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
+    module = build(**arguments)
+    (x, *_), *_ = tokens_of(module, 1)
+    module.start_streams(STREAMS)
+    for _ in range(2 * LENGTH):
+        out = module.forward_step(x)
+    assert out.requires_grad
+    assert not is_one_node(out)
+    assert "torch: runs it" in co.explain(module, x)
+    with co.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: a gradient is needed"):
+        module.forward_step(x)
+
+
+def test_explain_says_that_it_runs() -> None:
+    module = build()
+    assert "cpu: runs it, and makes new rings" in co.explain(module, tokens_of(module, 1)[0][0])
+
+
+def test_second_derivatives_and_many_gradients_at_once() -> None:
+    module = build(embed_dim=6, num_heads=2, sequence_len=3, dtype=torch.float64)
+    module.start_streams(2)
+    xs = [torch.randn(2, 6, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+    def last(*xs: Tensor) -> Tensor:
+        module.clean_state()
+        module.start_streams(2)
+        outs = [module.forward_step(x) for x in xs]
+        assert is_one_node(outs[-1])
+        return outs[-1]
+
+    assert gradcheck(last, xs)
+    assert torch.autograd.gradgradcheck(last, xs)
+    out = last(*xs)
+    given = torch.randn(5, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, xs, given, is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        single = torch.autograd.grad(out, xs, given[i], retain_graph=True)
+        for left, right in zip(batched, single, strict=True):
+            torch.testing.assert_close(left[i], right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_as_exact_as_plain_pytorch(dtype: torch.dtype, isa: str) -> None:
+    module = build(embed_dim=32, num_heads=4, dtype=dtype)
+    steps = tokens_of(module, LENGTH + 2)
+    found = run(module, steps)
+    with co.use_backend("torch"):
+        plain = run(module, steps)
+        wide_steps = [(given[0].detach().double().requires_grad_(),) * 3 for given in steps]
+        exact = run(module.double(), wide_steps)
+    for left, right, wide in zip(found, plain, exact, strict=True):
+        if left is not None and right is not None and wide is not None and wide.any():
+            assert_as_exact_as_torch(left, wide, right)
+
+
+def test_autocast_around_the_backward_alone_changes_nothing() -> None:
+    module = build()
+    (x, *_), *_ = tokens_of(module, 1)
+    module.start_streams(STREAMS)
+    total = module.forward_step(x).sum()
+    leaves = [x, *module.parameters()]
+    expected = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(total, leaves)
+    assert all(map(torch.equal, found, expected))
