@@ -47,11 +47,11 @@ _INPUT_ARGS = (
 )
 _INPUT_MORE = "Tensor(c!)? x_scale=None, bool batch_invariant=False"
 _SHARED_ARGS = "Tensor query, Tensor key, Tensor? value, Tensor? mask, Tensor? sink"
-_CLIP_ARGS = (
-    "Tensor? query, Tensor key, Tensor? value, Tensor? mask, "
+_CLIP_WEIGHTS = (
     "Tensor in_proj_weight, Tensor? k_proj_weight, Tensor? v_proj_weight, Tensor? in_proj_bias, "
     "Tensor out_proj_weight, Tensor? out_proj_bias"
 )
+_CLIP_ARGS = f"Tensor? query, Tensor key, Tensor? value, Tensor? mask, {_CLIP_WEIGHTS}"
 _FULL_BACKWARD_ARGS = (
     "Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, Tensor? grad_average, "
     f"{_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, float dropout_p"
@@ -97,6 +97,9 @@ _OF_CPU = {
     "cpu_attend_clip_backward": f"(Tensor grad_out, Tensor? grad_attn, {_CLIP_ARGS}, Tensor? seed, "
     "Tensor q, Tensor moved, Tensor mixed, Tensor lse, Tensor kept, Tensor heads, int num_heads, "
     "int query_index, float dropout_p, bool blank, bool[] needed) -> Tensor?[]",
+    "cpu_ring_step_backward": "(Tensor grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
+    "Tensor query, Tensor? key, Tensor? value, Tensor k_ring, Tensor v_ring, "
+    f"{_CLIP_WEIGHTS}, Tensor position, bool[] needed) -> Tensor?[]",
     "cpu_product_": "(Tensor(a!) out, Tensor left, Tensor right, Tensor? bias, float scale, "
     "bool add) -> ()",
     "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",

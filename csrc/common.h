@@ -260,6 +260,8 @@ inline void check_weights(const Weights& w, int64_t e, int64_t ek, int64_t ev, c
                   ": k_proj_weight and v_proj_weight come together");
   STD_TORCH_CHECK(w.bias_k.has_value() == w.bias_v.has_value(), op,
                   ": bias_k and bias_v come together");
+  STD_TORCH_CHECK(!packed || (ek == e && ev == e), op, ": key and value must have ", e,
+                  " features");
   check_matrix(w.in_proj_weight, packed ? 3 * e : e, e, like, op, "in_proj_weight");
   check_matrix(w.k_proj_weight, e, ek, like, op, "k_proj_weight");
   check_matrix(w.v_proj_weight, e, ev, like, op, "v_proj_weight");
@@ -281,11 +283,8 @@ inline void check_tokens(const Tensor& query, const Tensor& key, const Tensor& v
     STD_TORCH_CHECK(last == 1 || x->size(1) == query.size(1), op,
                     ": query, key and value differ in their number of tokens");
   }
-  const bool packed = !w.k_proj_weight.has_value();
   const int64_t e = s.embed_dim();
   STD_TORCH_CHECK(query.size(last) == e, op, ": query must have ", e, " features");
-  STD_TORCH_CHECK(!packed || (key.size(last) == e && value.size(last) == e), op,
-                  ": key and value must have ", e, " features");
   check_weights(w, e, key.size(last), value.size(last), rings.q, op);
 }
 

@@ -562,6 +562,7 @@ def test_the_librarys_operators_refuse_what_does_not_fit_together() -> None:
         (1, other),
         (1, clip[0]),
         (1, clip[:, :0]),
+        (2, other),
         (2, other[:, 1:]),
         (2, clip.double()),
         (3, torch.ones(N, 2, S + 1)),

@@ -193,3 +193,44 @@ def test_autocast_around_the_backward_alone_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(total, leaves)
     assert all(map(torch.equal, found, expected))
+
+
+def test_no_streams_have_gradients_of_zero() -> None:
+    module = build()
+    module.start_streams(0)
+    x = torch.zeros(0, module.embed_dim, requires_grad=True)
+    found = torch.autograd.grad(module.forward_step(x).sum(), [x, *module.parameters()])
+    assert found[0].shape == x.shape
+    assert not any(y.any() for y in found)
+
+
+def test_the_librarys_operator_refuses_what_does_not_fit_together() -> None:
+    """Its kernel would read and write past the end of it."""
+    backends.why_missing("cpu")
+    operator = torch.ops.continual_mha.cpu_ring_step_backward
+    N, H, L, D = STREAMS, 2, LENGTH, 6
+    E = H * D
+    x, ring, position = torch.ones(N, E), torch.ones(N, H, L, D), torch.zeros(N, dtype=torch.int64)
+    weights = (torch.ones(3 * E, E), None, None, None, torch.ones(E, E), None)
+    given = (x, ring, ring, x, None, None, ring, ring, *weights, position, [True] * 11)
+    assert operator(*given)[0].shape == (N, E)
+    for place, wrong in (
+        (0, x[1:]),
+        (0, x.double()),
+        (1, ring[:, :, 1:]),
+        (2, ring[..., 1:]),
+        (3, torch.ones(N, E + 1)),
+        (4, torch.ones(N, E + 1)),
+        (5, x.unsqueeze(1)),
+        (6, ring.transpose(2, 3).contiguous().transpose(2, 3)),
+        (6, ring[0]),
+        (7, ring[1:]),
+        (8, torch.ones(E, E)),
+        (11, torch.ones(E)),
+        (12, torch.ones(E, E + 1)),
+        (14, position[1:]),
+        (14, position.int()),
+        (15, [True] * 10),
+    ):
+        with pytest.raises(RuntimeError, match="cpu_ring_step_backward"):
+            operator(*given[:place], wrong, *given[place + 1 :])

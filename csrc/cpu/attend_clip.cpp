@@ -54,10 +54,6 @@ struct Clip {
   }
   const void* bias(int64_t i) const { return third_at(in_bias, i, e, dtype); }
 
-  // (rows, columns), contiguous.
-  static Matrices matrix(const void* data, int64_t rows, int64_t columns) {
-    return {data, 1, rows, columns, 0, columns, 1};
-  }
   // A weight, or its gradient, as a matrix (D, columns) for each head.
   Matrices weight_by_head(const void* data, int64_t columns) const {
     return {data, heads, d, columns, d * columns, columns, 1};
@@ -67,12 +63,12 @@ struct Clip {
     return {x.const_data_ptr(), heads, n, width, width, heads * width, 1};
   }
   // All heads' (N, H, D) as (N, E).
-  Matrices joined(const Tensor& x) const { return matrix(x.const_data_ptr(), n, e); }
+  Matrices joined(const Tensor& x) const { return Matrices::contiguous(x.const_data_ptr(), n, e); }
 
-  Matrices w_q() const { return matrix(in_weight.const_data_ptr(), e, e); }
+  Matrices w_q() const { return Matrices::contiguous(in_weight.const_data_ptr(), e, e); }
   Matrices w_k() const { return weight_by_head(part(k_weight, 1), ek); }
   Matrices w_v() const { return weight_by_head(part(v_weight, 2), ev); }
-  Matrices w_o() const { return matrix(out_weight.const_data_ptr(), e, e); }
+  Matrices w_o() const { return Matrices::contiguous(out_weight.const_data_ptr(), e, e); }
 
   void product(const Matrices& out, const Matrices& left, const Matrices& right,
                const void* bias = nullptr, double scale = 1.0, bool add = false) const {
@@ -165,24 +161,6 @@ Results attend_clip(OptionalTensor query, Tensor key, OptionalTensor value, Opti
   return {out, attn, q, moved, mixed, lse, kept, heads};
 }
 
-// A one of the dtype, to sum up rows by a product.
-const void* one_of(DType dtype) {
-  static const double f64 = 1.0;
-  static const float f32 = 1.0F;
-  static const uint16_t bf16 = 0x3f80;
-  static const uint16_t f16 = 0x3c00;
-  switch (dtype) {
-    case DType::kFloat64:
-      return &f64;
-    case DType::kFloat32:
-      return &f32;
-    case DType::kBFloat16:
-      return &bf16;
-    default:
-      return &f16;
-  }
-}
-
 // The arguments that may need a gradient, as they follow each other; the mask has none.
 enum Argument {
   kQuery,
@@ -227,7 +205,7 @@ std::vector<OptionalTensor> attend_clip_backward(
   blank = blank && mask.has_value();
   const Tensor d_out = as_contiguous(grad_out);
   const Matrices d_outs = clip.joined(d_out);
-  const Matrices ones{one_of(clip.dtype), 1, 1, clip.n, 0, 0, 0};
+  const Matrices all = ones(clip.n, clip.dtype);
 
   // what they take, from the queries' projection to the heads' outputs
   const bool asking_in_clip = needed[kKey] && !query;
@@ -260,7 +238,7 @@ std::vector<OptionalTensor> attend_clip_backward(
     clip.product(Matrices::of(*grads[kOutWeight]), d_outs.transposed(), clip.joined(heads));
   }
   if (grads[kOutBias]) {
-    clip.product(Clip::matrix(grads[kOutBias]->const_data_ptr(), 1, clip.e), ones, d_outs);
+    clip.product(Matrices::contiguous(grads[kOutBias]->const_data_ptr(), 1, clip.e), all, d_outs);
   }
   if (!of_heads) return grads;
   const Tensor d_heads = clip.vectors(clip.d);
@@ -272,8 +250,9 @@ std::vector<OptionalTensor> attend_clip_backward(
   }
   if (const void* to = of_bias(2)) {
     const Matrices biases{to, clip.heads, 1, clip.d, clip.d, clip.d, 1};
-    const Matrices all{ones.data, clip.heads, 1, clip.n, 0, 0, 0};
-    const Matrices weigh = share ? column_by_head(clip, *share).transposed() : all;
+    Matrices weigh = all;
+    if (share) weigh = column_by_head(clip, *share).transposed();
+    weigh.batches = clip.heads;
     clip.product(biases, weigh, clip.by_head(d_heads, clip.d));
   }
   if (!of_attention) return grads;
@@ -318,9 +297,10 @@ std::vector<OptionalTensor> attend_clip_backward(
   const Matrices d_qs = clip.joined(d_q);
   if (grads[kInWeight]) {
     const void* to = grads[kInWeight]->const_data_ptr();
-    clip.product(Clip::matrix(to, clip.e, clip.e), d_qs.transposed(), Matrices::of(clip.asking));
+    clip.product(Matrices::contiguous(to, clip.e, clip.e), d_qs.transposed(),
+                 Matrices::of(clip.asking));
   }
-  if (const void* to = of_bias(0)) clip.product(Clip::matrix(to, 1, clip.e), ones, d_qs);
+  if (const void* to = of_bias(0)) clip.product(Matrices::contiguous(to, 1, clip.e), all, d_qs);
   if (needed[kQuery]) {
     grads[kQuery] = new_like(key, {clip.n, clip.e});
     clip.product(Matrices::of(*grads[kQuery]), d_qs, clip.w_q());

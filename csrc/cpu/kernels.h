@@ -93,6 +93,25 @@ struct RingStepParams : RingParams {
   bool out_is_storage;
 };
 
+// Gradients of one token of every stream against its ring, which holds it, without extra slots.
+struct RingGradientParams {
+  const void* q;       // (N, E), projected, unscaled
+  const void* k_ring;  // (N, H, L, D)
+  const void* v_ring;
+  const void* grad_heads;   // (N, E)
+  const void* grad_k_ring;  // (N, H, L, D), or null
+  const void* grad_v_ring;
+  const int64_t* position;  // of the token
+  void* heads;              // (N, E), the heads' outputs anew
+  void* grad_tokens;        // (N, 3E): of projected query, key and value
+  void* grad_k_before;      // of the ring without the token, or null
+  void* grad_v_before;
+  int64_t streams;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t length;
+};
+
 // Tokens of a clip as their ring keeps them.
 struct KeptTokens {
   const void* rows;
@@ -247,6 +266,8 @@ struct Kernels {
   int64_t (*ring_step_scratch[kNumRingDTypes])(const RingStepParams&);  // bytes
   void (*ring_step[kNumRingDTypes])(const RingStepParams&, void* scratch, int64_t begin,
                                     int64_t end);
+  int64_t (*ring_gradient_scratch)(const RingGradientParams&);
+  void (*ring_gradient)(const RingGradientParams&, void* scratch, int64_t begin, int64_t end);
   void (*put_input[kNumRingDTypes])(const InputStepParams&, void* scratch, int64_t begin,
                                     int64_t end);
   void (*asked_input[kNumRingDTypes])(const InputStepParams&, void* asked, int64_t begin,

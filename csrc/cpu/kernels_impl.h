@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "product_kernel.h"
 #include "project_kernel.h"
+#include "ring_step_backward_kernel.h"
 #include "ring_step_kernel.h"
 #include "ring_steps_kernel.h"
 
@@ -41,6 +42,8 @@ constexpr Kernels table_of() {
     set_ring_of_codes<S, E4M3>(table, RingDType::kE4M3);
   }
   set_products<S>(table);
+  table.ring_gradient_scratch = ring_gradient_scratch<S>;
+  table.ring_gradient = ring_gradient<S>;
   table.move_queries = move_queries<S>;
   table.input_step_scratch = input_step_scratch<S>;
   table.project_mixed = project_mixed<S>;

@@ -92,6 +92,15 @@ void multiply(const Product& product, DType dtype) {
   }
 }
 
+Matrices ones(int64_t count, DType dtype) {
+  static const double f64 = 1.0;
+  static const float f32 = 1.0F;
+  static const uint16_t bf16 = 0x3f80;
+  static const uint16_t f16 = 0x3c00;
+  const void* const one[kNumDTypes] = {&f32, &bf16, &f16, &f64};
+  return {one[static_cast<int>(dtype)], 1, 1, count, 0, 0, 0};
+}
+
 namespace {
 
 // The same for tensors, of which the right may lie as it likes.

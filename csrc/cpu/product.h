@@ -15,6 +15,11 @@ struct Matrices {
   int64_t row_stride;
   int64_t column_stride;
 
+  // (rows, columns).
+  static Matrices contiguous(const void* data, int64_t rows, int64_t columns) {
+    return {data, 1, rows, columns, 0, columns, 1};
+  }
+
   static Matrices of(const Tensor& x) {
     const int64_t first = x.dim() - 2;  // the axis of rows
     const bool batched = first == 1;
@@ -49,5 +54,8 @@ struct Product {
 };
 
 void multiply(const Product& product, DType dtype);
+
+// A row of ones, a product with which sums up rows.
+Matrices ones(int64_t count, DType dtype);
 
 }  // namespace continual_mha::cpu
