@@ -81,7 +81,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = _Given(*given)
         before = position.clone()
-        k, v = found.k_ring.clone(), found.v_ring.clone()
+        k, v = (x.clone(memory_format=torch.contiguous_format) for x in found[3:5])
         rings = (k, v, q_ring, position)
         function = _native.cpu_function("ring_step_")
         out = function(*found.tokens(), *found.weights(), *rings, active, *_OPTIONS)

@@ -141,6 +141,23 @@ def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> 
         module.forward_step(x)
 
 
+def test_a_state_that_lies_as_it_likes() -> None:
+    module = build(dtype=torch.float64)
+    steps = tokens_of(module, LENGTH + 1)
+    with torch.no_grad():
+        for given in steps:
+            module.forward_step(*given)
+    state = module.get_state()
+    assert state is not None
+    turned = state._replace(k=state.k.transpose(2, 3).contiguous().transpose(2, 3))
+    (expected, _), (out, _) = (module._forward_step(*steps[0], s) for s in (state, turned))
+    assert out is not None
+    assert is_one_node(out)
+    grads = [torch.autograd.grad(y.square().sum(), steps[0][0])[0] for y in (expected, out)]
+    assert torch.equal(out, expected)
+    assert torch.equal(*grads)
+
+
 def test_explain_says_that_it_runs() -> None:
     module = build()
     assert "cpu: runs it, and makes new rings" in co.explain(module, tokens_of(module, 1)[0][0])
