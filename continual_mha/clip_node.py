@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from . import _native, backends, inputs, mixing, ops
 from .dropout import dropout_seed
-from .modes import is_batched, is_transformed
-from .precision import autocast_dtype
+from .nodes import gradients_by_operators, is_followed, without_autocast
 from .products import multiply
 from .reference import Options, Weights
 
@@ -87,19 +85,13 @@ class AttendClip(torch.autograd.Function):
             grad_out = torch.zeros_like(found.heads)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = _Needed(*ctx.needs_input_grad[1:])
-        followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
-        if followed or any(map(is_batched, grads)):
-            return None, *_gradients_by_operators(ctx.node, given, found.seed, grads, needed)
+        if is_followed(grads):
+            run_again = partial(_attend_by_operators, ctx.node, found.seed)
+            device = grad_out.device.type
+            return None, *gradients_by_operators(run_again, given, grads, needed, device)
         run = _gradients_by_library if ctx.node.by_library else _gradients
         with without_autocast(grad_out.device.type):
             return None, *run(ctx.node, given, found, grads, needed)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """As the forward ran, whatever surrounds its backward."""
-    if autocast_dtype(device_type) is None:
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _without_extra_slots(params: Sequence[Any]) -> Weights:
@@ -159,9 +151,8 @@ def _gradients_by_library(
     needed: _Needed,
 ) -> tuple[Tensor | None, ...]:
     function = _native.cpu_function("attend_clip_backward")
-    results = found[: _Found._fields.index("share")]
     how = (node.num_heads, node.query_index, node.dropout_p, node.blank)
-    return tuple(function(*grads, *given, *results, *how, needed))
+    return tuple(function(*grads, *given, *found[:-1], *how, needed))  # all but the share
 
 
 def _gradients(
@@ -245,33 +236,18 @@ def _parts(packed: Tensor | None) -> tuple[Tensor | None, ...]:
     return (None,) * 3 if packed is None else packed.chunk(3)
 
 
-def _gradients_by_operators(
+def _attend_by_operators(
     node: Node,
-    given: tuple[Any, ...],
     seed: Tensor | None,
-    grads: tuple[Tensor, Tensor | None],
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The same by operators that can be differentiated and transformed, from the arguments on.
-
-    What they are of are views: a gradient then ends here, even where one argument comes from
-    another or is given twice, and no hook of an argument runs.
-    """
-    create_graph = torch.is_grad_enabled()
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    *params: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The node's results by operators that autograd knows."""
+    tokens = (node.asking(query, key), key, key if value is None else value)
     options = Options(False, node.dropout_p)
-    with torch.enable_grad(), without_autocast(given[1].device.type):
-        given = tuple(None if x is None else x.view_as(x) for x in given)
-        query, key, value, mask, *params = given
-        tokens = (node.asking(query, key), key, key if value is None else value)
-        weights = _without_extra_slots(params)
-        how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
-        again = None if seed is None else partial(mixing.fused_mix, seed=seed)
-        results = inputs.attend_clip(tokens, weights, *how, again)
-        followed = [(x, grad) for x, grad in zip(results, grads, strict=True) if grad is not None]
-        outs, grads_of_outs = zip(*followed, strict=True)
-        wanted = [x for x, need in zip(given, needed, strict=True) if need]
-        gradients = torch.autograd.grad(
-            outs, wanted, grads_of_outs, create_graph=create_graph, allow_unused=True
-        )
-    found = iter(gradients)
-    return tuple(next(found) if need else None for need in needed)
+    how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+    again = None if seed is None else partial(mixing.fused_mix, seed=seed)
+    return inputs.attend_clip(tokens, _without_extra_slots(params), *how, again)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native, backends, mixing, reference
-from .clip_node import without_autocast
-from .modes import is_batched, is_opaque, is_transformed
+from .modes import is_opaque
+from .nodes import gradients_by_operators, is_followed
 from .reference import Options, Rings, Tokens, Weights
 
 NO_GRADIENT = "a gradient is needed, for which it has no kernel"
@@ -93,9 +94,9 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q_ring, before, k, v, *saved = ctx.saved_tensors
         given, needed = _Given(*saved), ctx.needs_input_grad[3:]
-        followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
-        if followed or any(map(is_batched, grads)):
-            found = _gradients_by_operators(given, q_ring, before, grads, needed)
+        if is_followed(grads):
+            run_again = partial(_step_by_operators, q_ring, before)
+            found = gradients_by_operators(run_again, given, grads, needed, "cpu")
         else:
             d_out, *d_rings = grads
             if d_out is None:
@@ -105,27 +106,11 @@ class _Step(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _gradients_by_operators(
-    given: _Given,
-    q_ring: Tensor,
-    position: Tensor,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The same by operators that can be differentiated and transformed, from the arguments on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), without_autocast("cpu"):
-        views: list[Any] = [None if x is None else x.view_as(x) for x in given]
-        given = _Given(*views)
-        rings = Rings(given.k_ring, given.v_ring, q_ring, position)
-        out, after = reference.ring_step(*given.tokens(), given.weights(), rings)
-        results = zip((out, after.k, after.v), grads, strict=True)
-        followed = [(x, grad) for x, grad in results if grad is not None]
-        outs, grads_of_outs = zip(*followed, strict=True)
-        wanted = [x for x, need in zip(views, needed, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                outs, wanted, grads_of_outs, create_graph=create_graph, allow_unused=True
-            )
-        )
-    return tuple(next(found) if need else None for need in needed)
+def _step_by_operators(
+    q_ring: Tensor, position: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The node's results by operators that autograd knows."""
+    found = _Given(*given)
+    rings = Rings(found.k_ring, found.v_ring, q_ring, position)
+    out, after = reference.ring_step(*found.tokens(), found.weights(), rings)
+    return out, after.k, after.v

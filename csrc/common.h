@@ -53,7 +53,8 @@ struct RingSizes {
 
 // A contiguous tensor of the dtype and device of `like`. torch::stable::new_empty does the same,
 // but asks the dispatcher for an operator by name: 0.8 of the 7 us of a call with nothing to do.
-inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
+template <class Sizes>
+Tensor new_like(const Tensor& like, const Sizes& sizes) {
   constexpr int64_t kMaxDim = 4;
   const auto dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim <= kMaxDim, "new_like makes at most ", kMaxDim, " axes");
@@ -72,6 +73,13 @@ inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes)
                                                   device_index, &made));
   return Tensor(made);
 }
+
+inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_like<std::initializer_list<int64_t>>(like, sizes);
+}
+
+// Of its sizes as well.
+inline Tensor new_like(const Tensor& like) { return new_like(like, like.sizes()); }
 
 inline const void* data_or_null(const OptionalTensor& x) {
   return x.has_value() ? x->const_data_ptr() : nullptr;

@@ -214,16 +214,12 @@ std::vector<OptionalTensor> attend_clip_backward(
   const bool of_heads = of_attention || needed[kVWeight];
 
   std::vector<OptionalTensor> grads(kArguments);
-  const auto like = [&](int i, const Tensor& x) {
-    if (!needed[i]) return;
-    grads[i] = x.dim() == 2 ? new_like(x, {x.size(0), x.size(1)}) : new_like(x, {x.size(0)});
-  };
-  like(kInWeight, in_proj_weight);
-  if (k_proj_weight) like(kKWeight, *k_proj_weight);
-  if (v_proj_weight) like(kVWeight, *v_proj_weight);
-  if (in_proj_bias) like(kInBias, *in_proj_bias);
-  like(kOutWeight, out_proj_weight);
-  if (out_proj_bias) like(kOutBias, *out_proj_bias);
+  const OptionalTensor params[] = {in_proj_weight, k_proj_weight,   v_proj_weight,
+                                   in_proj_bias,   out_proj_weight, out_proj_bias};
+  for (int i = kInWeight; i < kArguments; ++i) {
+    const OptionalTensor& x = params[i - kInWeight];
+    if (needed[i] && x) grads[i] = new_like(*x);
+  }
   // Where the gradient of a part of the weights or of the bias goes; null where there is none.
   const auto of_part = [&](Argument own, int64_t i) {
     const OptionalTensor& whole = grads[clip.packed ? kInWeight : own];

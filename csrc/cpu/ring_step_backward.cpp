@@ -28,14 +28,6 @@ enum Argument {
   kArguments
 };
 
-struct Sizes {
-  int64_t streams;    // N
-  int64_t num_heads;  // H
-  int64_t length;     // L
-  int64_t head_dim;   // D
-  int64_t embed_dim() const { return num_heads * head_dim; }
-};
-
 // A token of every stream for each of query, key and value, features next to each other.
 struct StepTokens {
   Tensor of[3];
@@ -51,11 +43,11 @@ struct StepTokens {
   bool all_shared() const { return shared[1] && shared[2]; }
 };
 
-Sizes check(const StepTokens& tokens, const Tensor& grad_out, const Tensor& k_ring,
-            const Tensor& v_ring, const OptionalTensor& grad_k_ring,
-            const OptionalTensor& grad_v_ring, const Weights& w, const Tensor& position) {
+RingSizes check(const StepTokens& tokens, const Tensor& grad_out, const Tensor& k_ring,
+                const Tensor& v_ring, const OptionalTensor& grad_k_ring,
+                const OptionalTensor& grad_v_ring, const Weights& w, const Tensor& position) {
   STD_TORCH_CHECK(k_ring.dim() == 4, kOp, ": rings must be (N, H, L, D)");
-  const Sizes s{k_ring.size(0), k_ring.size(1), k_ring.size(2), k_ring.size(3)};
+  const RingSizes s{k_ring.size(0), k_ring.size(1), k_ring.size(2), k_ring.size(3), 0};
   const int64_t e = s.embed_dim();
   STD_TORCH_CHECK(e > 0 && s.length > 0, kOp, ": a ring has no slot");
   for (const Tensor& x : tokens.of) {
@@ -143,7 +135,8 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   STD_TORCH_CHECK(needed.size() == kArguments, kOp, ": needed must be of ", kArguments,
                   " arguments");
   const StepTokens tokens(query, key, value);
-  const Sizes s = check(tokens, grad_out, k_ring, v_ring, grad_k_ring, grad_v_ring, w, position);
+  const RingSizes s =
+      check(tokens, grad_out, k_ring, v_ring, grad_k_ring, grad_v_ring, w, position);
   const DType dtype = dtype_of(query, kOp);
   const int64_t n = s.streams;
   const int64_t e = s.embed_dim();
@@ -158,11 +151,7 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
       query,         key,           value,        k_ring,          v_ring,       in_proj_weight,
       k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
   for (int i = 0; i < kArguments; ++i) {
-    const OptionalTensor& x = given[i];
-    if (!needed[i] || !x) continue;
-    grads[i] = x->dim() == 4   ? new_like(*x, {n, s.num_heads, s.length, s.head_dim})
-               : x->dim() == 2 ? new_like(*x, {x->size(0), x->size(1)})
-                               : new_like(*x, {x->size(0)});
+    if (needed[i] && given[i]) grads[i] = new_like(*given[i]);
   }
   const Tensor q = new_like(query, {n, e});
   const Tensor d_heads = new_like(query, {n, e});
