@@ -52,7 +52,7 @@ wheel: $(VENV)/.dev
 # The CPU library with sanitizers, in a copy of the tree so that the plain one stays where it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,native_cpu clips products quantized repeat step_node))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,native_cpu clips products quantized repeat step_node attend_window))
 sanitize: $(VENV)/.dev
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -R continual_mha triton_kernels csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)

@@ -33,6 +33,7 @@ _QUERY_OF_SHARED = {
     "attend_shared_full_backward": 4,
     "attend_shared_query_backward": 4,
 }
+_QUERY_OF_WINDOW = {"attend_window": 0, "attend_window_backward": 2}
 # Where things are among the arguments of a step, over keys and values and over inputs. Biases are
 # what follows the in-projection's weights, with one matrix in it.
 _BIASES = slice(6, 11)
@@ -84,6 +85,9 @@ def why_not_cpu(name: str, *args: Any) -> str | None:
     if name in _QUERY_OF_SHARED:
         first = _QUERY_OF_SHARED[name]
         return _why_not_tile(*args[first : first + 3])
+    if name in _QUERY_OF_WINDOW:
+        first = _QUERY_OF_WINDOW[name]
+        return _why_not_window(*args[first : first + 5])
     if name == "product_":
         return _why_not_product(args)
     return f"no kernel for {name}"
@@ -218,6 +222,13 @@ def _why_not_tile(query: Tensor, key: Tensor, *others: Tensor | None) -> str | N
         return "query, key, value and weights differ in dtype"
     if key.shape[1] == 0:
         return "there is nothing to attend to"
+    return None
+
+
+def _why_not_window(query: Tensor, *others: Tensor) -> str | None:
+    """Of query, key and value of a clip, and the rings of keys and values before it."""
+    if any(x.dtype != query.dtype for x in others):
+        return "query, key, value and rings differ in dtype"
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _native, backends, inputs, mixing
 from .clip_node import AttendClip, Node
 from .modes import is_opaque
-from .reference import Options, Tokens, Weights
+from .reference import Options, Tokens, Weights, has_extra_slots
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
@@ -62,7 +62,7 @@ def attend_clip(
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = need_weights or (mask is not None and not blank)
     args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
-    extra_slots = _has_extra_slots(weights, options)
+    extra_slots = has_extra_slots(weights, options.add_zero_attn)
     if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
         out, attn = backends.run("single_query", args)
         return out, attn if need_weights else None
@@ -73,10 +73,6 @@ def attend_clip(
         out, attn = AttendClip.apply(node, *given, mask, *weights[:6])
         return out, attn if need_weights else None
     return inputs.attend_clip(tokens, weights, *how, mixing.mix)
-
-
-def _has_extra_slots(weights: Weights, options: Options) -> bool:
-    return weights.bias_k is not None or options.add_zero_attn
 
 
 def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from . import backends, functional, ring, step_node
 from .attention import SingleOutputMultiheadAttention
-from .reference import Rings
-from .ring import RingState
+from .reference import Rings, Tokens
+from .ring import RingState, State
 
 
 def explain(
@@ -45,11 +45,7 @@ def explain(
         kept += f", quantised to {module.cache_dtype}"
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
     if call.differentiable:
-        reason: str | None = step_node.NO_GRADIENT
-        if not many and isinstance(state, RingState):
-            rings = Rings(*state[:-1])
-            reason = step_node.why_not(tokens, rings, None, call.weights, call.options)
-        return "\n".join([*lines, *_with_gradient(tokens[0], reason)])
+        return "\n".join([*lines, *_with_gradient(tokens, state, call)])
     way = functional.way_of_steps(tokens, state, 0, call) if many else "at once"
     if way == "projected":
         layout = call.layout._replace(formulation="kv", cache_dtype=None)
@@ -63,16 +59,25 @@ def explain(
     return "\n".join([*lines, *backends.reasons(functional.operator_for(state, many), args)])
 
 
-def _with_gradient(query: Tensor, reason: str | None) -> list[str]:
-    """A line for each backend; ``reason`` is the CPU library's not to run a step, if it has one."""
-    first = backends.order(query.device.type)[0]
+def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> list[str]:
+    """What runs a step, or many, that makes rings of its own."""
+    query = tokens[0]
+    many, first = query.dim() == 3, backends.order(query.device.type)[0]
+    attends = (
+        "torch: projects, because a gradient is needed; "
+        f"{first}: attends, where it covers sizes and dtype, or else torch"
+    )
     if first == "triton":
-        return [
-            "torch: projects, because a gradient is needed; "
-            "triton: attends, where it covers sizes and dtype, or else torch"
-        ]
+        return [attends]
+    reason: str | None = step_node.NO_GRADIENT
+    if many:
+        reason = functional.why_not_window(*(query,) * 5)  # of which class and dtype decide
+    elif isinstance(state, RingState):
+        rings = Rings(*state[:-1])
+        reason = step_node.why_not(tokens, rings, None, call.weights, call.options)
     if reason is None:
-        return ["cpu: runs it, and makes new rings, because a gradient is needed"]
+        runs_all = "cpu: runs it, and makes new rings, because a gradient is needed"
+        return [attends if many else runs_all]
     lines = [] if first == "torch" else [f"{first}: {reason}"]
     if backends.forced() in (None, "torch"):
         lines.append("torch: runs it, because a gradient is needed")

@@ -197,11 +197,14 @@ def _attend_window(
     heads = rings.k.shape[1:4:2]
     q, k, v = (x.unflatten(-1, heads) for x in clip)
     given = (q, k, v, *rings[:2], rings.position)
-    reason = _why_not_window(*given)
+    reason = why_not_window(*given)
     if reason is not None:
         backends.leave_to_pytorch("attend_window", reason)
         return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
-    extra = inputs.extra_scores(q[:, first:] / math.sqrt(q.shape[-1]), weights, add_zero_attn)
+    extra = None
+    if reference.has_extra_slots(weights, add_zero_attn):
+        asking = q[:, first:] / math.sqrt(q.shape[-1])
+        extra = inputs.extra_scores(asking, weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device)
     how = (mixing.sink(extra), seed, first, dropout_p)
     out, lse = ops.call("attend_window", *given, *how)
@@ -209,12 +212,16 @@ def _attend_window(
     return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
 
 
-def _why_not_window(query: Tensor, *args: Tensor) -> str | None:
+def why_not_window(query: Tensor, *args: Tensor) -> str | None:
     """Why the fused operator does not serve; None if it does."""
-    reason = mixing.why_plain(query)
-    if reason is None and backends.order(query.device.type)[0] != "triton":
-        reason = step_node.NO_GRADIENT
-    return reason or mixing.why_not_triton("attend_window", query, *args)
+    if reason := mixing.why_plain(query):
+        return reason
+    first = backends.order(query.device.type)[0]
+    if first == "triton":
+        return mixing.why_not_triton("attend_window", query, *args)
+    if first == "cpu":
+        return backends.why_not_later("cpu", "attend_window", (query, *args))
+    return step_node.NO_GRADIENT
 
 
 def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:

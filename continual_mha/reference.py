@@ -92,6 +92,11 @@ def is_shared(tokens: Tokens) -> bool:
     return tokens[1] is tokens[0] and tokens[2] is tokens[0]
 
 
+def has_extra_slots(weights: Weights, add_zero_attn: bool) -> bool:
+    """Whether ``add_bias_kv`` or ``add_zero_attn`` adds to what every query sees."""
+    return weights.bias_k is not None or add_zero_attn
+
+
 def project(
     query: Tensor, key: Tensor, value: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,8 +40,8 @@ def why_not(
         return reason
     if is_opaque(query):
         return "torch.compile looks into its operators"
-    waiting = rings.q.shape[1] > 0
-    if waiting or weights.bias_k is not None or options.add_zero_attn or options.dropout_p > 0.0:
+    extra = reference.has_extra_slots(weights, options.add_zero_attn)
+    if extra or options.dropout_p > 0.0 or rings.q.shape[1] > 0:
         return f"{NO_GRADIENT} beside extra slots, dropout or queries that wait"
     return backends.why_not("cpu", "ring_step_", (*tokens, *weights, *rings, active, *_OPTIONS))
 

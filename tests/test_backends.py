@@ -87,12 +87,12 @@ ENTRIES = {
         True,
         True,
     ),
-    "steps with a gradient": ({}, lambda m, x: m.forward_steps(x), True, False),
+    "steps with a gradient": ({}, lambda m, x: m.forward_steps(x), True, True),
     "steps over inputs with a gradient": (
         {"formulation": "input"},
         lambda m, x: m.forward_steps(x),
         True,
-        False,
+        True,
     ),
 }
 
@@ -224,7 +224,11 @@ def test_explanation_names_formulation_and_backend():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]
     assert co.explain(module, query[:, 0]).splitlines()[1].startswith("cpu: runs it, and makes")
-    assert co.explain(module, query).splitlines()[2].startswith("torch: runs it, because")
+    assert (
+        co.explain(module, query)
+        .splitlines()[1]
+        .endswith("cpu: attends, where it covers sizes and dtype, or else torch")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(co.backends, "order", lambda device_type: ("triton", "cuda", "torch"))
         assert "triton: attends" in co.explain(module, query[:, 0])

@@ -892,7 +892,7 @@ def test_cases_that_are_not_covered_are_declined_with_a_reason() -> None:
     assert "dropout" in str(_native.why_not_cpu("input_step_", *given_, 0.5, True))
     given_[0] = query.double()
     assert "dtype" in str(_native.why_not_cpu("input_step_", *given_, 0.0, True))
-    assert "attend_window" in str(_native.why_not_cpu("attend_window", *args))
+    assert "take_slots" in str(_native.why_not_cpu("take_slots", *args))
 
 
 @pytest.mark.parametrize(

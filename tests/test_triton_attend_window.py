@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from triton_cases import (
     needs_kernels,
     widened,
 )
+from window_cases import WINDOW_SHAPES, window_arguments
 
 from continual_mha import reference
 from continual_mha.triton_kernels import attend_window, attend_window_backward, why_not
@@ -23,36 +25,11 @@ from continual_mha.triton_kernels import attend_window, attend_window_backward, 
 pytestmark = needs_kernels
 
 
-def arguments(
-    dtype: torch.dtype, N: int, T: int, H: int, D: int, L: int, first: int, extra: bool
-) -> list[Any]:
-    """The tensors, of streams at 0, L + 3, ...: NaN where no token was; `extra`: sink and seed."""
-
-    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device=DEVICE).mul_(0.5).to(kind)
-
-    clip = [random(N, T, H * D).unflatten(-1, (H, D)) for _ in range(3)]
-    rings = [random(N, H, L, D) for _ in range(2)]
-    for ring in rings:
-        ring[0] = float("nan")
-    wide = torch.promote_types(dtype, torch.float32)
-    options = [random(N, T - first, H, kind=wide), torch.tensor([1 << 50], device=DEVICE)]
-    position = torch.arange(N, device=DEVICE) * (L + 3)
-    return [*clip, *rings, position, *(options if extra else [None, None]), first]
-
-
-# One token; a cold stream beside a warm one, from cold to wrapped; windows around the block sizes.
-SHAPES = [
-    (2, 1, 2, 12, 5, 0, True),
-    (6, 9, 1, 8, 4, 2, True),
-    (1, 70, 1, 20, 33, 0, True),
-    (2, 3, 1, 8, 70, 0, False),
-    (1, 3, 1, 4, 1, 0, True),
-]
+arguments = partial(window_arguments, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", WINDOW_SHAPES, ids=str)
 def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dtype) -> None:
     args, p = arguments(dtype, *shape), 0.3 if shape[-1] else 0.0
     exact_args = widened(args)

@@ -34,9 +34,9 @@ from ptx_launches import as_ptx
 from ptx_machine import parse
 from ptx_memory import FaultError
 from test_triton_attend_shared import arguments as shared_arguments
-from test_triton_attend_window import arguments as window_arguments
 from test_triton_input_step import InputCase, in_float64
 from test_triton_ring_step import arguments, quantised
+from window_cases import window_arguments
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile"),

@@ -41,10 +41,8 @@ void attend(const AttendSharedParams& p, DType dtype, bool by_acc) {
 void set_dropout(AttendSharedParams& p, const OptionalTensor& seed, double dropout_p,
                  const Tensor& kept, const char* op) {
   if (!seed) return;
-  check_shape(*seed, {1}, op, "seed");
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, op, ": seed must be int64");
   p.kept = kept.mutable_data_ptr();
-  p.seed = *static_cast<const int64_t*>(seed->const_data_ptr());
+  p.seed = read_seed(*seed, op);
   p.dropout_p = static_cast<float>(dropout_p);
 }
 

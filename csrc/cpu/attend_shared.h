@@ -18,23 +18,6 @@ inline HeadVectors head_vectors(const Tensor& rows) {
   return {rows.const_data_ptr(), rows.stride(0), rows.stride(1)};
 }
 
-inline ScalarType acc_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-// Contiguous and of `acc`; nothing of nothing.
-inline OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
-  if (!x) return std::nullopt;
-  return as_contiguous(torch::stable::to(*x, acc));
-}
-
-// A result beside `like`; without elements where it is not `wanted`.
-inline Tensor new_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
-                     ScalarType dtype) {
-  if (!wanted) sizes = {0};
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
 // Sizes, tiles (from `as_tiles`) and mask, (N or 1, H or 1, S) of acc.
 AttendSharedParams shared_params(const Tensor& key, const Tensor& value, int64_t num_heads,
                                  const OptionalTensor& mask);

@@ -92,7 +92,7 @@ CMHA_INLINE const A* finish_gradients(const SharedGradientParams& p, int64_t n, 
   }
   if (p.kept != nullptr) {
     const A grad_kept = p.grad_kept == nullptr ? 0 : static_cast<const A*>(p.grad_kept)[row];
-    keep_scales(p.seed, p.dropout_p, n, head, p.slots, scales);
+    keep_scales(p.seed, p.dropout_p, {n, head}, p.slots, scales);
     for (int64_t s = 0; s < p.slots; ++s) {
       scores[s] = (scores[s] + grad_kept) * scales[s];
       scales[s] *= weights[s];

@@ -103,7 +103,7 @@ CMHA_INLINE void store_weights(const AttendSharedParams& p, int64_t row, const A
 // Applies dropout to numerators and returns what is left of their sum.
 template <class A>
 CMHA_INLINE A drop(const AttendSharedParams& p, int64_t n, int64_t head, A* scores, A* scales) {
-  keep_scales(p.seed, p.dropout_p, n, head, p.slots, scales);
+  keep_scales(p.seed, p.dropout_p, {n, head}, p.slots, scales);
   A sum = 0;
   for (int64_t s = 0; s < p.slots; ++s) sum += scores[s] *= scales[s];
   return sum;

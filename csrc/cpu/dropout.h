@@ -22,11 +22,20 @@ CMHA_INLINE Counters product(Counters a, uint32_t b) {
 #endif
 }
 
+// The weights of which query are dropped.
+struct DroppedOf {
+  int64_t stream;
+  int64_t head;
+  int64_t row = 0;  // the query, where a head has several
+};
+
 // The first of the four numbers of Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy
-// as 1, 2, 3", 2011) for the counters (slot, stream, head, 0).
-CMHA_INLINE Counters philox(uint64_t seed, Counters slots, uint32_t stream, uint32_t head) {
+// as 1, 2, 3", 2011) for the counters (slot, stream, head, row).
+CMHA_INLINE Counters philox(uint64_t seed, Counters slots, const DroppedOf& query) {
   constexpr uint64_t kLow = 0xffffffff;
-  Counters c0 = slots & kLow, c1 = Counters{} + stream, c2 = Counters{} + head, c3 = {};
+  Counters c0 = slots & kLow, c1 = Counters{} + static_cast<uint32_t>(query.stream);
+  Counters c2 = Counters{} + static_cast<uint32_t>(query.head);
+  Counters c3 = Counters{} + static_cast<uint32_t>(query.row);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const Counters a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);
@@ -40,17 +49,17 @@ CMHA_INLINE Counters philox(uint64_t seed, Counters slots, uint32_t stream, uint
   return c0;
 }
 
-// 0 where a weight of that stream and head is dropped, else 1 / (1 - p), for `slots` slots. Writes
-// up to the next multiple of kCounters.
+// 0 where a weight is dropped, else 1 / (1 - p), for `slots` slots from `first` on. Writes up to
+// the next multiple of kCounters.
 template <class A>
-CMHA_INLINE void keep_scales(int64_t seed, float dropout_p, int64_t stream, int64_t head,
-                             int64_t slots, A* scales) {
+CMHA_INLINE void keep_scales(int64_t seed, float dropout_p, const DroppedOf& query, int64_t slots,
+                             A* scales, int64_t first = 0) {
   const A kept = 1.0f / (1.0f - dropout_p);
-  Counters at;
-  for (int i = 0; i < kCounters; ++i) at[i] = static_cast<uint64_t>(i);
+  Counters at = {};
+  for (int i = 0; i < kCounters; ++i) at[i] = static_cast<uint64_t>(first + i);
   for (int64_t s = 0; s < slots; s += kCounters) {
-    const Counters drawn = philox(static_cast<uint64_t>(seed), at + static_cast<uint64_t>(s),
-                                  static_cast<uint32_t>(stream), static_cast<uint32_t>(head));
+    const Counters drawn =
+        philox(static_cast<uint64_t>(seed), at + static_cast<uint64_t>(s), query);
     for (int i = 0; i < kCounters; ++i) {
       const auto bits = static_cast<uint32_t>(drawn[i]);
       const uint32_t folded = bits > 0x7fffffffu ? ~bits : bits;  // from 32 bits to 31

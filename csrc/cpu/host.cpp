@@ -93,6 +93,12 @@ RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType d
   return ring.scalar_type() == ScalarType::Char ? RingDType::kInt8 : RingDType::kE4M3;
 }
 
+int64_t read_seed(const Tensor& seed, const char* op) {
+  check_shape(seed, {1}, op, "seed");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, op, ": seed must be int64");
+  return *static_cast<const int64_t*>(seed.const_data_ptr());
+}
+
 void advance_positions(const Tensor& position, const OptionalTensor& active, int64_t tokens) {
   int64_t* to = static_cast<int64_t*>(position.mutable_data_ptr());
   const bool* runs =

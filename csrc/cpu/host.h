@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../common.h"
 #include "kernels.h"
@@ -50,6 +51,26 @@ inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; 
 inline int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
+
+inline ScalarType acc_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Contiguous and of `acc`; nothing of nothing.
+inline OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
+  if (!x) return std::nullopt;
+  return as_contiguous(torch::stable::to(*x, acc));
+}
+
+// A result beside `like`; without elements where it is not `wanted`.
+inline Tensor new_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
+                     ScalarType dtype) {
+  if (!wanted) sizes = {0};
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// The seed (1,) of a call with dropout.
+int64_t read_seed(const Tensor& seed, const char* op);
 
 // Tokens after the in-projection, in the rings' dtype.
 struct Projected {

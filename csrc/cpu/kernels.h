@@ -127,6 +127,25 @@ struct RingStepsParams : RingParams {
   int64_t tokens;
   int64_t first;         // the first token whose output is wanted
   int64_t block_tokens;  // tokens of one task
+  // For training: a score that has no value, and the logarithm of the softmax's denominator, both
+  // (N, T - first, H) acc, or null
+  const void* sink;
+  void* lse;
+  float dropout_p;  // 0 for none
+  int64_t seed;
+};
+
+// Gradients of several tokens of every stream, each against the window that ends with it. `lse` is
+// a result of the forward, and `out` and `block_tokens` are not used.
+struct WindowGradientParams : RingStepsParams {
+  const void* grad_out;  // (N, T - first, E)
+  const void* grad_lse;  // (N, T - first, H) acc, or null
+  void* grad_q;          // (N, T, E), as those of keys and values
+  void* grad_k;
+  void* grad_v;
+  void* grad_k_ring;  // (N, H, L, D), or null
+  void* grad_v_ring;
+  void* grad_sink;  // (N, T - first, H) acc, or null
 };
 
 // Tokens to codes, in groups of `width` features with a scale each.
@@ -280,6 +299,8 @@ struct Kernels {
   int64_t (*ring_steps_scratch)(const RingStepsParams&);
   void (*ring_steps[kNumRingDTypes])(const RingStepsParams&, void* scratch, int64_t begin,
                                      int64_t end);
+  int64_t (*window_gradient_scratch)(const WindowGradientParams&);
+  void (*window_gradient)(const WindowGradientParams&, void* scratch, int64_t begin, int64_t end);
   int64_t (*attend_shared_scratch)(const AttendSharedParams&);
   void (*attend_shared)(const AttendSharedParams&, void* scratch, int64_t begin, int64_t end);
   // The same with query and out as acc.

@@ -3,6 +3,7 @@
 
 #include "attend_shared_backward_kernel.h"
 #include "attend_shared_kernel.h"
+#include "attend_window_backward_kernel.h"
 #include "input_step_kernel.h"
 #include "kernels.h"
 #include "product_kernel.h"
@@ -48,6 +49,8 @@ constexpr Kernels table_of() {
   table.input_step_scratch = input_step_scratch<S>;
   table.project_mixed = project_mixed<S>;
   table.ring_steps_scratch = ring_steps_scratch<S>;
+  table.window_gradient_scratch = window_gradient_scratch<S>;
+  table.window_gradient = window_gradient<S>;
   table.average_weights = average_weights<S>;
   set_clips<S>(table);
   return table;

@@ -18,6 +18,7 @@ struct UnitStepsScratch {
   float* scores;      // (kTileRows, stride)
   BFloat16* factors;  // the same, zeros outside of the windows
   float* out;         // (kTileRows, D)
+  float* keeps;       // (stride,)
   int64_t q_stride;
   int64_t stride;
 
@@ -32,6 +33,7 @@ struct UnitStepsScratch {
     scores = arena.take<float>(kTileRows * stride);
     factors = arena.take<BFloat16>(kTileRows * stride);
     out = arena.take<float>(kTileRows * p.head_dim);
+    keeps = arena.take<float>(stride);
   }
 };
 
@@ -124,8 +126,8 @@ CMHA_INLINE void attend_block_by_unit(const HeadOfClip<BFloat16>& head,
   for (int64_t q = 0; q < count; ++q) {
     float* scores = scratch.scores + q * stride;
     BFloat16* factors = scratch.factors + q * stride;
-    scales[q] =
-        weigh_window(extra, scratch.q + q * scratch.q_stride, head_dim, window(q), scale, scores);
+    scales[q] = weigh_window(head, token + q, window(q), extra, scratch.q + q * scratch.q_stride,
+                             scale, scores, scratch.keeps);
     const auto [first, last] = window(q);
     for (int64_t l = begin; l < first; ++l) factors[l] = {};
     copy_row(scores + first, last - first, factors + first);

@@ -1,27 +1,13 @@
 // continual_mha::cpu_ring_steps_: several tokens of every stream.
-#include <algorithm>
-
-#include "host.h"
+#include "attend_window.h"
 
 namespace continual_mha::cpu {
 namespace {
 
 constexpr const char* kOp = "cpu_ring_steps_";
 
-struct StepsTag {};
 struct KeysTag {};
 struct ValuesTag {};
-
-void attend(const RingStepsParams& p, DType dtype, RingDType ring) {
-  const Kernels& table = kernels(dtype);
-  const int64_t bytes = table.ring_steps_scratch(p);
-  const int64_t wanted = p.tokens - p.first;
-  const int64_t blocks = (wanted + p.block_tokens - 1) / p.block_tokens;
-  parallel(p.streams * p.num_heads * blocks, 2 * p.block_tokens * p.length * p.head_dim,
-           [&](int64_t begin, int64_t end) {
-             table.ring_steps[static_cast<int>(ring)](p, scratch<StepsTag>(bytes), begin, end);
-           });
-}
 
 void write_rings(const RingStepsParams& p, const ClipSizes& heads, DType dtype) {
   write_ring(p.keys, heads, dtype, p.position, p.k_ring, p.k_scale, p.length);
@@ -71,10 +57,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   p.out = out.mutable_data_ptr();
   p.tokens = count;
   p.first = first;
-  // Each task lays out L - 1 rows besides its own: blocks of at least L / 2 keep that in
-  // proportion.
-  p.block_tokens = std::min(count - first, std::max<int64_t>(64, s.length / 2));
-  if (first < count) attend(p, dtype, ring);
+  attend_windows(p, dtype, ring);
   if (update) {
     write_rings(p, heads, dtype);
     advance_positions(position, std::nullopt, count);

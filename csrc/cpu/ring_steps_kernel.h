@@ -2,6 +2,7 @@
 #pragma once
 
 #include "codes.h"
+#include "dropout.h"
 #include "extra_slots.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -37,6 +38,7 @@ struct RingStepsScratch {
   X* v;
   A* scores;   // (kQueryBlock<X>, score_stride)
   X* factors;  // the same, as factors of the values
+  A* keeps;    // (score_stride,)
   int64_t score_stride;
 
   RingStepsScratch(const RingStepsParams& p, Arena& arena) {
@@ -49,6 +51,7 @@ struct RingStepsScratch {
     v = arena.take<X>(rows * p.head_dim);
     scores = arena.take<A>(kQueryBlock<X> * score_stride);
     factors = factors_of<X>(scores, kQueryBlock<X> * score_stride, arena);
+    keeps = arena.take<A>(score_stride);
   }
 };
 
@@ -134,6 +137,24 @@ struct HeadOfClip {
   CMHA_INLINE RowRange window(int64_t token, int64_t base) const {
     return {window_begin(token) - base, token + 1 - base};
   }
+
+  // Where among one number for every output that of `token` is.
+  int64_t output(int64_t token) const {
+    return (stream * (p.tokens - p.first) + token - p.first) * p.num_heads + head;
+  }
+
+  A sink(int64_t token) const {
+    return p.sink == nullptr ? kMinusInfinity<A> : static_cast<const A*>(p.sink)[output(token)];
+  }
+
+  // What dropout multiplies the weights of the window with that ends with `token`, if it does.
+  CMHA_INLINE bool drops(int64_t token, RowRange window, A* keeps) const {
+    if (p.dropout_p == 0) return false;
+    const int64_t slots = window.end - window.begin;
+    keep_scales(p.seed, p.dropout_p, {stream, head, token}, slots, keeps,
+                token + 1 - slots + p.length);
+    return true;
+  }
 };
 
 // Lays out the keys of `count` tokens from `token` on.
@@ -196,14 +217,25 @@ CMHA_INLINE void by_stretches(int64_t rows, int64_t count, const Range& range, c
   }
 }
 
-// A query's scores to the numerators of its softmax, behind whose window come those of the extra
-// slots. Returns the reciprocal of their sum.
+// The scores of the query that `token` answers to the numerators of its softmax, behind whose
+// window come those of the extra slots. Returns the reciprocal of their sum.
 template <class S, class X, class A>
-CMHA_INLINE A weigh_window(const ExtraSlots<S>& extra, const X* q, int64_t head_dim,
-                           RowRange window, A scale, A* scores) {
-  extra.score(q, head_dim, scores + window.end);
-  const int64_t slots = window.end - window.begin + extra.count();
-  return 1 / softmax_numerators(scores + window.begin, slots, kMinusInfinity<A>, scale).sum;
+CMHA_INLINE A weigh_window(const HeadOfClip<S>& head, int64_t token, RowRange window,
+                           const ExtraSlots<S>& extra, const X* q, A scale, A* scores, A* keeps) {
+  extra.score(q, head.p.head_dim, scores + window.end);
+  A* own = scores + window.begin;
+  const int64_t slots = window.end - window.begin;
+  const A sink = head.sink(token);
+  const auto [max, sum] = softmax_numerators(own, slots + extra.count(), sink / scale, scale);
+  const A total = head.p.sink == nullptr ? sum : sum + exp_of(sink - max * scale);
+  if (head.p.lse != nullptr) {
+    static_cast<A*>(head.p.lse)[head.output(token)] =
+        max * scale + static_cast<A>(__builtin_log(static_cast<double>(total)));
+  }
+  if (head.drops(token, window, keeps)) {
+    for (int64_t l = 0; l < slots; ++l) own[l] *= keeps[l];
+  }
+  return 1 / total;
 }
 
 // A query's output from the sum over its window.
@@ -247,7 +279,8 @@ CMHA_INLINE void attend_block(const HeadOfClip<S>& head, const RingStepsScratch<
   for (int64_t q = 0; q < count; ++q) {
     A* scores = scratch.scores + q * stride;
     const auto [begin, end] = window(q);
-    scales[q] = weigh_window(extra, scratch.q + q * head_dim, head_dim, window(q), scale, scores);
+    scales[q] = weigh_window(head, token + q, window(q), extra, scratch.q + q * head_dim, scale,
+                             scores, scratch.keeps);
     to_factors(scores + begin, end - begin, scratch.factors + q * stride + begin);
   }
   for (int64_t i = 0; i < count * head_dim; ++i) scratch.out[i] = 0;
