@@ -75,16 +75,17 @@ struct HeadOfGradient {
     return static_cast<S*>(grads) + row_of(token, p.tokens);
   }
 
-  // Scores of the query that `token` answers to the applied weights, and the gradients of these to
-  // those of the scores.
-  CMHA_INLINE void finish(int64_t token, RowRange window, A* weights, A* scores, A* keeps) const {
+  // Scores of the query that `token` answers, times `scale`, to the applied weights, and the
+  // gradients of these to those of the scores.
+  CMHA_INLINE void finish(int64_t token, RowRange window, A* weights, A* scores, A* keeps,
+                          A scale = 1) const {
     const int64_t slots = window.end - window.begin;
     weights += window.begin;
     scores += window.begin;
     const int64_t at = head.output(token);
     const A lse = static_cast<const A*>(p.lse)[at];
     const A sink = p.sink == nullptr ? 0 : exp_of(head.sink(token) - lse);
-    const A factor = to_weights(weights, slots, lse, sink);
+    const A factor = to_weights(weights, slots, lse, sink, scale);
     const bool drops = head.drops(token, window, keeps);
     if (drops) {
       for (int64_t l = 0; l < slots; ++l) scores[l] *= keeps[l];
@@ -100,28 +101,29 @@ struct HeadOfGradient {
     if (p.grad_sink != nullptr) static_cast<A*>(p.grad_sink)[at] = sink * factor * shared;
   }
 
-  // The gradients of keys or values of the tokens from `base` on, and zeros for those before.
-  CMHA_INLINE void put(const A* grads, int64_t base, void* of_tokens, void* of_ring) const {
-    const size_t bytes = static_cast<size_t>(p.head_dim) * sizeof(S);
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      S* to = of_clip(of_tokens, t);
-      if (t < base) {
-        memset(to, 0, bytes);
+  // The gradients of keys or values: of tokens from `base` on read(row, to), zeros of those before.
+  template <class Read>
+  CMHA_INLINE void put(const Read& read, int64_t base, void* of_tokens, void* of_ring) const {
+    const auto put_token = [&](int64_t token, S* to) {
+      if (token < base) {
+        memset(to, 0, static_cast<size_t>(p.head_dim) * sizeof(S));
       } else {
-        copy_row(grads + (t - base) * p.head_dim, p.head_dim, to);
+        read(token - base, to);
       }
-    }
+    };
+    for (int64_t t = 0; t < p.tokens; ++t) put_token(t, of_clip(of_tokens, t));
     if (of_ring == nullptr) return;
     S* ring =
         static_cast<S*>(of_ring) + (head.stream * p.num_heads + head.head) * p.length * p.head_dim;
-    for (int64_t t = -p.length; t < 0; ++t) {
-      // a slot that no token has filled has none as well
-      S* to = ring + (head.position() + p.length + t) % p.length * p.head_dim;
-      if (t < base) {
-        memset(to, 0, bytes);
-      } else {
-        copy_row(grads + (t - base) * p.head_dim, p.head_dim, to);
-      }
+    for (int64_t t = -p.length; t < 0; ++t) {  // one that never came has a slot as well
+      put_token(t, ring + (head.position() + p.length + t) % p.length * p.head_dim);
+    }
+  }
+
+  // Queries that nobody asks have none.
+  CMHA_INLINE void clear_unasked() const {
+    for (int64_t t = 0; t < p.first; ++t) {
+      memset(of_clip(p.grad_q, t), 0, static_cast<size_t>(p.head_dim) * sizeof(S));
     }
   }
 };
@@ -203,15 +205,17 @@ void window_gradient(const WindowGradientParams& p, void* memory, int64_t begin,
     }
     for (int64_t i = 0; i < rows * p.head_dim; ++i)
       scratch.grad_keys[i] = scratch.grad_values[i] = 0;
-    for (int64_t t = 0; t < p.first; ++t) {
-      memset(to.of_clip(p.grad_q, t), 0, static_cast<size_t>(p.head_dim) * sizeof(S));
-    }
+    to.clear_unasked();
     for (int64_t token = p.first; token < p.tokens; token += kGradientBlock) {
       const int64_t count = min_of(kGradientBlock, p.tokens - token);
       window_gradient_of_block(to, scratch, token, count, base);
     }
-    to.put(scratch.grad_keys, base, p.grad_k, p.grad_k_ring);
-    to.put(scratch.grad_values, base, p.grad_v, p.grad_v_ring);
+    const auto rows_of = [&](const typename AccOf<S>::type* grads) {
+      return
+          [&p, grads](int64_t row, S* to) { copy_row(grads + row * p.head_dim, p.head_dim, to); };
+    };
+    to.put(rows_of(scratch.grad_keys), base, p.grad_k, p.grad_k_ring);
+    to.put(rows_of(scratch.grad_values), base, p.grad_v, p.grad_v_ring);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "matrix_unit_clips.h"
 #include "matrix_unit_parts.h"
 #include "matrix_unit_steps.h"
+#include "matrix_unit_windows.h"
 #else
 #include "kernels.h"
 #endif
@@ -12,7 +13,7 @@ namespace continual_mha::cpu {
 namespace {
 
 // Those of AVX-512 with pairs of bfloat16, but for projections, and products, clips and
-// forward_steps in bfloat16.
+// forward_steps, with their gradients, in bfloat16.
 struct Table {
   Kernels kernels[kNumDTypes];
 
@@ -24,6 +25,7 @@ struct Table {
     set_products_of_unit(of_bfloat16);
     set_clips_of_unit(of_bfloat16);
     set_steps_of_unit(of_bfloat16);
+    set_windows_of_unit(of_bfloat16);
   }
 };
 

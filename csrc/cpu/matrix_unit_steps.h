@@ -59,19 +59,29 @@ CMHA_INLINE bool all_finite(const BFloat16* numbers, int64_t count) {
   return broken == 0;
 }
 
+// Rows of as many numbers as whole tiles have, `stride` apart.
+template <class T>
+struct UnitRows {
+  T* data;
+  int64_t stride;
+
+  UnitRows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
 // scores[q][row] of 16 queries for blocks of 16 rows, [begin, end), of the packed keys.
-CMHA_INLINE void score_blocks(const MatrixUnit& unit, const UnitStepsScratch& scratch,
-                              int64_t begin, int64_t end) {
+CMHA_INLINE void score_blocks(const MatrixUnit& unit, const UnitRows<BFloat16>& queries,
+                              const char* packed, int64_t begin, int64_t end,
+                              const UnitRows<float>& scores) {
   constexpr int kQueries = 7;  // their tile, behind those of sums and of keys
-  const int64_t block_bytes = packed_bytes(kTileRows, scratch.q_stride);
+  const int64_t block_bytes = packed_bytes(kTileRows, queries.stride);
   const auto blocks_of = [&](auto blocks) __attribute__((always_inline)) {
     constexpr int kBlocks = decltype(blocks)::value;
     for (; begin + kBlocks <= end; begin += kBlocks) {
-      const char* keys = scratch.keys + begin * block_bytes;
+      const char* keys = packed + begin * block_bytes;
       unrolled<kBlocks>([&](auto b)
                             __attribute__((always_inline)) { unit.clear<decltype(b)::value>(); });
-      for (int64_t d = 0; d < scratch.q_stride; d += kTileFeatures, keys += kTileBytes) {
-        unit.load<kQueries>(scratch.q + d, scratch.q_stride * int64_t{sizeof(BFloat16)});
+      for (int64_t d = 0; d < queries.stride; d += kTileFeatures, keys += kTileBytes) {
+        unit.load<kQueries>(queries.data + d, queries.stride * int64_t{sizeof(BFloat16)});
         unrolled<kBlocks>([&](auto b) __attribute__((always_inline)) {
           constexpr int kBlock = decltype(b)::value;
           unit.load<kBlocks + kBlock>(keys + kBlock * block_bytes, 64);
@@ -79,8 +89,8 @@ CMHA_INLINE void score_blocks(const MatrixUnit& unit, const UnitStepsScratch& sc
         });
       }
       unrolled<kBlocks>([&](auto b) __attribute__((always_inline)) {
-        unit.store<decltype(b)::value>(scratch.scores + (begin + decltype(b)::value) * kTileRows,
-                                       scratch.stride * int64_t{sizeof(float)});
+        unit.store<decltype(b)::value>(scores.data + (begin + decltype(b)::value) * kTileRows,
+                                       scores.stride * int64_t{sizeof(float)});
       });
     }
   };
@@ -88,18 +98,20 @@ CMHA_INLINE void score_blocks(const MatrixUnit& unit, const UnitStepsScratch& sc
   blocks_of(Int<1>{});
 }
 
-// out[q] = the sum of rows [begin, end) of the packed values, of `rows` in all, times its factors.
-CMHA_INLINE void sum_values(const MatrixUnit& unit, const UnitStepsScratch& scratch,
-                            int64_t head_dim, int64_t rows, int64_t begin, int64_t end) {
-  const char* right = scratch.values + begin / kTileFeatures * kRightBytes;
+// out[q], (16, D), is the sum of rows [begin, end) of the packed values, of `rows` in all, times
+// its factors.
+CMHA_INLINE void sum_values(const MatrixUnit& unit, const UnitRows<BFloat16>& factors,
+                            const char* packed, int64_t head_dim, int64_t rows, int64_t begin,
+                            int64_t end, float* out) {
+  const char* right = packed + begin / kTileFeatures * kRightBytes;
   for (int64_t d = 0; d < head_dim; d += kTileFeatures) {
     const int64_t width = min_of(kTileFeatures, head_dim - d);
     alignas(64) float sums[2 * kTileSums];
-    multiply_right<1>(unit, {scratch.factors + begin, scratch.stride, kTileRows}, 0, right,
+    multiply_right<1>(unit, {factors.data + begin, factors.stride, kTileRows}, 0, right,
                       end - begin, sums);
     right += right_bytes(rows, kTileFeatures);
     for (int64_t q = 0; q < kTileRows; ++q) {
-      put_halves(sums + q * kTileRows, width, 1.0f, scratch.out + q * head_dim + d);
+      put_halves(sums + q * kTileRows, width, 1.0f, out + q * head_dim + d);
     }
   }
 }
@@ -121,7 +133,8 @@ CMHA_INLINE void attend_block_by_unit(const HeadOfClip<BFloat16>& head,
   }
   const int64_t begin = window(0).begin / kTileFeatures * kTileFeatures;
   const int64_t end = window(count - 1).end;
-  score_blocks(unit, scratch, begin / kTileRows, (end + kTileRows - 1) / kTileRows);
+  score_blocks(unit, {scratch.q, scratch.q_stride}, scratch.keys, begin / kTileRows,
+               (end + kTileRows - 1) / kTileRows, {scratch.scores, stride});
   float scales[kTileRows];
   for (int64_t q = 0; q < count; ++q) {
     float* scores = scratch.scores + q * stride;
@@ -135,7 +148,8 @@ CMHA_INLINE void attend_block_by_unit(const HeadOfClip<BFloat16>& head,
       factors[l] = {};
     }
   }
-  sum_values(unit, scratch, head_dim, rows, begin, end);
+  sum_values(unit, {scratch.factors, stride}, scratch.values, head_dim, rows, begin, end,
+             scratch.out);
   for (int64_t q = 0; q < count; ++q) {
     finish_output(extra, scratch.scores + q * stride, window(q), head_dim, scales[q],
                   scratch.out + q * head_dim);
