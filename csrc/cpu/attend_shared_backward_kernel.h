@@ -40,18 +40,18 @@ int64_t shared_gradient_scratch(const SharedGradientParams& p) {
   return arena.used();
 }
 
-// Scores times `scale` to weights, in place, whose array reaches to the next multiple of kLanes.
-// The logarithm of their denominator is rounded, so that they and `sink` add up to 1 only with a
-// factor, which is returned.
+// Scores to weights, in place, whose array reaches to the next multiple of kLanes. The logarithm of
+// their denominator is rounded, so that they and `sink` add up to 1 only with a factor, which is
+// returned.
 template <class A>
-CMHA_INLINE A to_weights(A* scores, int64_t count, A lse, A sink, A scale = 1) {
+CMHA_INLINE A to_weights(A* scores, int64_t count, A lse, A sink) {
   using Vec = typename Simd<A>::Vec;
   constexpr int kLanes = Simd<A>::kLanes;
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = count; i < padded; ++i) scores[i] = kMinusInfinity<A>;
   Vec sum = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const Vec e = exp_nonpositive(load(scores + i) * scale - lse);
+    const Vec e = exp_nonpositive(load(scores + i) - lse);
     store<A>(scores + i, e);
     sum += e;
   }

@@ -75,28 +75,45 @@ struct HeadOfGradient {
     return static_cast<S*>(grads) + row_of(token, p.tokens);
   }
 
-  // Scores of the query that `token` answers, times `scale`, to the applied weights, and the
-  // gradients of these to those of the scores.
-  CMHA_INLINE void finish(int64_t token, RowRange window, A* weights, A* scores, A* keeps,
-                          A scale = 1) const {
+  // Of the window that ends with `token`: from scores, times `scale`, and gradients of the applied
+  // weights to these weights and the gradients of the scores. All arrays reach to the next multiple
+  // of kLanes, where zeros are written; those of the results may be the first two.
+  template <class O>
+  CMHA_INLINE void finish(int64_t token, RowRange window, A scale, A* scores, A* grads, A* keeps,
+                          O* applied, O* factors) const {
+    using Vec = typename Simd<A>::Vec;
+    constexpr int kLanes = Simd<A>::kLanes;
     const int64_t slots = window.end - window.begin;
-    weights += window.begin;
-    scores += window.begin;
+    const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
     const int64_t at = head.output(token);
     const A lse = static_cast<const A*>(p.lse)[at];
-    const A sink = p.sink == nullptr ? 0 : exp_of(head.sink(token) - lse);
-    const A factor = to_weights(weights, slots, lse, sink, scale);
     const bool drops = head.drops(token, window, keeps);
-    if (drops) {
-      for (int64_t l = 0; l < slots; ++l) scores[l] *= keeps[l];
+    for (int64_t l = slots; l < padded; ++l) {
+      scores[l] = kMinusInfinity<A>;
+      grads[l] = keeps[l] = 0;
     }
-    A reaches_weights;
-    dot_tile<1, 1>(weights, 0, scores, 0, slots, &reaches_weights);
+    Vec sum = {};
+    Vec reaches_weights = {};
+    for (int64_t l = 0; l < padded; l += kLanes) {
+      const Vec e = exp_nonpositive(load(scores + l) * scale - lse);
+      Vec grad = load(grads + l);
+      if (drops) {
+        grad *= load(keeps + l);
+        store<A>(grads + l, grad);
+      }
+      store<A>(scores + l, e);
+      sum += e;
+      reaches_weights += e * grad;
+    }
+    // the logarithm of the denominator is rounded: this makes the weights add up to 1
+    const A sink = p.sink == nullptr ? 0 : exp_of(head.sink(token) - lse);
+    const A factor = 1 / (sum_lanes<A>(sum) + sink);
     const A of_lse = p.grad_lse == nullptr ? 0 : static_cast<const A*>(p.grad_lse)[at];
-    const A shared = of_lse - reaches_weights;
-    for (int64_t l = 0; l < slots; ++l) scores[l] = weights[l] * (scores[l] + shared);
-    if (drops) {
-      for (int64_t l = 0; l < slots; ++l) weights[l] *= keeps[l];
+    const A shared = of_lse - factor * sum_lanes<A>(reaches_weights);
+    for (int64_t l = 0; l < padded; l += kLanes) {
+      const Vec weight = load(scores + l) * factor;
+      narrow(weight * (load(grads + l) + shared), factors + l);
+      narrow(drops ? weight * load(keeps + l) : weight, applied + l);
     }
     if (p.grad_sink != nullptr) static_cast<A*>(p.grad_sink)[at] = sink * factor * shared;
   }
@@ -160,8 +177,10 @@ CMHA_INLINE void window_gradient_of_block(const HeadOfGradient<S>& to,
   for (int64_t q = 0; q < count; ++q) {
     A* weights = scratch.weights + q * stride;
     A* scores = scratch.scores + q * stride;
-    to.finish(token + q, window(q), weights, scores, scratch.keeps);
     const auto [first, last] = window(q);
+    A* own = weights + first;
+    A* grads = scores + first;
+    to.finish(token + q, {first, last}, A{1}, own, grads, scratch.keeps, own, grads);
     for (int64_t l = all.begin; l < first; ++l) weights[l] = scores[l] = 0;
     for (int64_t l = last; l < all.end; ++l) weights[l] = scores[l] = 0;
   }

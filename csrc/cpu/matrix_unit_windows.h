@@ -30,12 +30,12 @@ struct UnitWindowScratch {
   UnitRows<BFloat16> grad_out;  // the same
   char* q_right;                // packed as the right of a product
   char* grad_right;
-  UnitRows<float> weights;     // (kUnitQueries, rows): scores, then the weights that were applied
-  UnitRows<float> scores;      // gradients of the weights, then of the scores
-  UnitRows<BFloat16> applied;  // the same as factors, zeros outside of the windows
-  UnitRows<BFloat16> factors;
-  BFloat16* left;  // (32, 32) of these, by rows of keys
-  float* grad_q;   // (kTileRows, D)
+  UnitRows<float> scores;      // (kUnitQueries, rows)
+  UnitRows<float> grads;       // of the weights
+  UnitRows<BFloat16> applied;  // weights, zeros outside of the windows
+  UnitRows<BFloat16> factors;  // gradients of the scores, the same
+  BFloat16* left;              // (32, 32) of these, by rows of keys
+  float* grad_q;               // (kTileRows, D)
   float* keeps;
   int64_t tiled_rows;
 
@@ -55,8 +55,8 @@ struct UnitWindowScratch {
     grad_out = {arena.take<BFloat16>(kUnitQueries * width), width};
     q_right = arena.take<char>(right_bytes(kUnitQueries, p.head_dim));
     grad_right = arena.take<char>(right_bytes(kUnitQueries, p.head_dim));
-    weights = {arena.take<float>(kUnitQueries * stride), stride};
     scores = {arena.take<float>(kUnitQueries * stride), stride};
+    grads = {arena.take<float>(kUnitQueries * stride), stride};
     applied = {arena.take<BFloat16>(kUnitQueries * stride), stride};
     factors = {arena.take<BFloat16>(kUnitQueries * stride), stride};
     left = arena.take<BFloat16>(kTileFeatures * kTileFeatures);
@@ -124,21 +124,20 @@ CMHA_INLINE void window_gradient_by_unit(const HeadOfGradient<BFloat16>& to,
       score_blocks(unit, vectors.from(q), packed, begin / kTileRows,
                    (end + kTileRows - 1) / kTileRows, scores.from(q));
     };
-    score(scratch.q, scratch.keys, scratch.weights);
-    score(scratch.grad_out, scratch.values, scratch.scores);
+    score(scratch.q, scratch.keys, scratch.scores);
+    score(scratch.grad_out, scratch.values, scratch.grads);
   }
   for (int64_t q = 0; q < kUnitQueries; ++q) {
     BFloat16* applied = scratch.applied.from(q).data;
     BFloat16* factors = scratch.factors.from(q).data;
     const auto [first, last] = q < count ? window(q) : RowRange{stop, stop};
+    if (q < count) {
+      to.finish(token + q, {first, last}, scale, scratch.scores.from(q).data + first,
+                scratch.grads.from(q).data + first, scratch.keeps, applied + first,
+                factors + first);
+    }
     for (int64_t l = begin; l < first; ++l) applied[l] = factors[l] = {};
     for (int64_t l = last; l < stop; ++l) applied[l] = factors[l] = {};
-    if (q >= count) continue;
-    float* weights = scratch.weights.from(q).data;
-    float* scores = scratch.scores.from(q).data;
-    to.finish(token + q, {first, last}, weights, scores, scratch.keeps, scale);
-    copy_row(weights + first, last - first, applied + first);
-    copy_row(scores + first, last - first, factors + first);
   }
   for (int64_t q = 0; q < count; q += kTileRows) {
     sum_values(unit, scratch.factors.from(q), scratch.right, head_dim, rows, begin, end,
