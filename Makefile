@@ -52,7 +52,7 @@ wheel: $(VENV)/.dev
 # The CPU library with sanitizers, in a copy of the tree so that the plain one stays where it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,native_cpu clips products quantized repeat step_node attend_window))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,native_cpu clips products quantized repeat step_node steps_node attend_window))
 sanitize: $(VENV)/.dev
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -R continual_mha triton_kernels csrc tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
@@ -64,7 +64,7 @@ sanitize: $(VENV)/.dev
 
 # One wheel under the oldest and the newest torch: the documented example, and the tests of what
 # torch's versions treat differently. It downloads both.
-ABI_TESTS := $(addprefix tests/test_,$(addsuffix .py,clips compile operators reference_table state step_node))
+ABI_TESTS := $(addprefix tests/test_,$(addsuffix .py,clips compile operators reference_table state step_node steps_node))
 abi-check: wheel
 	for torch in 'torch==2.10.*' torch; do \
 		rm -rf build/abi && $(PYTHON) -m venv build/abi && cp -R tests pyproject.toml build/abi && \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, functional, ring, step_node
+from . import backends, functional, ring, step_node, steps_node, windows
 from .attention import SingleOutputMultiheadAttention
 from .reference import Rings, Tokens
 from .ring import RingState, State
@@ -69,15 +69,17 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
     )
     if first == "triton":
         return [attends]
-    reason: str | None = step_node.NO_GRADIENT
-    if many:
-        reason = functional.why_not_window(*(query,) * 5)  # of which class and dtype decide
-    elif isinstance(state, RingState):
-        rings = Rings(*state[:-1])
-        reason = step_node.why_not(tokens, rings, None, call.weights, call.options)
+    reason: str | None = windows.NO_GRADIENT
+    if isinstance(state, RingState):
+        rings, how = Rings(*state[:-1]), (call.weights, call.options)
+        if many:
+            reason = steps_node.why_not(tokens, rings, 0, *how)
+        else:
+            reason = step_node.why_not(tokens, rings, None, *how)
     if reason is None:
-        runs_all = "cpu: runs it, and makes new rings, because a gradient is needed"
-        return [attends if many else runs_all]
+        return ["cpu: runs it, and makes new rings, because a gradient is needed"]
+    if many and windows.why_not(*(query,) * 5) is None:  # of which class and dtype decide
+        return [attends]
     lines = [] if first == "torch" else [f"{first}: {reason}"]
     if backends.forced() in (None, "torch"):
         lines.append("torch: runs it, because a gradient is needed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, mixing, ops, reference, ring, step_node
-from .dropout import dropout_seed
+from . import backends, inputs, mixing, reference, ring, step_node, steps_node, windows
 from .inputs import Inputs
 from .modes import is_opaque
 from .quantized import QuantizedRing
@@ -97,8 +95,10 @@ def steps(
         return _projected_steps(tokens[0], state, first, call)
     if call.differentiable:
         rings = _rings(state)  # type: ignore[arg-type]
+        if steps_node.why_not(tokens, rings, first, call.weights, call.options) is None:
+            return steps_node.steps(tokens, rings, first, call.weights, call.options.dropout_p)
         return reference.ring_steps(
-            *tokens, call.weights, rings, first, *call.options, attending=_attend_window
+            *tokens, call.weights, rings, first, *call.options, attending=windows.attend
         )
     args = operands(tokens, state, first, call)
     return backends.run(operator_for(state, many=True), args), state[:-1]
@@ -136,7 +136,7 @@ def _projected_steps(
     def attend(asked: Tensor, seen: Tensor, rings: Rings) -> Tensor:
         if call.differentiable:
             given = (asked, seen, seen, call.weights, rings, *options)
-            return reference.ring_steps(*given, put=None, attending=_attend_window)[0]
+            return reference.ring_steps(*given, put=None, attending=windows.attend)[0]
         return backends.run(
             "ring_steps_", (asked, seen, seen, *call.weights, *rings, *options, False)
         )
@@ -178,50 +178,11 @@ def _differentiable_step(
     if is_shared(tokens):  # keep it one tensor for those who ask
         key = value = query
     out, after = reference.ring_steps(
-        query, key, value, call.weights, rings, 0, *call.options, attending=_attend_window
+        query, key, value, call.weights, rings, 0, *call.options, attending=windows.attend
     )
     if active is not None:
         after = after._replace(position=rings.position + active.to(torch.int64))
     return out.squeeze(1), after
-
-
-def _attend_window(
-    clip: Tokens,
-    rings: Rings,
-    weights: Weights,
-    first: int,
-    add_zero_attn: bool,
-    dropout_p: float,
-) -> Tensor:
-    """``reference.attend_in_blocks`` by the fused operator where it serves."""
-    heads = rings.k.shape[1:4:2]
-    q, k, v = (x.unflatten(-1, heads) for x in clip)
-    given = (q, k, v, *rings[:2], rings.position)
-    reason = why_not_window(*given)
-    if reason is not None:
-        backends.leave_to_pytorch("attend_window", reason)
-        return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
-    extra = None
-    if reference.has_extra_slots(weights, add_zero_attn):
-        asking = q[:, first:] / math.sqrt(q.shape[-1])
-        extra = inputs.extra_scores(asking, weights, add_zero_attn)
-    seed = dropout_seed(dropout_p, q.device)
-    how = (mixing.sink(extra), seed, first, dropout_p)
-    out, lse = ops.call("attend_window", *given, *how)
-    on_extra = mixing.weights_of_extra(extra, lse, dropout_p)
-    return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
-
-
-def why_not_window(query: Tensor, *args: Tensor) -> str | None:
-    """Why the fused operator does not serve; None if it does."""
-    if reason := mixing.why_plain(query):
-        return reason
-    first = backends.order(query.device.type)[0]
-    if first == "triton":
-        return mixing.why_not_triton("attend_window", query, *args)
-    if first == "cpu":
-        return backends.why_not_later("cpu", "attend_window", (query, *args))
-    return step_node.NO_GRADIENT
 
 
 def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:

@@ -52,6 +52,10 @@ _CLIP_WEIGHTS = (
     "Tensor out_proj_weight, Tensor? out_proj_bias"
 )
 _CLIP_ARGS = f"Tensor? query, Tensor key, Tensor? value, Tensor? mask, {_CLIP_WEIGHTS}"
+_NODE_ARGS = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor k_ring, Tensor v_ring, "
+    f"{_CLIP_WEIGHTS}, Tensor position"
+)
 _FULL_BACKWARD_ARGS = (
     "Tensor grad_out, Tensor? grad_lse, Tensor? grad_kept, Tensor? grad_average, "
     f"{_SHARED_ARGS}, Tensor? seed, Tensor out, Tensor lse, Tensor kept, float dropout_p"
@@ -83,8 +87,8 @@ SCHEMAS = {
 
 # Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
 # is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
-# of which torch is told nothing. What `clip_node.py` does in one call each way; the product that it
-# is made of, by itself for who looks at it alone; and `reference.take_slots` in one call.
+# of which torch is told nothing. What the nodes of autograd do in one call each way; the product of
+# which they are made, for who looks at it alone; and `reference.take_slots` in one call.
 _OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
@@ -98,8 +102,12 @@ _OF_CPU = {
     "Tensor q, Tensor moved, Tensor mixed, Tensor lse, Tensor kept, Tensor heads, int num_heads, "
     "int query_index, float dropout_p, bool blank, bool[] needed) -> Tensor?[]",
     "cpu_ring_step_backward": "(Tensor grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
-    "Tensor query, Tensor? key, Tensor? value, Tensor k_ring, Tensor v_ring, "
-    f"{_CLIP_WEIGHTS}, Tensor position, bool[] needed) -> Tensor?[]",
+    f"{_NODE_ARGS}, bool[] needed) -> Tensor?[]",
+    "cpu_new_ring_steps": f"({_NODE_ARGS}, Tensor? seed, int first, float dropout_p) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "cpu_new_ring_steps_backward": "(Tensor grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
+    f"{_NODE_ARGS}, Tensor? seed, Tensor projected, Tensor heads, Tensor lse, int first, "
+    "float dropout_p, bool[] needed) -> Tensor?[]",
     "cpu_product_": "(Tensor(a!) out, Tensor left, Tensor right, Tensor? bias, float scale, "
     "bool add) -> ()",
     "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",

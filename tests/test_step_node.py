@@ -6,57 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import LENGTH, assert_as_exact_as_torch, build, draw_tokens
+from oracles import LENGTH, build
 from torch import Tensor
 from torch.autograd import gradcheck
+from trained_streams import STREAMS, assert_as_exact, assert_as_plain, drawn_calls
 
 import continual_mha as co
-from continual_mha import SingleOutputMultiheadAttention, backends
+from continual_mha import backends
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
-
-STREAMS = 3
-Module = SingleOutputMultiheadAttention
-
-
-def tokens_of(module: Module, count: int, kind: str = "one") -> list[tuple[Tensor, ...]]:
-    """Tokens ``(N, E*)`` for so many steps, leaves that need a gradient."""
-    clips = draw_tokens(module, STREAMS, count)
-    clips = {"one": clips[:1] * 3, "key": (clips[0], clips[1], clips[0]), "all": clips}[kind]
-    steps = []
-    for t in range(count):
-        own = {id(x): x[:, t].clone().requires_grad_() for x in clips}
-        steps.append(tuple(own[id(x)] for x in clips))
-    return steps
 
 
 def is_one_node(out: Tensor) -> bool:
     return out.grad_fn is not None and "_StepBackward" in out.grad_fn.name()
-
-
-def run(
-    module: Module, steps: list[tuple[Tensor, ...]], active: Tensor | None = None
-) -> list[Tensor | None]:
-    """Outputs of the steps, then gradients of tokens and parameters of a function of them."""
-    module.clean_state()
-    module.start_streams(STREAMS)
-    outs = [module.forward_step(*given, active=active) for given in steps]
-    total = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
-    leaves = [x for given in steps for x in dict.fromkeys(given) if x.requires_grad]
-    leaves += [x for x in module.parameters() if x.requires_grad]
-    return [*outs, *torch.autograd.grad(total, leaves, allow_unused=True)]
-
-
-def assert_as_plain(module: Module, steps: list[tuple[Tensor, ...]], **how: Any) -> None:
-    found = run(module, steps, **how)
-    with co.use_backend("torch"):
-        expected = run(module, steps, **how)
-    for left, right in zip(found, expected, strict=True):
-        if right is None or not right.any():  # a bias of keys
-            assert left is None or left.abs().max() < 1e-11
-        else:
-            atol = 1e-12 * max(1.0, float(right.detach().abs().max()))
-            torch.testing.assert_close(left, right, rtol=1e-10, atol=atol)
 
 
 CONSTRUCTIONS: dict[str, dict[str, Any]] = {
@@ -74,7 +36,7 @@ def test_gradients_flow_through_the_rings_as_in_plain_pytorch(
     construction: str, count: int
 ) -> None:
     module = build(**CONSTRUCTIONS[construction], dtype=torch.float64)
-    steps = tokens_of(module, count, "all" if "kdim" in construction else "one")
+    steps = drawn_calls(module, count, "all" if "kdim" in construction else "one")
     module.start_streams(STREAMS)
     assert is_one_node(module.forward_step(*steps[0]))
     assert_as_plain(module, steps)
@@ -83,13 +45,13 @@ def test_gradients_flow_through_the_rings_as_in_plain_pytorch(
 @pytest.mark.parametrize("kind", ["key", "all"])
 def test_tokens_of_their_own_have_gradients_of_their_own(kind: str) -> None:
     module = build(dtype=torch.float64)
-    assert_as_plain(module, tokens_of(module, LENGTH + 4, kind))
+    assert_as_plain(module, drawn_calls(module, LENGTH + 4, kind))
 
 
 def test_streams_of_different_age() -> None:
     module = build(dtype=torch.float64)
     active = torch.tensor([True, False, True])
-    assert_as_plain(module, tokens_of(module, LENGTH + 4), active=active)
+    assert_as_plain(module, drawn_calls(module, LENGTH + 4), active=active)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +62,7 @@ def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
     module = build(dtype=torch.float64)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name == trained)
-    steps = tokens_of(module, LENGTH + 3)
+    steps = drawn_calls(module, LENGTH + 3)
     for given in steps:
         given[0].requires_grad_(of_tokens)
     if trained or of_tokens:
@@ -111,7 +73,7 @@ def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
 
 def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
     module = build(dtype=torch.float64)
-    steps = tokens_of(module, LENGTH + 2)
+    steps = drawn_calls(module, LENGTH + 2)
     with torch.no_grad():
         for given in steps:
             module.forward_step(*given)
@@ -131,7 +93,7 @@ def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
 )
 def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
     module = build(**arguments)
-    (x, *_), *_ = tokens_of(module, 1)
+    (x, *_), *_ = drawn_calls(module, 1)
     module.start_streams(STREAMS)
     for _ in range(2 * LENGTH):
         out = module.forward_step(x)
@@ -144,7 +106,7 @@ def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> 
 
 def test_a_state_that_lies_as_it_likes() -> None:
     module = build(dtype=torch.float64)
-    steps = tokens_of(module, LENGTH + 1)
+    steps = drawn_calls(module, LENGTH + 1)
     with torch.no_grad():
         for given in steps:
             module.forward_step(*given)
@@ -161,7 +123,7 @@ def test_a_state_that_lies_as_it_likes() -> None:
 
 def test_explain_says_that_it_runs() -> None:
     module = build()
-    assert "cpu: runs it, and makes new rings" in co.explain(module, tokens_of(module, 1)[0][0])
+    assert "cpu: runs it, and makes new rings" in co.explain(module, drawn_calls(module, 1)[0][0])
 
 
 def test_second_derivatives_and_many_gradients_at_once() -> None:
@@ -190,20 +152,12 @@ def test_second_derivatives_and_many_gradients_at_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_as_exact_as_plain_pytorch(dtype: torch.dtype, isa: str) -> None:
     module = build(embed_dim=32, num_heads=4, dtype=dtype)
-    steps = tokens_of(module, LENGTH + 2)
-    found = run(module, steps)
-    with co.use_backend("torch"):
-        plain = run(module, steps)
-        wide_steps = [(given[0].detach().double().requires_grad_(),) * 3 for given in steps]
-        exact = run(module.double(), wide_steps)
-    for left, right, wide in zip(found, plain, exact, strict=True):
-        if left is not None and right is not None and wide is not None and wide.any():
-            assert_as_exact_as_torch(left, wide, right)
+    assert_as_exact(module, drawn_calls(module, LENGTH + 2))
 
 
 def test_autocast_around_the_backward_alone_changes_nothing() -> None:
     module = build()
-    (x, *_), *_ = tokens_of(module, 1)
+    (x, *_), *_ = drawn_calls(module, 1)
     module.start_streams(STREAMS)
     total = module.forward_step(x).sum()
     leaves = [x, *module.parameters()]

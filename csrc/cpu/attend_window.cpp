@@ -28,6 +28,15 @@ void attend_windows(RingStepsParams p, DType dtype, RingDType ring) {
            });
 }
 
+void attend_windows_backward(const WindowGradientParams& p, DType dtype) {
+  const Kernels& table = kernels(dtype);
+  const int64_t bytes = table.window_gradient_scratch(p);
+  parallel(p.streams * p.num_heads, 5 * (p.tokens - p.first + 1) * p.length * p.head_dim,
+           [&](int64_t begin, int64_t end) {
+             table.window_gradient(p, scratch<GradientTag>(bytes), begin, end);
+           });
+}
+
 namespace {
 
 constexpr const char* kOp = "cpu_attend_window";
@@ -165,15 +174,11 @@ Gradients attend_window_backward(Tensor grad_out, OptionalTensor grad_lse, Tenso
   p.grad_q = d_query.mutable_data_ptr();
   p.grad_k = d_key.mutable_data_ptr();
   p.grad_v = d_value.mutable_data_ptr();
+  p.grad_stride = p.num_heads * p.head_dim;
   p.grad_k_ring = rings ? d_k_ring.mutable_data_ptr() : nullptr;
   p.grad_v_ring = rings ? d_v_ring.mutable_data_ptr() : nullptr;
   p.grad_sink = sink ? d_sink.mutable_data_ptr() : nullptr;
-  const Kernels& table = kernels(given.dtype);
-  const int64_t bytes = table.window_gradient_scratch(p);
-  parallel(p.streams * p.num_heads, 5 * (wanted + 1) * p.length * p.head_dim,
-           [&](int64_t begin, int64_t end) {
-             table.window_gradient(p, scratch<GradientTag>(bytes), begin, end);
-           });
+  attend_windows_backward(p, given.dtype);
   return {d_query, d_key, d_value, d_k_ring, d_v_ring, d_sink};
 }
 

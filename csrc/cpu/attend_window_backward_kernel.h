@@ -63,16 +63,13 @@ struct HeadOfGradient {
   const WindowGradientParams& p;
   HeadOfClip<S> head;
 
-  int64_t row_of(int64_t token, int64_t tokens) const {
-    return (head.stream * tokens + token) * p.num_heads * p.head_dim + head.head * p.head_dim;
-  }
-
   const S* grad_out(int64_t token) const {
-    return static_cast<const S*>(p.grad_out) + row_of(token - p.first, p.tokens - p.first);
+    return static_cast<const S*>(p.grad_out) + head.output(token) * p.head_dim;
   }
 
   S* of_clip(void* grads, int64_t token) const {
-    return static_cast<S*>(grads) + row_of(token, p.tokens);
+    const int64_t row = head.stream * p.tokens + token;
+    return static_cast<S*>(grads) + row * p.grad_stride + head.head * p.head_dim;
   }
 
   // Of the window that ends with `token`: from scores, times `scale`, and gradients of the applied
@@ -118,22 +115,31 @@ struct HeadOfGradient {
     if (p.grad_sink != nullptr) static_cast<A*>(p.grad_sink)[at] = sink * factor * shared;
   }
 
-  // The gradients of keys or values: of tokens from `base` on read(row, to), zeros of those before.
+  // The gradients of keys or values: of tokens from `base` on read(row, sum), of those before
+  // zeros, and of those that stay in the ring what it has. `sum` is a row of scratch.
   template <class Read>
-  CMHA_INLINE void put(const Read& read, int64_t base, void* of_tokens, void* of_ring) const {
+  CMHA_INLINE void put(const Read& read, int64_t base, void* of_tokens, void* of_ring,
+                       const void* of_ring_after, A* sum) const {
+    const int64_t ring = (head.stream * p.num_heads + head.head) * p.length * p.head_dim;
+    const auto slot_of = [&](int64_t token) {
+      return ring + (head.position() + p.length + token) % p.length * p.head_dim;
+    };
     const auto put_token = [&](int64_t token, S* to) {
       if (token < base) {
-        memset(to, 0, static_cast<size_t>(p.head_dim) * sizeof(S));
+        for (int64_t d = 0; d < p.head_dim; ++d) sum[d] = 0;
       } else {
-        read(token - base, to);
+        read(token - base, sum);
       }
+      if (of_ring_after != nullptr && token >= p.tokens - p.length) {
+        const S* after = static_cast<const S*>(of_ring_after) + slot_of(token);
+        for (int64_t d = 0; d < p.head_dim; ++d) sum[d] += widen(after[d]);
+      }
+      copy_row(sum, p.head_dim, to);
     };
     for (int64_t t = 0; t < p.tokens; ++t) put_token(t, of_clip(of_tokens, t));
     if (of_ring == nullptr) return;
-    S* ring =
-        static_cast<S*>(of_ring) + (head.stream * p.num_heads + head.head) * p.length * p.head_dim;
     for (int64_t t = -p.length; t < 0; ++t) {  // one that never came has a slot as well
-      put_token(t, ring + (head.position() + p.length + t) % p.length * p.head_dim);
+      put_token(t, static_cast<S*>(of_ring) + slot_of(t));
     }
   }
 
@@ -208,6 +214,7 @@ CMHA_INLINE void window_gradient_of_block(const HeadOfGradient<S>& to,
 // Tasks are (stream, head).
 template <class S>
 void window_gradient(const WindowGradientParams& p, void* memory, int64_t begin, int64_t end) {
+  using A = typename AccOf<S>::type;
   Arena arena(memory);
   const WindowGradientScratch<S> scratch(p, arena);
   const Kept<S> keys{p.keys, static_cast<const S*>(p.k_ring), nullptr};
@@ -229,12 +236,12 @@ void window_gradient(const WindowGradientParams& p, void* memory, int64_t begin,
       const int64_t count = min_of(kGradientBlock, p.tokens - token);
       window_gradient_of_block(to, scratch, token, count, base);
     }
-    const auto rows_of = [&](const typename AccOf<S>::type* grads) {
-      return
-          [&p, grads](int64_t row, S* to) { copy_row(grads + row * p.head_dim, p.head_dim, to); };
+    const auto put = [&](const A* grads, void* of_tokens, void* of_ring, const void* after) {
+      to.put([&](int64_t row, A* sum) { copy_row(grads + row * p.head_dim, p.head_dim, sum); },
+             base, of_tokens, of_ring, after, scratch.grad_q);
     };
-    to.put(rows_of(scratch.grad_keys), base, p.grad_k, p.grad_k_ring);
-    to.put(rows_of(scratch.grad_values), base, p.grad_v, p.grad_v_ring);
+    put(scratch.grad_keys, p.grad_k, p.grad_k_ring, p.grad_k_after);
+    put(scratch.grad_values, p.grad_v, p.grad_v_ring, p.grad_v_after);
   }
 }
 

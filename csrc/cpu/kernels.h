@@ -138,12 +138,15 @@ struct RingStepsParams : RingParams {
 // Gradients of several tokens of every stream, each against the window that ends with it. `lse` is
 // a result of the forward, and `out` and `block_tokens` are not used.
 struct WindowGradientParams : RingStepsParams {
-  const void* grad_out;  // (N, T - first, E)
-  const void* grad_lse;  // (N, T - first, H) acc, or null
-  void* grad_q;          // (N, T, E), as those of keys and values
+  const void* grad_out;      // (N, T - first, E)
+  const void* grad_lse;      // (N, T - first, H) acc, or null
+  const void* grad_k_after;  // of the ring that holds the tokens, (N, H, L, D), or null
+  const void* grad_v_after;
+  void* grad_q;  // (N, T, E), as those of keys and values
   void* grad_k;
   void* grad_v;
-  void* grad_k_ring;  // (N, H, L, D), or null
+  int64_t grad_stride;  // elements from one token to the next in these three
+  void* grad_k_ring;    // (N, H, L, D), or null
   void* grad_v_ring;
   void* grad_sink;  // (N, T - first, H) acc, or null
 };

@@ -196,20 +196,21 @@ CMHA_INLINE bool window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
     if (!finite) return false;
     window_gradient_by_unit(to, scratch, unit, token, count, base, rows);
   }
-  const auto put = [&](const UnitSums& sums, float scale, void* of_tokens, void* of_ring) {
+  const auto put = [&](const UnitSums& sums, float scale, void* of_tokens, void* of_ring,
+                       const void* after) {
     to.put(
-        [&](int64_t row, BFloat16* out) {
+        [&](int64_t row, float* sum) {
           for (int64_t i = 0; i < sums.stripes; ++i) {
             const int64_t width = min_of(kTileFeatures, head_dim - i * kTileFeatures);
             put_halves(sums.tiles(row / kTileRows, i) + row % kTileRows * kTileRows, width, scale,
-                       out + i * kTileFeatures);
+                       sum + i * kTileFeatures);
           }
         },
-        base, of_tokens, of_ring);
+        base, of_tokens, of_ring, after, scratch.grad_q);
   };
   const float scale = 1 / static_cast<float>(__builtin_sqrt(static_cast<double>(head_dim)));
-  put(scratch.of_keys, scale, p.grad_k, p.grad_k_ring);
-  put(scratch.of_values, 1, p.grad_v, p.grad_v_ring);
+  put(scratch.of_keys, scale, p.grad_k, p.grad_k_ring, p.grad_k_after);
+  put(scratch.of_values, 1, p.grad_v, p.grad_v_ring, p.grad_v_after);
   to.clear_unasked();
   return true;
 }

@@ -1,9 +1,8 @@
 // continual_mha::cpu_ring_step_backward: gradients of a step that made rings of its own, without
 // extra slots and without queries that wait.
-#include <utility>
 #include <vector>
 
-#include "product.h"
+#include "project_backward.h"
 
 namespace continual_mha::cpu {
 namespace {
@@ -12,38 +11,7 @@ constexpr const char* kOp = "cpu_ring_step_backward";
 
 struct GradientTag {};
 
-// The arguments that may need a gradient, as they follow each other.
-enum Argument {
-  kQuery,
-  kKey,
-  kValue,
-  kKRing,
-  kVRing,
-  kInWeight,
-  kKWeight,
-  kVWeight,
-  kInBias,
-  kOutWeight,
-  kOutBias,
-  kArguments
-};
-
-// A token of every stream for each of query, key and value, features next to each other.
-struct StepTokens {
-  Tensor of[3];
-  bool shared[3];  // with the query
-
-  StepTokens(const Tensor& query, const OptionalTensor& key, const OptionalTensor& value)
-      : of{query, key ? *key : query, value ? *value : query}, shared{true, !key, !value} {
-    for (Tensor& x : of) {
-      STD_TORCH_CHECK(x.dim() == 2, kOp, ": tokens must be (N, E)");
-      if (x.stride(1) != 1) x = torch::stable::contiguous(x);
-    }
-  }
-  bool all_shared() const { return shared[1] && shared[2]; }
-};
-
-RingSizes check(const StepTokens& tokens, const Tensor& grad_out, const Tensor& k_ring,
+RingSizes check(const TokenRows& tokens, const Tensor& grad_out, const Tensor& k_ring,
                 const Tensor& v_ring, const OptionalTensor& grad_k_ring,
                 const OptionalTensor& grad_v_ring, const Weights& w, const Tensor& position) {
   STD_TORCH_CHECK(k_ring.dim() == 4, kOp, ": rings must be (N, H, L, D)");
@@ -70,55 +38,12 @@ RingSizes check(const StepTokens& tokens, const Tensor& grad_out, const Tensor& 
   return s;
 }
 
-// A contiguous tensor of two axes.
-Matrices matrix(const Tensor& x) {
-  return Matrices::contiguous(x.const_data_ptr(), x.size(0), x.size(1));
-}
-
 void attend_backward(const RingGradientParams& p, DType dtype) {
   const Kernels& table = kernels(dtype);
   const int64_t bytes = table.ring_gradient_scratch(p);
   parallel(p.streams * p.num_heads, 6 * p.length * p.head_dim, [&](int64_t begin, int64_t end) {
     table.ring_gradient(p, scratch<GradientTag>(bytes), begin, end);
   });
-}
-
-using Gradients = std::vector<OptionalTensor>;
-
-// Gradients of tokens and of the in-projection's weights from those of projected tokens, (N, 3E):
-// into `grads`, as far as there is a place for them.
-void project_backward(const Tensor& d_tokens, const StepTokens& tokens, const InWeights& in,
-                      DType dtype, const Gradients& grads) {
-  const bool packed = !in.k;
-  const int64_t e = in.q.size(1);
-  const auto product = [&](const Tensor& out, const Matrices& left, const Matrices& right,
-                           bool add = false) {
-    multiply({Matrices::of(out), left, right, nullptr, 1.0, add}, dtype);
-  };
-  if (packed && tokens.all_shared()) {
-    if (grads[kInWeight]) {
-      product(*grads[kInWeight], matrix(d_tokens).transposed(), Matrices::of(tokens.of[0]));
-    }
-    if (grads[kQuery]) product(*grads[kQuery], matrix(d_tokens), matrix(in.q));
-    return;
-  }
-  const Tensor weights[] = {in.q, packed ? in.q : *in.k, packed ? in.q : *in.v};
-  for (int i = 0; i < 3; ++i) {
-    const Tensor& token = tokens.of[i];
-    Matrices part = matrix(d_tokens);
-    part.data = third_at(part.data, i, e, dtype);
-    part.columns = e;
-    const auto part_of = [&](const Tensor& weight) {  // (E, E*)
-      const void* data = third_at(weight.const_data_ptr(), packed ? i : 0, e * e, dtype);
-      return Matrices::contiguous(data, e, token.size(1));
-    };
-    if (const OptionalTensor& to = grads[packed ? kInWeight : kInWeight + i]) {
-      multiply({part_of(*to), part.transposed(), Matrices::of(token)}, dtype);
-    }
-    if (const OptionalTensor& to = grads[tokens.shared[i] ? kQuery : kQuery + i]) {
-      product(*to, part, part_of(weights[i]), i > 0 && tokens.shared[i]);
-    }
-  }
 }
 
 // Key and value of null are the query. The rings are those with the token, which came at
@@ -132,9 +57,8 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
                              std::vector<bool> needed) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, std::nullopt,  std::nullopt};
-  STD_TORCH_CHECK(needed.size() == kArguments, kOp, ": needed must be of ", kArguments,
-                  " arguments");
-  const StepTokens tokens(query, key, value);
+  STD_TORCH_CHECK(query.dim() == 2, kOp, ": tokens must be (N, E)");
+  const TokenRows tokens(query, key, value, kOp);
   const RingSizes s =
       check(tokens, grad_out, k_ring, v_ring, grad_k_ring, grad_v_ring, w, position);
   const DType dtype = dtype_of(query, kOp);
@@ -146,13 +70,10 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   if (grad_k_ring) grad_k_ring = as_contiguous(*grad_k_ring);
   if (grad_v_ring) grad_v_ring = as_contiguous(*grad_v_ring);
 
-  Gradients grads(kArguments);
   const OptionalTensor given[] = {
       query,         key,           value,        k_ring,          v_ring,       in_proj_weight,
       k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
-  for (int i = 0; i < kArguments; ++i) {
-    if (needed[i] && given[i]) grads[i] = new_like(*given[i]);
-  }
+  const Gradients grads = new_gradients(given, needed, kOp);
   const Tensor q = new_like(query, {n, e});
   const Tensor d_heads = new_like(query, {n, e});
   const Tensor heads = new_like(query, {n, e});
@@ -160,7 +81,7 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   const Matrices w_q = Matrices::contiguous(in.q.const_data_ptr(), e, e);
   multiply({matrix(q), Matrices::of(tokens.of[0]), w_q.transposed(), data_or_null(in_proj_bias)},
            dtype);
-  multiply({matrix(d_heads), matrix(d_out), matrix(w_o)}, dtype);
+  multiply_tokens(d_heads, d_out, w_o, dtype);
   RingGradientParams p{};
   p.q = q.const_data_ptr();
   p.k_ring = k_ring.const_data_ptr();
@@ -180,16 +101,7 @@ Gradients ring_step_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   attend_backward(p, dtype);
 
   project_backward(d_tokens, tokens, in, dtype, grads);
-  if (grads[kOutWeight]) {
-    multiply({matrix(*grads[kOutWeight]), matrix(d_out).transposed(), matrix(heads)}, dtype);
-  }
-  const auto sum_rows = [&](const OptionalTensor& to, const Tensor& x) {
-    if (!to) return;
-    const Matrices row = Matrices::contiguous(to->const_data_ptr(), 1, x.size(1));
-    multiply({row, ones(n, dtype), matrix(x)}, dtype);
-  };
-  sum_rows(grads[kInBias], d_tokens);
-  sum_rows(grads[kOutBias], d_out);
+  project_out_backward(d_out, heads, dtype, grads);
   return grads;
 }
 

@@ -1,0 +1,80 @@
+"""Many tokens over keys and values that make rings of their own, as one node of autograd."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, backends, reference, windows
+from .dropout import dropout_seed
+from .nodes import gradients_by_operators, is_followed, without_autocast
+from .reference import Options, Rings, Tokens, Weights
+from .step_node import Given, why_no_node
+
+
+def steps(
+    tokens: Tokens, rings: Rings, first: int, weights: Weights, dropout_p: float
+) -> tuple[Tensor, Rings]:
+    """``reference.ring_steps`` by the CPU library, where nothing speaks against it."""
+    given = Given.of(tokens, rings, weights)
+    out, k, v = _Steps.apply(first, dropout_p, rings.q, rings.position, *given)
+    return out, Rings(k, v, rings.q, rings.position + tokens[0].shape[1])
+
+
+def why_not(
+    tokens: Tokens, rings: Rings, first: int, weights: Weights, options: Options
+) -> str | None:
+    """Why ``steps`` does not serve; None if it does."""
+    if reason := why_no_node(tokens[0], rings, weights, options):
+        return reason
+    args = (*tokens, *weights, *rings, first, False, 0.0, True)
+    return backends.why_not("cpu", "ring_steps_", args)
+
+
+class _Steps(torch.autograd.Function):
+    """The output and the rings with the tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: int, dropout_p: float, q_ring: Tensor, position: Tensor, *given: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed = dropout_seed(dropout_p, position.device)
+        function = _native.cpu_function("new_ring_steps")
+        out, k, v, *found = function(*given, position, seed, first, dropout_p)
+        ctx.save_for_backward(q_ring, position, seed, *found, *given)
+        ctx.how = (first, dropout_p)
+        ctx.set_materialize_grads(False)
+        return out, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q_ring, *kept = ctx.saved_tensors
+        before, given = kept[:5], Given(*kept[5:])  # position and seed, and what the forward found
+        needed = ctx.needs_input_grad[4:]
+        if is_followed(grads):
+            run_again = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
+            return *(None,) * 4, *gradients_by_operators(run_again, given, grads, needed, "cpu")
+        d_out, *d_rings = grads
+        if d_out is None:
+            batch, count, embed_dim = given.query.shape
+            d_out = given.query.new_zeros(batch, count - ctx.how[0], embed_dim)
+        with without_autocast("cpu"):
+            function = _native.cpu_function("new_ring_steps_backward")
+            found = function(d_out, *d_rings, *given, *before, *ctx.how, needed)
+        return *(None,) * 4, *found
+
+
+def _steps_by_operators(
+    first: int, dropout_p: float, q_ring: Tensor, position: Tensor, seed: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The node's results by operators that autograd knows."""
+    found = Given(*given)
+    rings = Rings(found.k_ring, found.v_ring, q_ring, position)
+    how = (first, False, dropout_p)
+    out, after = reference.ring_steps(
+        *found.tokens(), found.weights(), rings, *how, attending=partial(windows.attend, seed=seed)
+    )
+    return out, after.k, after.v

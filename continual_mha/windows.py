@@ -1,0 +1,56 @@
+"""Attention of a clip's queries over the windows that end with them, where a gradient is needed."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from . import backends, inputs, mixing, ops, reference
+from .dropout import dropout_seed
+from .reference import Rings, Tokens, Weights
+
+NO_GRADIENT = "a gradient is needed, for which it has no kernel"
+
+
+def attend(
+    clip: Tokens,
+    rings: Rings,
+    weights: Weights,
+    first: int,
+    add_zero_attn: bool,
+    dropout_p: float,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``reference.attend_in_blocks`` by the fused operator where it serves.
+
+    Dropout is drawn from ``seed``, which is drawn itself if it is None.
+    """
+    heads = rings.k.shape[1:4:2]
+    q, k, v = (x.unflatten(-1, heads) for x in clip)
+    given = (q, k, v, *rings[:2], rings.position)
+    reason = why_not(*given)
+    if reason is not None:
+        backends.leave_to_pytorch("attend_window", reason)
+        return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
+    extra = None
+    if reference.has_extra_slots(weights, add_zero_attn):
+        asking = q[:, first:] / math.sqrt(q.shape[-1])
+        extra = inputs.extra_scores(asking, weights, add_zero_attn)
+    seed = dropout_seed(dropout_p, q.device) if seed is None else seed
+    how = (mixing.sink(extra), seed, first, dropout_p)
+    out, lse = ops.call("attend_window", *given, *how)
+    on_extra = mixing.weights_of_extra(extra, lse, dropout_p)
+    return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
+
+
+def why_not(query: Tensor, *args: Tensor) -> str | None:
+    """Why the fused operator does not serve; None if it does."""
+    if reason := mixing.why_plain(query):
+        return reason
+    first = backends.order(query.device.type)[0]
+    if first == "triton":
+        return mixing.why_not_triton("attend_window", query, *args)
+    if first == "cpu":
+        return backends.why_not_later("cpu", "attend_window", (query, *args))
+    return NO_GRADIENT
