@@ -62,8 +62,9 @@ def jobs_for_case(case: grid.Case) -> list[Callable[[], None]]:
     """Those of a case of the benchmark, whatever formulation it chooses."""
     if case.mode == "forward":  # an operator by name: from such tensors no call of it gets further
         case = case._replace(mode="forward_backward")
-    stateless = case.mode == "forward_backward"
-    return [partial(compile_case, case, each) for each in ((None,) if stateless else FORMULATIONS)]
+    return [
+        partial(compile_case, case, each) for each in (FORMULATIONS if case.goes_on else (None,))
+    ]
 
 
 def jobs_for(size: str) -> list[Callable[[], None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-MODES = ("step", "forward", "forward_backward", "steps")
+MODES = ("step", "forward", "forward_backward", "steps", "steps_backward")
 SIZES = ("quick", "standard", "full")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         sequence_len: window, ``L``; the clip's length in ``forward``.
         tokens: tokens per stream in a call, ``T``; 1 in a step.
         dtype: name of the dtype.
-        mode: ``step``, ``forward``, ``forward_backward`` or ``steps``.
+        mode: one of ``MODES``; what ends in ``backward`` is a call with its gradients.
     """
 
     family: str
@@ -62,8 +62,23 @@ class Case(NamedTuple):
     def label(self) -> str:
         """Short name for people: ``step detection N=8 E=1024 H=8 L=64 bfloat16``."""
         sizes = f"N={self.batch_size} E={self.embed_dim} H={self.num_heads} L={self.sequence_len}"
-        many = f" T={self.tokens}" if self.mode == "steps" else ""
+        many = f" T={self.tokens}" if self.takes_many else ""
         return f"{self.mode} {self.family} {sizes}{many} {self.dtype}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are taken of tokens and weights."""
+        return self.mode.endswith("backward")
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether a call of a stream takes ``T`` tokens."""
+        return self.mode.startswith("steps")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a call goes on from a state, and does not take a clip."""
+        return self.mode.startswith("step")
 
     @property
     def state_bytes(self) -> int:
@@ -211,7 +226,7 @@ def _cases_of_mode(device_type: str, size: str, mode: str, dtype: str) -> Iterat
     if mode == "step":
         for family, batch_sizes in _STEP_POINTS[device_type][size]:
             yield from (case_of(family, n, mode, dtype) for n in batch_sizes)
-    elif mode == "steps":
+    elif mode in ("steps", "steps_backward"):
         for family, n, tokens in _STEPS_POINTS[device_type][size]:
             yield case_of(family, n, mode, dtype, tokens)
     else:
@@ -235,8 +250,8 @@ def work(case: Case, formulation: str = "kv") -> Work:
     n, e, h, length = case.batch_size, case.embed_dim, case.num_heads, case.sequence_len
     size = BYTES[case.dtype]
     weights = 4 * e * e
-    if case.mode in ("forward", "forward_backward"):
-        passes = 1 if case.mode == "forward" else 3
+    passes = 3 if case.trains else 1
+    if not case.goes_on:
         elements = weights + n * length * e + n * e
         moved = min(2 * length * e * e + 2 * length * e, 2 * e * e + 2 * h * length * e)
         return Work(passes * elements * size, 2 * passes * n * (2 * e * e + moved))
@@ -244,4 +259,5 @@ def work(case: Case, formulation: str = "kv") -> Work:
     written = (1 if formulation == "input" else 2) * min(case.tokens, length) * e
     elements = weights + n * (cached + written + 2 * case.tokens * e)
     attention = 2 * h * length * e if formulation == "input" else 2 * length * e
-    return Work(elements * size, 2 * n * case.tokens * (4 * e * e + attention))
+    flops = 2 * n * case.tokens * (4 * e * e + attention)
+    return Work(passes * elements * size, passes * flops)

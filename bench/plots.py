@@ -70,7 +70,7 @@ def over_window(results: Results) -> Figure | None:
 def roofline(results: Results) -> Figure | None:
     """Our achieved rate over the work's arithmetic intensity, under the measured ceilings."""
     ceilings = from_rows(results.rows)
-    rows = [results.first(case, OURS) for case in results.cases if case.mode != "forward_backward"]
+    rows = [results.first(case, OURS) for case in results.cases if not case.trains]
     known = [row for row in rows if row is not None]
     rates = {c.of: c.value for c in ceilings if c.name == "matrix rate"}
     if not known or not rates:

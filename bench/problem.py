@@ -44,11 +44,12 @@ class Problem:
         for bias in (self.mha.in_proj_bias, self.mha.out_proj.bias):
             nn.init.normal_(bias, std=0.1)
         self.mha = self.mha.to(**options).eval()
-        self.mha.requires_grad_(case.mode == "forward_backward")
+        self.mha.requires_grad_(case.trains)
         n, length, e = case.batch_size, case.sequence_len, case.embed_dim
         self.past = torch.randn(n, length, e, **options)
         self.tokens = torch.randn(n, case.tokens, e, **options)
-        self.gradient = torch.randn(n, e, **options)  # of the loss by the output of forward
+        # of the loss by the output
+        self.gradient = torch.randn(n, *((case.tokens,) if case.goes_on else ()), e, **options)
 
     @property
     def in_weight(self) -> Tensor:
@@ -81,22 +82,24 @@ class Problem:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """Outputs of the checked streams in float64, and the gradient of ``past`` if there is one.
+        """Outputs of the checked streams in float64, and if there is one, the gradient of tokens.
 
-        Steps give (n, T, E), ``forward`` gives (n, E), and the gradient is (n, L, E).
+        Steps give (n, T, E), ``forward`` gives (n, E). The gradient is of the tokens that a call
+        takes: of ``tokens`` (n, T, E), or of ``past`` (n, L, E).
         """
         past = self.past[self.checked].double()
         tokens = self.tokens[self.checked].double()
-        if self.case.mode in ("step", "steps"):
-            with torch.no_grad():
-                return (self._exact(torch.cat([past, tokens], dim=1), self.case.tokens),)
-        past.requires_grad_(self.case.mode == "forward_backward")
-        out = self._exact(past, 1)[:, 0]
-        if self.case.mode == "forward":
+        taken = tokens if self.case.goes_on else past
+        taken.requires_grad_(self.case.trains)
+        if self.case.goes_on:
+            out = self._exact(torch.cat([past, tokens], dim=1), self.case.tokens)
+        else:
+            out = self._exact(past, 1)[:, 0]
+        if not self.case.trains:
             return (out.detach(),)
         out.backward(self.gradient[self.checked].double())
-        assert past.grad is not None
-        return out.detach(), past.grad
+        assert taken.grad is not None
+        return out.detach(), taken.grad
 
     def _exact(self, x: Tensor, count: int) -> Tensor:
         """Attention of the last ``count`` tokens of x, each over its last ``L`` tokens."""
@@ -122,7 +125,7 @@ class Problem:
 
         Args:
             outputs: what the first call gave for all streams; one axis of size 1 more or less does
-                not matter. With the gradient of ``past`` in ``forward_backward``.
+                not matter. With the gradient of the tokens, if gradients are taken.
         """
         given = outputs if isinstance(outputs, tuple) else (outputs,)
         if len(given) != len(self.expected):

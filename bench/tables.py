@@ -37,7 +37,7 @@ def times_as(ratio: Ratio | None) -> str:
 
 
 def _sizes(case: Case) -> list[str]:
-    many = f", T={case.tokens}" if case.mode == "steps" else ""
+    many = f", T={case.tokens}" if case.takes_many else ""
     window = f"E={case.embed_dim}, H={case.num_heads}, L={case.sequence_len}{many}"
     return [f"{case.family}: {window}, {case.dtype}", str(case.batch_size)]
 
@@ -52,7 +52,8 @@ def speed(results: Results, mode: str) -> str:
     header = ["shape", "N"]
     header += ["graph, µs", "cold, µs", "host, µs"] if on_gpu else ["µs"]
     header += ["of roofline", f"over {REFERENCE}"]
-    header += [] if mode == "steps" else [f"over {ONE_QUERY}"]
+    one_query = not mode.startswith("steps")
+    header += [f"over {ONE_QUERY}"] if one_query else []
     header += ["over the fastest other", "which is"]
     lines = []
     for case in results.cases:
@@ -67,7 +68,7 @@ def speed(results: Results, mode: str) -> str:
             cells += [microseconds(first), _share(first)]
         best = results.best_rival(case)
         cells.append(times_as(results.ratio(case, REFERENCE)))
-        cells += [] if mode == "steps" else [times_as(results.ratio(case, ONE_QUERY))]
+        cells += [times_as(results.ratio(case, ONE_QUERY))] if one_query else []
         cells += [times_as(best[1]), f"{best[0]} ({best[1].timer})"] if best else ["", ""]
         lines.append(cells)
     return markdown(header, lines) if lines else ""
@@ -167,6 +168,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "forward": lambda results: speed(results, "forward"),
     "forward_backward": lambda results: speed(results, "forward_backward"),
     "steps": lambda results: speed(results, "steps"),
+    "steps_backward": lambda results: speed(results, "steps_backward"),
     "dispatch": dispatch,
     "ceilings": ceilings,
     "missing": missing,

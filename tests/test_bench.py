@@ -37,6 +37,7 @@ TINY = {
     "step": Case("tiny", 3, 24, 2, 7, 1, "float32", "step"),
     "steps": Case("tiny", 3, 24, 2, 7, 5, "float32", "steps"),
     "steps beyond the window": Case("tiny", 2, 24, 2, 4, 9, "float32", "steps"),
+    "steps_backward": Case("tiny", 3, 24, 2, 7, 5, "float32", "steps_backward"),
     "forward": Case("tiny", 3, 24, 2, 7, 1, "float32", "forward"),
     "forward_backward": Case("tiny", 3, 24, 2, 7, 1, "float32", "forward_backward"),
 }
@@ -78,7 +79,7 @@ def test_every_grid_is_well_formed(device_type, size):
     assert {case.mode for case in cases} == set(grid.MODES)
     for case in cases:
         assert case.embed_dim % case.num_heads == 0
-        assert (case.mode == "steps") == (case.tokens > 1)
+        assert case.takes_many == (case.tokens > 1)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

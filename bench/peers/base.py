@@ -23,7 +23,7 @@ class Ready(NamedTuple):
     """A call that is set up: streams are warm, and the first call takes ``Problem.tokens``.
 
     Attributes:
-        run: makes one call and returns its output for all streams, with the gradient of the clip
+        run: makes one call and returns its output for all streams, with the gradient of its tokens
             where the mode has a backward pass.
         context: what has to surround calls; entered once around many.
         why_no_graph: why a replayed CUDA graph would not be the same computation, if so.

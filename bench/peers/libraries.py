@@ -11,7 +11,7 @@ from torch import Tensor
 from ..grid import Case
 from ..problem import Problem
 from .base import Peer, Ready, missing
-from .ours import forward_backward
+from .ours import forward_backward, steps_backward
 
 _MOVING_STATE = "every step makes new state tensors, from which a replay would not go on"
 
@@ -30,12 +30,18 @@ def _setup_continual(problem: Problem) -> Ready:
         dtype=problem.dtype,
     )
     module.load_state_dict(problem.mha.state_dict())
-    module.eval().requires_grad_(case.mode == "forward_backward")
+    module.eval().requires_grad_(case.trains)
     if case.mode == "forward":
         return Ready(partial(module.forward, problem.past), torch.inference_mode)
     if case.mode == "forward_backward":
         return Ready(partial(forward_backward, module, problem))
     module.set_state(_continual_state(problem))
+    if case.mode == "steps_backward":
+
+        def detach() -> None:
+            module.set_state(tuple(x.detach() for x in module.get_state()))
+
+        return Ready(partial(steps_backward, module, problem, detach))
     if case.mode == "step":
         run = partial(module.forward_step, problem.tokens[:, 0])
     else:
@@ -164,7 +170,7 @@ def peers(device: torch.device) -> list[Peer]:
     return [
         Peer(
             "continual-inference",
-            ("step", *clips, "steps"),
+            ("step", *clips, "steps", "steps_backward"),
             _setup_continual,
             lambda case: missing("continual"),
             copies=3,

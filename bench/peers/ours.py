@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -28,8 +29,8 @@ def build(
     module = SingleOutputMultiheadAttention.build_from(
         problem.mha, problem.case.sequence_len, forward_returns_attn_mask=False, **options
     )
-    module.eval().requires_grad_(problem.case.mode == "forward_backward")
-    if problem.case.mode in ("step", "steps"):
+    module.eval().requires_grad_(problem.case.trains)
+    if problem.case.goes_on:
         row = problem.past[:, 0]
         chunk = max(1, _CHUNK_BYTES // max(1, row.numel() * row.element_size()))
         # The first call of a stream decides what an automatic module caches.
@@ -45,9 +46,9 @@ def build(
     return module
 
 
-def _context(backend: str | None, mode: str) -> AbstractContextManager[object]:
+def _context(backend: str | None, trains: bool) -> AbstractContextManager[object]:
     stack = ExitStack()
-    if mode != "forward_backward":
+    if not trains:
         stack.enter_context(torch.inference_mode())
     if backend is not None:
         stack.enter_context(continual_mha.use_backend(backend))
@@ -62,7 +63,20 @@ def _run_of(module: SingleOutputMultiheadAttention, problem: Problem) -> Any:
         return partial(module.forward_steps, problem.tokens)
     if mode == "forward":
         return partial(module.forward, problem.past)
+    if mode == "steps_backward":
+        return partial(steps_backward, module, problem, module.detach_state)
     return partial(forward_backward, module, problem)
+
+
+def steps_backward(module: Any, problem: Problem, detach: Callable[[], None]) -> Outputs:
+    """As ``forward_backward``, of the next tokens of a stream; ``detach`` cuts what was before."""
+    tokens = problem.tokens.detach().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    out = module.forward_steps(tokens)
+    out.backward(problem.gradient)
+    detach()
+    assert tokens.grad is not None
+    return out, tokens.grad
 
 
 def forward_backward(module: torch.nn.Module, problem: Problem) -> Outputs:
@@ -77,7 +91,7 @@ def forward_backward(module: torch.nn.Module, problem: Problem) -> Outputs:
 
 def setup(backend: str | None, formulation: str | None, problem: Problem) -> Ready:
     """The module on a backend and in a formulation; None for what it chooses."""
-    context = partial(_context, backend, problem.case.mode)
+    context = partial(_context, backend, problem.case.trains)
     with context():
         module = build(problem, formulation, backend)
     return Ready(_run_of(module, problem), context, None, module.formulation)
@@ -85,7 +99,7 @@ def setup(backend: str | None, formulation: str | None, problem: Problem) -> Rea
 
 def _setup_single_steps(problem: Problem) -> Ready:
     """T single steps: what ``forward_steps`` saves."""
-    context = partial(_context, None, "step")
+    context = partial(_context, None, False)
     with context():
         module = build(problem, None)
     tokens = problem.tokens.unbind(1)
@@ -99,9 +113,9 @@ def _setup_single_steps(problem: Problem) -> Ready:
 def _why_absent(backend: str | None, formulation: str | None, case: Case) -> str | None:
     if backend is not None and (missing := continual_mha.backends.why_missing(backend)):
         return missing
-    if formulation is not None and case.mode in ("forward", "forward_backward"):
+    if formulation is not None and not case.goes_on:
         return "a clip has no state"
-    if backend == "cuda" and (case.mode == "steps" or formulation == "input"):
+    if backend == "cuda" and (case.takes_many or formulation == "input"):
         return "the CUDA library has no kernel for it"
     return None
 
@@ -116,7 +130,7 @@ def peers(device: torch.device) -> list[Peer]:
     found = [
         Peer(
             name="ours" + "".join(f":{part}" for part in choice if part is not None),
-            modes=MODES if choice[1] is None else ("step", "steps"),
+            modes=MODES if choice[1] is None else ("step", "steps", "steps_backward"),
             setup=partial(setup, *choice),
             why_absent=partial(_why_absent, *choice),
             formulation=choice[1] or "kv",
