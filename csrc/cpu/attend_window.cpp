@@ -13,6 +13,23 @@ struct GradientTag {};
 
 }  // namespace
 
+void put_windows(RingStepsParams& p, const Tensor& k_ring, const Tensor& v_ring,
+                 const Tensor& position, int64_t tokens, int64_t first, const OptionalTensor& seed,
+                 double dropout_p, const char* op) {
+  p.k_ring = const_cast<void*>(k_ring.const_data_ptr());
+  p.v_ring = const_cast<void*>(v_ring.const_data_ptr());
+  p.position = static_cast<const int64_t*>(position.const_data_ptr());
+  p.streams = k_ring.size(0);
+  p.num_heads = k_ring.size(1);
+  p.length = k_ring.size(2);
+  p.head_dim = k_ring.size(3);
+  p.tokens = tokens;
+  p.first = first;
+  if (!seed) return;
+  p.seed = read_seed(*seed, op);
+  p.dropout_p = static_cast<float>(dropout_p);
+}
+
 void attend_windows(RingStepsParams p, DType dtype, RingDType ring) {
   const int64_t wanted = p.tokens - p.first;
   if (p.streams == 0 || wanted == 0) return;
@@ -94,27 +111,13 @@ struct Windows {
     this->sink = contiguous_acc(sink, acc_type(dtype));
   }
 
-  int64_t streams() const { return query.x.size(0); }
-  int64_t tokens() const { return query.x.size(1); }
-
   void put(RingStepsParams& p, const OptionalTensor& seed, int64_t first, double dropout_p) const {
     p.q = query.x.const_data_ptr();
     p.token_stride = query.stride;
     p.keys = key.kept();
     p.values = value.kept();
-    p.k_ring = const_cast<void*>(k_ring.const_data_ptr());  // which nothing here writes to
-    p.v_ring = const_cast<void*>(v_ring.const_data_ptr());
-    p.position = static_cast<const int64_t*>(position.const_data_ptr());
     p.sink = data_or_null(sink);
-    p.streams = streams();
-    p.num_heads = k_ring.size(1);
-    p.head_dim = k_ring.size(3);
-    p.length = k_ring.size(2);
-    p.tokens = tokens();
-    p.first = first;
-    if (!seed) return;
-    p.seed = read_seed(*seed, kOp);
-    p.dropout_p = static_cast<float>(dropout_p);
+    put_windows(p, k_ring, v_ring, position, query.x.size(1), first, seed, dropout_p, kOp);
   }
 
  private:

@@ -37,11 +37,10 @@ struct UnitWindowScratch {
   BFloat16* left;              // (32, 32) of these, by rows of keys
   float* grad_q;               // (kTileRows, D)
   float* keeps;
-  int64_t tiled_rows;
 
   UnitWindowScratch(const WindowGradientParams& p, Arena& arena) {
     const int64_t most = most_rows(p);
-    tiled_rows = tiles_of_features(most) * kTileFeatures;
+    const int64_t tiled_rows = tiles_of_features(most) * kTileFeatures;
     const int64_t stripes = tiles_of_features(p.head_dim);
     const int64_t width = stripes * kTileFeatures;
     const int64_t stride = tiles_of_features(padded_scores<float>(tiled_rows)) * kTileFeatures;
@@ -70,11 +69,10 @@ CMHA_INLINE bool suits_unit(const WindowGradientParams& p) {
 }
 
 int64_t window_gradient_unit_scratch(const WindowGradientParams& p) {
-  const int64_t bytes = window_gradient_scratch<BFloat16>(p);
-  if (!suits_unit(p)) return bytes;
+  if (!suits_unit(p)) return window_gradient_scratch<BFloat16>(p);
   Arena arena(nullptr);
   UnitWindowScratch(p, arena);
-  return max_of(bytes, arena.used());
+  return arena.used();
 }
 
 // Two rows of tiles += the turned factors of 32 rows times the vectors of 32 queries.
@@ -104,8 +102,8 @@ CMHA_INLINE void add_products(const MatrixUnit& unit, const UnitRows<BFloat16>& 
   }
 }
 
-// As window_gradient_of_block, of at most 32 queries. All that is multiplied is finite, so that
-// rows outside of a window may meet weights of zero. `rows` is how many are laid out.
+// As window_gradient_of_block, of at most 32 queries, whose rows meet weights of zero outside of
+// their windows. `rows` is how many are laid out.
 CMHA_INLINE void window_gradient_by_unit(const HeadOfGradient<BFloat16>& to,
                                          const UnitWindowScratch& scratch, const MatrixUnit& unit,
                                          int64_t token, int64_t count, int64_t base, int64_t rows) {
@@ -154,18 +152,17 @@ CMHA_INLINE void window_gradient_by_unit(const HeadOfGradient<BFloat16>& to,
 }
 
 // The queries or the gradients of outputs from `token` on, vector(i), to rows and to the right of a
-// product; whether all are finite.
+// product.
 template <class Vector>
-CMHA_INLINE bool lay_out_vectors(const Vector& vector, int64_t count, int64_t head_dim,
+CMHA_INLINE void lay_out_vectors(const Vector& vector, int64_t count, int64_t head_dim,
                                  const UnitRows<BFloat16>& to, char* right) {
   memset(to.data, 0, static_cast<size_t>(kUnitQueries * to.stride) * sizeof(BFloat16));
   for (int64_t i = 0; i < count; ++i) copy_row(vector(i), head_dim, to.from(i).data);
   pack_right([&](int64_t i) { return to.from(i).data; }, kUnitQueries, head_dim, right);
-  return all_finite(to.data, kUnitQueries * to.stride);
 }
 
-// One head of one stream; false, with nothing but zeros in between, where a value is not finite.
-CMHA_INLINE bool window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
+// One head of one stream.
+CMHA_INLINE void window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
                                          const UnitWindowScratch& scratch, const MatrixUnit& unit) {
   const WindowGradientParams& p = to.p;
   const int64_t head_dim = p.head_dim;
@@ -178,10 +175,9 @@ CMHA_INLINE bool window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
     }
     pack<BFloat16>({scratch.rows, packed, head_dim, 1, rows, head_dim, 1.0}, 0,
                    (rows + kTileRows - 1) / kTileRows);
-    return all_finite(scratch.rows, rows * head_dim);
   };
-  if (!lay_out(p.values, p.v_ring, scratch.values)) return false;
-  if (!lay_out(p.keys, p.k_ring, scratch.keys)) return false;
+  lay_out(p.values, p.v_ring, scratch.values);
+  lay_out(p.keys, p.k_ring, scratch.keys);
   pack_right([&](int64_t i) { return scratch.rows + i * head_dim; }, rows, head_dim, scratch.right);
   const int64_t tiled = tiles_of_features(rows) * kTileFeatures * scratch.of_keys.stripes;
   for (int64_t i = 0; i < tiled * kTileFeatures; ++i) {
@@ -189,11 +185,10 @@ CMHA_INLINE bool window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
   }
   for (int64_t token = p.first; token < p.tokens; token += kUnitQueries) {
     const int64_t count = min_of(kUnitQueries, p.tokens - token);
-    const bool finite = lay_out_vectors([&](int64_t i) { return to.head.query(token + i); }, count,
-                                        head_dim, scratch.q, scratch.q_right) &&
-                        lay_out_vectors([&](int64_t i) { return to.grad_out(token + i); }, count,
-                                        head_dim, scratch.grad_out, scratch.grad_right);
-    if (!finite) return false;
+    lay_out_vectors([&](int64_t i) { return to.head.query(token + i); }, count, head_dim, scratch.q,
+                    scratch.q_right);
+    lay_out_vectors([&](int64_t i) { return to.grad_out(token + i); }, count, head_dim,
+                    scratch.grad_out, scratch.grad_right);
     window_gradient_by_unit(to, scratch, unit, token, count, base, rows);
   }
   const auto put = [&](const UnitSums& sums, float scale, void* of_tokens, void* of_ring,
@@ -212,10 +207,9 @@ CMHA_INLINE bool window_gradient_of_head(const HeadOfGradient<BFloat16>& to,
   put(scratch.of_keys, scale, p.grad_k, p.grad_k_ring, p.grad_k_after);
   put(scratch.of_values, 1, p.grad_v, p.grad_v_ring, p.grad_v_after);
   to.clear_unasked();
-  return true;
 }
 
-// As window_gradient, which serves where values are not finite.
+// As window_gradient.
 void window_gradient_of_unit(const WindowGradientParams& p, void* memory, int64_t begin,
                              int64_t end) {
   if (!suits_unit(p)) return window_gradient<BFloat16>(p, memory, begin, end);
@@ -224,9 +218,7 @@ void window_gradient_of_unit(const WindowGradientParams& p, void* memory, int64_
   const MatrixUnit unit;
   for (int64_t task = begin; task < end; ++task) {
     const HeadOfClip<BFloat16> head{p, task / p.num_heads, task % p.num_heads};
-    if (!window_gradient_of_head({p, head}, scratch, unit)) {
-      window_gradient<BFloat16>(p, memory, task, task + 1);
-    }
+    window_gradient_of_head({p, head}, scratch, unit);
   }
 }
 

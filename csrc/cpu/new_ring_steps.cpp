@@ -69,18 +69,7 @@ struct Clip {
     p.token_stride = 3 * embed_dim();
     p.keys = {third_at(data, 1, embed_dim(), dtype), nullptr, p.token_stride};
     p.values = {third_at(data, 2, embed_dim(), dtype), nullptr, p.token_stride};
-    p.k_ring = const_cast<void*>(k_ring.const_data_ptr());  // which nothing here writes to
-    p.v_ring = const_cast<void*>(v_ring.const_data_ptr());
-    p.position = static_cast<const int64_t*>(position.const_data_ptr());
-    p.streams = s.streams;
-    p.num_heads = s.num_heads;
-    p.head_dim = s.head_dim;
-    p.length = s.length;
-    p.tokens = count;
-    p.first = first;
-    if (!seed) return;
-    p.seed = read_seed(*seed, kOp);
-    p.dropout_p = static_cast<float>(dropout_p);
+    put_windows(p, k_ring, v_ring, position, count, first, seed, dropout_p, kOp);
   }
 
   // A copy of a ring that holds the tokens as well.
