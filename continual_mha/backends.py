@@ -65,11 +65,11 @@ def use_backend(name: str) -> Iterator[None]:
     training, too, where products with weights are PyTorch's in all but ``cpu``: ``triton`` has
     kernels for the gradients of all three forwards, ``cpu`` for those of ``forward``,
     ``forward_steps`` and, without extra slots, dropout and queries that wait, ``forward_step``,
-    ``cuda`` for that of ``forward`` without returned weights and dropout. Attention of all queries, as with
-    ``single_output_forward=False``, and weights that are not averaged over the heads have ``torch``
-    only. Other threads and asynchronous tasks see nothing of it. Nor do they where compiled modules
-    run; but while ``torch.compile`` traces a call, only one thread at a time may be inside such a
-    block.
+    ``cuda`` for that of ``forward`` without returned weights and dropout. Attention of all queries,
+    as with ``single_output_forward=False``, and weights that are not averaged over the heads have
+    ``torch`` only. Other threads and asynchronous tasks see nothing of it. Nor do they where
+    compiled modules run; but while ``torch.compile`` traces a call, only one thread at a time may
+    be inside such a block.
 
     Raises:
         ValueError: there is no backend of that name.
