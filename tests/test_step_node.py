@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import LENGTH, build
+from oracles import LENGTH, build, draw_tokens
 from torch import Tensor
 from torch.autograd import gradcheck
 from trained_streams import STREAMS, assert_as_exact, assert_as_plain, drawn_calls
@@ -119,6 +119,26 @@ def test_a_state_that_lies_as_it_likes() -> None:
     grads = [torch.autograd.grad(y.square().sum(), steps[0][0])[0] for y in (expected, out)]
     assert torch.equal(out, expected)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kdim": 7, "vdim": 10}], ids=str)
+def test_many_streams_for_which_torch_multiplies(arguments: dict[str, Any]) -> None:
+    module = build(dtype=torch.float64, **arguments)
+    tokens = [x[:, 0].requires_grad_() for x in draw_tokens(module, 70, 1)]
+    given = tokens if arguments else tokens[:1]
+
+    def trained() -> list[Tensor]:
+        module.clean_state()
+        module.start_streams(70)
+        out = module.forward_step(*given)
+        return [out, *torch.autograd.grad(out.square().sum(), [*given, *module.parameters()])]
+
+    found = trained()
+    assert is_one_node(found[0])
+    with co.use_backend("torch"):
+        expected = trained()
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
 def test_explain_says_that_it_runs() -> None:

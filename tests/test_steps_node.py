@@ -259,8 +259,9 @@ def test_a_token_that_is_not_finite_spoils_no_other_stream(dtype: torch.dtype, i
         torch.manual_seed(0)
         x = torch.randn(STREAMS, 40, 36).to(dtype).requires_grad_()
         with torch.no_grad():
-            x[1, 20:30] = torch.nan if broken else 1.0
-        module.clean_state()
+            x[1] = torch.nan if broken else 1.0
+            module.clean_state()
+            module.forward_steps(torch.ones_like(x))  # so that each token has an output
         out = module.forward_steps(x)
         assert is_one_node(out)
         assert out is not None
