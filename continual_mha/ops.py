@@ -264,10 +264,21 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _run_backward(name: str, *args: Any) -> Any:
+Run = Callable[..., Any]  # as ``_by_name``
+
+
+def _by_name(name: str, *args: Any) -> Any:
+    return getattr(torch.ops.continual_mha, name)(*args)
+
+
+def _directly(name: str, *args: Any) -> Any:
+    return (_by_name if is_opaque(args[0]) else backends.run_directly)(name, *args)
+
+
+def _run_backward(run: Run, name: str, *args: Any) -> Any:
     """The backward operator ``name``, or what can be differentiated once more or transformed."""
     followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
-    return getattr(reference if followed else torch.ops.continual_mha, name)(*args)
+    return getattr(reference, name)(*args) if followed else run(name, *args)
 
 
 def shared_gradients(
@@ -290,13 +301,14 @@ def shared_gradients(
 
 
 def _differentiate_shared(
-    ctx: Any, grad_out: Tensor | None, *args: Any
+    run: Run, ctx: Any, grad_out: Tensor | None, *args: Any
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the five tensors that both operators begin with."""
     value, sink, out = args[5], args[7], args[9]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     of_tiles = any(ctx.needs_input_grad[1:3])
-    d_query, d_key, d_value, d_sink = shared_gradients(_run_backward, of_tiles, grad_out, *args)
+    run_backward = partial(_run_backward, run)
+    d_query, d_key, d_value, d_sink = shared_gradients(run_backward, of_tiles, grad_out, *args)
     d_value = None if value is None else d_value
     return d_query, d_key, d_value, None, None if sink is None else d_sink.to(sink.dtype)
 
@@ -309,11 +321,11 @@ def _save_for_attend_shared(
 
 
 def _differentiate_attend_shared(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    run: Run, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
     grads = (grad_out, grad_lse, None, None)
-    return _differentiate_shared(ctx, *grads, *inputs, None, out, lse, lse, 0.0)
+    return _differentiate_shared(run, ctx, *grads, *inputs, None, out, lse, lse, 0.0)
 
 
 def _save_for_attend_shared_full(
@@ -326,6 +338,7 @@ def _save_for_attend_shared_full(
 
 
 def _differentiate_attend_shared_full(
+    run: Run,
     ctx: Any,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -336,7 +349,7 @@ def _differentiate_attend_shared_full(
     grad_kept = None if saved[5] is None else grad_kept  # a result without elements has none
     grad_average = grad_average if ctx.need_weights else None
     grads = (grad_out, grad_lse, grad_kept, grad_average)
-    return *_differentiate_shared(ctx, *grads, *saved, ctx.dropout_p), None, None, None
+    return *_differentiate_shared(run, ctx, *grads, *saved, ctx.dropout_p), None, None, None
 
 
 def _save_for_attend_window(
@@ -348,14 +361,15 @@ def _save_for_attend_window(
 
 
 def _differentiate_attend_window(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    run: Run, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     sink, out = saved[6], saved[8]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     rings = any(ctx.needs_input_grad[3:5])
+    how = (ctx.first, ctx.dropout_p, rings)
     *grads, d_k_ring, d_v_ring, d_sink = _run_backward(
-        "attend_window_backward", grad_out, grad_lse, *saved, ctx.first, ctx.dropout_p, rings
+        run, "attend_window_backward", grad_out, grad_lse, *saved, *how
     )
     of_rings = (d_k_ring, d_v_ring) if rings else (None, None)
     d_sink = None if sink is None else d_sink.to(sink.dtype)
@@ -380,7 +394,7 @@ def _function_of(name: str) -> type[torch.autograd.Function]:
             save(ctx, args, output)
             return output
 
-        backward = staticmethod(differentiate)
+        backward = staticmethod(partial(differentiate, _directly))
 
     return Operator
 
@@ -411,8 +425,9 @@ def _register() -> None:
     take_slots = f"{NAMESPACE}::cpu_take_slots"
     torch.library.register_fake(take_slots, _fake_take_slots, lib=_library)
     for name, (differentiate, save) in _DIFFERENTIABLE.items():
+        gradients = partial(differentiate, _by_name)
         torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", differentiate, setup_context=save, lib=_library
+            f"{NAMESPACE}::{name}", gradients, setup_context=save, lib=_library
         )
 
 

@@ -80,13 +80,14 @@ class TestWhatIsLaunched:
     @pytest.mark.parametrize("mode", grid.MODES)
     def test_benchmark_compiles_nothing_more(self, mode, cache):
         folder, launched = cache
-        case = TINY._replace(mode=mode, tokens=16 if mode == "steps" else 1)
+        case = TINY._replace(mode=mode)
+        case = case._replace(tokens=16 if case.takes_many else 1)
         for job in ahead.jobs_for_case(case):
             job()
         before = compiles(folder)
         assert before
         assert not launched
-        for formulation in (None, *(FORMULATIONS if mode in ("step", "steps") else ())):
+        for formulation in (None, *(FORMULATIONS if case.goes_on else ())):
             ready = ours.setup("triton", formulation, Problem(case, CPU))
             with ready.context():
                 ready.run()

@@ -1,7 +1,6 @@
 // Gradients of several tokens of every stream, each against the window that ends with it.
 #pragma once
 
-#include "attend_shared_backward_kernel.h"
 #include "ring_steps_kernel.h"
 
 namespace continual_mha::cpu {
@@ -10,7 +9,7 @@ namespace {
 // Queries that pass the rows of their windows together.
 constexpr int64_t kGradientBlock = 32;
 
-// The rows that some task's windows hold, oldest first.
+// How many rows the windows of a task hold at most.
 CMHA_INLINE int64_t most_rows(const RingStepsParams& p) {
   return p.length - 1 + p.tokens - p.first;
 }
@@ -20,7 +19,7 @@ struct WindowGradientScratch {
   using A = typename AccOf<S>::type;
   A* keys;      // in tiles, and room for some rows
   A* values;    // the same
-  A* key_rows;  // (rows, D)
+  A* key_rows;  // (rows, D), oldest first
   A* grad_keys;
   A* grad_values;
   A* q;  // (kGradientBlock, D), scaled
