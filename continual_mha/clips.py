@@ -84,12 +84,20 @@ def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
         return False
     if backends.forced():
         return True  # or it says why not
-    if query.dtype == torch.bfloat16 and query.shape[0] >= _CPU_MANY_STREAMS:
+    if query.shape[0] >= _CPU_MANY_STREAMS and _torch_may_be_faster(query):
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
         by_node = not extra_slots and _unit_multiplies(query, args[3:9])
         if projections_dominate or by_node:
             return False
     return backends.why_not_later("cpu", "single_query", args) is None
+
+
+def _torch_may_be_faster(query: Tensor) -> bool:
+    """Whether torch multiplies by instructions of bfloat16, as far as that can be asked now."""
+    if query.dtype != torch.bfloat16:
+        return False
+    known = not is_opaque(query) and backends.why_missing("cpu") is None
+    return not known or _native.cpu_isa() not in ("avx2", "avx512")
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

@@ -163,6 +163,25 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_without_instructions_of_bfloat16_torch_is_not_asked_to_multiply_it(
+    training: bool, isa: str
+) -> None:
+    """It takes many times as long then."""
+    module = build(embed_dim=32, num_heads=4, dtype=torch.bfloat16)
+    clip = torch.randn(600, 4, 32).bfloat16()
+    with torch.set_grad_enabled(training), torch.autograd.profiler.profile() as profile:
+        outs = [module(clip)[0], module.forward_steps(clip), module.forward_step(clip[:, 0])]
+        if training:
+            sum(out.float().sum() for out in outs if out is not None).backward()
+    products = {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear"}
+    found = products & {event.name for event in profile.function_events}
+    if isa in ("avx2", "avx512"):
+        assert not found
+    else:
+        assert found  # or this would see none anyway
+
+
 def products_in_training(module: torch.nn.Module, x: Tensor) -> dict[str, int]:
     x = x.detach().requires_grad_()
     with Products() as found:

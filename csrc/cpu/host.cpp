@@ -260,10 +260,18 @@ const Projection& invariant_projection(DType dtype) {
 
 // Measured beside MKL and oneDNN, see docs/cpu.md: oneDNN multiplies bfloat16 by instructions that
 // the kernels lack, or use but for fewer tokens as fast.
+bool torch_has_fast(DType dtype) {
+  const Kernels& table = kernels(dtype);
+  if (dtype == DType::kFloat16) return false;
+  if (dtype != DType::kBFloat16 || !table.of_rows.factors_are_acc) return true;
+  return &table == kernels_baseline() + static_cast<int>(dtype);  // a processor that is not known
+}
+
 const Projection* projection_of(const Weights& w, DType dtype, int64_t tokens, bool invariant) {
   if (invariant) return &invariant_projection(dtype);
   const Projection& own = own_projection(dtype, tokens);
   if (dtype != DType::kBFloat16 || !torch_keeps_rows_apart(w)) return &own;
+  if (!torch_has_fast(dtype)) return &own;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
   const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;
   return tokens <= most ? &own : nullptr;

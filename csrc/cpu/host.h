@@ -112,6 +112,10 @@ const Projection& own_projection(DType dtype, int64_t tokens);
 // How they project few tokens and many, so that no token's bits depend on how many there are.
 const Projection& invariant_projection(DType dtype);
 
+// Whether PyTorch multiplies by the processor's own products of that dtype: those of bfloat16 are
+// newer than AVX-512, and without them PyTorch takes many times as long as the kernels.
+bool torch_has_fast(DType dtype);
+
 // How to project so many tokens, on which with `invariant` no token's bits may depend: null where
 // torch's matrix multiplication beats the kernels, and keeps tokens apart.
 const Projection* projection_of(const Weights& w, DType dtype, int64_t tokens, bool invariant);

@@ -5,11 +5,11 @@
 namespace continual_mha::cpu {
 namespace {
 
-// Of so many tokens PyTorch's products are faster than the kernels', if it has fast ones at all.
+// Of so many tokens PyTorch's products are faster than the kernels', if it has fast ones.
 constexpr int64_t kManyTokens = 65;
 
 bool torch_multiplies(int64_t tokens, DType dtype) {
-  return tokens >= kManyTokens && dtype != DType::kFloat16;
+  return tokens >= kManyTokens && torch_has_fast(dtype);
 }
 
 void multiply_by_torch(const Tensor& out, const Tensor& left, const Tensor& right) {
