@@ -264,7 +264,8 @@ def operators_run(monkeypatch):
     ("dtype", "streams", "clip", "expected"),
     [
         (torch.bfloat16, 63, 7, "single_query"),
-        (torch.bfloat16, 64, 7, "attend_shared"),  # 14 slots of heads, 8 features
+        # 14 slots of heads, 8 features; and torch has instructions to multiply them
+        (torch.bfloat16, 64, 7, "attend_shared"),
         (torch.bfloat16, 64, 8, "single_query"),
         (torch.float32, 64, 7, "single_query"),
     ],
@@ -273,6 +274,8 @@ def test_a_clip_on_the_cpu_is_left_to_matrix_products_only_where_those_gain(
     dtype, streams, clip, expected, monkeypatch, isa
 ):
     by_unit = isa == "amx" and dtype == torch.bfloat16 and streams == 64  # all of it, as a node
+    if isa in ("avx2", "avx512"):
+        expected = "single_query"
     module = build(embed_dim=8, num_heads=2, sequence_len=clip, dtype=dtype)
     ran = operators_run(monkeypatch)
     with torch.no_grad():
