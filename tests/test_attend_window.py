@@ -9,6 +9,7 @@ import torch
 from oracles import assert_as_exact_as_torch, build
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from trained_streams import assert_many_gradients_at_once
 from window_cases import WINDOW_SHAPES, window_arguments
 
 import continual_mha as co
@@ -130,15 +131,11 @@ def test_gradients_are_those_of_finite_differences_twice() -> None:
 
 
 def test_many_gradients_at_once_are_those_one_by_one() -> None:
-    module = build(sequence_len=5).double()
+    module = build(sequence_len=5, add_zero_attn=True).double()  # no node takes that
     x = torch.randn(2, 7, module.embed_dim, dtype=torch.float64, requires_grad=True)
     out = module.forward_steps(x)
-    wanted = (x, module.in_proj_weight)
-    grads = torch.randn(3, *out.shape, dtype=torch.float64)
-    many = torch.autograd.grad(out, wanted, grads, is_grads_batched=True, retain_graph=True)
-    for i, grad in enumerate(grads):
-        one = torch.autograd.grad(out, wanted, grad, retain_graph=True)
-        torch.testing.assert_close([m[i] for m in many], list(one))
+    assert out is not None
+    assert_many_gradients_at_once(out, (x, module.in_proj_weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

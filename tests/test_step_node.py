@@ -9,7 +9,13 @@ import torch
 from oracles import LENGTH, build, draw_tokens
 from torch import Tensor
 from torch.autograd import gradcheck
-from trained_streams import STREAMS, assert_as_exact, assert_as_plain, drawn_calls
+from trained_streams import (
+    STREAMS,
+    assert_as_exact,
+    assert_as_plain,
+    assert_many_gradients_at_once,
+    drawn_calls,
+)
 
 import continual_mha as co
 from continual_mha import backends
@@ -160,13 +166,7 @@ def test_second_derivatives_and_many_gradients_at_once() -> None:
 
     assert gradcheck(last, xs)
     assert torch.autograd.gradgradcheck(last, xs)
-    out = last(*xs)
-    given = torch.randn(5, *out.shape, dtype=out.dtype)
-    batched = torch.autograd.grad(out, xs, given, is_grads_batched=True, retain_graph=True)
-    for i in range(5):
-        single = torch.autograd.grad(out, xs, given[i], retain_graph=True)
-        for left, right in zip(batched, single, strict=True):
-            torch.testing.assert_close(left[i], right)
+    assert_many_gradients_at_once(last(*xs), xs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

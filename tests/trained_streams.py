@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,3 +69,13 @@ def assert_as_exact(module: Module, calls: list[Call]) -> None:
     for left, right, best in zip(found, plain, exact, strict=True):
         if left is not None and right is not None and best is not None and best.any():
             assert_as_exact_as_torch(left, best, right)
+
+
+def assert_many_gradients_at_once(out: Tensor, wanted: Sequence[Tensor]) -> None:
+    """They are those one by one."""
+    given = torch.randn(5, *out.shape, dtype=out.dtype)
+    many = torch.autograd.grad(out, wanted, given, is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        single = torch.autograd.grad(out, wanted, given[i], retain_graph=True)
+        for left, right in zip(many, single, strict=True):
+            torch.testing.assert_close(left[i], right)

@@ -58,12 +58,9 @@ Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const W
   return result;
 }
 
-// Whether its products of bfloat16 do: on a processor with AMX, in PyTorch 2.11 and 2.13, they read
-// on into the next row where features are no multiple of 32, and what is not finite there spoils
-// this one. (Fewer than 32 it keeps apart, and the kernels project those as well.)
-bool torch_keeps_rows_apart(const Weights& w) {
+bool torch_keeps_tokens_apart(const Weights& w) {
   const auto whole = [](const OptionalTensor& weight) {
-    return !weight || weight->size(1) % 32 == 0;
+    return !weight || torch_keeps_rows_apart(weight->size(1));
   };
   return whole(w.in_proj_weight) && whole(w.k_proj_weight) && whole(w.v_proj_weight) &&
          whole(w.out_proj_weight);
@@ -270,7 +267,7 @@ bool torch_has_fast(DType dtype) {
 const Projection* projection_of(const Weights& w, DType dtype, int64_t tokens, bool invariant) {
   if (invariant) return &invariant_projection(dtype);
   const Projection& own = own_projection(dtype, tokens);
-  if (dtype != DType::kBFloat16 || !torch_keeps_rows_apart(w)) return &own;
+  if (dtype != DType::kBFloat16 || !torch_keeps_tokens_apart(w)) return &own;
   if (!torch_has_fast(dtype)) return &own;
   const bool by_pairs = !own.factors_are_acc && !has_matrix_unit();
   const int64_t most = own.packed ? 512 : by_pairs ? 63 : 15;

@@ -72,8 +72,7 @@ TokenRows::TokenRows(const Tensor& query, const OptionalTensor& key, const Optio
 }
 
 void multiply_tokens(const Tensor& out, const Tensor& tokens, const Tensor& weight, DType dtype) {
-  // as in torch_keeps_rows_apart
-  const bool keeps_apart = dtype != DType::kBFloat16 || tokens.size(1) % 32 == 0;
+  const bool keeps_apart = dtype != DType::kBFloat16 || torch_keeps_rows_apart(tokens.size(1));
   if (keeps_apart && torch_multiplies(tokens.size(0), dtype)) {
     return multiply_by_torch(out, tokens, weight);
   }
