@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import checks, formulations, functional, ring
-from .clips import attend_clip
+from .clips import ClipCall, Way, way_of_clip
 from .modes import (
     checked_mode,
     is_transformed,
@@ -25,6 +25,17 @@ from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
 _DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
+_DECIDING_CLIPS = (
+    "training",
+    "_dropout",
+    "add_zero_attn",
+    "_num_heads",
+    "_query_index",
+    "forward_returns_attn_mask",
+    "single_output_forward",
+    "batch_first",
+    "embed_dim_second",
+)
 _OWN_WEIGHTS = (
     "in_proj_weight",
     "q_proj_weight",
@@ -433,24 +444,67 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: a shape or a device does not fit, or ``is_causal`` has no ``attn_mask``.
             TypeError: a dtype does not fit.
         """
-        query, key, value = self._clips(_given(query, key, value))
-        checks.check_clips(query, key, value)
+        alone = key is None and value is None and key_padding_mask is None and attn_mask is None
+        alone = alone and not is_causal and not torch.compiler.is_compiling()
+        wanted = (need_weights, average_attn_weights)
+        again = self._clip_repeats.get(wanted) if alone else None
+        if again is not None and again.serves(query):
+            try:
+                return self._answer(*again.run(self._to_layout(query)))
+            except RuntimeError:  # weights may be others behind their parameters
+                self._clip_repeats.clear()
+        clips = self._clips(_given(query, key, value))
+        checks.check_clips(*clips)
         checks.check_causal(is_causal, attn_mask)
         if not self.single_output_forward:
-            others = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return self._full_forward(query, key, value, *others)
-        checks.check_query_index(query.shape[1], self.query_index)
-        mask = checks.merged_mask(self, key, key_padding_mask, attn_mask)
+            how = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._full_forward(*clips, *how)
+        checks.check_query_index(clips[0].shape[1], self.query_index)
+        mask = checks.merged_mask(self, clips[1], key_padding_mask, attn_mask)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
         average = average_attn_weights or not self.forward_returns_attn_mask
-        how = (self.num_heads, self._options(), mask, *wants, average)
-        clips = (query, key, value)
-        out, attn = attend_clip(clips, self.query_index, self._weights(), *how)
+        call = ClipCall(self.num_heads, self.query_index, self._options(), *wants, average)
+        weights = self._weights()
+        way = way_of_clip(clips, weights, mask, call)
+        if alone:
+            self._remember_clip(wanted, way, query, weights)
+        return self._answer(*way(clips, weights, mask))
+
+    def _answer(self, out: Tensor, attn: Tensor | None) -> Any:
+        """What ``forward`` returns."""
         out = self._to_layout(out.unsqueeze(1))
         if not self.forward_returns_attn_mask:
             return out
         return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
+
+    def _remember_clip(
+        self, wanted: tuple[bool, bool], way: Way, query: Tensor, weights: Weights
+    ) -> None:
+        """Keep how a clip alone is attended to for the next ones, if its weights stay in place."""
+        found = self._where_weights_are(weights)
+        if found is None or type(query) is not Tensor:
+            return
+        found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING_CLIPS]
+        shapes = self._weight_shapes
+
+        def run(clip: Tensor) -> tuple[Tensor, Tensor | None]:
+            checks.check_weights(weights, shapes)
+            return way((clip, clip, clip), weights, None)
+
+        self._clip_repeats[wanted] = Repeat(run, found, query, weights)
+
+    def _where_weights_are(self, weights: Weights) -> list[Found] | None:
+        """What the weights are and where they were found; None if they may be others in every call,
+        as those that are parametrised or pruned."""
+        own, out = self._parameters, self.out_proj
+        held = {id(weight) for weight in (*own.values(), *out._parameters.values())}
+        if any(x is not None and not (x.is_leaf and id(x) in held) for x in weights):
+            return None
+        found: list[Found] = [(self._modules, "out_proj", out)]
+        found += [(own, name, own.get(name)) for name in _OWN_WEIGHTS]
+        found += [(out._parameters, name, out._parameters.get(name)) for name in ("weight", "bias")]
+        return found
 
     def forward_step(
         self,
@@ -606,16 +660,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         settled = state.clock is self._clock and not torch.is_grad_enabled()
         if not settled or torch.compiler.is_compiling() or type(query) is not Tensor:
             return
-        own, out = self._parameters, self.out_proj
-        held = {id(weight) for weight in (*own.values(), *out._parameters.values())}
-        if any(weight is not None and id(weight) not in held for weight in call.weights):
-            return  # parametrised or pruned: such weights may be others in every step
-        run = functional.repeated_step(query, state, active, call)
-        if run is None:
+        found = self._where_weights_are(call.weights)
+        run = None if found is None else functional.repeated_step(query, state, active, call)
+        if found is None or run is None:
             return
-        found: list[Found] = [(self._modules, "out_proj", out)]
-        found += [(own, name, own.get(name)) for name in _OWN_WEIGHTS]
-        found += [(out._parameters, name, out._parameters.get(name)) for name in ("weight", "bias")]
         found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
         self._repeat = Repeat(run, [*found, *self._where_state_is()], query)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from . import _native, backends, inputs, mixing, ops
 from .dropout import dropout_seed
 from .nodes import gradients_by_operators, is_followed, without_autocast
-from .products import multiply
+from .products import Multiply, multiplier, sum_over_tokens
 from .reference import Options, Weights
 
 
 class Node(NamedTuple):
     """What ``AttendClip`` is told besides tensors.
 
-    With ``by_library`` the CPU library does all of it, else PyTorch multiplies with weights.
+    Attributes:
+        attend: the function that runs ``attention`` on such tensors; None for the CPU library's
+            operator for all of it, products included.
     """
 
     num_heads: int
@@ -28,7 +30,7 @@ class Node(NamedTuple):
     dropout_p: float
     need_weights: bool
     blank: bool
-    by_library: bool
+    attend: Callable[..., Any] | None
 
     def asking(self, query: Tensor | None, key: Tensor) -> Tensor:
         """The queries' tokens ``(N, E)``."""
@@ -68,12 +70,16 @@ class AttendClip(torch.autograd.Function):
         *params: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         given = (query, key, value, mask, *params)
-        run = _attend_by_library if node.by_library else _attend
-        out, attn, found = run(node, given, dropout_seed(node.dropout_p, key.device))
+        out, attn, found = _run(node, given)
         ctx.node = node
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         ctx.save_for_backward(*given, *found)
         return out, attn
+
+    @staticmethod
+    def results(node: Node, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """What ``apply`` returns, where no gradient is needed."""
+        return _run(node, given)[:2]
 
     @staticmethod
     def backward(
@@ -89,13 +95,18 @@ class AttendClip(torch.autograd.Function):
             run_again = partial(_attend_by_operators, ctx.node, found.seed)
             device = grad_out.device.type
             return None, *gradients_by_operators(run_again, given, grads, needed, device)
-        run = _gradients_by_library if ctx.node.by_library else _gradients
+        run = _gradients_by_library if ctx.node.attend is None else _gradients
         with without_autocast(grad_out.device.type):
             return None, *run(ctx.node, given, found, grads, needed)
 
 
 def _without_extra_slots(params: Sequence[Any]) -> Weights:
     return Weights._make((*params, None, None))
+
+
+def _run(node: Node, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, _Found]:
+    run = _attend_by_library if node.attend is None else partial(_attend, node.attend)
+    return run(node, given, dropout_seed(node.dropout_p, given[1].device))
 
 
 def _attend_by_library(
@@ -106,26 +117,57 @@ def _attend_by_library(
     return out, attn, _Found(seed, *found)
 
 
+def attention(dropout_p: float, need_weights: bool) -> str:
+    """The operator of which a node makes attention."""
+    plain = mixing.is_plain(dropout_p, need_weights)
+    return "attend_shared" if plain else "attend_shared_full"
+
+
 def _attend(
-    node: Node, given: tuple[Any, ...], seed: Tensor | None
+    attend: Callable[..., Any], node: Node, given: tuple[Any, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor, _Found]:
+    """The output, the averaged weights and what the gradients need, of a node's arguments."""
     query, key, value, mask, *params = given
     weights = _without_extra_slots(params)
     (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
-    q = multiply(node.asking(query, key), w_q.t(), b_q).unflatten(-1, (node.num_heads, -1))
-    moved = inputs.moved_queries(q, w_k)
-    name = "attend_shared"
-    args: tuple[Any, ...] = (moved, key, value, mask, None)
-    if not mixing.is_plain(node.dropout_p, node.need_weights):
-        name, args = f"{name}_full", (*args, seed, node.dropout_p, node.need_weights)
-    mixed, lse, *more = backends.run_directly(name, *args)
-    kept, attn = more or (lse.new_empty(0), lse.new_empty(0))
+    multiply, H = multiplier(key), node.num_heads
+    projected = multiply(node.asking(query, key), w_q.t(), b_q)
+    N, E = projected.shape
+    q = projected.view(N, H, -1)
+    D = E // H
+    moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
+    if mixing.is_plain(node.dropout_p, node.need_weights):
+        mixed, lse = attend(moved, key, value, mask, None)
+        kept = attn = lse.new_empty(0)
+    else:
+        how = (seed, node.dropout_p, node.need_weights)
+        mixed, lse, kept, attn = attend(moved, key, value, mask, None, *how)
     share = None if seed is None else kept.unsqueeze(-1)
     if mask is not None and node.blank:
         mixed, share = mixing.blanked(mixed, share, lse)
-    heads = inputs.projected_mix(mixed, share, w_v, b_v).flatten(1)
+    by_value = w_v.view(H, D, -1).transpose(1, 2)
+    bias = None if b_v is None else b_v.view(H, D)
+    if bias is None or share is None:
+        heads = _by_head(multiply, mixed, by_value, bias)
+    else:
+        heads = _by_head(multiply, mixed, by_value)
+        heads = torch.addcmul(heads, bias, share.to(heads.dtype), out=heads)
+    heads = heads.view(N, E)
     out = multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias)
     return out, attn, _Found(seed, q, moved, mixed, lse, kept, heads, share)
+
+
+def _by_head(
+    multiply: Multiply,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``(N, H, columns)``, contiguous, of ``(N, H, inner)`` and ``(H, inner, columns)``."""
+    out = left.new_empty((*left.shape[:2], right.shape[2]))
+    multiply(left.transpose(0, 1), right, bias, scale, out.transpose(0, 1))
+    return out
 
 
 class _Needed(NamedTuple):
@@ -184,19 +226,20 @@ def _gradients(
     d_w_q, d_w_k, d_w_v = d_params[:3] if params[1] is not None else _parts(d_params[0])
     d_b_q, d_b_k, d_b_v = _parts(d_params[3])
 
+    multiply = multiplier(key)
     if needed.out_proj_weight:
-        multiply(d_out.t(), heads, out=d_params[4])
+        sum_over_tokens(d_out.t(), heads, d_params[4])
     if needed.out_proj_bias:
         torch.sum(d_out, 0, out=d_params[5])
     if of_heads:
         d_heads = multiply(d_out, weights.out_proj_weight).view(N, H, D)
         if d_w_v is not None:
             by_head = d_w_v.view(H, D, -1)
-            multiply(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), out=by_head)
+            sum_over_tokens(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), by_head)
         if d_b_v is not None:
             torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
     if of_attention:
-        d_mixed = multiply(d_heads.transpose(0, 1), w_v.view(H, D, -1)).transpose(0, 1)
+        d_mixed = _by_head(multiply, d_heads, w_v.view(H, D, -1))
         d_kept = None
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
@@ -209,17 +252,16 @@ def _gradients(
         d_moved, d_key, d_value, _ = ops.shared_gradients(
             backends.run_directly, of_tiles, d_mixed, None, d_kept, d_attn, *operands
         )
-        d_moved = d_moved.transpose(0, 1)  # (H, N, Ek)
         if d_w_k is not None:
             by_head = d_w_k.view(H, D, -1)
-            multiply(q.permute(1, 2, 0), d_moved, scale=scale, out=by_head)
+            sum_over_tokens(q.permute(1, 2, 0), d_moved.transpose(0, 1), by_head, scale)
         if d_b_k is not None:
             d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
     if of_queries:
-        d_q = multiply(d_moved, w_k.view(H, D, -1).transpose(1, 2), scale=scale)
-        d_q = d_q.transpose(0, 1).reshape(N, H * D)
+        d_q = _by_head(multiply, d_moved, w_k.view(H, D, -1).transpose(1, 2), scale=scale)
+        d_q = d_q.view(N, H * D)
         if d_w_q is not None:
-            multiply(d_q.t(), node.asking(query, key), out=d_w_q)
+            sum_over_tokens(d_q.t(), node.asking(query, key), d_w_q)
         if d_b_q is not None:
             torch.sum(d_q, 0, out=d_b_q)
         if needed.query:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native, backends, inputs, mixing
-from .clip_node import AttendClip, Node
-from .modes import is_opaque
+from .clip_node import AttendClip, Node, attention
+from .inputs import Mixing
+from .modes import is_opaque, needs_gradient
 from .reference import Options, Tokens, Weights, has_extra_slots
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
@@ -33,46 +35,91 @@ def input_formulation_is_cheaper(
     return moved < projected
 
 
-def attend_clip(
-    clips: Tokens,
-    index: int,
-    weights: Weights,
-    num_heads: int,
-    options: Options,
-    mask: Tensor | None = None,
-    need_weights: bool = False,
-    blank: bool = True,
-    average: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """``inputs.attend_clip`` in the formulation that is cheaper, fused where that gains.
+class ClipCall(NamedTuple):
+    """What is asked of a clip, besides its tensors.
 
-    Query, key and value are ``(N, S, E*)``; it is the query of the token ``index`` that asks.
+    Attributes:
+        query_index: the token that asks.
+        blank: whether a query to which the mask leaves nothing gets zeros, and not NaN.
+        average: whether to average the weights over the heads.
+    """
+
+    num_heads: int
+    query_index: int
+    options: Options
+    need_weights: bool
+    blank: bool
+    average: bool
+
+
+# Takes query, key and value as ``(N, S, E*)``, and returns the output ``(N, E)`` and the weights.
+Way = Callable[[Tokens, Weights, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall) -> Way:
+    """How ``inputs.attend_clip`` is done: in the formulation that is cheaper, fused where that
+    gains. The same way serves all tensors like these.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot do it.
     """
     asked, key, value = clips
-    query = asked[:, index]
+    query = asked[:, call.query_index]
     sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
-    moved = kernels or input_formulation_is_cheaper(num_heads, *sizes)
-    tokens = (query, key, value)
-    how = (num_heads, options, mask, need_weights, blank, moved)
-    if need_weights and not average:
+    moved = kernels or input_formulation_is_cheaper(call.num_heads, *sizes)
+    if call.need_weights and not call.average:
         backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
-        return inputs.attend_clip(tokens, weights, *how, average=False)
+        return partial(_by_operators, call, moved, None)
     # the operator for all of it computes weights where NaN is asked for
-    as_with_weights = need_weights or (mask is not None and not blank)
-    args = (*tokens, *weights, mask, num_heads, options.add_zero_attn, as_with_weights)
-    extra_slots = has_extra_slots(weights, options.add_zero_attn)
-    if moved and options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
-        out, attn = backends.run("single_query", args)
-        return out, attn if need_weights else None
-    if moved and not extra_slots and _is_one_node(args, options.dropout_p, need_weights):
-        by_library = _library_multiplies(query, weights[:6])
-        node = Node(num_heads, index, options.dropout_p, need_weights, blank, by_library)
-        given = (None if asked is key else query, key, None if value is key else value)
-        out, attn = AttendClip.apply(node, *given, mask, *weights[:6])
-        return out, attn if need_weights else None
-    return inputs.attend_clip(tokens, weights, *how, mixing.mix)
+    as_with_weights = call.need_weights or (mask is not None and not call.blank)
+    rest = (call.num_heads, call.options.add_zero_attn, as_with_weights)
+    args = (query, key, value, *weights, mask, *rest)
+    extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
+    if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
+        return partial(_at_once, call, rest)
+    if moved and not extra_slots:
+        as_moved = key[:, :1].expand(-1, call.num_heads, -1)  # what decides is shape and dtype
+        operands = (as_moved, key, None if value is key else value, mask)
+        if _is_one_node(args, operands, call):
+            return partial(_by_node, _node(args, operands, call), needs_gradient(args))
+    return partial(_by_operators, call, moved, mixing.mix)
+
+
+def _at_once(
+    call: ClipCall, rest: tuple[Any, ...], clips: Tokens, weights: Weights, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """By the operator for all of it."""
+    asked, key, value = clips
+    query = asked[:, call.query_index]
+    out, attn = backends.run("single_query", (query, key, value, *weights, mask, *rest))
+    return out, attn if call.need_weights else None
+
+
+def _by_node(
+    node: Node, trains: bool, clips: Tokens, weights: Weights, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    asked, key, value = clips
+    query = None if asked is key else asked[:, node.query_index]
+    given = (query, key, None if value is key else value, mask, *weights[:6])
+    out, attn = AttendClip.apply(node, *given) if trains else AttendClip.results(node, given)
+    return out, attn if node.need_weights else None
+
+
+def _by_operators(
+    call: ClipCall,
+    moved: bool,
+    mixing: Mixing | None,
+    clips: Tokens,
+    weights: Weights,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """By operators each of which autograd knows."""
+    asked, key, value = clips
+    tokens = (asked[:, call.query_index], key, value)
+    how = (call.num_heads, call.options, mask, call.need_weights, call.blank, moved, mixing)
+    return inputs.attend_clip(tokens, weights, *how, call.average)
 
 
 def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
@@ -80,7 +127,7 @@ def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
     query, key, num_heads = args[0], args[1], args[12]
     if backends.order(query.device.type)[0] != "cpu":
         return False
-    if mixing.why_plain(query) or _needs_gradient(args):
+    if mixing.why_plain(query) or needs_gradient(args):
         return False
     if backends.forced():
         return True  # or it says why not
@@ -100,24 +147,31 @@ def _torch_may_be_faster(query: Tensor) -> bool:
     return not known or _native.cpu_isa() not in ("avx2", "avx512")
 
 
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    """Whether autograd follows a function of these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-
-
-def _is_one_node(args: tuple[Any, ...], dropout_p: float, need_weights: bool) -> bool:
-    """Whether ``AttendClip`` serves: in training, and where the CPU's matrix unit multiplies,
-    but for what looks into it or it does not know.
+def _is_one_node(args: tuple[Any, ...], operands: tuple[Any, ...], call: ClipCall) -> bool:
+    """Whether ``AttendClip`` serves: in training, and in inference where that is faster than the
+    operators, but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
-    query, key, value, mask, num_heads = *args[:3], *args[11:13]
+    query = args[0]
     if is_opaque(query):
         return False
-    if not _needs_gradient(args) and not _unit_multiplies(query, args[3:9]):
+    faster = backends.order(query.device.type)[0] == "triton"
+    if not (faster or needs_gradient(args) or _unit_multiplies(query, args[3:9])):
         return False
-    as_moved = key[:, :1].expand(-1, num_heads, -1)  # what decides is shape and dtype
-    return mixing.why_not_fused(as_moved, key, value, mask, dropout_p, need_weights) is None
+    asked, key, value, mask = operands
+    how = (call.options.dropout_p, call.need_weights)
+    return mixing.why_not_fused(asked, key, value, mask, *how) is None
+
+
+def _node(args: tuple[Any, ...], operands: tuple[Any, ...], call: ClipCall) -> Node:
+    how = (call.options.dropout_p, call.need_weights)
+    function = None
+    if not _library_multiplies(args[0], args[3:9]):
+        name = attention(*how)
+        rest = () if name == "attend_shared" else (None, *how)
+        function = backends.choose(name, (*operands, None, *rest))
+    return Node(call.num_heads, call.query_index, *how, call.blank, function)
 
 
 def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:

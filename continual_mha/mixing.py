@@ -93,7 +93,7 @@ def weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Ten
 def why_not_fused(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     mask: Tensor | None,
     dropout_p: float = 0.0,
     need_weights: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -160,6 +160,13 @@ def is_transformed() -> bool:
     """
     transformed = forward_ad._current_level >= 0 or _transforms_are_active()
     return transformed or _tracing_state() is not None
+
+
+def needs_gradient(arguments: Iterable[object]) -> bool:
+    """Whether autograd follows a function of these arguments, tensors among them."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in arguments
+    )
 
 
 def is_batched(x: Tensor | None) -> bool:

@@ -5,12 +5,17 @@ In none does a row that is not finite reach another, but in gradients of weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .modes import is_transformed
 from .precision import autocast_dtype
+
+Multiply = Callable[..., Tensor]  # as ``multiply``
 
 # What PyTorch multiplies at a time by AMX.
 _TILE_FEATURES = 32
@@ -45,10 +50,8 @@ def multiply(
     bias: Tensor | None = None,
     *,
     scale: float = 1.0,
-    out: Tensor | None = None,
-    add: bool = False,
 ) -> Tensor:
-    """``scale * left @ right + bias``, or with ``add`` that added to ``out``.
+    """``scale * left @ right + bias``.
 
     PyTorch does it in one step that autograd knows, but under transforms: there
     ``torch.func.linearize`` ends the process on that step.
@@ -57,33 +60,60 @@ def multiply(
         left: ``(rows, inner)``, or batches of them.
         right: ``(inner, columns)``, or as many.
         bias: one row of each.
-        out: where the result is written. Only with ``add`` are rows kept apart in it, for what is
-            written alone are gradients of weights, which are sums over tokens.
     """
+    in_steps = (bias is not None or scale != 1.0) and is_transformed()
+    product = _in_steps if in_steps else _at_once
     columns = right.shape[-1]
-    inner = 0 if out is not None and not add else _lacking(left, left.shape[-1])
-    outer = 0 if out is not None else _lacking(left, columns)
+    inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
     if inner == outer == 0:
-        return _multiply_by_torch(left, right, bias, scale, out, add)
+        return product(left, right, bias, scale)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     bias = None if bias is None else F.pad(bias, (0, outer))
-    return _multiply_by_torch(left, right, bias, scale, out, add)[..., :columns]
+    return product(left, right, bias, scale)[..., :columns]
 
 
-def _multiply_by_torch(
-    left: Tensor, right: Tensor, bias: Tensor | None, scale: float, out: Tensor | None, add: bool
+def multiplier(tokens: Tensor) -> Multiply:
+    """``multiply`` for many products of such tokens, chosen once, which autograd does not follow.
+
+    It also takes ``out``, where the result is written or, with ``add``, added.
+    """
+    may_lack = tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16
+    return _apart if may_lack else _at_once
+
+
+def sum_over_tokens(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """``out = scale * left @ right``, where tokens are what is summed over, as in gradients of
+    weights: there is nothing to keep apart."""
+    _at_once(left, right, None, scale, out)
+
+
+def _apart(left: Tensor, right: Tensor, *args: Any, **options: Any) -> Tensor:
+    if inner := _lacking(left, left.shape[-1]):
+        left, right = F.pad(left, (0, inner)), F.pad(right, (0, 0, 0, inner))
+    return _at_once(left, right, *args, **options)
+
+
+def _at_once(
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
     batched = left.dim() == 3
     if bias is None and not add and scale == 1.0:
         return (torch.bmm if batched else torch.mm)(left, right, out=out)
-    if bias is not None and batched:
-        bias = bias.unsqueeze(1)
-    if out is None and is_transformed():
-        product = left @ right * scale if scale != 1.0 else left @ right
-        return product if bias is None else product + bias
-    function = torch.baddbmm if batched else torch.addmm
     if bias is not None:
-        start, beta = bias, 1
+        start, beta = bias.unsqueeze(1) if batched else bias, 1
     else:  # with beta 0 nothing of it is read
         start, beta = (left.new_empty(()), 0) if out is None else (out, int(add))
+    function = torch.baddbmm if batched else torch.addmm
     return function(start, left, right, beta=beta, alpha=scale, out=out)
+
+
+def _in_steps(left: Tensor, right: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    product = left @ right * scale if scale != 1.0 else left @ right
+    if bias is None:
+        return product
+    return product + (bias.unsqueeze(1) if left.dim() == 3 else bias)

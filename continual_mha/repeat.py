@@ -1,6 +1,6 @@
-"""Going the same way again: what one step decided, kept for those that follow it.
+"""Going the same way again: what one call decided, kept for those that follow it.
 
-In a small step most of the time went into asking the same questions again: whether the token fits,
+In a small call most of the time went into asking the same questions again: whether the tokens fit,
 which tensors the weights are, which backend serves. The answers hold as long as everything that
 was asked is what it was, and that is cheaper to see.
 """
@@ -14,31 +14,43 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .modes import needs_gradient
 
 # Where an answer came from: a namespace of a module, a name in it, and what was found.
 Found = tuple[Mapping[str, Any], str, Any]
-Run = Callable[[Tensor, Tensor | None], Tensor]
+Run = Callable[[Tensor, Tensor | None], Tensor]  # a token (N, E), who is active, the output (N, E)
 
 
 class Repeat:
-    """A step that has been decided.
+    """A call that has been decided.
 
     Args:
-        run: takes a token ``(N, E)`` and the mask of active streams, returns the output ``(N, E)``.
-        found: all that was looked at to decide, besides the token and what surrounds the call.
-        query: a token of the kind that ``run`` takes.
+        run: does it, for any tokens like those.
+        found: all that was looked at to decide, besides the tokens and what surrounds the call.
+        query: tokens of the kind that ``run`` takes.
+        weights: those of the call, if it may need a gradient.
     """
 
-    __slots__ = ("_device", "_dtype", "_found", "_shape", "_unchanged", "run")
+    __slots__ = (
+        "_device", "_dtype", "_found", "_shape", "_trains", "_unchanged", "_weights", "run",
+    )  # fmt: skip
 
-    def __init__(self, run: Run, found: Iterable[Found], query: Tensor) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        found: Iterable[Found],
+        query: Tensor,
+        weights: Iterable[Tensor | None] = (),
+    ) -> None:
         self.run = run
         self._found = tuple((where.get, name, thing) for where, name, thing in found)
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
+        self._weights = tuple(x for x in weights if x is not None)
+        self._trains = self._needs_gradient(query)
         self._unchanged = backends.same_surroundings(query.device.type)
 
     def serves(self, query: object) -> bool:
-        """Whether a step with this token would be decided the same way."""
+        """Whether a call with these tokens would be decided the same way."""
         if type(query) is not Tensor or query.layout is not torch.strided or query.is_nested:
             return False
         if query.shape != self._shape:
@@ -49,6 +61,11 @@ class Repeat:
         return (
             query.dtype is self._dtype
             and query.device == self._device
-            and not torch.is_grad_enabled()
+            and self._needs_gradient(query) is self._trains
             and self._unchanged()
         )
+
+    def _needs_gradient(self, query: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return not self._weights or needs_gradient((query, *self._weights))

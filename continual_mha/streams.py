@@ -66,6 +66,7 @@ class StatefulStreams(nn.Module):
     _state_types: tuple[Any, ...]  # of a state with keys and values, and of one with inputs
     _clock: Tensor | None
     _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
+    _clip_repeats: dict[Any, Repeat]  # the same of clips, by what is to be returned
     _ring_position: Tensor  # None, as all parts, before the first step
 
     def _init_streams(self) -> None:
@@ -73,7 +74,7 @@ class StatefulStreams(nn.Module):
         for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
-        self._repeat = None
+        self._repeat, self._clip_repeats = None, {}
         self._rings_are_shared = False  # with a graph, or with whoever set the state
 
     def _layout(self) -> ring.Layout:
@@ -341,7 +342,7 @@ class StatefulStreams(nn.Module):
         Rings stay contiguous, and streams whose numbers do not come along, as in ``to_empty``, are
         forgotten.
         """
-        self._repeat = None
+        self._repeat, self._clip_repeats = None, {}
         buffers: dict[str, Any] = self._buffers
         position = buffers["_ring_position"]
         kept = {
@@ -366,13 +367,13 @@ class StatefulStreams(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """As in torch, which may swap tensors only that nobody else holds."""
-        self._repeat = None
+        self._repeat, self._clip_repeats = None, {}
         super()._load_from_state_dict(*args)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As in torch; a replica's weights and state are others."""
         replica: Any = super()._replicate_for_data_parallel()
-        replica._repeat = None
+        replica._repeat, replica._clip_repeats = None, {}
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -381,7 +382,7 @@ class StatefulStreams(nn.Module):
         Two cannot write to the same rings, as those pickled for another process would.
         """
         copied: dict[str, Any] = super().__getstate__()
-        copied["_repeat"] = None
+        copied.update(_repeat=None, _clip_repeats={})
         copied["_buffers"] = {
             n: None if b is None else b.detach().clone() for n, b in self._buffers.items()
         }

@@ -82,8 +82,8 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
             k: v.to(torch.float64, copy=True) if isinstance(v, Tensor) else v
             for k, v in option.items()
         }
-        exact = products.multiply(left.double(), right.double(), **wide)
-        plain = products.multiply(
+        exact = products.multiplier(left.double())(left.double(), right.double(), **wide)
+        plain = products.multiplier(left)(
             left, right, **{k: v.clone() if k == "out" else v for k, v in option.items()}
         )
         for of_left in orders:
@@ -103,7 +103,7 @@ def test_products_are_as_exact_as_torchs_in_every_layout(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("multiply", [by_library, products.multiply])
+@pytest.mark.parametrize("multiply", [by_library, products.multiplier(torch.empty(0))])
 def test_what_is_written_over_is_not_read(
     multiply: Callable[..., Tensor], scale: float, dtype: torch.dtype
 ) -> None:
@@ -228,6 +228,9 @@ def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
     alone(lambda x: products.linear(x, weight, bias))
     alone(lambda x: products.multiply(x, weight.t(), bias))
     alone(lambda x: products.multiply(x.expand(2, -1, -1), weight.expand(2, -1, -1))[1])
+    alone(lambda x: products.multiplier(x)(x, weight.t(), bias))
+    alone(lambda x: products.multiplier(x)(x, weight.t(), out=torch.empty_like(x)))
+    alone(lambda x: products.multiplier(x)(x, weight.t(), out=torch.zeros_like(x), add=True))
     alone(lambda x: by_library(x, weight.t(), bias))
     alone(lambda x: by_library(x, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import continual_mha
-from continual_mha import _native, functional
+from continual_mha import _native, attention, functional
 
 needs_library = pytest.mark.skipif(
     _native.load("cpu") is not None or os.environ.get("CONTINUAL_MHA_BACKEND", "auto") != "auto",
@@ -99,6 +99,21 @@ CHANGES = {
 }
 
 
+OF_STATE = ("state", "no state", "begun", "reset", "stream", "undone", "clip", "formulation")
+OF_CLIPS = {
+    **{name: change for name, change in CHANGES.items() if name not in OF_STATE},
+    "query": lambda module: setattr(module, "query_index", 0),
+    "heads": lambda module: setattr(module, "num_heads", 1),
+    "returns": lambda module: setattr(module, "forward_returns_attn_mask", False),
+    "all queries": lambda module: setattr(module, "single_output_forward", False),
+    "layout of clips": lambda module: setattr(module, "batch_first", False),
+    "features second": lambda module: setattr(module, "embed_dim_second", True),
+    "frozen": lambda module: module.requires_grad_(False),
+    "frozen in part": lambda module: module.out_proj.requires_grad_(False),
+    "dropout": lambda module: module.train(),
+}
+
+
 @pytest.mark.parametrize("formulation", ["kv", "input"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_step_after_a_change_is_decided_anew(change, formulation, backend):
@@ -148,6 +163,105 @@ def test_warm_steps_are_not_decided_again(monkeypatch, backend):
         module.forward_step(torch.randn(N, EMBED))
         module.forward_step(torch.randn(N, EMBED), active=torch.tensor([True, False, True]))
     assert module._ring_position.tolist() == [LENGTH + 4, LENGTH + 3, LENGTH + 4]
+
+
+def clip_of(module):
+    """As long as it is wide, so that any layout will do."""
+    return torch.randn(N, EMBED, EMBED, generator=seeded(5)).to(module.out_proj.weight)
+
+
+def answers(module, clip):
+    """Output, weights and whatever has a gradient."""
+    torch.manual_seed(1)
+    module.zero_grad()
+    clip = clip.clone().requires_grad_()
+    result = module.forward(clip)
+    out, attn = result if isinstance(result, tuple) else (result, None)
+    out.sum().backward()
+    return [out, attn, clip.grad, *(weight.grad for weight in module.parameters())]
+
+
+@pytest.mark.parametrize("change", OF_CLIPS)
+@pytest.mark.parametrize("trains", [True, False])
+def test_clip_after_a_change_is_decided_anew(trains, change, backend):
+    module = build(dropout=0.5).eval()
+    twin = copy.deepcopy(module)
+    found = []
+    for each in (module, twin):
+        clip = clip_of(each)
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(trains):
+            each.forward(clip)
+        OF_CLIPS[change](each)
+        if each is twin:
+            each._clip_repeats.clear()
+        with torch.no_grad():
+            torch.manual_seed(1)
+            result = each.forward(clip)
+        found.append([*(result if isinstance(result, tuple) else (result,)), *answers(each, clip)])
+    for one, expected in zip(*found, strict=True):
+        torch.testing.assert_close(one, expected)  # other kernels may serve
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_clips_are_not_decided_again(trains, monkeypatch, backend):
+    module = warm()
+    options = [{}, {"need_weights": False}, {"average_attn_weights": False}]
+    with torch.set_grad_enabled(trains):
+        expected = [module.forward(clip_of(module), **how) for how in options]
+
+        def fail(*args):
+            raise AssertionError("decided again")
+
+        monkeypatch.setattr(attention, "way_of_clip", fail)
+        for how, (out, attn) in zip(options, expected, strict=True):
+            again, weights = module.forward(clip_of(module), **how)
+            assert torch.equal(again, out)
+            assert (attn is None) == (weights is None)
+            assert attn is None or torch.equal(weights, attn)
+        for differently in (
+            lambda: module.forward(clip_of(module)[:1]),
+            lambda: module.forward(clip_of(module), attn_mask=torch.zeros(1, EMBED)),
+            lambda: module.forward(*[clip_of(module)] * 2),
+        ):
+            with pytest.raises(AssertionError, match="decided again"):
+                differently()
+
+
+def test_what_surrounds_a_clip_is_seen(backend):
+    module = warm()
+    clip = clip_of(module)
+    assert module.forward(clip)[0].requires_grad
+    assert module.forward(clip)[0].requires_grad
+    with torch.no_grad():
+        assert not module.forward(clip)[0].requires_grad
+    with torch.autocast(clip.device.type, torch.bfloat16):
+        assert module.forward(clip)[0].dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert module.forward(clip)[0].is_inference()
+    module.requires_grad_(False)
+    assert not module.forward(clip)[0].requires_grad
+    assert module.forward(clip.clone().requires_grad_())[0].requires_grad
+
+
+def test_another_backend_may_be_forced_between_clips():
+    module = warm()
+    clip = clip_of(module)
+    expected = module.forward(clip)[0]
+    with pytest.raises(RuntimeError), continual_mha.use_backend("cuda"):
+        module.forward(clip)
+    torch.testing.assert_close(module.forward(clip)[0], expected)
+
+
+def test_clips_hold_no_weights_that_were_passed_in():
+    """Whose graph may be long, as where one trains how to train."""
+    module = warm()
+    weights = {name: weight * 1 for name, weight in module.named_parameters()}
+    kept = weakref.ref(weights["in_proj_weight"])
+    functional_call(module, weights, (clip_of(module),))
+    del weights
+    gc.collect()
+    assert kept() is None
 
 
 def test_what_surrounds_a_step_is_seen(backend):
@@ -208,6 +322,23 @@ def test_bad_token_in_a_warm_stream_is_refused(bad, error, backend):
     with torch.no_grad(), pytest.raises(error):
         module.forward_step(bad(torch.randn(N, EMBED)))
     assert_same_state(module.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda x: x[..., :-1], ValueError),
+        (lambda x: x[0], ValueError),
+        (lambda x: x.double(), TypeError),
+        (lambda x: x.to("meta"), ValueError),
+        (lambda x: x.to_sparse(), TypeError),
+    ],
+)
+def test_bad_clip_is_refused_as_the_first_would_be(bad, error, backend):
+    module = warm()
+    module.forward(clip_of(module))
+    with pytest.raises(error):
+        module.forward(bad(clip_of(module)))
 
 
 def test_weights_passed_in_are_used(backend):
@@ -271,6 +402,20 @@ def test_weight_of_another_shape_behind_the_same_parameter_is_refused_as_in_a_fi
         with pytest.raises(ValueError, match="in_proj_weight must have the shape"):
             module.forward_step(torch.randn(N, EMBED))
     assert torch.equal(module._ring_position, positions)
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias", "out_proj.weight"])
+@pytest.mark.parametrize(
+    ("other", "error"), [(lambda x: x[:-1], ValueError), (torch.Tensor.double, RuntimeError)]
+)
+def test_clip_with_another_weight_behind_a_parameter_is_refused(other, error, name, backend):
+    module = warm()
+    with torch.no_grad():
+        module.forward(clip_of(module))
+        weight = module.get_parameter(name)
+        weight.data = other(weight.data)
+        with pytest.raises((error, TypeError)):
+            module.forward(clip_of(module))
 
 
 @needs_library

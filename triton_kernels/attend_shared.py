@@ -28,7 +28,7 @@ from .pieces import (
     scores_in_parts,
     sum_of_last,
 )
-from .plan import shared_backward_plan, shared_plan
+from .plan import cdiv, next_power_of_2, shared_backward_plan, shared_plan
 from .row_scores import flat, row_scores, spread_features, spread_rows
 
 
@@ -672,7 +672,7 @@ def attend_shared(
     without a value. Returns the output (N, H, Ev) and, in at least fp32, the logarithm of the
     softmax's denominator (N, H). All strides are free. Covered: what `why_not` answers None to.
     """
-    return attend_shared_full(query, key, value, mask, sink, None, 0.0, False)[:2]
+    return _attend(query, key, value, mask, sink, None, 0.0)[:2]
 
 
 def attend_shared_full(
@@ -691,6 +691,25 @@ def attend_shared_full(
     what dropout left of the weights' sum (N, H); and the applied weights' average over heads
     (N, S), which a second launch computes from the logarithm of the denominator.
     """
+    out, lse, kept = _attend(query, key, value, mask, sink, seed, dropout_p)
+    kept = lse.new_empty(0) if kept is None else kept
+    if need_weights:
+        average = _weights(query, key, mask, lse, seed, dropout_p, None)
+    else:
+        average = lse.new_empty(0)
+    return out, lse, kept, average
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first launch of `attend_shared_full`, and its results."""
     (N, H, EK), S = query.shape, key.shape[1]
     EV = EK if value is None else value.shape[2]
     wide, acc = accumulators(query.dtype)
@@ -700,13 +719,13 @@ def attend_shared_full(
         query, key = _side_by_side(query, key)
     value = key if value is None else value
     out = query.new_empty((N, H, EV))
-    lse = torch.empty((N, H), dtype=wide, device=query.device)
-    kept = torch.empty((0,) if seed is None else (N, H), dtype=wide, device=query.device)
-    groups = N * triton.cdiv(EV, plan.block_v) * triton.cdiv(H, plan.block_h)
+    lse = query.new_empty((N, H), dtype=wide)
+    kept = None if seed is None else query.new_empty((N, H), dtype=wide)
+    groups = N * cdiv(EV, plan.block_v) * cdiv(H, plan.block_h)
     partial = ml = counter = None
     if plan.splits > 1:
-        partial = torch.empty((N, plan.splits, H, EV), dtype=wide, device=query.device)
-        ml = torch.empty((groups, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)
+        partial = query.new_empty((N, plan.splits, H, EV), dtype=wide)
+        ml = query.new_empty((groups, plan.splits, 3, plan.block_h), dtype=wide)
         counter = counters(query, groups)
     sink = None if sink is None else sink.contiguous()
     args = (
@@ -726,11 +745,7 @@ def attend_shared_full(
         num_warps=plan.num_warps,
         registers=plan.registers,
     )
-    if need_weights:
-        average = _weights(query, key, mask, lse, seed, dropout_p, None)
-    else:
-        average = torch.empty((0,), dtype=wide, device=query.device)
-    return out, lse, kept, average
+    return out, lse, kept
 
 
 def _weights(
@@ -746,7 +761,7 @@ def _weights(
     (N, H, EK), S = query.shape, key.shape[1]
     wide, acc = accumulators(query.dtype)
     plan = shared_backward_plan(N, H, S, EK, query.element_size())
-    tiles = triton.cdiv(S, plan.block_s)
+    tiles = cdiv(S, plan.block_s)
     shape = (N, S) if grad is None else (N, tiles, H)
     out = torch.empty(shape, dtype=wide, device=query.device)
     args = (
@@ -807,7 +822,7 @@ def attend_shared_full_backward(
     wide, acc = accumulators(query.dtype)
     sizes = (N, H, S, EK, query.element_size(), value is None)
     plan = shared_backward_plan(*sizes, little=little_memory(query))
-    parts = plan.splits if plan.one_tile else triton.cdiv(S, plan.block_s)
+    parts = plan.splits if plan.one_tile else cdiv(S, plan.block_s)
     if plan.by_rows:
         query, key, grad_out = _side_by_side(query, key, grad_out)
     lse = lse.contiguous()
@@ -818,20 +833,18 @@ def attend_shared_full_backward(
         grad_average = grad_average.contiguous()
         products = _weights(query, key, mask, lse, seed, dropout_p, grad_average).sum(1)
         grad_lse = -products if grad_lse is None else grad_lse - products
-    shared = torch.empty((N, H), dtype=wide, device=query.device)
+    shared = lse.new_empty((N, H))
     args: tuple = (
         grad_out, None if grad_lse is None else grad_lse.contiguous(), out.contiguous(), lse,
         shared, *grad_out.stride(),
     )  # fmt: skip
-    block_e = min(triton.next_power_of_2(EV), 4096 // plan.block_h)
+    block_e = min(next_power_of_2(EV), 4096 // plan.block_h)
     constants = constants_of(H, EV, plan.block_h, block_e, acc)
     launch(_shared_gradient_kernel, (N, 1, 1), args, constants, num_warps=4)
     grad_key = query.new_empty((N, S, EK)) if tiles else None
     grad_value = query.new_empty((N, S, EV)) if tiles and value is not None else None
-    grad_query = torch.empty(
-        (N, parts, H, EK), dtype=query.dtype if parts == 1 else wide, device=query.device
-    )
-    grad_sink = torch.empty((0,) if sink is None else (N, H), dtype=wide, device=query.device)
+    grad_query = query.new_empty((N, parts, H, EK), dtype=query.dtype if parts == 1 else wide)
+    grad_sink = lse.new_empty((0,) if sink is None else (N, H))
     sink = None if sink is None else sink.contiguous()
     given = (grad_out, shared, grad_kept, grad_average, query, key)
     strides = (*grad_out.stride(), *query.stride(), *key.stride())
@@ -839,7 +852,7 @@ def attend_shared_full_backward(
     if plan.by_rows:
         kernel: Any = _rows_backward_kernel
         shape = (N, S, 2 * plan.block_h)
-        weights = torch.empty(shape, dtype=wide, device=query.device) if tiles else None
+        weights = lse.new_empty(shape) if tiles else None
         args = (
             *given, mask, sink, seed, lse, grad_query, grad_key, grad_sink, weights, *strides,
             *last,

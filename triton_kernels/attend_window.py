@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import constants_of, launch
 from .pieces import LOG2E, accumulators, cast, dot, dot_precision, keep_scale
-from .plan import StepsPlan, steps_plan
+from .plan import StepsPlan, cdiv, steps_plan
 from .ring_step import uncovered
 from .ring_steps import clip_tile, ring_steps_kernel, ring_tile, token_in_slot
 
@@ -267,7 +267,7 @@ def attend_window(
         H, D, L, 0, block_t, block_s, block_d, plan.block_one, False, stages, precision, D**-0.5,
         acc,
     )  # fmt: skip
-    programs = N * H * triton.cdiv(T - first, block_t)
+    programs = N * H * cdiv(T - first, block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     return out, lse
 
@@ -313,7 +313,7 @@ def attend_window_backward(
     constants = constants_of(
         H, D, L, block_t, block_s, block_d, stages, precision, D**-0.5, acc
     )  # fmt: skip
-    programs = N * H * triton.cdiv(T - first, block_t)
+    programs = N * H * cdiv(T - first, block_t)
     launch(
         _window_query_gradient_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps
     )
@@ -324,7 +324,7 @@ def attend_window_backward(
     constants = constants_of(
         H, D, L, rings, block_t, block_s, block_d, stages, precision, D**-0.5, acc
     )
-    blocks = triton.cdiv(T, block_s) + (triton.cdiv(L, block_s) if rings else 0)
+    blocks = cdiv(T, block_s) + (cdiv(L, block_s) if rings else 0)
     launch(
         _window_key_gradient_kernel, (N * H * blocks, 1, 1), args, constants,
         num_warps=plan.num_warps,

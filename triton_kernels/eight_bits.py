@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETED, constants_of, launch
+from .plan import cdiv, next_power_of_2
 
 CODES = (torch.int8, torch.uint8)  # integers, and the bits of e4m3
 
@@ -227,10 +228,10 @@ def quantise_tokens(x: Tensor, num_heads: int, dtype: torch.dtype) -> tuple[Tens
     N, T, E = x.shape
     codes = torch.empty((N, T, E), dtype=dtype, device=x.device)
     scale = torch.empty((N, num_heads, T), dtype=torch.float32, device=x.device)
-    block_d = triton.next_power_of_2(E // num_heads)
+    block_d = next_power_of_2(E // num_heads)
     block_t = max(1, QUANTISE_ELEMENTS // block_d)
     args = (x, codes, scale, *x.stride()[:2], T)
     constants = constants_of(num_heads, E // num_heads, block_t, block_d)
-    grid = (N * num_heads * triton.cdiv(T, block_t), 1, 1)
+    grid = (N * num_heads * cdiv(T, block_t), 1, 1)
     launch(_quantise_tokens_kernel, grid, args, constants, num_warps=4)
     return codes, scale

@@ -33,6 +33,7 @@ from .plan import (
     INVARIANT_TOKENS,
     MAX_ELEMENTS,
     InputPlan,
+    cdiv,
     input_plan,
     input_step_covers,
     invariant_input_plan,
@@ -513,8 +514,8 @@ def by_head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     constants = constants_of(
         out.shape[2], K, INVARIANT_TOKENS, INVARIANT_FEATURES, block_k, dot_precision(), acc
     )
-    blocks = triton.cdiv(out.shape[2], INVARIANT_FEATURES)
-    grid = (triton.cdiv(N, INVARIANT_TOKENS), blocks, H)
+    blocks = cdiv(out.shape[2], INVARIANT_FEATURES)
+    grid = (cdiv(N, INVARIANT_TOKENS), blocks, H)
     launch(_by_head_kernel, grid, args, constants, num_warps=4)
     return out
 
@@ -617,7 +618,7 @@ def input_step_(
                 N, query.stride(0), dropout_p)  # fmt: skip
         blocks = (plan.block_n, plan.block_d, plan.block_c)
         constants = constants_of(num_heads, E, L, *blocks, *sizes, *options)
-        grid = (triton.cdiv(N, plan.block_n), 1, 1)
+        grid = (cdiv(N, plan.block_n), 1, 1)
         launch(_input_group_kernel, grid, args, constants, num_warps=plan.num_warps)
         return linear(out, out_proj_weight, out_proj_bias)
     moved, mixed = (query.new_empty((num_heads, N, E)) for _ in range(2))
@@ -627,7 +628,7 @@ def input_step_(
     else:
         torch.bmm(queries.transpose(0, 1), k_weight, out=moved)
     partial = ml = counter = None
-    groups = N * triton.cdiv(num_heads, plan.block_h)
+    groups = N * cdiv(num_heads, plan.block_h)
     if plan.splits > 1:
         partial = torch.empty((N, plan.splits, num_heads, E), dtype=wide, device=query.device)
         ml = torch.empty((groups, plan.splits, 3, plan.block_h), dtype=wide, device=query.device)

@@ -44,7 +44,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_compiled: dict[tuple, tuple[Any, Any, tuple]] = {}
 _arenas: dict[tuple, torch.Tensor] = {}
 # For each device, arrays for captured calls, and how much of the last one is taken. Graphs hold no
 # reference to them, so none is ever freed: 4 bytes for each counter of each captured call.
@@ -114,33 +114,33 @@ def launch(
     """
     if 0 in grid:
         return
-    chosen = (num_warps, pdl, registers)
     if _here.launches is not None:
-        made = Launch(kernel, grid, args + constants, _options(*chosen), constants)
-        _here.launches.append(made)
+        options = _options(num_warps, pdl, registers)
+        _here.launches.append(Launch(kernel, grid, args + constants, options, constants))
         return
     if INTERPRETED:
-        kernel[grid](*args, *constants, **_options(*chosen))
+        kernel[grid](*args, *constants, **_options(num_warps, pdl, registers))
         return
-    device = args[0].device.index
-    if device is not None and device != torch.cuda.current_device():
+    device, current = args[0].device.index, torch.cuda.current_device()
+    if device is not None and device != current:
         with torch.cuda.device(device):
             launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl, registers=registers)
         return
-    key, aligned = _signature(kernel, args, constants, num_warps)
-    if not aligned:
-        kernel[grid](*args, *constants, **_options(*chosen))
-        return
+    key, aligned = _signature(kernel, args, constants, num_warps, current)
     known = _compiled.get(key)
-    if known is None:
+    if known is None or not aligned:
+        options = _options(num_warps, pdl, registers)
+        if not aligned:
+            kernel[grid](*args, *constants, **options)
+            return
 
         def compile_with(options: dict[str, Any]) -> tuple[Any, int, int]:
             compiled = kernel.warmup(*args, *constants, grid=grid, **options)
             _ = compiled.run  # loads it, which is when the driver tells what it takes
             return compiled, compiled.n_regs, compiled.n_spills
 
-        compiled = without_spills(compile_with, _options(*chosen))
-        known = _compiled[key] = (compiled, constants)  # keeps `constants` alive: its identity
+        compiled = without_spills(compile_with, options)
+        known = _compiled[key] = (compiled, kernel, constants)  # alive, as their identities count
     known[0][grid](*args, *constants)
 
 
@@ -182,16 +182,21 @@ def _options(num_warps: int, pdl: bool, registers: int | None) -> dict[str, Any]
     return options
 
 
-def _signature(kernel: Any, args: tuple, constants: tuple, num_warps: int) -> tuple[tuple, bool]:
+def _signature(
+    kernel: Any, args: tuple, constants: tuple, num_warps: int, device: int
+) -> tuple[tuple, bool]:
     """What decides the machine code, and whether every pointer is a multiple of 16."""
     pointers = 0
-    traits: list[Any] = [kernel, id(constants), torch.cuda.current_device(), num_warps]
+    traits: list[Any] = [id(kernel), id(constants), device, num_warps]
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        kind = type(arg)
+        if kind is int or arg is None:
+            traits.append(arg)
+        elif isinstance(arg, torch.Tensor):
             pointers |= arg.data_ptr()
             traits.append(arg.dtype)
-        else:  # of numbers other than ints Triton looks at the type alone
-            traits.append(arg if type(arg) is int or arg is None else type(arg))
+        else:  # of other numbers Triton looks at the type alone
+            traits.append(kind)
     return tuple(traits), pointers % 16 == 0
 
 
@@ -241,12 +246,13 @@ def relaunch(made: Launch, vary: tuple[int, ...]) -> Relaunch | None:
     if _here.launches is not None or INTERPRETED or 0 in made.grid:
         return None
     args = made.args[: len(made.args) - len(made.constants)]
-    key, aligned = _signature(made.kernel, args, made.constants, made.options["num_warps"])
+    device = torch.cuda.current_device()
+    key, aligned = _signature(made.kernel, args, made.constants, made.options["num_warps"], device)
     known = _compiled.get(key)
     if known is None or not aligned:
         return None
     again = known[0][made.grid]
-    return Relaunch(again, args, made.constants, vary, torch.cuda.current_device())
+    return Relaunch(again, args, made.constants, vary, device)
 
 
 def counters(like: torch.Tensor, count: int) -> torch.Tensor:

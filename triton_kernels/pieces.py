@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..devices import why_unfit
 from .launch import INTERPRETED, recording
+from .plan import next_power_of_2
 
 # The interpreter multiplies bfloat16 operands of a dot as raw 16-bit integers, so there they are
 # widened first; products of 16-bit floats are exact in fp32, so the numbers are those of a GPU.
@@ -56,7 +57,7 @@ def features_at_once(features: int, itemsize: int, most: int) -> int:
     Sums of 32 products err as those of fp32 do even where the matrix unit truncates the sum of
     every four; sums of 128 err nearly four times as much.
     """
-    return max(16, min(most if itemsize == 2 else 32, triton.next_power_of_2(features)))
+    return max(16, min(most if itemsize == 2 else 32, next_power_of_2(features)))
 
 
 @triton.jit

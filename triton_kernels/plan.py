@@ -9,14 +9,23 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import triton
-
 MULTIPROCESSORS = 132
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 1 << 31  # of what offsets of 32 bits reach: a head's ring, or a stream's of inputs
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Where that is less, plans are asked for with `little`.
 LITTLE_MEMORY = {86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}
+
+
+# Triton has both, but a call of them from the host takes microseconds.
+def cdiv(x: int, y: int) -> int:
+    """`x / y`, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is `x` or more."""
+    return 1 << max(x - 1, 0).bit_length()
 
 
 class StepPlan(NamedTuple):
@@ -49,7 +58,7 @@ class StepPlan(NamedTuple):
 
     def programs(self, N: int, H: int) -> int:
         """Programs of the kernel that reads the ring."""
-        return triton.cdiv(N, self.group) * H * (self.splits + 2 * self.spread)
+        return cdiv(N, self.group) * H * (self.splits + 2 * self.spread)
 
 
 class StepRule(NamedTuple):
@@ -110,14 +119,14 @@ def step_plan(
     head_dim = E // H
     for rule in STEP_RULES:
         group = GROUP if rule.path == "group" else 1
-        sizes = (itemsize, N, triton.cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
+        sizes = (itemsize, N, cdiv(N, group) * H, 4 * E * head_dim * itemsize, L)
         limits = (rule.max_itemsize, rule.max_streams, rule.max_programs,
                   rule.max_head_weight_bytes, rule.max_slots)  # fmt: skip
         fits = all(size <= limit for size, limit in zip(sizes, limits, strict=True))
         if rule.path == path or (path is None and fits):
             break
     # The matrix unit, which projects in the same launch, adds up no fewer than 16 products.
-    block_d = max(triton.next_power_of_2(head_dim), 16 if rule.path in ONE_LAUNCH else 8)
+    block_d = max(next_power_of_2(head_dim), 16 if rule.path in ONE_LAUNCH else 8)
     if rule.path == "group":
         splits = 1
     if not splits:
@@ -135,7 +144,7 @@ def step_plan(
     elif rule.path == "group":  # 16 elements per thread; 8 of narrow heads, which have more rows
         rows, warps = max((4096 if block_d > 16 else 2048) // (block_d * group), 1), 8
     rows = max(rows * 2 // max(slot_itemsize, 2), 1)
-    part = triton.next_power_of_2(triton.cdiv(L, splits))
+    part = next_power_of_2(cdiv(L, splits))
     while rows > part:
         rows //= 2
         if rule.path not in ONE_LAUNCH and warps > 1 and rows * block_d <= 1024 * warps // 2:
@@ -248,8 +257,8 @@ def shared_plan(
 ) -> SharedPlan:
     """The plan of `attend_shared` for `N` streams."""
     # The matrix unit has 16 rows, which fewer heads do not fill; `row_scores` needs none.
-    block_h = max(16 if itemsize == 2 else 8, triton.next_power_of_2(H))
-    width = max(64, triton.next_power_of_2(max(EK, EV)))
+    block_h = max(16 if itemsize == 2 else 8, next_power_of_2(H))
+    width = max(64, next_power_of_2(max(EK, EV)))
     rows = tile_rows(itemsize, little)
     fits = one_tensor and width in rows
     by_rows = fits and itemsize > 2
@@ -264,8 +273,8 @@ def shared_plan(
         block_v = min(width, 256, accumulators // block_h)
         block_s = 64 if itemsize == 2 and not (dropout and block_h > 16) else 32
         warps = 8 if block_h > 16 or (itemsize == 2 and dropout) else 4
-    block_s = max(16, min(block_s, triton.next_power_of_2(S)))
-    blocks = N * triton.cdiv(EV, block_v) * triton.cdiv(H, block_h)
+    block_s = max(16, min(block_s, next_power_of_2(S)))
+    blocks = N * cdiv(EV, block_v) * cdiv(H, block_h)
     splits = _splits(blocks, S, block_s)
     stages = _stages(itemsize, width, little) if one_tile else 2
     registers = ROW_REGISTERS.get(width) if by_rows else None
@@ -306,12 +315,12 @@ def shared_backward_plan(
     little: bool = False,
 ) -> SharedPlan:
     """The plan of `attend_shared_backward`, whose tiles are its splits unless `one_tile`."""
-    block_h = max(8, triton.next_power_of_2(H))
-    width = max(64, triton.next_power_of_2(EK))
+    block_h = max(8, next_power_of_2(H))
+    width = max(64, next_power_of_2(EK))
     accumulators = block_h * width
     most = MAX_BACKWARD_ACCUMULATORS // (2 if little else 1)
     if one_tensor and itemsize == 2 and block_h <= 16 and accumulators <= most:
-        block_s = min(32 if accumulators <= 2048 else 16, max(16, triton.next_power_of_2(S)))
+        block_s = min(32 if accumulators <= 2048 else 16, max(16, next_power_of_2(S)))
         warps = 8 if accumulators > 4096 else 4
         # Of 1024 features, eight warps that repeat the first product would take 5300 cycles of
         # shared memory a tile, whose bytes take 5000 of an H100's memory; they divide it in 3500.
@@ -324,7 +333,7 @@ def shared_backward_plan(
         return SharedPlan(_splits(N, S, 16), ROW_HEADS, 16, 64, width, True, True, warps, stages)
     block_h = max(16, block_h)
     rows = 64 if itemsize == 2 and block_h <= 32 else 32
-    block_s = max(16, min(rows, triton.next_power_of_2(S)))
+    block_s = max(16, min(rows, next_power_of_2(S)))
     block_e = 64 if itemsize == 2 else 16 if block_h >= 32 else 32
     warps = 8 if itemsize > 2 and block_h >= 64 else 4
     return SharedPlan(1, block_h, block_s, block_e, block_e, False, False, warps, 2)
@@ -423,12 +432,12 @@ def input_plan(
 
     `path` and `splits` override the table.
     """
-    block_e = max(64, triton.next_power_of_2(E))
+    block_e = max(64, next_power_of_2(E))
     least, most = 8, MAX_INPUT_ACCUMULATORS_32
     if itemsize == 2:
         least, most = 16, MAX_INPUT_ACCUMULATORS_16
     by_rows = itemsize > 2 and not codes
-    block_h = min(triton.next_power_of_2(H), ROW_HEADS if by_rows else MAX_INPUT_HEADS)
+    block_h = min(next_power_of_2(H), ROW_HEADS if by_rows else MAX_INPUT_HEADS)
     block_h = max(least, min(block_h, most // block_e))
     for rule in INPUT_RULES:
         fits = rule.min_streams <= N and rule.max_slots_per_head * H >= L
@@ -436,11 +445,11 @@ def input_plan(
         if rule.path == path or (path is None and fits):
             break
     rows = INPUT_ROWS_8 if codes and itemsize == 2 else tile_rows(itemsize, little)
-    block_s = max(16, min(rows[block_e], triton.next_power_of_2(L)))
+    block_s = max(16, min(rows[block_e], next_power_of_2(L)))
     if rule.path == "fused":
         splits = 1
-    splits = splits or _splits(N * triton.cdiv(H, block_h), L, block_s)
-    block_d = max(16, triton.next_power_of_2(E // H))
+    splits = splits or _splits(N * cdiv(H, block_h), L, block_s)
+    block_d = max(16, next_power_of_2(E // H))
     stages = 1 if codes else _stages(itemsize, block_e, little)
     fused = rule.path == "fused"
     # Decoded tiles of the widest fill shared memory, and there is no room for what parts add up.
@@ -531,7 +540,7 @@ def steps_plan(
         table = WINDOW_BACKWARD_BLOCKS_16 if itemsize == 2 else WINDOW_BACKWARD_BLOCKS_32
     else:
         table = STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     block_t, block_s, warps = table[block_d]
     of_few_weights = block_d == 256 and codes and itemsize == 2  # eight warps share them
     if dropout and not (backward and itemsize > 2) and not of_few_weights:
@@ -547,6 +556,6 @@ def steps_plan(
     # Decoded tiles take registers beside Philox's numbers, and those of 64 features without them.
     if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
         block_s //= 2
-    block_t = max(16, min(block_t, triton.next_power_of_2(max(tokens, 1))))
+    block_t = max(16, min(block_t, next_power_of_2(max(tokens, 1))))
     whole = itemsize > 2 and block_d == 256
     return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages, whole)

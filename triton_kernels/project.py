@@ -15,7 +15,7 @@ from .pieces import (
     features_at_once,
     start_after_previous_launch,
 )
-from .plan import StepPlan
+from .plan import StepPlan, cdiv
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def project(
     constants = constants_of(
         features, plan.block_n, plan.block_o, block_k, stages, plan.pdl, dot_precision(), acc
     )
-    grid = (triton.cdiv(tokens, plan.block_n), triton.cdiv(outputs, plan.block_o), 1)
+    grid = (cdiv(tokens, plan.block_n), cdiv(outputs, plan.block_o), 1)
     launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)
     return out
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import aot
 from .launch import Launch
@@ -18,6 +17,7 @@ from .plan import (
     MULTIPROCESSORS,
     ONE_LAUNCH,
     SHARED_MEMORY,
+    cdiv,
     input_plan,
     shared_backward_plan,
     shared_plan,
@@ -107,17 +107,17 @@ def predicted_input_step(
     """One step of `N` streams over inputs, of 8 bits if `codes`."""
     plan = input_plan(N, E, H, L, itemsize, codes)
     fused = plan.path == "fused"
-    blocks = triton.cdiv(H, plan.block_h)
+    blocks = cdiv(H, plan.block_h)
     ring = N * L * (E + 4 if codes else E * itemsize)
     size = 4 * E * E * itemsize + ring
     if not fused:  # moved queries and mixed inputs, each written and read
         size += 4 * N * H * E * itemsize
     flops = N * (8 * E * E + 4 * H * L * E)
-    programs = triton.cdiv(N, plan.block_n) if fused else N * blocks * plan.splits
+    programs = cdiv(N, plan.block_n) if fused else N * blocks * plan.splits
     per_program = ring * (1 if fused else blocks) / programs
     if fused:
         per_program += 2 * E * E * itemsize
-    drawn = triton.cdiv(programs, MULTIPROCESSORS) * per_program
+    drawn = cdiv(programs, MULTIPROCESSORS) * per_program
     launches = INPUT_LAUNCHES[plan.path] + (blocks > 1)
     seconds = seconds_of(launches, INPUT_CHAIN[plan.path], drawn, size, flops)
     return Prediction(size, flops, seconds)
@@ -132,15 +132,15 @@ def predicted_clip(
     size: float = weights + clip + rows
     flops = N * (8 * E * E + 4 * H * S * E)
     launches = FORWARD_LAUNCHES
-    programs = N * plan.splits * triton.cdiv(E, plan.block_v) * triton.cdiv(H, plan.block_h)
-    drawn = triton.cdiv(programs, MULTIPROCESSORS) * clip / (N * plan.splits)
+    programs = N * plan.splits * cdiv(E, plan.block_v) * cdiv(H, plan.block_h)
+    drawn = cdiv(programs, MULTIPROCESSORS) * clip / (N * plan.splits)
     if backward:
         # the clip once more and its gradient; weights read and written
         size += 2 * weights + 2 * clip + 2 * rows
         flops += N * (16 * E * E + 10 * H * S * E)
         launches += BACKWARD_LAUNCHES
         splits = shared_backward_plan(N, H, S, E, itemsize, True).splits
-        drawn += triton.cdiv(N * splits, MULTIPROCESSORS) * clip / (N * splits)
+        drawn += cdiv(N * splits, MULTIPROCESSORS) * clip / (N * splits)
         if splits > 1:  # parts of the moved query's gradient in fp32 are written, read and added
             size += 2 * N * splits * H * E * 4 / itemsize
             launches += 1
@@ -156,9 +156,9 @@ def predicted_steps(N: int, T: int, E: int, H: int, L: int, itemsize: int) -> Pr
     # token, query, key and value, and output, each written and read; the ring read and written
     size = (4 * E * E + 10 * clip + 2 * N * L * E + 2 * kept) * itemsize
     flops = N * T * (8 * E * E + 4 * L * E)
-    blocks = triton.cdiv(T, plan.block_t)
+    blocks = cdiv(T, plan.block_t)
     seen = 2 * (L + plan.block_t) * (E // H) * itemsize  # keys and values of one program
-    drawn = triton.cdiv(N * H * blocks, 2 * MULTIPROCESSORS) * seen
+    drawn = cdiv(N * H * blocks, 2 * MULTIPROCESSORS) * seen
     seconds = seconds_of(STEPS_LAUNCHES, STEPS_LAUNCHES * PER_LAUNCH, drawn, size, flops)
     return Prediction(size, flops, seconds)
 
@@ -274,7 +274,7 @@ def input_rows(
 ) -> list[str]:
     """Rows of a step over inputs."""
     plan = input_plan(N, E, H, L, dtype.itemsize, codes is not None)
-    tiles = min(max(plan.stages - 1, 1), triton.cdiv(L, plan.block_s))
+    tiles = min(max(plan.stages - 1, 1), cdiv(L, plan.block_s))
     tile = tiles * min(plan.block_s, L) * E * (codes or dtype).itemsize
     name = f"inputs N={N} E={E} H={H} L={L}" + (", int8" if codes else "")
     return kernel_rows(name, aot.input_step_launches(N, E, H, L, dtype, codes=codes), tile)
@@ -289,7 +289,7 @@ def clip_rows(E: int, dtype: torch.dtype) -> list[str]:
         (forward, shared_plan(256, 8, 64, E, E, *sizes)),
         ([backward], shared_backward_plan(256, 8, 64, E, *sizes)),
     ):  # fmt: skip
-        tiles = min(plan.stages - 1, triton.cdiv(64, plan.block_s))
+        tiles = min(plan.stages - 1, cdiv(64, plan.block_s))
         tile = tiles * min(plan.block_s, 64) * E * dtype.itemsize
         rows += kernel_rows(name, launches, tile)
     return rows

@@ -28,7 +28,16 @@ from .pieces import (
     product,
     start_after_previous_launch,
 )
-from .plan import MAX_ELEMENTS, MAX_HEAD_DIM, ONE_LAUNCH, StepPlan, invariant_step_plan, step_plan
+from .plan import (
+    MAX_ELEMENTS,
+    MAX_HEAD_DIM,
+    ONE_LAUNCH,
+    StepPlan,
+    cdiv,
+    invariant_step_plan,
+    next_power_of_2,
+    step_plan,
+)
 from .project import ADVANCED, PROJECTED, project, project_rows
 
 if TYPE_CHECKING:
@@ -899,7 +908,7 @@ def _prepare(
 ) -> _Prepared:  # fmt: skip
     plan = plan or step_plan(N, E, H, L, dtype.itemsize, slot_itemsize=slot, little=little)
     fused, grouped = plan.path == "fused", plan.path == "group"
-    block_h, block_s = triton.next_power_of_2(H), triton.next_power_of_2(plan.merged)
+    block_h, block_s = next_power_of_2(H), next_power_of_2(plan.merged)
     wide, acc = accumulators(dtype)
     per_load = 4 if slot == 1 and E // H % 4 == 0 else 1  # codes that are loaded as one word
     sizes = (E, EK, EV, H, L, R)
@@ -922,7 +931,7 @@ def _prepare(
             plan.stages, dtype.itemsize == 2 or of_one == "tf32", add_zero_attn, update, block_h,
             block_s, block_m, plan.pdl, *ends,
         )  # fmt: skip
-    groups = triton.cdiv(N, plan.group)
+    groups = cdiv(N, plan.group)
     width = E if grouped else (E if fused else E // H) + 4  # of a part: its vector, padded m and l
     merges = fused or grouped or plan.splits > 1
     return _Prepared(

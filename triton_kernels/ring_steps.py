@@ -23,7 +23,7 @@ from .pieces import (
     finite_or_zero,
     keep_scale,
 )
-from .plan import invariant_step_plan, steps_plan
+from .plan import cdiv, invariant_step_plan, steps_plan
 from .project import linear as tiled_linear
 from .ring_step import project_inputs, uncovered
 
@@ -412,13 +412,13 @@ def ring_steps_(
         H, D, L, R, plan.block_t, plan.block_s, plan.block_d, plan.block_one, bool(add_zero_attn),
         plan.stages, dot_precision(plan.whole), D**-0.5, acc,
     )  # fmt: skip
-    programs = N * H * triton.cdiv(T - first, plan.block_t)
+    programs = N * H * cdiv(T - first, plan.block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
     if update and T:
-        blocks = triton.cdiv(min(T, max(L, R)), WRITE_TOKENS)
+        blocks = cdiv(min(T, max(L, R)), WRITE_TOKENS)
         args = (query, *clip, *rings, q_ring, position, *strides, T)
         constants = constants_of(H, D, L, R, WRITE_TOKENS, WRITE_FEATURES)
-        grid = (N * blocks, triton.cdiv(E, WRITE_FEATURES), 1)
+        grid = (N * blocks, cdiv(E, WRITE_FEATURES), 1)
         launch(_write_rings_kernel, grid, args, constants, num_warps=4)
         position.add_(T)
     return linear(out, out_proj_weight, out_proj_bias)
