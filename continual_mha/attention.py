@@ -647,8 +647,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         out, after = self._advance(tokens, state, active, call)
         if call.update:
             self._store(after)
-        if call.update or call.differentiable:
-            self._rings_are_shared = call.differentiable
+        shared = call.differentiable
+        if (call.update or shared) and self._rings_are_shared != shared:
+            self._rings_are_shared = shared
         if call.update and tokens[0].dim() == 2 and is_shared(tokens):
             self._remember(tokens[0], state, active, call)
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, functional, ring, step_node, steps_node, windows
+from . import backends, functional, ring, steps_node, windows
 from .attention import SingleOutputMultiheadAttention
 from .reference import Rings, Tokens
 from .ring import RingState, State
@@ -67,17 +67,16 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
         "torch: projects, because a gradient is needed; "
         f"{first}: attends, where it covers sizes and dtype, or else torch"
     )
+    reason: str | None = windows.NO_GRADIENT
+    if not many:
+        reason = functional.why_no_node(tokens, state, None, call)
+    elif isinstance(state, RingState):
+        rings = Rings(*state[:-1])
+        reason = steps_node.why_not(tokens, rings, 0, call.weights, call.options)
+    if reason is None:
+        return [f"{first}: runs it, and makes new rings, because a gradient is needed"]
     if first == "triton":
         return [attends]
-    reason: str | None = windows.NO_GRADIENT
-    if isinstance(state, RingState):
-        rings, how = Rings(*state[:-1]), (call.weights, call.options)
-        if many:
-            reason = steps_node.why_not(tokens, rings, 0, *how)
-        else:
-            reason = step_node.why_not(tokens, rings, None, *how)
-    if reason is None:
-        return ["cpu: runs it, and makes new rings, because a gradient is needed"]
     if many and windows.why_not(*(query,) * 5) is None:  # of which class and dtype decide
         return [attends]
     lines = [] if first == "torch" else [f"{first}: {reason}"]

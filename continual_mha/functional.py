@@ -13,7 +13,7 @@ from . import backends, inputs, mixing, reference, ring, step_node, steps_node, 
 from .inputs import Inputs
 from .modes import is_opaque
 from .quantized import QuantizedRing
-from .reference import Options, Rings, Tokens, Weights, is_shared
+from .reference import Options, Rings, Tokens, Weights
 from .repeat import Run
 from .ring import (
     INPUT_STATES,
@@ -55,12 +55,7 @@ def step(
     if not call.differentiable:
         before, after = _operands_of(tokens, state, call)
         return backends.run(operator_for(state, many=False), (*before, active, *after)), state[:-1]
-    if isinstance(state, RingState | QuantizedRingState):
-        return _differentiable_step(tokens, _rings(state), active, call)
-    sizes = (call.layout.num_heads, call.layout.delay)
-    return inputs.input_step(
-        tokens[0], call.weights, _inputs(state), *sizes, active, *call.options, mixing=mixing.mix
-    )
+    return _differentiable_step(tokens, state, active, call)
 
 
 def repeated_step(query: Tensor, state: State, active: Tensor | None, call: StepCall) -> Run | None:
@@ -164,34 +159,55 @@ def _one_by_one(
 
 
 def _differentiable_step(
-    tokens: Tokens, rings: Rings, active: Tensor | None, call: StepCall
-) -> tuple[Tensor, Rings]:
-    """``step`` to rings of its own: on the CPU one node, and a clip of one token where Triton
-    attends to clips."""
-    if backends.order(tokens[0].device.type)[0] != "triton":
-        reason = step_node.why_not(tokens, rings, active, call.weights, call.options)
+    tokens: Tokens, state: State, active: Tensor | None, call: StepCall
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``step`` to rings of its own: one node where that serves."""
+    reason = why_no_node(tokens, state, active, call)
+    weights, (add_zero_attn, dropout_p) = call.weights, call.options
+    if isinstance(state, INPUT_STATES):
+        sizes, kept = _sizes(call), _inputs(state)
         if reason is None:
-            return step_node.step(tokens, rings, active, call.weights)
-        backends.leave_to_pytorch("ring_step_", reason)
-        return reference.ring_step(*tokens, call.weights, rings, active, *call.options)
-    query, key, value = (x.unsqueeze(1) for x in tokens)
-    if is_shared(tokens):  # keep it one tensor for those who ask
-        key = value = query
-    out, after = reference.ring_steps(
-        query, key, value, call.weights, rings, 0, *call.options, attending=windows.attend
-    )
-    if active is not None:
-        after = after._replace(position=rings.position + active.to(torch.int64))
-    return out.squeeze(1), after
+            return step_node.input_step(tokens[0], kept, active, weights, sizes)
+        how = (*sizes[:2], active, add_zero_attn, dropout_p)
+        return inputs.input_step(tokens[0], weights, kept, *how, mixing=mixing.mix)
+    rings = _rings(state)
+    if reason is None:
+        return step_node.step(tokens, rings, active, weights, add_zero_attn)
+    if backends.order(tokens[0].device.type)[0] == "triton":
+        return step_node.step_by_windows(tokens, rings, active, weights, call.options)
+    backends.leave_to_pytorch("ring_step_", reason)
+    return reference.ring_step(*tokens, weights, rings, active, *call.options)
 
 
-def take_slots(ring: Tensor, position: Tensor, first: int, count: int) -> Tensor:
-    """``reference.take_slots``, in one call where that serves."""
+def why_no_node(tokens: Tokens, state: State, active: Tensor | None, call: StepCall) -> str | None:
+    """Why a differentiable ``step`` is not one node of autograd; None if it is."""
+    if isinstance(state, INPUT_STATES):
+        given = (tokens[0], _inputs(state), active, call.weights, _sizes(call))
+        return step_node.why_not_inputs(*given, call.options.dropout_p)
+    return step_node.why_not(tokens, _rings(state), active, call.weights, call.options)
+
+
+def _sizes(call: StepCall) -> step_node.Sizes:
+    layout = call.layout
+    return step_node.Sizes(layout.num_heads, layout.delay, call.options.add_zero_attn)
+
+
+def take_slots(
+    ring: Tensor, position: Tensor, first: int, count: int, known: dict[tuple[int, int], Tensor]
+) -> Tensor:
+    """``reference.take_slots``, in one call where that serves.
+
+    Args:
+        known: slots by their number and the ring's length, to be found once for all rings.
+    """
     args = (ring, position, first, count)
     if ring.is_cpu and "cpu" in backends.order("cpu") and not backends.why_missing("cpu"):
         taken: Tensor = torch.ops.continual_mha.cpu_take_slots.default(*args)
         return taken
-    return reference.take_slots(*args)
+    which = (count, ring.shape[-2])
+    if which not in known:
+        known[which] = reference.next_slots(position, first, *which)
+    return reference.take(ring, known[which])
 
 
 def operands(

@@ -49,6 +49,8 @@ def gradients_by_operators(
         views = [None if x is None else x.view_as(x) for x in given]
         results = zip(run(*views), grads, strict=True)
         followed = [(x, grad) for x, grad in results if x is not None and grad is not None]
+        if not followed:  # autograd asks even where nothing of the results was used
+            return (None,) * len(needed)
         outs, grads_of_outs = zip(*followed, strict=True)
         wanted = [x for x, need in zip(views, needed, strict=True) if x is not None and need]
         found = iter(

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, reference
-from .modes import is_opaque, is_transformed
+from .modes import is_opaque
+from .nodes import is_followed
 from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
@@ -277,7 +278,7 @@ def _directly(name: str, *args: Any) -> Any:
 
 def _run_backward(run: Run, name: str, *args: Any) -> Any:
     """The backward operator ``name``, or what can be differentiated once more or transformed."""
-    followed = torch.is_grad_enabled() or is_transformed()  # the former with create_graph
+    followed = is_followed(x for x in args if isinstance(x, Tensor))
     return getattr(reference, name)(*args) if followed else run(name, *args)
 
 

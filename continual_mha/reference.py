@@ -520,9 +520,8 @@ def attend_window_backward(
         scale = window.dropout(attn, seed, first, dropout_p)
         applied, grad_attn = attn * scale, grad_attn * scale
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
-    d_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     asked = torch.matmul(grad_scores, window.k) / math.sqrt(query.shape[-1])
-    d_query[:, first:] = asked.transpose(1, 2)
+    d_query = F.pad(asked.transpose(1, 2), (0, 0, 0, 0, first, 0)).contiguous()
     d_k = torch.matmul(grad_scores.transpose(-1, -2), window.q)
     d_v = torch.matmul(applied.to(query.dtype).transpose(-1, -2), grad_out)
     length = k_ring.shape[2]

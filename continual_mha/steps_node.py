@@ -12,14 +12,16 @@ from . import _native, backends, reference, windows
 from .dropout import dropout_seed
 from .nodes import gradients_by_operators, is_followed, without_autocast
 from .reference import Options, Rings, Tokens, Weights
-from .step_node import Given, why_no_node
+from .step_node import BESIDE, KEPT, Given, has_gradients, why_no_node
+
+_GIVEN = 11  # of what a step is given: neither extra slots nor queries that wait
 
 
 def steps(
     tokens: Tokens, rings: Rings, first: int, weights: Weights, dropout_p: float
 ) -> tuple[Tensor, Rings]:
     """``reference.ring_steps`` by the CPU library, where nothing speaks against it."""
-    given = Given.of(tokens, rings, weights)
+    given = Given.of(tokens, rings, weights)[:_GIVEN]
     out, k, v = _Steps.apply(first, dropout_p, rings.q, rings.position, *given)
     return out, Rings(k, v, rings.q, rings.position + tokens[0].shape[1])
 
@@ -28,8 +30,10 @@ def why_not(
     tokens: Tokens, rings: Rings, first: int, weights: Weights, options: Options
 ) -> str | None:
     """Why ``steps`` does not serve; None if it does."""
-    if reason := why_no_node(tokens[0], rings, weights, options):
+    if reason := why_no_node(tokens[0], ("cpu",)):
         return reason
+    if not has_gradients(rings, weights, options):
+        return BESIDE
     args = (*tokens, *weights, *rings, first, False, 0.0, True)
     return backends.why_not("cpu", "ring_steps_", args)
 
@@ -47,20 +51,22 @@ class _Steps(torch.autograd.Function):
         ctx.save_for_backward(q_ring, position, seed, *found, *given)
         ctx.how = (first, dropout_p)
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[4 + i] for i in KEPT if i < _GIVEN):
+            ctx.mark_non_differentiable(k, v)
         return out, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q_ring, *kept = ctx.saved_tensors
-        before, given = kept[:5], Given(*kept[5:])  # position and seed, and what the forward found
+        before, given = kept[:5], kept[5:]  # position and seed, and what the forward found
         needed = ctx.needs_input_grad[4:]
         if is_followed(grads):
             run_again = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
             return *(None,) * 4, *gradients_by_operators(run_again, given, grads, needed, "cpu")
         d_out, *d_rings = grads
         if d_out is None:
-            batch, count, embed_dim = given.query.shape
-            d_out = given.query.new_zeros(batch, count - ctx.how[0], embed_dim)
+            batch, count, embed_dim = given[0].shape
+            d_out = given[0].new_zeros(batch, count - ctx.how[0], embed_dim)
         with without_autocast("cpu"):
             function = _native.cpu_function("new_ring_steps_backward")
             found = function(d_out, *d_rings, *given, *before, *ctx.how, needed)

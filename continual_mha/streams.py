@@ -268,11 +268,14 @@ class StatefulStreams(nn.Module):
         seen = state.clock.shape[0]
         together = seen < self._layout().sequence_len
         slots = []
+        known: dict[tuple[int, int], Tensor] = {}
         with torch.no_grad():
             for part in ring.rings(state):
                 lost = min(tokens, part.shape[-2]) - 1
                 if lost > 0 and not (together and seen + tokens <= part.shape[-2]):
-                    slots.append((part, functional.take_slots(part, state.position, 1, lost)))
+                    slots.append(
+                        (part, functional.take_slots(part, state.position, 1, lost, known))
+                    )
             position = None if together else state.position.clone()
         return Mark(state, self._rings_are_shared, position, slots)
 
@@ -318,11 +321,17 @@ class StatefulStreams(nn.Module):
             self._clock = state.clock
         buffers = self._buffers
         parts = dict(zip(_BUFFERS[type(state)], state[:-1], strict=True))
+        compiling, changed = torch.compiler.is_compiling(), False
         for name in _ALL_BUFFERS:
             part = parts.get(name)
             if part is not buffers[name]:
-                setattr(self, name, part)
-                self._repeat = None
+                changed = True
+                if compiling:  # which follows attributes
+                    setattr(self, name, part)
+                else:  # as that would, but it asks what each is, for a third of a small step's time
+                    buffers[name] = part
+        if changed and (compiling or self._repeat is not None):
+            self._repeat = None
 
     def _where_state_is(self) -> list[Found]:
         """All that says which state this is and who may write to it, and where that was found."""

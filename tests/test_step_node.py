@@ -77,6 +77,23 @@ def test_what_is_frozen_has_no_gradient(trained: str, of_tokens: bool) -> None:
         assert not module.forward_step(steps[0][0], update_state=False)
 
 
+@pytest.mark.parametrize("call", ["forward_step", "forward_steps"])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_rings_of_which_nothing_is_trained_need_no_gradient(formulation: str, call: str) -> None:
+    """Or a graph would hold all steps before, though no gradient reaches them."""
+    module = build(formulation=formulation)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(formulation == "input" or name.startswith("out_proj"))
+    x = drawn_calls(module, [3])[0][0].detach()
+    module.start_streams(STREAMS)
+    for _ in range(3):
+        out = module.forward_step(x[:, 0]) if call == "forward_step" else module.forward_steps(x)
+        assert out.requires_grad
+        state = module.get_state()
+        assert state is not None
+        assert not any(part.requires_grad for part in state)
+
+
 def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
     module = build(dtype=torch.float64)
     steps = drawn_calls(module, LENGTH + 2)
@@ -93,11 +110,34 @@ def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
     assert all(x.isfinite().all() for x in (out, *found))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.5}, {"query_index": 0}],
-)
-def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
+STEPS_AGAIN: dict[str, dict[str, Any]] = {
+    "learned slot": {"add_bias_kv": True},
+    "slot of zeros": {"add_zero_attn": True},
+    "queries that wait": {"query_index": 0},
+    "all three": {"add_bias_kv": True, "add_zero_attn": True, "query_index": -2},
+    "inputs": {"formulation": "input"},
+    "inputs, all three": {
+        "formulation": "input", "add_bias_kv": True, "add_zero_attn": True, "query_index": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("construction", STEPS_AGAIN)
+def test_where_it_has_no_function_for_gradients_it_steps_again(construction: str) -> None:
+    """The rings' gradients too, through a whole window."""
+    module = build(**STEPS_AGAIN[construction], dtype=torch.float64)
+    steps = drawn_calls(module, 2 * LENGTH + 1)
+    module.start_streams(STREAMS)
+    for given in steps:
+        out = module.forward_step(*given)
+        assert out is None or is_one_node(out)
+    assert "cpu: runs it, and makes new rings" in co.explain(module, steps[0][0])
+    assert_as_plain(module, steps)
+    assert_as_plain(module, steps, active=torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("arguments", [{"dropout": 0.5}, {"dropout": 0.5, "formulation": "input"}])
+def test_dropout_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
     module = build(**arguments)
     (x, *_), *_ = drawn_calls(module, 1)
     module.start_streams(STREAMS)
@@ -106,8 +146,19 @@ def test_what_it_does_not_know_is_left_to_pytorch(arguments: dict[str, Any]) -> 
     assert out.requires_grad
     assert not is_one_node(out)
     assert "torch: runs it" in co.explain(module, x)
-    with co.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: a gradient is needed"):
-        module.forward_step(x)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.5}, {"query_index": 0}],
+)
+def test_who_forces_it_is_told_where_it_has_no_gradients(arguments: dict[str, Any]) -> None:
+    module = build(**arguments)
+    (x, *_), *_ = drawn_calls(module, 1)
+    with co.use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="cpu: a gradient is needed"):
+            module.forward_step(x)
+        assert "cpu: a gradient is needed" in co.explain(module, x)
 
 
 def test_a_state_that_lies_as_it_likes() -> None:
@@ -152,8 +203,14 @@ def test_explain_says_that_it_runs() -> None:
     assert "cpu: runs it, and makes new rings" in co.explain(module, drawn_calls(module, 1)[0][0])
 
 
-def test_second_derivatives_and_many_gradients_at_once() -> None:
-    module = build(embed_dim=6, num_heads=2, sequence_len=3, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"add_bias_kv": True, "query_index": -2}, {"formulation": "input"}],
+    ids=str,
+)
+def test_second_derivatives_and_many_gradients_at_once(arguments: dict[str, Any]) -> None:
+    sizes = {"embed_dim": 6, "num_heads": 2, "sequence_len": 3}
+    module = build(**sizes, **arguments, dtype=torch.float64)
     module.start_streams(2)
     xs = [torch.randn(2, 6, dtype=torch.float64, requires_grad=True) for _ in range(4)]
 
