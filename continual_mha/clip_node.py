@@ -90,14 +90,21 @@ class AttendClip(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(found.heads)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
-        needed = _Needed(*ctx.needs_input_grad[1:])
+        needed = Needed(*ctx.needs_input_grad[1:])
         if is_followed(grads):
             run_again = partial(_attend_by_operators, ctx.node, found.seed)
             device = grad_out.device.type
             return None, *gradients_by_operators(run_again, given, grads, needed, device)
-        run = _gradients_by_library if ctx.node.attend is None else _gradients
         with without_autocast(grad_out.device.type):
-            return None, *run(ctx.node, given, found, grads, needed)
+            return None, *_gradients(ctx.node, given, found, grads, needed)
+
+
+def gradients_of_output(
+    node: Node, given: tuple[Any, ...], d_out: Tensor, needed: Needed
+) -> tuple[Tensor | None, ...]:
+    """Gradients of what a node is given, for callers who have kept nothing of its forward."""
+    _, _, found = _run(node, given)
+    return _gradients(node, given, found, (d_out, None), needed)
 
 
 def _without_extra_slots(params: Sequence[Any]) -> Weights:
@@ -170,7 +177,7 @@ def _by_head(
     return out
 
 
-class _Needed(NamedTuple):
+class Needed(NamedTuple):
     """Which arguments of a node need a gradient."""
 
     query: bool
@@ -185,24 +192,29 @@ class _Needed(NamedTuple):
     out_proj_bias: bool
 
 
+def _gradients(node: Node, *args: Any) -> tuple[Tensor | None, ...]:
+    run = _gradients_by_library if node.attend is None else _gradients_by_products
+    return run(node, *args)
+
+
 def _gradients_by_library(
     node: Node,
     given: tuple[Any, ...],
     found: _Found,
     grads: tuple[Tensor, Tensor | None],
-    needed: _Needed,
+    needed: Needed,
 ) -> tuple[Tensor | None, ...]:
     function = _native.cpu_function("attend_clip_backward")
     how = (node.num_heads, node.query_index, node.dropout_p, node.blank)
     return tuple(function(*grads, *given, *found[:-1], *how, needed))  # all but the share
 
 
-def _gradients(
+def _gradients_by_products(
     node: Node,
     given: tuple[Any, ...],
     found: _Found,
     grads: tuple[Tensor, Tensor | None],
-    needed: _Needed,
+    needed: Needed,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments ``given`` to a node, of those that need one."""
     query, key, value, mask, *params = given

@@ -79,11 +79,9 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
     if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
         return partial(_at_once, call, rest)
-    if moved and not extra_slots:
-        as_moved = key[:, :1].expand(-1, call.num_heads, -1)  # what decides is shape and dtype
-        operands = (as_moved, key, None if value is key else value, mask)
-        if _is_one_node(args, operands, call):
-            return partial(_by_node, _node(args, operands, call), needs_gradient(args))
+    if moved and not extra_slots and _is_one_node(args, call):
+        node = node_of(query, key, None if value is key else value, mask, weights, call)
+        return partial(_by_node, node, needs_gradient(args))
     return partial(_by_operators, call, moved, mixing.mix)
 
 
@@ -147,30 +145,48 @@ def _torch_may_be_faster(query: Tensor) -> bool:
     return not known or _native.cpu_isa() not in ("avx2", "avx512")
 
 
-def _is_one_node(args: tuple[Any, ...], operands: tuple[Any, ...], call: ClipCall) -> bool:
+def _is_one_node(args: tuple[Any, ...], call: ClipCall) -> bool:
     """Whether ``AttendClip`` serves: in training, and in inference where that is faster than the
     operators, but for what looks into it or it does not know.
 
     ``torch.compile`` writes the parts of a gradient in place by itself.
     """
-    query = args[0]
+    query, key, value, mask = *args[:3], args[11]
     if is_opaque(query):
         return False
     faster = backends.order(query.device.type)[0] == "triton"
     if not (faster or needs_gradient(args) or _unit_multiplies(query, args[3:9])):
         return False
-    asked, key, value, mask = operands
+    as_moved = _as_moved(key, call.num_heads)
     how = (call.options.dropout_p, call.need_weights)
-    return mixing.why_not_fused(asked, key, value, mask, *how) is None
+    return mixing.why_not_fused(as_moved, key, value, mask, *how) is None
 
 
-def _node(args: tuple[Any, ...], operands: tuple[Any, ...], call: ClipCall) -> Node:
+def _as_moved(key: Tensor, num_heads: int) -> Tensor:
+    """Like moved queries in shape and dtype, which is all that decides."""
+    return key[:, :1].expand(-1, num_heads, -1)
+
+
+def node_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    weights: Weights,
+    call: ClipCall,
+) -> Node:
+    """The node for a query ``(N, E)``, keys ``(N, S, Ek)`` and values, None for the keys.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
     how = (call.options.dropout_p, call.need_weights)
     function = None
-    if not _library_multiplies(args[0], args[3:9]):
+    if not _library_multiplies(query, weights[:6]):
         name = attention(*how)
         rest = () if name == "attend_shared" else (None, *how)
-        function = backends.choose(name, (*operands, None, *rest))
+        args = (_as_moved(key, call.num_heads), key, value, mask, None, *rest)
+        function = backends.choose(name, args)
     return Node(call.num_heads, call.query_index, *how, call.blank, function)
 
 

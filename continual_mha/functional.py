@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, mixing, reference, ring, step_node, steps_node, windows
+from . import backends, input_step, inputs, kv_step, mixing, reference, ring, steps_node, windows
 from .inputs import Inputs
 from .modes import is_opaque
 from .quantized import QuantizedRing
@@ -167,14 +167,14 @@ def _differentiable_step(
     if isinstance(state, INPUT_STATES):
         sizes, kept = _sizes(call), _inputs(state)
         if reason is None:
-            return step_node.input_step(tokens[0], kept, active, weights, sizes)
+            return input_step.step(tokens[0], kept, active, weights, sizes)
         how = (*sizes[:2], active, add_zero_attn, dropout_p)
         return inputs.input_step(tokens[0], weights, kept, *how, mixing=mixing.mix)
     rings = _rings(state)
     if reason is None:
-        return step_node.step(tokens, rings, active, weights, add_zero_attn)
+        return kv_step.step(tokens, rings, active, weights, add_zero_attn)
     if backends.order(tokens[0].device.type)[0] == "triton":
-        return step_node.step_by_windows(tokens, rings, active, weights, call.options)
+        return kv_step.step_by_windows(tokens, rings, active, weights, call.options)
     backends.leave_to_pytorch("ring_step_", reason)
     return reference.ring_step(*tokens, weights, rings, active, *call.options)
 
@@ -183,13 +183,13 @@ def why_no_node(tokens: Tokens, state: State, active: Tensor | None, call: StepC
     """Why a differentiable ``step`` is not one node of autograd; None if it is."""
     if isinstance(state, INPUT_STATES):
         given = (tokens[0], _inputs(state), active, call.weights, _sizes(call))
-        return step_node.why_not_inputs(*given, call.options.dropout_p)
-    return step_node.why_not(tokens, _rings(state), active, call.weights, call.options)
+        return input_step.why_not(*given, call.options.dropout_p)
+    return kv_step.why_not(tokens, _rings(state), active, call.weights, call.options)
 
 
-def _sizes(call: StepCall) -> step_node.Sizes:
+def _sizes(call: StepCall) -> input_step.Sizes:
     layout = call.layout
-    return step_node.Sizes(layout.num_heads, layout.delay, call.options.add_zero_attn)
+    return input_step.Sizes(layout.num_heads, layout.delay, call.options.add_zero_attn)
 
 
 def take_slots(

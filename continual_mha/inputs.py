@@ -98,12 +98,17 @@ def input_step(
     kept = put(inputs.x, (position % length)[:, None], token.unsqueeze(1))
     x = kept.to(token.dtype)
     asked = token_before(x, position, delay) if delay else token
-    visible = filled(position, length)
-    mask = None if visible is None else _hide(~visible[:, 0], token.dtype)
+    mask = mask_of_ring(position, length, token.dtype)
     options = Options(add_zero_attn, dropout_p)
     out, _ = attend_clip((asked, x, x), weights, num_heads, options, mask, mixing=mixing)
     ahead = 1 if active is None else active.to(torch.int64)
     return out, Inputs(kept, position + ahead)
+
+
+def mask_of_ring(position: Tensor, sequence_len: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask ``(N, 1, L)`` of a ring once the token at ``position`` is written; None if full."""
+    visible = filled(position, sequence_len)
+    return None if visible is None else _hide(~visible[:, 0], dtype)
 
 
 def input_steps(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import _native, backends, reference, windows
 from .dropout import dropout_seed
+from .kv_step import BESIDE, KEPT, Given, has_gradients
 from .nodes import gradients_by_operators, is_followed, without_autocast
 from .reference import Options, Rings, Tokens, Weights
-from .step_node import BESIDE, KEPT, Given, has_gradients, why_no_node
+from .step_node import why_no_node
 
 _GIVEN = 11  # of what a step is given: neither extra slots nor queries that wait
 

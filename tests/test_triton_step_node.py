@@ -28,7 +28,7 @@ def by_triton() -> Iterator[None]:
 
 
 def is_one_node(out: torch.Tensor) -> bool:
-    return out.grad_fn is not None and "_StepBackward" in out.grad_fn.name()
+    return out.grad_fn is not None and "StepBackward" in out.grad_fn.name()
 
 
 CONSTRUCTIONS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,9 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "slots and queries that wait": {
         "add_bias_kv": True, "add_zero_attn": True, "query_index": 0,
     },
-    "inputs": {"formulation": "input", "add_bias_kv": True, "query_index": -2},
+    "inputs": {"formulation": "input"},
+    "inputs, queries that wait": {"formulation": "input", "query_index": 0},
+    "inputs, a learned slot": {"formulation": "input", "add_bias_kv": True, "query_index": -2},
 }  # fmt: skip
 
 

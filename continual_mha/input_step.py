@@ -1,0 +1,134 @@
+"""A step over inputs that makes a ring of its own, as one node of autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, inputs, mixing, reference
+from .clip_node import Needed, gradients_of_output
+from .clips import ClipCall, node_of
+from .inputs import Inputs
+from .reference import Options, Weights, has_extra_slots
+from .step_node import Step, Way, why_no_step_node
+
+
+class Sizes(NamedTuple):
+    """What ``input_step_`` is told besides tensors."""
+
+    num_heads: int
+    delay: int
+    add_zero_attn: bool
+
+
+def step(
+    token: Tensor, kept: Inputs, active: Tensor | None, weights: Weights, sizes: Sizes
+) -> tuple[Tensor, Inputs]:
+    """``inputs.input_step`` by the operator for inference, where nothing speaks against it."""
+    position = kept.position.clone()
+    run, again = partial(_run_over_inputs, sizes), partial(_again_over_inputs, sizes)
+    extra_slots = has_extra_slots(weights, sizes.add_zero_attn)
+    gradients = None if extra_slots else partial(_gradients_by_clip, sizes)
+    given = (token, kept.x, *_of_inputs(weights))
+    out, x = Step.apply(Way((1,), (0, 1), run, again, gradients), active, position, *given)
+    return out, Inputs(x, position)
+
+
+def why_not(
+    token: Tensor,
+    kept: Inputs,
+    active: Tensor | None,
+    weights: Weights,
+    sizes: Sizes,
+    dropout_p: float,
+) -> str | None:
+    """Why ``step`` does not serve; None if it does."""
+    if reason := why_no_step_node(token, dropout_p):
+        return reason
+    args = _input_args(token, kept.x, _of_inputs(weights), kept.position, active, sizes)
+    return backends.why_not(backends.order(token.device.type)[0], "input_step_", args)
+
+
+def _of_inputs(weights: Weights) -> tuple[Tensor | None, ...]:
+    """The weights that ``input_step_`` takes."""
+    packed, _, _, bias, *others = weights
+    return (packed, bias, *others)
+
+
+def _input_args(
+    token: Tensor,
+    x_ring: Tensor,
+    weights: Sequence[Tensor | None],
+    position: Tensor,
+    active: Tensor | None,
+    sizes: Sizes,
+) -> tuple[Any, ...]:
+    state = (x_ring, position, sizes.num_heads, sizes.delay)
+    return (token, *weights, *state, active, sizes.add_zero_attn, 0.0, True)
+
+
+def _run_over_inputs(
+    sizes: Sizes,
+    given: Sequence[Any],
+    rings: Sequence[Tensor],
+    position: Tensor,
+    active: Tensor | None,
+) -> Tensor:
+    args = _input_args(given[0], rings[0], given[2:], position, active, sizes)
+    out: Tensor = backends.run_directly("input_step_", *args)
+    return out
+
+
+def _again_over_inputs(sizes: Sizes, given: Sequence[Any], position: Tensor) -> tuple[Tensor, ...]:
+    token, x_ring, packed, bias, *others = given
+    weights = Weights(packed, None, None, bias, *others)
+    how = (sizes.num_heads, sizes.delay, None, sizes.add_zero_attn)
+    out, after = inputs.input_step(
+        token, weights, Inputs(x_ring, position), *how, mixing=mixing.mix
+    )
+    return out, after.x
+
+
+def _gradients_by_clip(
+    sizes: Sizes,
+    given: Sequence[Any],
+    rings: Sequence[Tensor],
+    before: Tensor,
+    d_out: Tensor,
+    d_rings: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """By the node that attends to clips, of which the ring with the token is one."""
+    token, x_ring, packed, bias, *out_proj = given[:6]
+    (kept,), delay, length = rings, sizes.delay, x_ring.shape[1]
+    asking = reference.token_before(kept, before, delay) if delay else token
+    mask = inputs.mask_of_ring(before, length, token.dtype)
+    weights = Weights._make((packed, None, None, bias, *out_proj, None, None))
+    call = ClipCall(sizes.num_heads, 0, Options(False, 0.0), False, True, True)
+    node = node_of(asking, kept, None, mask, weights, call)
+    of_tokens = needed[0] or needed[1]
+    needs = Needed(of_tokens, of_tokens, False, False, needed[2], False, False, *needed[3:6])
+    clip = (asking, kept, None, mask, *weights[:6])
+    d_asking, d_kept, _, _, d_packed, _, _, *others = gradients_of_output(node, clip, d_out, needs)
+    d_token = d_ring = None
+    if of_tokens:
+        assert d_asking is not None
+        assert d_kept is not None
+        slot = (before % length)[:, None]
+        if d_rings[0] is not None:
+            d_kept = d_kept + d_rings[0]
+        if delay:
+            asked_at = (before - delay)[:, None]
+            of_asked = d_asking.unsqueeze(1).masked_fill((asked_at < 0).unsqueeze(-1), 0)
+            slots = (asked_at % length).unsqueeze(-1).expand(of_asked.shape)
+            d_kept = d_kept.scatter_add(1, slots, of_asked)
+        of_token = reference.take(d_kept, slot)
+        d_token = of_token.squeeze(1) if delay else of_token.squeeze(1) + d_asking
+        if needed[1]:
+            d_ring = reference.put(d_kept, slot, torch.zeros_like(of_token))
+    found = (d_token, d_ring, d_packed, *others, None, None)
+    return [x if need else None for x, need in zip(found, needed, strict=True)]
