@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Node(NamedTuple):
 
     Attributes:
         attend: the function that runs ``attention`` on such tensors; None for the CPU library's
-            operator for all of it, products included.
+            operator for all of it, products included, which knows no extra slots.
     """
 
     num_heads: int
@@ -30,6 +30,7 @@ class Node(NamedTuple):
     dropout_p: float
     need_weights: bool
     blank: bool
+    add_zero_attn: bool
     attend: Callable[..., Any] | None
 
     def asking(self, query: Tensor | None, key: Tensor) -> Tensor:
@@ -48,10 +49,12 @@ class _Found(NamedTuple):
     kept: Tensor
     heads: Tensor  # (N, E)
     share: Tensor | None = None  # (N, H, 1), which the library works out again
+    extra: Tensor | None = None  # scores of the extra slots, (N, H, X)
+    on_extra: Tensor | None = None  # their weights
 
 
 class AttendClip(torch.autograd.Function):
-    """Attention over inputs with its projections, without extra slots, as one node of autograd.
+    """Attention over inputs with its projections as one node of autograd.
 
     From single operators autograd would make, for each part that is taken of the packed weight or
     of the clip, a gradient as large as the whole, and add them up. This writes every part in place.
@@ -86,7 +89,7 @@ class AttendClip(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_attn: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # which may be asked for but once
-        given, found = saved[:10], _Found(*saved[10:])
+        given, found = saved[:_GIVEN], _Found(*saved[_GIVEN:])
         if grad_out is None:
             grad_out = torch.zeros_like(found.heads)
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
@@ -107,10 +110,6 @@ def gradients_of_output(
     return _gradients(node, given, found, (d_out, None), needed)
 
 
-def _without_extra_slots(params: Sequence[Any]) -> Weights:
-    return Weights._make((*params, None, None))
-
-
 def _run(node: Node, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, _Found]:
     run = _attend_by_library if node.attend is None else partial(_attend, node.attend)
     return run(node, given, dropout_seed(node.dropout_p, given[1].device))
@@ -120,7 +119,7 @@ def _attend_by_library(
     node: Node, given: tuple[Any, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor, _Found]:
     how = (node.num_heads, node.query_index, node.dropout_p, node.need_weights, node.blank)
-    out, attn, *found = _native.cpu_function("attend_clip")(*given, seed, *how)
+    out, attn, *found = _native.cpu_function("attend_clip")(*given[:10], seed, *how)
     return out, attn, _Found(seed, *found)
 
 
@@ -135,22 +134,28 @@ def _attend(
 ) -> tuple[Tensor, Tensor, _Found]:
     """The output, the averaged weights and what the gradients need, of a node's arguments."""
     query, key, value, mask, *params = given
-    weights = _without_extra_slots(params)
-    (w_q, w_k, w_v), (b_q, _, b_v) = weights.split(), weights.split_bias()
+    weights = Weights._make(params)
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
     multiply, H = multiplier(key), node.num_heads
     projected = multiply(node.asking(query, key), w_q.t(), b_q)
     N, E = projected.shape
     q = projected.view(N, H, -1)
     D = E // H
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
+    extra = inputs.moved_extra_scores(q, weights, b_k, node.add_zero_attn)
+    operands = (moved, key, value, mask, mixing.sink(extra))
     if mixing.is_plain(node.dropout_p, node.need_weights):
-        mixed, lse = attend(moved, key, value, mask, None)
+        mixed, lse = attend(*operands)
         kept = attn = lse.new_empty(0)
     else:
         how = (seed, node.dropout_p, node.need_weights)
-        mixed, lse, kept, attn = attend(moved, key, value, mask, None, *how)
+        mixed, lse, kept, attn = attend(*operands, *how)
     share = None if seed is None else kept.unsqueeze(-1)
-    if mask is not None and node.blank:
+    on_extra = mixing.weights_of_extra(extra, lse, 0.0)
+    if on_extra is not None:  # where they are, nothing is dropped
+        share = 1.0 - on_extra.sum(-1, keepdim=True)
+        attn = torch.cat([attn, on_extra.mean(1)], dim=-1) if node.need_weights else attn
+    elif mask is not None and node.blank:
         mixed, share = mixing.blanked(mixed, share, lse)
     by_value = w_v.view(H, D, -1).transpose(1, 2)
     bias = None if b_v is None else b_v.view(H, D)
@@ -159,9 +164,10 @@ def _attend(
     else:
         heads = _by_head(multiply, mixed, by_value)
         heads = torch.addcmul(heads, bias, share.to(heads.dtype), out=heads)
-    heads = heads.view(N, E)
+    heads = inputs.with_bias_slot(heads, on_extra, weights).view(N, E)
     out = multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias)
-    return out, attn, _Found(seed, q, moved, mixed, lse, kept, heads, share)
+    found = _Found(seed, q, moved, mixed, lse, kept, heads, share, extra, on_extra)
+    return out, attn, found
 
 
 def _by_head(
@@ -190,6 +196,11 @@ class Needed(NamedTuple):
     in_proj_bias: bool
     out_proj_weight: bool
     out_proj_bias: bool
+    bias_k: bool
+    bias_v: bool
+
+
+_GIVEN = len(Needed._fields)  # arguments of a node
 
 
 def _gradients(node: Node, *args: Any) -> tuple[Tensor | None, ...]:
@@ -206,7 +217,8 @@ def _gradients_by_library(
 ) -> tuple[Tensor | None, ...]:
     function = _native.cpu_function("attend_clip_backward")
     how = (node.num_heads, node.query_index, node.dropout_p, node.blank)
-    return tuple(function(*grads, *given, *found[:-1], *how, needed))  # all but the share
+    grads_of = function(*grads, *given[:10], *found[:7], *how, needed[:10])
+    return *grads_of, None, None
 
 
 def _gradients_by_products(
@@ -218,18 +230,18 @@ def _gradients_by_products(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments ``given`` to a node, of those that need one."""
     query, key, value, mask, *params = given
-    weights = _without_extra_slots(params)
-    (w_q, w_k, w_v), (_, _, b_v) = weights.split(), weights.split_bias()
+    weights = Weights._make(params)
+    (w_q, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
     d_out, d_attn = grads
-    seed, q, moved, mixed, lse, kept, heads, share = found
+    seed, q, moved, mixed, lse, kept, heads, share, extra, on_extra = found
     N, H, D = q.shape
     scale = 1.0 / math.sqrt(D)
     # what they take, from the queries' projection to the heads' outputs
     asking_in_clip = needed.key and query is None
     of_queries = needed.query or asking_in_clip or needed.in_proj_weight or needed.in_proj_bias
-    of_attention = of_queries or needed.key or needed.value or needed.k_proj_weight
-    of_heads = of_attention or needed.v_proj_weight
-    d_query = d_key = d_value = None
+    of_attention = of_queries or needed.key or needed.value or needed.k_proj_weight or needed.bias_k
+    of_heads = of_attention or needed.v_proj_weight or needed.bias_v
+    d_query = d_key = d_value = d_extra = None
     d_params: list[Any] = [
         x.new_empty(x.shape) if x is not None and need else None
         for x, need in zip(params, needed[4:], strict=True)
@@ -250,27 +262,46 @@ def _gradients_by_products(
             sum_over_tokens(d_heads.permute(1, 2, 0), mixed.transpose(0, 1), by_head)
         if d_b_v is not None:
             torch.sum(d_heads if share is None else d_heads * share, 0, out=d_b_v.view(H, D))
+        if needed.bias_v and on_extra is not None:
+            torch.sum(d_heads * on_extra[..., :1], 0, out=d_params[7].view(H, D))
     if of_attention:
         d_mixed = _by_head(multiply, d_heads, w_v.view(H, D, -1))
-        d_kept = None
+        d_kept = d_lse = None
+        if extra is not None and on_extra is not None:
+            d_on_extra, d_attn = _gradients_of_weights(d_heads, d_attn, on_extra, weights, b_v)
+            d_extra = on_extra * d_on_extra
+            d_lse = -d_extra.sum(-1)
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
-        if mask is not None and node.blank:
+        if mask is not None and node.blank and extra is None:
             hidden = torch.isneginf(lse)
             d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
             d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
-        operands = (moved, key, value, mask, None, seed, mixed, lse, kept, node.dropout_p)
+        sink = mixing.sink(extra)
+        operands = (moved, key, value, mask, sink, seed, mixed, lse, kept, node.dropout_p)
         of_tiles = needed.key or needed.value
-        d_moved, d_key, d_value, _ = ops.shared_gradients(
-            backends.run_directly, of_tiles, d_mixed, None, d_kept, d_attn, *operands
+        d_moved, d_key, d_value, d_sink = ops.shared_gradients(
+            backends.run_directly, of_tiles, d_mixed, d_lse, d_kept, d_attn, *operands
         )
+        if d_extra is not None:  # the sink is the logarithm of a sum of exponentials
+            assert extra is not None
+            assert sink is not None
+            d_extra = d_extra + torch.exp(extra - sink.unsqueeze(-1)) * d_sink.unsqueeze(-1)
+            d_extra = d_extra * scale
         if d_w_k is not None:
             by_head = d_w_k.view(H, D, -1)
             sum_over_tokens(q.permute(1, 2, 0), d_moved.transpose(0, 1), by_head, scale)
         if d_b_k is not None:
-            d_b_k.zero_()  # in every score of a head alike, so that the softmax takes it away
+            if d_extra is None:  # in all scores of a head alike: the softmax takes it away
+                d_b_k.zero_()
+            else:
+                torch.sum(-d_extra.sum(-1, keepdim=True) * q, 0, out=d_b_k.view(H, D))
+        if needed.bias_k and d_extra is not None:
+            torch.sum(d_extra[..., :1] * q, 0, out=d_params[6].view(H, D))
     if of_queries:
         d_q = _by_head(multiply, d_moved, w_k.view(H, D, -1).transpose(1, 2), scale=scale)
+        if d_extra is not None:
+            d_q = _with_scores(d_q, d_extra, weights, b_k)
         d_q = d_q.view(N, H * D)
         if d_w_q is not None:
             sum_over_tokens(d_q.t(), node.asking(query, key), d_w_q)
@@ -283,6 +314,39 @@ def _gradients_by_products(
             multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
+
+
+def _gradients_of_weights(
+    d_heads: Tensor,
+    d_attn: Tensor | None,
+    on_extra: Tensor,
+    weights: Weights,
+    b_v: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Of the extra slots' weights ``(N, H, X)``; and ``d_attn`` as far as the clip goes."""
+    _, H, D = d_heads.shape
+    d_heads = d_heads.to(on_extra.dtype)
+    d_on_extra = torch.zeros_like(on_extra)
+    if b_v is not None:  # in the share of the clip, which is what the extra slots leave
+        d_on_extra -= (d_heads * b_v.view(H, D)).sum(-1, keepdim=True)
+    if weights.bias_v is not None:
+        d_on_extra[..., 0] += (d_heads * weights.bias_v.view(H, D)).sum(-1)
+    if d_attn is not None:
+        slots = d_attn.shape[1] - on_extra.shape[2]
+        d_on_extra += d_attn[:, None, slots:] / H
+        d_attn = d_attn[:, :slots]
+    return d_on_extra, d_attn
+
+
+def _with_scores(d_q: Tensor, d_extra: Tensor, weights: Weights, b_k: Tensor | None) -> Tensor:
+    """Gradients of queries ``(N, H, D)`` with what they have of the extra slots' scores."""
+    heads = d_q.shape[1:]
+    wide = d_q.to(d_extra.dtype)
+    if weights.bias_k is not None:
+        wide = torch.addcmul(wide, d_extra[..., :1], weights.bias_k.view(heads))
+    if b_k is not None:
+        wide = torch.addcmul(wide, d_extra.sum(-1, keepdim=True), b_k.view(heads), value=-1)
+    return wide.to(d_q.dtype)
 
 
 def _parts(packed: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -301,7 +365,7 @@ def _attend_by_operators(
 ) -> tuple[Tensor, Tensor | None]:
     """The node's results by operators that autograd knows."""
     tokens = (node.asking(query, key), key, key if value is None else value)
-    options = Options(False, node.dropout_p)
+    options = Options(node.add_zero_attn, node.dropout_p)
     how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
     again = None if seed is None else partial(mixing.fused_mix, seed=seed)
-    return inputs.attend_clip(tokens, _without_extra_slots(params), *how, again)
+    return inputs.attend_clip(tokens, Weights._make(params), *how, again)

@@ -79,7 +79,9 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
     if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
         return partial(_at_once, call, rest)
-    if moved and not extra_slots and _is_one_node(args, call):
+    # what is dropped of extra slots cannot be drawn again
+    known = not extra_slots or call.options.dropout_p == 0.0
+    if moved and known and _is_one_node(args, call):
         node = node_of(query, key, None if value is key else value, mask, weights, call)
         return partial(_by_node, node, needs_gradient(args))
     return partial(_by_operators, call, moved, mixing.mix)
@@ -100,7 +102,7 @@ def _by_node(
 ) -> tuple[Tensor, Tensor | None]:
     asked, key, value = clips
     query = None if asked is key else asked[:, node.query_index]
-    given = (query, key, None if value is key else value, mask, *weights[:6])
+    given = (query, key, None if value is key else value, mask, *weights)
     out, attn = AttendClip.apply(node, *given) if trains else AttendClip.results(node, given)
     return out, attn if node.need_weights else None
 
@@ -181,13 +183,14 @@ def node_of(
         RuntimeError: a backend was forced that cannot run it.
     """
     how = (call.options.dropout_p, call.need_weights)
-    function = None
-    if not _library_multiplies(query, weights[:6]):
+    add_zero_attn = call.options.add_zero_attn
+    function, extra_slots = None, has_extra_slots(weights, add_zero_attn)
+    if extra_slots or not _library_multiplies(query, weights[:6]):
         name = attention(*how)
         rest = () if name == "attend_shared" else (None, *how)
         args = (_as_moved(key, call.num_heads), key, value, mask, None, *rest)
         function = backends.choose(name, args)
-    return Node(call.num_heads, call.query_index, *how, call.blank, function)
+    return Node(call.num_heads, call.query_index, *how, call.blank, add_zero_attn, function)
 
 
 def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:

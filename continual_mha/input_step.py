@@ -13,7 +13,7 @@ from . import backends, inputs, mixing, reference
 from .clip_node import Needed, gradients_of_output
 from .clips import ClipCall, node_of
 from .inputs import Inputs
-from .reference import Options, Weights, has_extra_slots
+from .reference import Options, Weights
 from .step_node import Step, Way, why_no_step_node
 
 
@@ -31,10 +31,9 @@ def step(
     """``inputs.input_step`` by the operator for inference, where nothing speaks against it."""
     position = kept.position.clone()
     run, again = partial(_run_over_inputs, sizes), partial(_again_over_inputs, sizes)
-    extra_slots = has_extra_slots(weights, sizes.add_zero_attn)
-    gradients = None if extra_slots else partial(_gradients_by_clip, sizes)
+    way = Way((1,), (0, 1), run, again, partial(_gradients_by_clip, sizes))
     given = (token, kept.x, *_of_inputs(weights))
-    out, x = Step.apply(Way((1,), (0, 1), run, again, gradients), active, position, *given)
+    out, x = Step.apply(way, active, position, *given)
     return out, Inputs(x, position)
 
 
@@ -103,17 +102,19 @@ def _gradients_by_clip(
     needed: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """By the node that attends to clips, of which the ring with the token is one."""
-    token, x_ring, packed, bias, *out_proj = given[:6]
+    token, x_ring, packed, bias, *others = given
     (kept,), delay, length = rings, sizes.delay, x_ring.shape[1]
     asking = reference.token_before(kept, before, delay) if delay else token
     mask = inputs.mask_of_ring(before, length, token.dtype)
-    weights = Weights._make((packed, None, None, bias, *out_proj, None, None))
-    call = ClipCall(sizes.num_heads, 0, Options(False, 0.0), False, True, True)
+    weights = Weights._make((packed, None, None, bias, *others))
+    call = ClipCall(sizes.num_heads, 0, Options(sizes.add_zero_attn, 0.0), False, True, True)
     node = node_of(asking, kept, None, mask, weights, call)
     of_tokens = needed[0] or needed[1]
-    needs = Needed(of_tokens, of_tokens, False, False, needed[2], False, False, *needed[3:6])
-    clip = (asking, kept, None, mask, *weights[:6])
-    d_asking, d_kept, _, _, d_packed, _, _, *others = gradients_of_output(node, clip, d_out, needs)
+    needs = Needed(of_tokens, of_tokens, False, False, needed[2], False, False, *needed[3:8])
+    clip = (asking, kept, None, mask, *weights)
+    d_asking, d_kept, _, _, d_packed, _, _, *d_others = gradients_of_output(
+        node, clip, d_out, needs
+    )
     d_token = d_ring = None
     if of_tokens:
         assert d_asking is not None
@@ -130,5 +131,5 @@ def _gradients_by_clip(
         d_token = of_token.squeeze(1) if delay else of_token.squeeze(1) + d_asking
         if needed[1]:
             d_ring = reference.put(d_kept, slot, torch.zeros_like(of_token))
-    found = (d_token, d_ring, d_packed, *others, None, None)
+    found = (d_token, d_ring, d_packed, *d_others)
     return [x if need else None for x, need in zip(found, needed, strict=True)]

@@ -338,16 +338,24 @@ def _attend_inputs(
     ``q · (W x + b) = (Wᵀ q) · x + q · b``: the second term is the same for every token of the clip,
     so it is taken off the extra slots' scores instead, and drops out where there are none.
     """
-    heads = q.shape[1:]
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
-    extra = extra_scores(q, weights, options.add_zero_attn)
-    if extra is not None and b_k is not None:
-        extra = extra - (q.to(extra.dtype) * b_k.view(heads)).sum(-1, keepdim=True)
-    extra = None if extra is None else extra / math.sqrt(heads[1])
+    extra = moved_extra_scores(q, weights, b_k, options.add_zero_attn)
     asked = (options.dropout_p, need_weights, blank)
     mix = mixing(moved_queries(q, w_k), key, value, mask, extra, *asked)
     found = projected_mix(mix.inputs, mix.share, w_v, b_v)
     return _Attended(found, mix.on_extra, mix.attn)
+
+
+def moved_extra_scores(
+    q: Tensor, weights: Weights, b_k: Tensor | None, add_zero_attn: bool
+) -> Tensor | None:
+    """``extra_scores`` of ``(N, H, D)``, scaled, without the bias that moved queries leave out."""
+    extra = extra_scores(q, weights, add_zero_attn)
+    if extra is None:
+        return None
+    if b_k is not None:
+        extra = extra - (q.to(extra.dtype) * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
+    return extra / math.sqrt(q.shape[2])
 
 
 def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:

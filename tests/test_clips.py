@@ -202,6 +202,58 @@ def test_the_weights_alone_train_beside_extra_slots(slots: str, need_weights: bo
     assert_same(gradients(module, x, **how), plain_gradients(module, x, **how))
 
 
+SLOTS: dict[str, dict[str, Any]] = {
+    "learned": {"add_bias_kv": True},
+    "of zeros": {"add_zero_attn": True},
+    "both": {"add_bias_kv": True, "add_zero_attn": True},
+    "both, no bias": {"add_bias_kv": True, "add_zero_attn": True, "bias": False},
+    "both, kdim and vdim": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 7, "vdim": 10},
+}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_extra_slots_are_part_of_the_node(slots: str, need_weights: bool, hidden: bool) -> None:
+    """Of a stream whose clip is hidden they have all the weight."""
+    module = build(**SLOTS[slots], dtype=torch.float64)
+    tokens = [x.requires_grad_() for x in draw_tokens(module, STREAMS, LENGTH + 2)]
+    given = tokens if "kdim" in slots else tokens[:1]
+    how: dict[str, Any] = {"need_weights": need_weights}
+    if hidden:
+        how["key_padding_mask"] = torch.tensor([[True]] * 2 + [[False]]).expand(-1, LENGTH + 2)
+    assert is_one_node(module(*given, **how)[0])
+    assert_same(gradients(module, *given, **how), plain_gradients(module, *given, **how))
+
+
+@pytest.mark.parametrize("trained", ["bias_k", "bias_v", "in_proj_bias", "in_proj_weight", "x"])
+def test_of_what_extra_slots_take_part_in_one_is_trained(trained: str) -> None:
+    module = build(**SLOTS["both"], dtype=torch.float64)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    x = drawn(module).detach().requires_grad_(trained == "x")
+    assert is_one_node(module(x)[0])
+    assert_same(gradients(module, x), plain_gradients(module, x))
+
+
+def test_second_derivatives_and_many_gradients_at_once_beside_extra_slots() -> None:
+    module = build(embed_dim=6, num_heads=2, **SLOTS["both"], dtype=torch.float64)
+    x = draw_tokens(module, 2, 3)[0].requires_grad_()
+    assert gradcheck(module, x)
+    assert gradgradcheck(module, x, fast_mode=True)
+    outs = module(x)
+    given = tuple(torch.randn(4, *y.shape, dtype=y.dtype) for y in outs)
+    batched = torch.autograd.grad(outs, x, given, is_grads_batched=True, retain_graph=True)[0]
+    for i in range(4):
+        single = torch.autograd.grad(outs, x, [y[i] for y in given], retain_graph=True)
+        assert_same([batched[i]], list(single))
+
+
+def test_what_is_dropped_of_extra_slots_is_left_to_operators() -> None:
+    module = build(**SLOTS["both"], dropout=0.5)
+    assert not is_one_node(module(drawn(module))[0])
+
+
 class Work(TorchDispatchMode):
     """How many products of matrices there were, and which gradients of attention."""
 

@@ -235,13 +235,20 @@ def test_what_surrounds_a_clip_is_seen(backend):
     assert module.forward(clip)[0].requires_grad
     with torch.no_grad():
         assert not module.forward(clip)[0].requires_grad
-    with torch.autocast(clip.device.type, torch.bfloat16):
-        assert module.forward(clip)[0].dtype == torch.bfloat16
     with torch.inference_mode():
         assert module.forward(clip)[0].is_inference()
     module.requires_grad_(False)
     assert not module.forward(clip)[0].requires_grad
     assert module.forward(clip.clone().requires_grad_())[0].requires_grad
+
+
+def test_autocast_around_a_clip_is_seen(backend):
+    module = warm()
+    clip = clip_of(module)
+    module.forward(clip)
+    with torch.autocast(clip.device.type, torch.bfloat16):
+        assert module.forward(clip)[0].dtype == torch.bfloat16
+    assert module.forward(clip)[0].dtype == torch.float32
 
 
 def test_another_backend_may_be_forced_between_clips():
