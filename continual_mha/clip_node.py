@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, backends, inputs, mixing, ops
+from . import _native, backends, extra_slots, inputs, mixing, ops
 from .dropout import dropout_seed
 from .nodes import gradients_by_operators, is_followed, without_autocast
 from .products import Multiply, multiplier, sum_over_tokens
@@ -142,8 +142,8 @@ def _attend(
     q = projected.view(N, H, -1)
     D = E // H
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
-    extra = inputs.moved_extra_scores(q, weights, b_k, node.add_zero_attn)
-    operands = (moved, key, value, mask, mixing.sink(extra))
+    extra = extra_slots.moved_scores_of(q, weights, b_k, node.add_zero_attn)
+    operands = (moved, key, value, mask, extra_slots.sink(extra))
     if mixing.is_plain(node.dropout_p, node.need_weights):
         mixed, lse = attend(*operands)
         kept = attn = lse.new_empty(0)
@@ -151,7 +151,7 @@ def _attend(
         how = (seed, node.dropout_p, node.need_weights)
         mixed, lse, kept, attn = attend(*operands, *how)
     share = None if seed is None else kept.unsqueeze(-1)
-    on_extra = mixing.weights_of_extra(extra, lse, 0.0)
+    on_extra = extra_slots.weights_of(extra, lse, 0.0)
     if on_extra is not None:  # where they are, nothing is dropped
         share = 1.0 - on_extra.sum(-1, keepdim=True)
         attn = torch.cat([attn, on_extra.mean(1)], dim=-1) if node.need_weights else attn
@@ -164,7 +164,7 @@ def _attend(
     else:
         heads = _by_head(multiply, mixed, by_value)
         heads = torch.addcmul(heads, bias, share.to(heads.dtype), out=heads)
-    heads = inputs.with_bias_slot(heads, on_extra, weights).view(N, E)
+    heads = extra_slots.with_bias(heads, on_extra, weights).view(N, E)
     out = multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias)
     found = _Found(seed, q, moved, mixed, lse, kept, heads, share, extra, on_extra)
     return out, attn, found
@@ -268,7 +268,9 @@ def _gradients_by_products(
         d_mixed = _by_head(multiply, d_heads, w_v.view(H, D, -1))
         d_kept = d_lse = None
         if extra is not None and on_extra is not None:
-            d_on_extra, d_attn = _gradients_of_weights(d_heads, d_attn, on_extra, weights, b_v)
+            d_on_extra, d_attn = extra_slots.gradients_of_weights(
+                d_heads, d_attn, on_extra, weights, b_v
+            )
             d_extra = on_extra * d_on_extra
             d_lse = -d_extra.sum(-1)
         if seed is not None and b_v is not None:
@@ -277,17 +279,15 @@ def _gradients_by_products(
             hidden = torch.isneginf(lse)
             d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
             d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
-        sink = mixing.sink(extra)
+        sink = extra_slots.sink(extra)
         operands = (moved, key, value, mask, sink, seed, mixed, lse, kept, node.dropout_p)
         of_tiles = needed.key or needed.value
         d_moved, d_key, d_value, d_sink = ops.shared_gradients(
             backends.run_directly, of_tiles, d_mixed, d_lse, d_kept, d_attn, *operands
         )
-        if d_extra is not None:  # the sink is the logarithm of a sum of exponentials
+        if d_extra is not None:
             assert extra is not None
-            assert sink is not None
-            d_extra = d_extra + torch.exp(extra - sink.unsqueeze(-1)) * d_sink.unsqueeze(-1)
-            d_extra = d_extra * scale
+            d_extra = scale * extra_slots.gradients_of_scores(d_extra, extra, d_sink)
         if d_w_k is not None:
             by_head = d_w_k.view(H, D, -1)
             sum_over_tokens(q.permute(1, 2, 0), d_moved.transpose(0, 1), by_head, scale)
@@ -301,7 +301,7 @@ def _gradients_by_products(
     if of_queries:
         d_q = _by_head(multiply, d_moved, w_k.view(H, D, -1).transpose(1, 2), scale=scale)
         if d_extra is not None:
-            d_q = _with_scores(d_q, d_extra, weights, b_k)
+            d_q = extra_slots.gradients_of_queries(d_q, d_extra, weights, b_k)
         d_q = d_q.view(N, H * D)
         if d_w_q is not None:
             sum_over_tokens(d_q.t(), node.asking(query, key), d_w_q)
@@ -314,39 +314,6 @@ def _gradients_by_products(
             multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
-
-
-def _gradients_of_weights(
-    d_heads: Tensor,
-    d_attn: Tensor | None,
-    on_extra: Tensor,
-    weights: Weights,
-    b_v: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Of the extra slots' weights ``(N, H, X)``; and ``d_attn`` as far as the clip goes."""
-    _, H, D = d_heads.shape
-    d_heads = d_heads.to(on_extra.dtype)
-    d_on_extra = torch.zeros_like(on_extra)
-    if b_v is not None:  # in the share of the clip, which is what the extra slots leave
-        d_on_extra -= (d_heads * b_v.view(H, D)).sum(-1, keepdim=True)
-    if weights.bias_v is not None:
-        d_on_extra[..., 0] += (d_heads * weights.bias_v.view(H, D)).sum(-1)
-    if d_attn is not None:
-        slots = d_attn.shape[1] - on_extra.shape[2]
-        d_on_extra += d_attn[:, None, slots:] / H
-        d_attn = d_attn[:, :slots]
-    return d_on_extra, d_attn
-
-
-def _with_scores(d_q: Tensor, d_extra: Tensor, weights: Weights, b_k: Tensor | None) -> Tensor:
-    """Gradients of queries ``(N, H, D)`` with what they have of the extra slots' scores."""
-    heads = d_q.shape[1:]
-    wide = d_q.to(d_extra.dtype)
-    if weights.bias_k is not None:
-        wide = torch.addcmul(wide, d_extra[..., :1], weights.bias_k.view(heads))
-    if b_k is not None:
-        wide = torch.addcmul(wide, d_extra.sum(-1, keepdim=True), b_k.view(heads), value=-1)
-    return wide.to(d_q.dtype)
 
 
 def _parts(packed: Tensor | None) -> tuple[Tensor | None, ...]:

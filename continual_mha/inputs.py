@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import extra_slots
 from .precision import wide
 from .products import linear, multiply
 from .quantized import QuantizedRing, as_kept, shape_of
@@ -253,31 +254,9 @@ def attend_clip(
     else:
         found = _attend_projected(q, key, value, weights, *asked, average)
     heads, on_extra, attn = found
-    heads = with_bias_slot(heads, on_extra, weights)
+    heads = extra_slots.with_bias(heads, on_extra, weights)
     out = linear(heads.flatten(1), weights.out_proj_weight, weights.out_proj_bias)
     return out, attn
-
-
-def with_bias_slot(heads: Tensor, on_extra: Tensor | None, weights: Weights) -> Tensor:
-    """Heads' outputs ``(..., H, D)`` with the share of the slot that ``add_bias_kv`` adds."""
-    if on_extra is None or weights.bias_v is None:
-        return heads
-    return heads + on_extra[..., :1].to(heads.dtype) * weights.bias_v.view(heads.shape[-2:])
-
-
-def extra_scores(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
-    """Scores ``(..., H, X)`` of the slots that ``add_bias_kv`` and ``add_zero_attn`` add, or None.
-
-    The scores are scaled if the queries ``(..., H, D)`` are. They are of the dtype of sums: what is
-    taken off them is often as large, and so are the two gradients that reach a nearly full slot.
-    """
-    scores = []
-    q = q.to(wide(q.dtype))
-    if weights.bias_k is not None:
-        scores.append((q * weights.bias_k.view(q.shape[-2:])).sum(-1, keepdim=True))
-    if add_zero_attn:
-        scores.append(q.new_zeros((*q.shape[:-1], 1)))
-    return torch.cat(scores, dim=-1) if scores else None
 
 
 def _normalise(scores: Tensor, extra: Tensor | None, dropout_p: float, blank: bool) -> Tensor:
@@ -314,7 +293,7 @@ def _attend_projected(
     scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask
-    extra = extra_scores(q, weights, options.add_zero_attn)
+    extra = extra_slots.scores_of(q, weights, options.add_zero_attn)
     attn = _normalise(scores, extra, options.dropout_p, blank and mask is not None)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
     heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
@@ -339,23 +318,11 @@ def _attend_inputs(
     so it is taken off the extra slots' scores instead, and drops out where there are none.
     """
     (_, w_k, w_v), (_, b_k, b_v) = weights.split(), weights.split_bias()
-    extra = moved_extra_scores(q, weights, b_k, options.add_zero_attn)
+    extra = extra_slots.moved_scores_of(q, weights, b_k, options.add_zero_attn)
     asked = (options.dropout_p, need_weights, blank)
     mix = mixing(moved_queries(q, w_k), key, value, mask, extra, *asked)
     found = projected_mix(mix.inputs, mix.share, w_v, b_v)
     return _Attended(found, mix.on_extra, mix.attn)
-
-
-def moved_extra_scores(
-    q: Tensor, weights: Weights, b_k: Tensor | None, add_zero_attn: bool
-) -> Tensor | None:
-    """``extra_scores`` of ``(N, H, D)``, scaled, without the bias that moved queries leave out."""
-    extra = extra_scores(q, weights, add_zero_attn)
-    if extra is None:
-        return None
-    if b_k is not None:
-        extra = extra - (q.to(extra.dtype) * b_k.view(q.shape[1:])).sum(-1, keepdim=True)
-    return extra / math.sqrt(q.shape[2])
 
 
 def moved_queries(q: Tensor, w_k: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, backends, reference, windows
+from . import _native, backends, extra_slots, reference, windows
 from .products import Multiply, multiplier, sum_over_tokens
-from .reference import Options, Rings, Tokens, Weights, has_extra_slots, is_shared
+from .reference import Options, Rings, Tokens, Weights, is_shared
 from .step_node import Step, Way, why_no_step_node
-from .windows import NO_GRADIENT
 
 
 class Given(NamedTuple):
@@ -53,7 +53,6 @@ class Given(NamedTuple):
         return cls._make((query, *others, *rings[:2], *weights, waiting))
 
 
-BESIDE = f"{NO_GRADIENT} beside extra slots or queries that wait"
 # All that the rings keep something of: tokens, rings, and what projects them.
 KEPT = (*range(9), 13)
 
@@ -73,23 +72,15 @@ def why_not(
     """Why ``step`` does not serve; None if it does."""
     if reason := why_no_step_node(tokens[0], options.dropout_p):
         return reason
-    if backends.forced() == "cpu" and not has_gradients(rings, weights, options):
-        return BESIDE
     args = (*tokens, *weights, *rings, active, options.add_zero_attn, 0.0, True)
     return backends.why_not(backends.order(tokens[0].device.type)[0], "ring_step_", args)
-
-
-def has_gradients(rings: Rings, weights: Weights, options: Options) -> bool:
-    """Whether there is a function for gradients: not with extra slots or queries that wait."""
-    return rings.q.shape[1] == 0 and not has_extra_slots(weights, options.add_zero_attn)
 
 
 def _way(given: Given, add_zero_attn: bool) -> Way:
     triton = backends.order(given.query.device.type)[0] == "triton"
     simple = given.q_ring is None and given.bias_k is None and not add_zero_attn
-    gradients = None
-    if simple:
-        gradients = _gradients_by_windows if triton else _gradients_by_library
+    by_windows = partial(_gradients_by_windows, add_zero_attn)
+    gradients = _gradients_by_library if simple and not triton else by_windows
     again = _again_by_windows if triton else _again_over_keys
     rings = (3, 4) if given.q_ring is None else (3, 4, 13)
     run, again = partial(_run_over_keys, add_zero_attn), partial(again, add_zero_attn)
@@ -171,6 +162,7 @@ def _gradients_by_library(
 
 
 def _gradients_by_windows(
+    add_zero_attn: bool,
     given: Sequence[Any],
     rings: Sequence[Tensor],
     before: Tensor,
@@ -182,11 +174,18 @@ def _gradients_by_windows(
     found, needs = Given(*given), dict(zip(Given._fields, needed, strict=True))
     tokens, weights = found.tokens(), found.weights()
     N, H, L, D = found.k_ring.shape
-    multiply = multiplier(found.query)
-    clip = [x.view(N, 1, H, D) for x in reference.project(*tokens, weights)]
-    held = (found.k_ring, found.v_ring, before, None, None)
-    attended, lse = backends.run_directly("attend_window", *clip, *held, 0, 0.0)
-    heads = attended.view(N, H * D)
+    scale, multiply = 1.0 / math.sqrt(D), multiplier(found.query)
+    query, key, value = (x.view(N, 1, H, D) for x in reference.project(*tokens, weights))
+    due, waiting = before[:, None], found.q_ring
+    if waiting is not None:
+        due = (due + 1) % waiting.shape[1]
+        query = reference.take(waiting, due).view(N, 1, H, D)
+    extra = extra_slots.scores_of(query * scale, weights, add_zero_attn)
+    held = (found.k_ring, found.v_ring, before, extra_slots.sink(extra), None)
+    clip = (query, key, value, *held)
+    attended, lse = backends.run_directly("attend_window", *clip, 0, 0.0)
+    on_extra = extra_slots.weights_of(extra, lse, 0.0)
+    heads = extra_slots.with_bias(attended, on_extra, weights).view(N, H * D)
     grads: dict[str, Tensor | None] = {}
     if needs["out_proj_weight"]:
         d_weight = d_out.new_empty(weights.out_proj_weight.shape)
@@ -195,26 +194,63 @@ def _gradients_by_windows(
     if needs["out_proj_bias"]:
         grads["out_proj_bias"] = d_out.sum(0)
     d_heads = multiply(d_out, weights.out_proj_weight).view(N, 1, H, D)
+    d_extra = d_lse = None
+    if on_extra is not None:
+        d_on_extra, _ = extra_slots.gradients_of_weights(d_heads, None, on_extra, weights, None)
+        d_extra = on_extra * d_on_extra
+        d_lse = -d_extra.sum(-1)
+        if needs["bias_v"]:
+            grads["bias_v"] = _of_slot(on_extra, d_heads)
     of_rings = needs["k_ring"] or needs["v_ring"]
-    *d_clip, d_k_ring, d_v_ring, _ = backends.run_directly(
-        "attend_window_backward", d_heads, None, *clip, *held, attended, lse, 0, 0.0, of_rings
+    d_query, d_key, d_value, d_k_ring, d_v_ring, d_sink = backends.run_directly(
+        "attend_window_backward", d_heads, d_lse, *clip, attended, lse, 0, 0.0, of_rings
     )
-    d_projected = [x.view(N, H * D) for x in d_clip]
+    if extra is not None and d_extra is not None:
+        d_extra = scale * extra_slots.gradients_of_scores(d_extra, extra, d_sink)
+        d_query = extra_slots.gradients_of_queries(d_query, d_extra, weights, None)
+        if needs["bias_k"]:
+            grads["bias_k"] = _of_slot(d_extra, query)
+    d_query, d_key, d_value = (x.view(N, H * D) for x in (d_query, d_key, d_value))
     slot = (before % L)[:, None]
-    for i, name, d_ring, d_before in (
-        (1, "k_ring", d_rings[0], d_k_ring),
-        (2, "v_ring", d_rings[1], d_v_ring),
-    ):
-        if d_ring is not None:  # of the new ring, in which the token has taken another's place
-            of_token = reference.take(d_ring, slot)
-            d_projected[i] = d_projected[i] + of_token.reshape(N, H * D)
-            if of_rings:
-                d_before = reference.put(d_ring, slot, torch.zeros_like(of_token)) + d_before
-        grads[name] = d_before if of_rings else None
+    d_key, grads["k_ring"] = _through_ring(d_key, d_rings[0], d_k_ring if of_rings else None, slot)
+    d_value, grads["v_ring"] = _through_ring(
+        d_value, d_rings[1], d_v_ring if of_rings else None, slot
+    )
+    if waiting is not None:  # the query that was due came with another token
+        d_waiting = reference.put(torch.zeros_like(waiting), due, d_query.unsqueeze(1))
+        slot = (before % waiting.shape[1])[:, None]
+        d_query, grads["q_ring"] = _through_ring(None, d_rings[2], d_waiting, slot)
+    d_projected = (d_query, d_key, d_value)
     grads.update(_gradients_of_projection(multiply, found, needs, d_projected))
-    return [
-        grads.get(name) if need else None for name, need in zip(Given._fields, needed, strict=True)
-    ]
+    return [grads.get(name) if need else None for name, need in needs.items()]
+
+
+def _of_slot(weights: Tensor, vectors: Tensor) -> Tensor:
+    """The sum of the heads' vectors ``(N, 1, H, D)``, each times its slot's ``(N, 1, H, X)``, as a
+    parameter ``(1, 1, E)``."""
+    return (weights[..., :1] * vectors).sum(0).reshape(1, 1, -1).to(vectors.dtype)
+
+
+def _through_ring(
+    d_token: Tensor | None, d_after: Tensor | None, d_before: Tensor | None, slot: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a token ``(N, E)`` and of the ring in which it takes a place.
+
+    Args:
+        d_token: what the token has besides; None for nothing.
+        d_after: of the ring with the token; None for nothing.
+        d_before: what the ring without it has besides; None if it needs no gradient.
+    """
+    if d_after is None:
+        if d_token is None:
+            assert d_before is not None
+            d_token = d_before.new_zeros(d_before.shape[0], d_before.shape[2])
+        return d_token, d_before
+    of_token = reference.take(d_after, slot)
+    if d_before is not None:
+        d_before = d_before + reference.put(d_after, slot, torch.zeros_like(of_token))
+    of_token = of_token.reshape(slot.shape[0], -1)
+    return of_token if d_token is None else d_token + of_token, d_before
 
 
 def _gradients_of_projection(

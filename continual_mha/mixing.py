@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, inputs, ops
+from . import backends, extra_slots, inputs, ops
 from .dropout import dropout_seed
 from .inputs import Mix
 from .modes import is_exporting, is_opaque, is_transformed
@@ -46,14 +45,14 @@ def fused_mix(
     seed: Tensor | None,
 ) -> Mix:
     """The same by the fused operators: what they return tells the extra slots' weights too."""
-    args = (moved, key, None if value is key else value, mask, sink(extra))
+    args = (moved, key, None if value is key else value, mask, extra_slots.sink(extra))
     if is_plain(dropout_p, need_weights):
         (mixed, lse), share, attn = ops.call("attend_shared", *args), None, None
     else:
         how = (seed, dropout_p, need_weights)
         mixed, lse, kept, attn = ops.call("attend_shared_full", *args, *how)
         share = None if seed is None else kept.unsqueeze(-1)
-    on_extra = weights_of_extra(extra, lse, dropout_p)
+    on_extra = extra_slots.weights_of(extra, lse, dropout_p)
     if on_extra is not None and share is None:
         share = 1.0 - on_extra.sum(-1, keepdim=True)
     if not need_weights:
@@ -75,19 +74,6 @@ def blanked(mixed: Tensor, share: Tensor | None, lse: Tensor) -> tuple[Tensor, T
     hidden = torch.isneginf(lse).unsqueeze(-1)
     mixed = mixed.masked_fill(hidden, 0.0)
     return mixed, (~hidden).to(mixed.dtype) if share is None else share.masked_fill(hidden, 0.0)
-
-
-def sink(extra: Tensor | None) -> Tensor | None:
-    """One score that weighs as much as all extra slots ``(..., H, X)`` together."""
-    return None if extra is None else torch.logsumexp(extra, dim=-1)
-
-
-def weights_of_extra(extra: Tensor | None, lse: Tensor, dropout_p: float) -> Tensor | None:
-    """Weights of the extra slots, given the logarithm of the softmax's whole denominator."""
-    if extra is None:
-        return None
-    on_extra = torch.exp(extra - lse.unsqueeze(-1))
-    return F.dropout(on_extra, dropout_p) if dropout_p > 0.0 else on_extra
 
 
 def why_not_fused(

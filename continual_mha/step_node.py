@@ -1,8 +1,8 @@
 """A step that makes rings of its own, as one node of autograd.
 
 From single operators autograd would have to follow some thirty, where time is short. Here the
-operator for inference writes to copies of the rings. Gradients come from a function for them, or
-else from the step taken once more, by operators that autograd knows.
+operator for inference writes to copies of the rings. Gradients are computed by kernels, or where
+they are followed themselves, from the step taken once more by operators that autograd knows.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Way(NamedTuple):
         kept: where that is of which they keep something.
         run: by the operator for inference.
         again: by operators that autograd knows.
-        gradients: a function for them, if there is one.
+        gradients: by kernels, but not to be followed themselves.
     """
 
     rings: tuple[int, ...]
     kept: tuple[int, ...]
     run: Run
     again: Again
-    gradients: Gradients | None
+    gradients: Gradients
 
 
 class Step(torch.autograd.Function):
@@ -68,7 +68,7 @@ class Step(torch.autograd.Function):
         before, *saved = ctx.saved_tensors
         rings, given = saved[: len(way.rings)], saved[len(way.rings) :]
         device_type = before.device.type
-        if way.gradients is None or is_followed(grads):
+        if is_followed(grads):
             run_again = partial(_again, way.again, before)
             found = gradients_by_operators(run_again, given, grads, needed, device_type)
             return None, None, None, *found

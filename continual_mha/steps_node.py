@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import _native, backends, reference, windows
 from .dropout import dropout_seed
-from .kv_step import BESIDE, KEPT, Given, has_gradients
+from .kv_step import KEPT, Given
 from .nodes import gradients_by_operators, is_followed, without_autocast
-from .reference import Options, Rings, Tokens, Weights
+from .reference import Options, Rings, Tokens, Weights, has_extra_slots
 from .step_node import why_no_node
+from .windows import NO_GRADIENT
 
 _GIVEN = 11  # of what a step is given: neither extra slots nor queries that wait
 
@@ -33,8 +34,8 @@ def why_not(
     """Why ``steps`` does not serve; None if it does."""
     if reason := why_no_node(tokens[0], ("cpu",)):
         return reason
-    if not has_gradients(rings, weights, options):
-        return BESIDE
+    if rings.q.shape[1] > 0 or has_extra_slots(weights, options.add_zero_attn):
+        return f"{NO_GRADIENT} beside extra slots or queries that wait"
     args = (*tokens, *weights, *rings, first, False, 0.0, True)
     return backends.why_not("cpu", "ring_steps_", args)
 

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from . import backends, inputs, mixing, ops, reference
+from . import backends, extra_slots, mixing, ops, reference
 from .dropout import dropout_seed
 from .reference import Rings, Tokens, Weights
 
@@ -36,12 +36,12 @@ def attend(
     extra = None
     if reference.has_extra_slots(weights, add_zero_attn):
         asking = q[:, first:] / math.sqrt(q.shape[-1])
-        extra = inputs.extra_scores(asking, weights, add_zero_attn)
+        extra = extra_slots.scores_of(asking, weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device) if seed is None else seed
-    how = (mixing.sink(extra), seed, first, dropout_p)
+    how = (extra_slots.sink(extra), seed, first, dropout_p)
     out, lse = ops.call("attend_window", *given, *how)
-    on_extra = mixing.weights_of_extra(extra, lse, dropout_p)
-    return inputs.with_bias_slot(out, on_extra, weights).flatten(2)
+    on_extra = extra_slots.weights_of(extra, lse, dropout_p)
+    return extra_slots.with_bias(out, on_extra, weights).flatten(2)
 
 
 def why_not(query: Tensor, *args: Tensor) -> str | None:

@@ -110,7 +110,7 @@ def test_what_no_token_of_a_stream_has_written_is_not_read() -> None:
     assert all(x.isfinite().all() for x in (out, *found))
 
 
-STEPS_AGAIN: dict[str, dict[str, Any]] = {
+SPECIAL: dict[str, dict[str, Any]] = {
     "learned slot": {"add_bias_kv": True},
     "slot of zeros": {"add_zero_attn": True},
     "queries that wait": {"query_index": 0},
@@ -123,10 +123,10 @@ STEPS_AGAIN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("construction", STEPS_AGAIN)
-def test_where_it_has_no_function_for_gradients_it_steps_again(construction: str) -> None:
-    """The rings' gradients too, through a whole window."""
-    module = build(**STEPS_AGAIN[construction], dtype=torch.float64)
+@pytest.mark.parametrize("construction", SPECIAL)
+def test_gradients_beside_extra_slots_and_queries_that_wait(construction: str) -> None:
+    """Those of the rings too, through a whole window."""
+    module = build(**SPECIAL[construction], dtype=torch.float64)
     steps = drawn_calls(module, 2 * LENGTH + 1)
     module.start_streams(STREAMS)
     for given in steps:
@@ -149,17 +149,26 @@ def test_dropout_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
     assert "torch: runs it" in co.explain(module, x)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.5}, {"query_index": 0}],
-)
-def test_who_forces_it_is_told_where_it_has_no_gradients(arguments: dict[str, Any]) -> None:
-    module = build(**arguments)
+def test_who_forces_it_is_told_that_dropout_has_no_kernel() -> None:
+    module = build(dropout=0.5)
     (x, *_), *_ = drawn_calls(module, 1)
     with co.use_backend("cpu"):
         with pytest.raises(RuntimeError, match="cpu: a gradient is needed"):
             module.forward_step(x)
         assert "cpu: a gradient is needed" in co.explain(module, x)
+
+
+@pytest.mark.parametrize("construction", ["learned slot", "queries that wait", "all three"])
+@pytest.mark.parametrize("trained", ["bias_k", "bias_v", "in_proj_weight", "out_proj.bias", "x"])
+def test_of_a_step_beside_extra_slots_one_part_is_trained(construction: str, trained: str) -> None:
+    module = build(**SPECIAL[construction], dtype=torch.float64)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    steps = drawn_calls(module, LENGTH + 3)
+    for given in steps:
+        given[0].requires_grad_(trained == "x")
+    if trained == "x" or any(p.requires_grad for p in module.parameters()):
+        assert_as_plain(module, steps)
 
 
 def test_a_state_that_lies_as_it_likes() -> None:
