@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from .modes import (
     surrounding_mode,
 )
 from .reference import Options, Tokens, Weights, is_shared
-from .repeat import Found, Repeat
+from .repeat import Found, Repeat, Run
 from .ring import INPUT_STATES, RingState, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
 
@@ -492,7 +493,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_weights(weights, shapes)
             return way((clip, clip, clip), weights, None)
 
-        self._clip_repeats[wanted] = Repeat(run, found, query, weights)
+        self._clip_repeats[wanted] = Repeat(lambda: run, found, query, weights)
 
     def _where_weights_are(self, weights: Weights) -> list[Found] | None:
         """What the weights are and where they were found; None if they may be others in every call,
@@ -658,15 +659,33 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self, query: Tensor, state: State, active: Tensor | None, call: functional.StepCall
     ) -> None:
         """Keep how this step went for the next ones, if they can go without asking again."""
-        settled = state.clock is self._clock and not torch.is_grad_enabled()
-        if not settled or torch.compiler.is_compiling() or type(query) is not Tensor:
+        settled = state.clock is self._clock and type(query) is Tensor
+        if not settled or torch.compiler.is_compiling():
             return
         found = self._where_weights_are(call.weights)
-        run = None if found is None else functional.repeated_step(query, state, active, call)
-        if found is None or run is None:
+        if found is None:
             return
         found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
-        self._repeat = Repeat(run, [*found, *self._where_state_is()], query)
+        found += self._where_state_is(of_its_own=not call.differentiable)
+        if not call.differentiable:
+            prepare = functional.repeated_step(query, state, active, call)
+        elif (node := functional.repeated_node(query, state, call)) is not None:
+            prepare = self._going_on(type(state), call.weights, node)
+        else:
+            prepare = None
+        self._repeat = None if prepare is None else Repeat(prepare, found, query, call.weights)
+
+    def _going_on(
+        self, kind: type, weights: Weights, node: functional.NodeAgain
+    ) -> Callable[[], Run]:
+        """What prepares steps by ``node``, from whatever parts the state has to new ones."""
+        go_on, shapes = self._stepping(kind, node), self._weight_shapes
+
+        def run(token: Tensor, active: Tensor | None) -> Tensor:
+            checks.check_weights(weights, shapes)
+            return go_on(token, active)
+
+        return lambda: run
 
     def _plan(
         self, tokens: Tokens, state: State | None, update: bool

@@ -248,6 +248,20 @@ def run_directly(name: str, *args: Any) -> Any:
     return choose(name, args)(*args)
 
 
+def run_on(backend: str, name: str, *args: Any) -> Any:
+    """Run the operator ``name`` on one backend.
+
+    Raises:
+        RuntimeError: it cannot run it.
+    """
+    reason = why_not(backend, name, args)
+    if reason is not None:
+        raise RuntimeError(f"{backend} cannot run {name}: {reason}")
+    loaded = _load(backend)
+    assert isinstance(loaded, _Operators)
+    return loaded.functions[name](*args)
+
+
 def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs the operator ``name`` on ``args``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,11 @@ from .ring import (
     RingState,
     State,
 )
+
+# An output, and the parts of a state but for its clock.
+Parts = tuple[Tensor, tuple[Tensor, ...]]
+# A step of self-attention: its token, the parts before, and who is active.
+NodeAgain = Callable[[Tensor, Sequence[Tensor], Tensor | None], Parts]
 
 
 class StepCall(NamedTuple):
@@ -58,8 +63,11 @@ def step(
     return _differentiable_step(tokens, state, active, call)
 
 
-def repeated_step(query: Tensor, state: State, active: Tensor | None, call: StepCall) -> Run | None:
-    """``step`` for self-attention after one with these arguments, all but token and mask decided.
+def repeated_step(
+    query: Tensor, state: State, active: Tensor | None, call: StepCall
+) -> Callable[[], Run] | None:
+    """What prepares ``step`` for self-attention after one with these arguments, all but token and
+    mask decided.
 
     None if such a step is not one operator that writes to the rings.
     """
@@ -75,8 +83,31 @@ def repeated_step(query: Tensor, state: State, active: Tensor | None, call: Step
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 
     function, bind = backends.choose_again(name, args)
-    bound = None if bind is None else bind(by(partial(backends.run_directly, name)), *args)
-    return bound or by(function)
+
+    def prepare() -> Run:
+        anew = by(partial(backends.run_directly, name))
+        return by(function) if bind is None else bind(anew, *args) or by(function)
+
+    return prepare
+
+
+def repeated_node(query: Tensor, state: State, call: StepCall) -> NodeAgain | None:
+    """The same for a ``step`` that makes rings of its own, for any parts of such a state.
+
+    None if such a step is not one node of autograd.
+    """
+    if why_no_node((query,) * 3, state, None, call) is not None:
+        return None
+    weights, add_zero_attn = call.weights, call.options.add_zero_attn
+    sizes = _sizes(call)
+
+    def over_keys(token: Tensor, parts: Sequence[Tensor], active: Tensor | None) -> Parts:
+        return kv_step.step((token,) * 3, Rings._make(parts), active, weights, add_zero_attn)
+
+    def over_inputs(token: Tensor, parts: Sequence[Tensor], active: Tensor | None) -> Parts:
+        return input_step.step(token, Inputs._make(parts), active, weights, sizes)
+
+    return over_inputs if isinstance(state, INPUT_STATES) else over_keys
 
 
 def steps(

@@ -30,7 +30,9 @@ def step(
 ) -> tuple[Tensor, Inputs]:
     """``inputs.input_step`` by the operator for inference, where nothing speaks against it."""
     position = kept.position.clone()
-    run, again = partial(_run_over_inputs, sizes), partial(_again_over_inputs, sizes)
+    backend = backends.order(token.device.type)[0]
+    run = partial(_run_over_inputs, backend, sizes)
+    again = partial(_again_over_inputs, sizes)
     way = Way((1,), (0, 1), run, again, partial(_gradients_by_clip, sizes))
     given = (token, kept.x, *_of_inputs(weights))
     out, x = Step.apply(way, active, position, *given)
@@ -71,6 +73,7 @@ def _input_args(
 
 
 def _run_over_inputs(
+    backend: str,
     sizes: Sizes,
     given: Sequence[Any],
     rings: Sequence[Tensor],
@@ -78,7 +81,7 @@ def _run_over_inputs(
     active: Tensor | None,
 ) -> Tensor:
     args = _input_args(given[0], rings[0], given[2:], position, active, sizes)
-    out: Tensor = backends.run_directly("input_step_", *args)
+    out: Tensor = backends.run_on(backend, "input_step_", *args)
     return out
 
 

@@ -77,17 +77,20 @@ def why_not(
 
 
 def _way(given: Given, add_zero_attn: bool) -> Way:
-    triton = backends.order(given.query.device.type)[0] == "triton"
+    backend = backends.order(given.query.device.type)[0]
+    triton = backend == "triton"
     simple = given.q_ring is None and given.bias_k is None and not add_zero_attn
     by_windows = partial(_gradients_by_windows, add_zero_attn)
     gradients = _gradients_by_library if simple and not triton else by_windows
     again = _again_by_windows if triton else _again_over_keys
     rings = (3, 4) if given.q_ring is None else (3, 4, 13)
-    run, again = partial(_run_over_keys, add_zero_attn), partial(again, add_zero_attn)
+    run = partial(_run_over_keys, backend, add_zero_attn)
+    again = partial(again, add_zero_attn)
     return Way(rings, KEPT, run, again, gradients)
 
 
 def _run_over_keys(
+    backend: str,
     add_zero_attn: bool,
     given: Sequence[Any],
     rings: Sequence[Tensor],
@@ -99,7 +102,7 @@ def _run_over_keys(
     held = (*rings[:2], waiting, position)
     how = (active, add_zero_attn, 0.0, True)
     args = (*found.tokens(), *found.weights(), *held, *how)
-    out: Tensor = backends.run_directly("ring_step_", *args)
+    out: Tensor = backends.run_on(backend, "ring_step_", *args)
     return out
 
 

@@ -25,32 +25,35 @@ class Repeat:
     """A call that has been decided.
 
     Args:
-        run: does it, for any tokens like those.
+        prepare: makes the function ``run`` that does it, for any tokens like those. It is called
+            when the first such tokens are here, so that an error in it comes before their call.
         found: all that was looked at to decide, besides the tokens and what surrounds the call.
         query: tokens of the kind that ``run`` takes.
-        weights: those of the call, if it may need a gradient.
+        weights: those of the call, which may need a gradient.
     """
 
     __slots__ = (
-        "_device", "_dtype", "_found", "_shape", "_trains", "_unchanged", "_weights", "run",
+        "_device", "_dtype", "_found", "_prepare", "_shape", "_trains", "_unchanged", "_weights",
+        "run",
     )  # fmt: skip
 
     def __init__(
         self,
-        run: Callable[..., Any],
+        prepare: Callable[[], Callable[..., Any]],
         found: Iterable[Found],
         query: Tensor,
-        weights: Iterable[Tensor | None] = (),
+        weights: Iterable[Tensor | None],
     ) -> None:
-        self.run = run
+        self.run: Any = None  # until such tokens are here
+        self._prepare = prepare
         self._found = tuple((where.get, name, thing) for where, name, thing in found)
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
         self._weights = tuple(x for x in weights if x is not None)
-        self._trains = self._needs_gradient(query)
+        self._trains = needs_gradient((query, *self._weights))
         self._unchanged = backends.same_surroundings(query.device.type)
 
     def serves(self, query: object) -> bool:
-        """Whether a call with these tokens would be decided the same way."""
+        """Whether a call with these tokens would be decided the same way; then ``run`` does it."""
         if type(query) is not Tensor or query.layout is not torch.strided or query.is_nested:
             return False
         if query.shape != self._shape:
@@ -58,14 +61,12 @@ class Repeat:
         for get, name, thing in self._found:
             if get(name) is not thing:
                 return False
-        return (
+        same = (
             query.dtype is self._dtype
             and query.device == self._device
-            and self._needs_gradient(query) is self._trains
+            and needs_gradient((query, *self._weights)) is self._trains
             and self._unchanged()
         )
-
-    def _needs_gradient(self, query: Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return not self._weights or needs_gradient((query, *self._weights))
+        if same and self.run is None:
+            self.run = self._prepare()
+        return same

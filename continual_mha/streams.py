@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
 from .modes import has_numbers
-from .repeat import Found, Repeat
+from .repeat import Found, Repeat, Run
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
 # Of tokens under autocast, and so of a state that was made from them.
@@ -127,7 +127,10 @@ class StatefulStreams(nn.Module):
         """Cut the state from the graph: gradients stop here (truncated backpropagation)."""
         state = self._state()
         if state is not None:
+            again = None if torch.compiler.is_compiling() else self._repeat
             self._store(ring.detach(state))
+            if again is not None:  # it looks for itself which parts it goes on from
+                self._repeat = again
 
     @property
     def ready(self) -> Tensor | None:
@@ -333,11 +336,28 @@ class StatefulStreams(nn.Module):
         if changed and (compiling or self._repeat is not None):
             self._repeat = None
 
-    def _where_state_is(self) -> list[Found]:
-        """All that says which state this is and who may write to it, and where that was found."""
+    def _where_state_is(self, of_its_own: bool) -> list[Found]:
+        """All that says which state this is and who may write to it, and where that was found.
+
+        Args:
+            of_its_own: whether its parts must be these, and not others like them.
+        """
         names = ("_clock", "_rings_are_shared")
         own: list[Found] = [(self.__dict__, name, self.__dict__[name]) for name in names]
-        return own + [(self._buffers, name, part) for name, part in self._buffers.items()]
+        parts = self._buffers.items() if of_its_own else ()
+        return own + [(self._buffers, name, part) for name, part in parts]
+
+    def _stepping(self, kind: type, step: Callable[..., Any]) -> Run:
+        """``step`` from the parts of a state of that kind, whatever they are, and to new ones."""
+        buffers, names = self._buffers, _BUFFERS[kind]
+
+        def run(token: Tensor, active: Tensor | None) -> Tensor:
+            out: Tensor
+            out, after = step(token, [buffers[name] for name in names], active)
+            buffers.update(zip(names, after, strict=True))
+            return out
+
+        return run
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""

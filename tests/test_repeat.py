@@ -136,6 +136,89 @@ def test_step_after_a_change_is_decided_anew(change, formulation, backend):
     assert_same_state(module.get_state(), twin.get_state())
 
 
+def trained(**arguments):
+    """A module that has made warm steps with a gradient."""
+    module = build(**{"dropout": 0.5, **arguments}).eval()
+    for _ in range(LENGTH + 2):
+        module.forward_step(torch.randn(N, module.embed_dim))
+    module.detach_state()
+    return module
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_step_with_a_gradient_after_a_change_is_decided_anew(change, formulation, backend):
+    module = trained(formulation=formulation)
+    twin = copy.deepcopy(module)
+    tokens = [torch.randn(N, EMBED, requires_grad=True) for _ in range(LENGTH + 1)]
+    found = []
+    for each in (module, twin):
+        torch.manual_seed(1)
+        each.forward_step(tokens[0])
+        assert (each._repeat is None) == (backend == "torch")  # whose steps are no node
+        each.detach_state()  # as weights will be others
+        with torch.no_grad():
+            CHANGES[change](each)
+        outputs = []
+        for i, token in enumerate(tokens):
+            if each is twin:
+                each._repeat = None
+            if i == 2:
+                each.detach_state()
+            outputs.append(each.forward_step(token, active=torch.tensor([True, i % 2 > 0, True])))
+        total = sum(out.square().sum() for out in outputs)
+        leaves = [*tokens, *(p for p in each.parameters() if p.requires_grad)]
+        found.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for out, expected in zip(*found, strict=True):
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_steps_with_a_gradient_are_not_decided_again(formulation, monkeypatch, backend):
+    module = trained(formulation=formulation)
+    if backend not in ("cpu", "triton"):
+        pytest.skip("its steps with a gradient are no node")
+
+    def fail(*args):
+        raise AssertionError("decided again")
+
+    module.forward_step(torch.randn(N, EMBED))
+    monkeypatch.setattr(functional, "step", fail)
+    module.forward_step(torch.randn(N, EMBED))
+    module.detach_state()
+    out = module.forward_step(torch.randn(N, EMBED), active=torch.tensor([True, False, True]))
+    assert out.requires_grad
+    assert module._ring_position.tolist() == [LENGTH + 5, LENGTH + 4, LENGTH + 5]
+    with pytest.raises(AssertionError, match="decided again"), torch.no_grad():
+        module.forward_step(torch.randn(N, EMBED))
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_what_a_step_with_a_gradient_keeps_is_freed_with_its_graph(formulation, backend):
+    module = trained(formulation=formulation)
+    module.forward_step(torch.randn(N, EMBED))
+    name = "_ring_k" if formulation == "kv" else "_ring_x"
+    before = weakref.ref(getattr(module, name))
+    module.forward_step(torch.randn(N, EMBED))
+    module.detach_state()
+    gc.collect()
+    assert before() is None
+
+
+def test_frozen_weights_repeat_steps_where_gradients_are_on(monkeypatch, backend):
+    module = warm().requires_grad_(False)
+
+    def fail(*args):
+        raise AssertionError("decided again")
+
+    module.forward_step(torch.randn(N, EMBED))
+    monkeypatch.setattr(functional, "step", fail)
+    assert not module.forward_step(torch.randn(N, EMBED)).requires_grad
+    with pytest.raises(AssertionError, match="decided again"):
+        module.forward_step(torch.randn(N, EMBED, requires_grad=True))
+
+
 def test_weights_may_be_swapped_between_warm_steps():
     """As torch swaps them if it is told to, of which it says that others must hold none."""
     module = warm()
