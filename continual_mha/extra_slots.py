@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import wide
-from .reference import Weights
+from .reference import Weights, has_extra_slots
 
 
 def scores_of(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:
@@ -22,13 +22,15 @@ def scores_of(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None
     The scores are scaled if the queries ``(..., H, D)`` are. They are of the dtype of sums: what is
     taken off them is often as large, and so are the two gradients that reach a nearly full slot.
     """
+    if not has_extra_slots(weights, add_zero_attn):
+        return None
     scores = []
     q = q.to(wide(q.dtype))
     if weights.bias_k is not None:
         scores.append((q * weights.bias_k.view(q.shape[-2:])).sum(-1, keepdim=True))
     if add_zero_attn:
         scores.append(q.new_zeros((*q.shape[:-1], 1)))
-    return torch.cat(scores, dim=-1) if scores else None
+    return torch.cat(scores, dim=-1)
 
 
 def moved_scores_of(
