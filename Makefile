@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
 
 # The tests of Triton's kernels on what Triton compiles, executed on the CPU: some 10 minutes.
-PTX := $(addprefix tests/test_triton_,$(addsuffix .py,ring_step input_step ring_steps attend_window attend_shared)) \
+PTX := $(addprefix tests/test_triton_,$(addsuffix .py,ring_step input_step ring_steps attend_window attend_shared step_gradients)) \
 	tests/test_module_api.py -k 'triton'
 ptx: $(VENV)/.dev
 	for capability in 80 90; do \
