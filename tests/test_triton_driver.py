@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -236,6 +237,64 @@ def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
     differ = [a != b for a, b in zip(earlier.parameters, last.parameters, strict=True)]
     assert sum(differ) <= 6  # the token three times, the output, and what programs merge
     assert last._replace(parameters=()) == earlier._replace(parameters=())
+
+
+# -- what a call costs the host --------------------------------------------------------------------
+
+
+def host_calls(call: Callable[[], object]) -> int:
+    """Functions of Python and C that are called, but for what the driver does that records."""
+    count = recording = 0
+
+    def notice(frame: Any, event: str, _: object) -> None:
+        nonlocal count, recording
+        listens = frame.f_code.co_name == "listen"
+        if listens and event in ("call", "return"):
+            recording += 1 if event == "call" else -1
+        elif event in ("call", "c_call") and not recording:
+            count += 1
+
+    sys.setprofile(notice)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# A fifth more than there are with Triton 3.6 to 3.9.
+MOST_CALLS = {
+    "step": 120,
+    "forward": 235,
+    "steps": 465,
+    "forward with a gradient": 290,
+    "step with a gradient": 345,
+    "forward and backward": 670,
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("what", MOST_CALLS)
+def test_a_call_like_the_one_before_costs_the_host_little(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small call on a GPU that is most of the time, and time itself is too noisy to test."""
+    monkeypatch.setattr(pieces, "INTERPRETED", True)  # or it declines tensors on the CPU
+    monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton", "torch"))
+    module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=4).eval()
+    token, clip = torch.randn(2, 32), torch.randn(2, 4, 32)
+    calls: dict[str, Callable[[], object]] = {
+        "step": lambda: module.forward_step(token),
+        "forward": lambda: module(clip, need_weights=False),
+        "steps": lambda: module.forward_steps(clip[:, :3]),
+        "forward and backward": lambda: module(clip, need_weights=False)[0].sum().backward(),
+    }
+    call = calls[what.removesuffix(" with a gradient")]
+    with torch.set_grad_enabled("gradient" in what or "backward" in what):
+        for _ in range(8):  # until streams are warm, and all is decided and compiled
+            call()
+        module.forward_step(token)
+        assert host_calls(call) <= MOST_CALLS[what]
 
 
 # -- what machine code is specialised on -----------------------------------------------------------
