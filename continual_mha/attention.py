@@ -26,6 +26,7 @@ from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
 _DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
+_LAYOUT = ("batch_first", "embed_dim_second")
 _DECIDING_CLIPS = (
     "training",
     "_dropout",
@@ -34,8 +35,7 @@ _DECIDING_CLIPS = (
     "_query_index",
     "forward_returns_attn_mask",
     "single_output_forward",
-    "batch_first",
-    "embed_dim_second",
+    *_LAYOUT,
 )
 _OWN_WEIGHTS = (
     "in_proj_weight",
@@ -586,10 +586,25 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 what ``batch_invariant`` asks for; or it is to remember tokens inside an
                 ``active_streams`` block.
         """
+        compiling = torch.compiler.is_compiling()
+        again = None
+        if update_state and key is None and value is None and not compiling:
+            again = self._many_repeat
+        if again is not None and surrounding_active(compiling) is None and again.serves(query):
+            clip = self._to_layout(query)
+            mark = self._mark_before(clip.shape[1])
+            try:
+                return self._to_layout(again.run(clip))
+            except RuntimeError:  # weights may be others behind their parameters
+                self.return_to(mark)
+                self._many_repeat = None
+            except BaseException:
+                self.return_to(mark)
+                raise
         tokens = self._many_tokens(query, key, value)
         if tokens[0].shape[1] == 0:
             return None
-        if update_state and surrounding_active(torch.compiler.is_compiling()) is not None:
+        if update_state and surrounding_active(compiling) is not None:
             raise RuntimeError(
                 "forward_steps moves all streams, but active_streams says that only some have "
                 "tokens; call forward_step for each token"
@@ -651,14 +666,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         shared = call.differentiable
         if (call.update or shared) and self._rings_are_shared != shared:
             self._rings_are_shared = shared
-        if call.update and tokens[0].dim() == 2 and is_shared(tokens):
+        if call.update and is_shared(tokens):
             self._remember(tokens[0], state, active, call)
         return out
 
     def _remember(
         self, query: Tensor, state: State, active: Tensor | None, call: functional.StepCall
     ) -> None:
-        """Keep how this step went for the next ones, if they can go without asking again."""
+        """Keep how a token ``(N, E)`` or a clip ``(N, T, E)`` was taken for the next ones, if those
+        can be without asking again."""
         settled = state.clock is self._clock and type(query) is Tensor
         if not settled or torch.compiler.is_compiling():
             return
@@ -667,6 +683,13 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             return
         found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
         found += self._where_state_is(of_its_own=not call.differentiable)
+        if query.dim() == 3:
+            run = functional.repeated_steps(query, state, call)
+            found += [(self.__dict__, name, self.__dict__[name]) for name in _LAYOUT]
+            kind = self._to_layout(query)
+            again = None if run is None else Repeat(lambda: run, found, kind, call.weights)
+            self._many_repeat = again
+            return
         if not call.differentiable:
             prepare = functional.repeated_step(query, state, active, call)
         elif (node := functional.repeated_node(query, state, call)) is not None:

@@ -91,6 +91,26 @@ def repeated_step(
     return prepare
 
 
+def repeated_steps(clip: Tensor, state: State, call: StepCall) -> Callable[[Tensor], Tensor] | None:
+    """``steps`` for self-attention after one with such a clip in warm streams, all else decided.
+
+    None if such steps are not one operator that writes to the rings.
+    """
+    tokens = (clip,) * 3
+    if call.differentiable or way_of_steps(tokens, state, 0, call) != "at once":
+        return None
+    before, after = _operands_of(tokens, state, call)
+    name = operator_for(state, many=True)
+    times = 1 if isinstance(state, INPUT_STATES) else 3
+    kept = before[times:]
+
+    def run(clip: Tensor) -> Tensor:
+        out: Tensor = backends.run_directly(name, *(clip,) * times, *kept, 0, *after)
+        return out
+
+    return run
+
+
 def repeated_node(query: Tensor, state: State, call: StepCall) -> NodeAgain | None:
     """The same for a ``step`` that makes rings of its own, for any parts of such a state.
 

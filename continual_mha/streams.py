@@ -66,6 +66,7 @@ class StatefulStreams(nn.Module):
     _state_types: tuple[Any, ...]  # of a state with keys and values, and of one with inputs
     _clock: Tensor | None
     _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
+    _many_repeat: Repeat | None  # the same for many tokens at once
     _clip_repeats: dict[Any, Repeat]  # the same of clips, by what is to be returned
     _ring_position: Tensor  # None, as all parts, before the first step
 
@@ -74,8 +75,12 @@ class StatefulStreams(nn.Module):
         for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
-        self._repeat, self._clip_repeats = None, {}
+        self._forget_calls()
         self._rings_are_shared = False  # with a graph, or with whoever set the state
+
+    def _forget_calls(self) -> None:
+        """Decide all calls anew."""
+        self._repeat, self._many_repeat, self._clip_repeats = None, None, {}
 
     def _layout(self) -> ring.Layout:
         raise NotImplementedError
@@ -120,7 +125,7 @@ class StatefulStreams(nn.Module):
         for name in _ALL_BUFFERS:
             setattr(self, name, None)
         self._clock = None
-        self._repeat = None
+        self._repeat = self._many_repeat = None
         self._rings_are_shared = False
 
     def detach_state(self) -> None:
@@ -333,8 +338,8 @@ class StatefulStreams(nn.Module):
                     setattr(self, name, part)
                 else:  # as that would, but it asks what each is, for a third of a small step's time
                     buffers[name] = part
-        if changed and (compiling or self._repeat is not None):
-            self._repeat = None
+        if changed and (compiling or self._repeat is not None or self._many_repeat is not None):
+            self._repeat = self._many_repeat = None
 
     def _where_state_is(self, of_its_own: bool) -> list[Found]:
         """All that says which state this is and who may write to it, and where that was found.
@@ -371,7 +376,7 @@ class StatefulStreams(nn.Module):
         Rings stay contiguous, and streams whose numbers do not come along, as in ``to_empty``, are
         forgotten.
         """
-        self._repeat, self._clip_repeats = None, {}
+        self._forget_calls()
         buffers: dict[str, Any] = self._buffers
         position = buffers["_ring_position"]
         kept = {
@@ -396,13 +401,13 @@ class StatefulStreams(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """As in torch, which may swap tensors only that nobody else holds."""
-        self._repeat, self._clip_repeats = None, {}
+        self._forget_calls()
         super()._load_from_state_dict(*args)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As in torch; a replica's weights and state are others."""
         replica: Any = super()._replicate_for_data_parallel()
-        replica._repeat, replica._clip_repeats = None, {}
+        replica._forget_calls()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -411,7 +416,7 @@ class StatefulStreams(nn.Module):
         Two cannot write to the same rings, as those pickled for another process would.
         """
         copied: dict[str, Any] = super().__getstate__()
-        copied.update(_repeat=None, _clip_repeats={})
+        copied.update(_repeat=None, _many_repeat=None, _clip_repeats={})
         copied["_buffers"] = {
             n: None if b is None else b.detach().clone() for n, b in self._buffers.items()
         }

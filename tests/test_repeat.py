@@ -219,6 +219,96 @@ def test_frozen_weights_repeat_steps_where_gradients_are_on(monkeypatch, backend
         module.forward_step(torch.randn(N, EMBED, requires_grad=True))
 
 
+OF_MANY = {
+    **CHANGES,
+    "features second": lambda module: setattr(module, "embed_dim_second", True),
+    "trained": lambda module: module.requires_grad_(),
+    "step": lambda module: module.forward_step(torch.ones(N, EMBED)),
+}
+
+
+def warm_for_many(**arguments):
+    """A module that has taken as many tokens at once as it is wide, so that any layout will do."""
+    module = warm(**arguments)
+    with torch.no_grad():
+        module.forward_steps(clip_of(module))
+    return module
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("change", OF_MANY)
+def test_many_steps_after_a_change_are_decided_anew(change, formulation, backend):
+    module = warm_for_many(formulation=formulation)
+    twin = copy.deepcopy(module)
+    outputs = []
+    for each in (module, twin):
+        with torch.no_grad():
+            torch.manual_seed(1)
+            each.forward_steps(clip_of(each))
+            OF_MANY[change](each)
+            outputs.append([])
+            for i in range(3):
+                if each is twin:
+                    each._many_repeat = None
+                outputs[-1].append(each.forward_steps(clip_of(each) * (i + 1)))
+                outputs[-1].append(each.forward_step(torch.ones(N, EMBED)))
+        outputs[-1].append(each.forward_steps(clip_of(each)))
+    for out, expected in zip(*outputs, strict=True):
+        assert (out is None) == (expected is None)
+        if out is not None:
+            assert out.requires_grad == expected.requires_grad
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
+def test_many_steps_are_not_decided_again(monkeypatch, backend):
+    module = warm_for_many(formulation="kv")
+
+    def fail(*args):
+        raise AssertionError("decided again")
+
+    monkeypatch.setattr(functional, "steps", fail)
+    with torch.no_grad():
+        before = module._ring_position.clone()
+        module.forward_steps(clip_of(module))
+        assert torch.equal(module._ring_position, before + EMBED)
+        for differently in (
+            lambda: module.forward_steps(clip_of(module)[:, :-1]),
+            lambda: module.forward_steps(clip_of(module), update_state=False),
+            lambda: module.forward_steps(*[clip_of(module)] * 2),
+        ):
+            with pytest.raises(AssertionError, match="decided again"):
+                differently()
+        with (
+            continual_mha.active_streams(torch.tensor([True, False, True])),
+            pytest.raises(RuntimeError, match="moves all streams"),
+        ):
+            module.forward_steps(clip_of(module))
+    assert torch.equal(module._ring_position, before + EMBED)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_many_steps_like_those_before_are_undone_if_they_fail(error, monkeypatch, backend):
+    module = warm_for_many(formulation="kv")
+    twin = copy.deepcopy(module)
+    run = module._many_repeat._prepare()
+
+    def interrupted(*args):
+        if not isinstance(args[0], tuple):  # decided anew, it is tokens
+            run(args[0])
+        raise error("in mid-call")
+
+    module._many_repeat.run = interrupted
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(functional, "steps", interrupted)
+        with pytest.raises(error):
+            module.forward_steps(clip_of(module))
+    assert torch.equal(module._ring_position, twin._ring_position)
+    with torch.no_grad():
+        for token in torch.randn(LENGTH + 1, N, EMBED):
+            assert torch.equal(module.forward_step(token), twin.forward_step(token))
+
+
 def test_weights_may_be_swapped_between_warm_steps():
     """As torch swaps them if it is told to, of which it says that others must hold none."""
     module = warm()
