@@ -468,7 +468,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         call = ClipCall(self.num_heads, self.query_index, self._options(), *wants, average)
         weights = self._weights()
         way = way_of_clip(clips, weights, mask, call)
-        if alone:
+        if alone and self._comes_again(wanted, query):
             self._remember_clip(wanted, way, query, weights)
         return self._answer(*way(clips, weights, mask))
 
@@ -677,6 +677,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         can be without asking again."""
         settled = state.clock is self._clock and type(query) is Tensor
         if not settled or torch.compiler.is_compiling():
+            return
+        if query.dim() == 3 and not self._comes_again("forward_steps", query):
             return
         found = self._where_weights_are(call.weights)
         if found is None:

@@ -63,8 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
     training, too, where products with weights are PyTorch's in all but ``cpu``: ``triton`` has
-    kernels for the gradients of all three forwards, ``cpu`` for those of ``forward``,
-    ``forward_steps`` and, without extra slots, dropout and queries that wait, ``forward_step``,
+    kernels for the gradients of all three forwards, ``cpu`` but for dropout in ``forward_step``,
     ``cuda`` for that of ``forward`` without returned weights and dropout. Attention of all queries,
     as with ``single_output_forward=False``, and weights that are not averaged over the heads have
     ``torch`` only. Other threads and asynchronous tasks see nothing of it. Nor do they where

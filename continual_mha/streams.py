@@ -68,6 +68,7 @@ class StatefulStreams(nn.Module):
     _repeat: Repeat | None  # how the next step goes if nothing changes; keeps the state alive
     _many_repeat: Repeat | None  # the same for many tokens at once
     _clip_repeats: dict[Any, Repeat]  # the same of clips, by what is to be returned
+    _last_shapes: dict[Any, Any]  # of what was last decided, by the kind of call
     _ring_position: Tensor  # None, as all parts, before the first step
 
     def _init_streams(self) -> None:
@@ -80,7 +81,18 @@ class StatefulStreams(nn.Module):
 
     def _forget_calls(self) -> None:
         """Decide all calls anew."""
-        self._repeat, self._many_repeat, self._clip_repeats = None, None, {}
+        self._repeat, self._many_repeat = None, None
+        self._clip_repeats, self._last_shapes = {}, {}
+
+    def _comes_again(self, kind: Any, query: Tensor) -> bool:
+        """Whether the last call of this kind that was decided had such tokens too.
+
+        Only then it pays to keep how: clips of changing lengths would be kept in vain.
+        """
+        now = (query.shape, torch.is_grad_enabled())
+        before = self._last_shapes.get(kind)
+        self._last_shapes[kind] = now
+        return bool(before == now)
 
     def _layout(self) -> ring.Layout:
         raise NotImplementedError
@@ -416,7 +428,7 @@ class StatefulStreams(nn.Module):
         Two cannot write to the same rings, as those pickled for another process would.
         """
         copied: dict[str, Any] = super().__getstate__()
-        copied.update(_repeat=None, _many_repeat=None, _clip_repeats={})
+        copied.update(_repeat=None, _many_repeat=None, _clip_repeats={}, _last_shapes={})
         copied["_buffers"] = {
             n: None if b is None else b.detach().clone() for n, b in self._buffers.items()
         }

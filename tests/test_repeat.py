@@ -231,7 +231,8 @@ def warm_for_many(**arguments):
     """A module that has taken as many tokens at once as it is wide, so that any layout will do."""
     module = warm(**arguments)
     with torch.no_grad():
-        module.forward_steps(clip_of(module))
+        for _ in range(2):  # of what comes once nothing is kept
+            module.forward_steps(clip_of(module))
     return module
 
 
@@ -364,7 +365,9 @@ def test_clip_after_a_change_is_decided_anew(trains, change, backend):
         clip = clip_of(each)
         torch.manual_seed(1)
         with torch.set_grad_enabled(trains):
-            each.forward(clip)
+            for _ in range(2):
+                each.forward(clip)
+        assert each._clip_repeats
         OF_CLIPS[change](each)
         if each is twin:
             each._clip_repeats.clear()
@@ -381,7 +384,8 @@ def test_clips_are_not_decided_again(trains, monkeypatch, backend):
     module = warm()
     options = [{}, {"need_weights": False}, {"average_attn_weights": False}]
     with torch.set_grad_enabled(trains):
-        expected = [module.forward(clip_of(module), **how) for how in options]
+        for _ in range(2):
+            expected = [module.forward(clip_of(module), **how) for how in options]
 
         def fail(*args):
             raise AssertionError("decided again")
@@ -404,8 +408,8 @@ def test_clips_are_not_decided_again(trains, monkeypatch, backend):
 def test_what_surrounds_a_clip_is_seen(backend):
     module = warm()
     clip = clip_of(module)
-    assert module.forward(clip)[0].requires_grad
-    assert module.forward(clip)[0].requires_grad
+    for _ in range(3):
+        assert module.forward(clip)[0].requires_grad
     with torch.no_grad():
         assert not module.forward(clip)[0].requires_grad
     with torch.inference_mode():
@@ -418,7 +422,8 @@ def test_what_surrounds_a_clip_is_seen(backend):
 def test_autocast_around_a_clip_is_seen(backend):
     module = warm()
     clip = clip_of(module)
-    module.forward(clip)
+    for _ in range(2):
+        module.forward(clip)
     with torch.autocast(clip.device.type, torch.bfloat16):
         assert module.forward(clip)[0].dtype == torch.bfloat16
     assert module.forward(clip)[0].dtype == torch.float32
@@ -427,10 +432,22 @@ def test_autocast_around_a_clip_is_seen(backend):
 def test_another_backend_may_be_forced_between_clips():
     module = warm()
     clip = clip_of(module)
-    expected = module.forward(clip)[0]
+    for _ in range(2):
+        expected = module.forward(clip)[0]
     with pytest.raises(RuntimeError), continual_mha.use_backend("cuda"):
         module.forward(clip)
     torch.testing.assert_close(module.forward(clip)[0], expected)
+
+
+def test_clips_of_changing_lengths_are_not_kept(backend):
+    """To keep how costs more than to decide, if it never comes again."""
+    module = warm()
+    with torch.no_grad():
+        for length in (3, 4, 3, 4):
+            module.forward(clip_of(module)[:, :length])
+            module.forward_steps(clip_of(module)[:, :length])
+    assert not module._clip_repeats
+    assert module._many_repeat is None
 
 
 def test_clips_hold_no_weights_that_were_passed_in():
@@ -438,7 +455,8 @@ def test_clips_hold_no_weights_that_were_passed_in():
     module = warm()
     weights = {name: weight * 1 for name, weight in module.named_parameters()}
     kept = weakref.ref(weights["in_proj_weight"])
-    functional_call(module, weights, (clip_of(module),))
+    for _ in range(2):
+        functional_call(module, weights, (clip_of(module),))
     del weights
     gc.collect()
     assert kept() is None
@@ -516,7 +534,8 @@ def test_bad_token_in_a_warm_stream_is_refused(bad, error, backend):
 )
 def test_bad_clip_is_refused_as_the_first_would_be(bad, error, backend):
     module = warm()
-    module.forward(clip_of(module))
+    for _ in range(2):
+        module.forward(clip_of(module))
     with pytest.raises(error):
         module.forward(bad(clip_of(module)))
 
@@ -591,7 +610,8 @@ def test_weight_of_another_shape_behind_the_same_parameter_is_refused_as_in_a_fi
 def test_clip_with_another_weight_behind_a_parameter_is_refused(other, error, name, backend):
     module = warm()
     with torch.no_grad():
-        module.forward(clip_of(module))
+        for _ in range(2):
+            module.forward(clip_of(module))
         weight = module.get_parameter(name)
         weight.data = other(weight.data)
         with pytest.raises((error, TypeError)):

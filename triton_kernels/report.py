@@ -39,11 +39,10 @@ CHAIN = {"fused": 6, "group": 6, "chain": 8, "gemm": 7}
 LAUNCHES = {"fused": 1, "group": 1, "chain": 3, "gemm": 4}
 INPUT_CHAIN = {"fused": 9, "gemm": 13}
 INPUT_LAUNCHES = {"fused": 3, "gemm": 5}
-# Of a clip: the query's projection, its move to the tokens, attention, values, a copy that puts
-# heads side by side, output. Two of each of four products' gradients, the query's token's added to
-# the clip's; the attention's in two; three sums over streams for biases, whose keys' are zeros; and
-# a copy as before.
-FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 6, 15
+# Of a clip: the query's projection, its move to the tokens, attention, values, output. Two of each
+# of four products' gradients, the query's token's added to the clip's; the attention's in two;
+# three sums over streams for biases, whose keys' are zeros.
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 5, 14
 STEPS_LAUNCHES = 5  # projection, attention, ring, position, output
 PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, their successors
 CLIP_TOKENS = 256
