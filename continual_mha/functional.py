@@ -82,9 +82,8 @@ def repeated_step(
     def by(function: Callable[..., Tensor]) -> Run:
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 
-    function, bind = backends.choose_again(name, args)
-
     def prepare() -> Run:
+        function, bind = backends.choose_again(name, args)
         anew = by(partial(backends.run_directly, name))
         return by(function) if bind is None else bind(anew, *args) or by(function)
 

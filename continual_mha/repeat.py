@@ -68,5 +68,8 @@ class Repeat:
             and self._unchanged()
         )
         if same and self.run is None:
-            self.run = self._prepare()
+            try:
+                self.run = self._prepare()
+            except RuntimeError:  # weights may be others behind their parameters
+                return False
         return same

@@ -205,7 +205,7 @@ def step(
         32, 2, sequence_len=4, device="cpu", cache_dtype=torch.int8 if cache else None
     ).eval()
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(6):  # warm, decided, and prepared
             made.forward_step(torch.zeros(1, 32))
     kernel.calls.clear()
     yield made
@@ -251,6 +251,19 @@ def test_a_warm_step_with_other_weights_is_declined_where_it_has_to_be(
     assert kernel.calls == []
 
 
+def test_other_weights_before_a_step_is_prepared_are_seen(step: Any, kernel: StandIn) -> None:
+    step.clean_state()
+    with torch.no_grad():
+        for _ in range(5):
+            step.forward_step(torch.zeros(1, 32))
+        assert step._repeat.run is None
+        kernel.calls.clear()
+        step.out_proj.weight.data = step.out_proj.weight.data.half()
+        with pytest.raises(TypeError, match="as the module's weights are"):
+            step.forward_step(torch.zeros(1, 32))
+    assert kernel.calls == []
+
+
 @pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision", "device"])
 def test_a_warm_step_that_differs_is_asked_about(
     change: str, step: Any, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +295,7 @@ def test_a_mask_with_gaps_is_not_read_as_if_it_had_none(
     packed, asked = torch.tensor([False, True]), []
     strided = torch.tensor([[False, False], [True, True]])[:, 0]
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(6):
             step.forward_step(torch.zeros(2, 32), active=packed)
         kernel.calls.clear()
         ring_launch = ring_step.launch
