@@ -16,6 +16,7 @@ from .modes import (
     checked_mode,
     is_transformed,
     make_known_upstream,
+    needs_gradient,
     surrounding_active,
     surrounding_mode,
 )
@@ -486,7 +487,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         found = self._where_weights_are(weights)
         if found is None or type(query) is not Tensor:
             return
-        found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING_CLIPS]
+        found += self._attributes(*_DECIDING_CLIPS)
         shapes = self._weight_shapes
 
         def run(clip: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -683,11 +684,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         found = self._where_weights_are(call.weights)
         if found is None:
             return
-        found += [(self.__dict__, name, self.__dict__[name]) for name in _DECIDING]
+        found += self._attributes(*_DECIDING)
         found += self._where_state_is(of_its_own=not call.differentiable)
         if query.dim() == 3:
             run = functional.repeated_steps(query, state, call)
-            found += [(self.__dict__, name, self.__dict__[name]) for name in _LAYOUT]
+            found += self._attributes(*_LAYOUT)
             kind = self._to_layout(query)
             again = None if run is None else Repeat(lambda: run, found, kind, call.weights)
             self._many_repeat = again
@@ -760,12 +761,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     # -- helpers ---------------------------------------------------------------------------------
 
     def _needs_grad(self, tokens: Tokens, state: State, weights: Weights) -> bool:
-        if is_transformed():
-            return True
-        if not torch.is_grad_enabled():
-            return False
-        tensors = (*tokens, *ring.rings(state), *weights)
-        return any(x is not None and x.requires_grad for x in tensors)
+        return is_transformed() or needs_gradient((*tokens, *ring.rings(state), *weights))
 
     def _options(self) -> Options:
         return Options(self.add_zero_attn, self.dropout if self.training else 0.0)

@@ -82,10 +82,9 @@ def _way(given: Given, add_zero_attn: bool) -> Way:
     simple = given.q_ring is None and given.bias_k is None and not add_zero_attn
     by_windows = partial(_gradients_by_windows, add_zero_attn)
     gradients = _gradients_by_library if simple and not triton else by_windows
-    again = _again_by_windows if triton else _again_over_keys
     rings = (3, 4) if given.q_ring is None else (3, 4, 13)
     run = partial(_run_over_keys, backend, add_zero_attn)
-    again = partial(again, add_zero_attn)
+    again = partial(_again, triton, add_zero_attn)
     return Way(rings, KEPT, run, again, gradients)
 
 
@@ -115,24 +114,15 @@ def _rings_before(given: Given, position: Tensor) -> Rings:
     return Rings(given.k_ring, given.v_ring, waiting, position)
 
 
-def _again_over_keys(
-    add_zero_attn: bool, given: Sequence[Any], position: Tensor
+def _again(
+    by_windows: bool, add_zero_attn: bool, given: Sequence[Any], position: Tensor
 ) -> tuple[Tensor, ...]:
-    found = Given(*given)
-    rings = _rings_before(found, position)
-    out, after = reference.ring_step(
-        *found.tokens(), found.weights(), rings, add_zero_attn=add_zero_attn
-    )
-    return out, *after[: len(found.rings())]
-
-
-def _again_by_windows(
-    add_zero_attn: bool, given: Sequence[Any], position: Tensor
-) -> tuple[Tensor, ...]:
-    found = Given(*given)
-    options = Options(add_zero_attn, 0.0)
-    rings = _rings_before(found, position)
-    out, after = step_by_windows(found.tokens(), rings, None, found.weights(), options)
+    found, options = Given(*given), Options(add_zero_attn, 0.0)
+    tokens, weights, rings = found.tokens(), found.weights(), _rings_before(found, position)
+    if by_windows:
+        out, after = step_by_windows(tokens, rings, None, weights, options)
+    else:
+        out, after = reference.ring_step(*tokens, weights, rings, None, *options)
     return out, *after[: len(found.rings())]
 
 

@@ -360,9 +360,12 @@ class StatefulStreams(nn.Module):
             of_its_own: whether its parts must be these, and not others like them.
         """
         names = ("_clock", "_rings_are_shared")
-        own: list[Found] = [(self.__dict__, name, self.__dict__[name]) for name in names]
         parts = self._buffers.items() if of_its_own else ()
-        return own + [(self._buffers, name, part) for name, part in parts]
+        return self._attributes(*names) + [(self._buffers, name, part) for name, part in parts]
+
+    def _attributes(self, *names: str) -> list[Found]:
+        """What attributes of these names are, and where they were found."""
+        return [(self.__dict__, name, self.__dict__[name]) for name in names]
 
     def _stepping(self, kind: type, step: Callable[..., Any]) -> Run:
         """``step`` from the parts of a state of that kind, whatever they are, and to new ones."""

@@ -13,18 +13,16 @@ from trained_streams import (
     STREAMS,
     assert_as_exact,
     assert_as_plain,
+    assert_autocast_around_the_backward_changes_nothing,
     assert_many_gradients_at_once,
     drawn_calls,
+    is_step_node,
 )
 
 import continual_mha as co
 from continual_mha import backends
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
-
-
-def is_one_node(out: Tensor) -> bool:
-    return out.grad_fn is not None and "StepBackward" in out.grad_fn.name()
 
 
 CONSTRUCTIONS: dict[str, dict[str, Any]] = {
@@ -44,7 +42,7 @@ def test_gradients_flow_through_the_rings_as_in_plain_pytorch(
     module = build(**CONSTRUCTIONS[construction], dtype=torch.float64)
     steps = drawn_calls(module, count, "all" if "kdim" in construction else "one")
     module.start_streams(STREAMS)
-    assert is_one_node(module.forward_step(*steps[0]))
+    assert is_step_node(module.forward_step(*steps[0]))
     assert_as_plain(module, steps)
 
 
@@ -131,7 +129,7 @@ def test_gradients_beside_extra_slots_and_queries_that_wait(construction: str) -
     module.start_streams(STREAMS)
     for given in steps:
         out = module.forward_step(*given)
-        assert out is None or is_one_node(out)
+        assert out is None or is_step_node(out)
     assert "cpu: runs it, and makes new rings" in co.explain(module, steps[0][0])
     assert_as_plain(module, steps)
     assert_as_plain(module, steps, active=torch.tensor([True, False, True]))
@@ -145,7 +143,7 @@ def test_dropout_is_left_to_pytorch(arguments: dict[str, Any]) -> None:
     for _ in range(2 * LENGTH):
         out = module.forward_step(x)
     assert out.requires_grad
-    assert not is_one_node(out)
+    assert not is_step_node(out)
     assert "torch: runs it" in co.explain(module, x)
 
 
@@ -182,7 +180,7 @@ def test_a_state_that_lies_as_it_likes() -> None:
     turned = state._replace(k=state.k.transpose(2, 3).contiguous().transpose(2, 3))
     (expected, _), (out, _) = (module._forward_step(*steps[0], s) for s in (state, turned))
     assert out is not None
-    assert is_one_node(out)
+    assert is_step_node(out)
     grads = [torch.autograd.grad(y.square().sum(), steps[0][0])[0] for y in (expected, out)]
     assert torch.equal(out, expected)
     assert torch.equal(*grads)
@@ -201,7 +199,7 @@ def test_many_streams_for_which_torch_multiplies(arguments: dict[str, Any]) -> N
         return [out, *torch.autograd.grad(out.square().sum(), [*given, *module.parameters()])]
 
     found = trained()
-    assert is_one_node(found[0])
+    assert is_step_node(found[0])
     with co.use_backend("torch"):
         expected = trained()
     for left, right in zip(found, expected, strict=True):
@@ -228,7 +226,7 @@ def test_second_derivatives_and_many_gradients_at_once(arguments: dict[str, Any]
         module.clean_state()
         module.start_streams(2)
         outs = [module.forward_step(x) for x in xs]
-        assert is_one_node(outs[-1])
+        assert is_step_node(outs[-1])
         return outs[-1]
 
     assert gradcheck(last, xs)
@@ -248,10 +246,7 @@ def test_autocast_around_the_backward_alone_changes_nothing() -> None:
     module.start_streams(STREAMS)
     total = module.forward_step(x).sum()
     leaves = [x, *module.parameters()]
-    expected = torch.autograd.grad(total, leaves, retain_graph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(total, leaves)
-    assert all(map(torch.equal, found, expected))
+    assert_autocast_around_the_backward_changes_nothing(total, leaves)
 
 
 def test_no_streams_have_gradients_of_zero() -> None:

@@ -71,6 +71,20 @@ def assert_as_exact(module: Module, calls: list[Call]) -> None:
             assert_as_exact_as_torch(left, best, right)
 
 
+def is_step_node(out: Tensor) -> bool:
+    """Whether the output of ``forward_step`` is that of one node."""
+    return out.grad_fn is not None and "StepBackward" in out.grad_fn.name()
+
+
+def assert_autocast_around_the_backward_changes_nothing(
+    total: Tensor, leaves: Sequence[Tensor]
+) -> None:
+    expected = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(total, leaves)
+    assert all(map(torch.equal, found, expected))
+
+
 def assert_many_gradients_at_once(out: Tensor, wanted: Sequence[Tensor]) -> None:
     """They are those one by one."""
     given = torch.randn(5, *out.shape, dtype=out.dtype)
