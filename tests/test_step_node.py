@@ -213,7 +213,7 @@ def test_explain_says_that_it_runs() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"add_bias_kv": True, "query_index": -2}, {"formulation": "input"}],
+    [{}, {"add_bias_kv": True, "add_zero_attn": True, "query_index": -2}, {"formulation": "input"}],
     ids=str,
 )
 def test_second_derivatives_and_many_gradients_at_once(arguments: dict[str, Any]) -> None:
