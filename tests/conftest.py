@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -35,10 +36,16 @@ SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and (INT
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", help="which of them, with commas; by default all that run here")
+    parser.addoption(
+        "--every-chip", action="store_true", help="also what by default one chip stands for"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "small: light enough for Triton's interpreter")
+    config.addinivalue_line(
+        "markers", "in_turn(*chips): each case of the test for one of these compute capabilities"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,6 +58,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if asked is None or name in asked.split(",")
         ]
         metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a case for several chips, unless every one was asked for, keep that whose turn it is."""
+    if config.getoption("--every-chip"):
+        return
+    chips: dict[str, dict[int, pytest.Item]] = {}  # of each case
+    for item in items:
+        if item.get_closest_marker("in_turn"):
+            case = dict(item.callspec.params)
+            capability = case.pop("capability")
+            chips.setdefault(f"{item.originalname} {case}", {})[capability] = item
+    left_out = set()
+    for case, of_case in chips.items():
+        turns = next(iter(of_case.values())).get_closest_marker("in_turn").args
+        turn = turns[zlib.crc32(case.encode()) % len(turns)]  # cases that differ little do in this
+        if turn in of_case:
+            left_out.update(item for chip, item in of_case.items() if chip != turn)
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -29,6 +29,7 @@ from test_cuda_emulation import (
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels itself")
 ARCHS = (80, 90)
+in_turn = pytest.mark.in_turn(*ARCHS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,67 +37,69 @@ def nvcc() -> str:
     return find_nvcc()
 
 
-def compiled(case: Case, arch: int) -> bool:
+def compiled(case: Case, capability: int) -> bool:
     """Clusters exist from sm_90 on, where counters serve teams of one stream only."""
-    return arch >= 90 if case.cluster else arch < 90 or case.streams == 1
+    return capability >= 90 if case.cluster else capability < 90 or case.streams == 1
 
 
 TEAMS = [
-    pytest.param(case, arch, id=f"{name}-{arch}")
-    for (name, launch), arch in itertools.product(LAUNCHES.items(), ARCHS)
-    if compiled(case := Case(N=5, E=32, **launch), arch)
+    pytest.param(case, capability, id=f"{name}-{capability}")
+    for (name, launch), capability in itertools.product(LAUNCHES.items(), ARCHS)
+    if compiled(case := Case(N=5, E=32, **launch), capability)
 ]
 
 
-@pytest.mark.parametrize(("case", "arch"), TEAMS)
-def test_step_cold_and_warm_in_every_order_of_blocks(case: Case, arch: int) -> None:
-    check(case, POSITIONS, [PtxDevice(arch), PtxDevice(arch, one_by_one=True)])
+@pytest.mark.parametrize(("case", "capability"), TEAMS)
+def test_step_cold_and_warm_in_every_order_of_blocks(case: Case, capability: int) -> None:
+    check(case, POSITIONS, [PtxDevice(capability), PtxDevice(capability, one_by_one=True)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("case", "arch"), TEAMS)
-def test_step_of_16_bit_numbers(case: Case, arch: int, dtype: torch.dtype) -> None:
-    check(replace(case, dtype=dtype), POSITIONS, [PtxDevice(arch)])
+@pytest.mark.parametrize(("case", "capability"), TEAMS)
+def test_step_of_16_bit_numbers(case: Case, capability: int, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype), POSITIONS, [PtxDevice(capability)])
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("merge", "arch"), [("counter", 80), ("cluster", 90)])
-def test_step_options(option: str, merge: str, arch: int) -> None:
+@pytest.mark.parametrize(("merge", "capability"), [("counter", 80), ("cluster", 90)])
+def test_step_options(option: str, merge: str, capability: int) -> None:
     launch = LAUNCHES[f"{merge}_heads_splits_four_streams"]
-    check(Case(N=5, **OPTIONS[option], **launch), POSITIONS, [PtxDevice(arch)])
+    check(Case(N=5, **OPTIONS[option], **launch), POSITIONS, [PtxDevice(capability)])
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize(("cluster", "arch"), [(False, 80), (True, 90)])
-def test_step_shapes(name: str, cluster: bool, arch: int) -> None:
+@pytest.mark.parametrize(("cluster", "capability"), [(False, 80), (True, 90)])
+def test_step_shapes(name: str, cluster: bool, capability: int) -> None:
     case = Case(N=2, splits=2, cluster=cluster, **STEPS[name])
-    check(case, [case.L - 1, 3 * case.L], [PtxDevice(arch)])
+    check(case, [case.L - 1, 3 * case.L], [PtxDevice(capability)])
 
 
 @pytest.mark.parametrize(
-    ("case", "arch"),
+    ("case", "capability"),
     [
         (Case(E=512, H=8, L=32, head_groups=8, splits=2, cluster=True), 90),
         (Case(E=256, H=4, L=1100, head_groups=2, splits=16), 80),
     ],
     ids=["cluster_of_16", "long_window"],
 )
-def test_steps_of_one_stream_that_fill_a_chip(case: Case, arch: int) -> None:
-    check(replace(case, dtype=torch.bfloat16), [3 * case.L], [PtxDevice(arch)])
+def test_steps_of_one_stream_that_fill_a_chip(case: Case, capability: int) -> None:
+    check(replace(case, dtype=torch.bfloat16), [3 * case.L], [PtxDevice(capability)])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@in_turn
+@pytest.mark.parametrize("capability", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_of_projected_tokens(dtype: torch.dtype, arch: int) -> None:
+def test_step_of_projected_tokens(dtype: torch.dtype, capability: int) -> None:
     case = Case(N=5, E=48, H=6, L=9, dtype=dtype, delay=1, active=True, projected=True)
     for groups in (1, 3):
-        check(replace(case, head_groups=groups), [0, 8, 9, 100, 3], [PtxDevice(arch)])
+        check(replace(case, head_groups=groups), [0, 8, 9, 100, 3], [PtxDevice(capability)])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@in_turn
+@pytest.mark.parametrize("capability", ARCHS)
 @pytest.mark.parametrize("name", SHARED_CASES)
-def test_attend_shared_and_its_gradients(name: str, arch: int) -> None:
-    check_shared(SHARED_CASES[name], PtxDevice(arch))
+def test_attend_shared_and_its_gradients(name: str, capability: int) -> None:
+    check_shared(SHARED_CASES[name], PtxDevice(capability))
 
 
 # What the machine says of kernels without one of their guards.
@@ -152,10 +155,11 @@ GUARDS = {
 }
 
 
-def changed(change: Change, arch: int) -> PtxDevice:
+def changed(change: Change, capability: int) -> PtxDevice:
     """A device for kernels that differ from the compiled ones."""
     return PtxDevice(
-        arch, program=lambda kernel, arch: parse(change(kernel_of(kernel, arch)), kernel)
+        capability,
+        program=lambda kernel, capability: parse(change(kernel_of(kernel, capability)), kernel),
     )
 
 

@@ -224,6 +224,7 @@ def tile_bytes(launch: Launch) -> int:
     return given["BLOCK_S"] * given["BLOCK_E"] * tokens.dtype.itemsize
 
 
+@pytest.mark.in_turn(90, 80, 90, 100)
 @pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capability: int) -> None:
@@ -258,6 +259,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert report.has_matrix_instructions(), report.kernel
 
 
+@pytest.mark.in_turn(89, 120)
 @pytest.mark.parametrize("capability", [89, 120])
 @pytest.mark.parametrize("name", LITTLE_CONFIGURATIONS)
 def test_configuration_fits_a_chip_with_little_shared_memory(name: str, capability: int) -> None:
@@ -290,6 +292,7 @@ def with_argument(launch: Launch, name: str, value: Any) -> Launch:
     return launch._replace(args=tuple(args))
 
 
+@pytest.mark.in_turn(*plan.SHARED_MEMORY)
 @pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
 @pytest.mark.parametrize(
     "name",

@@ -42,6 +42,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the same tests itself"),
 ]
+in_turn = pytest.mark.in_turn(80, 90)
 HALF, FULL = torch.bfloat16, torch.float32
 
 
@@ -83,6 +84,7 @@ STEPS = [
 ]
 
 
+@in_turn
 @pytest.mark.parametrize("case", STEPS, ids=lambda x: "-".join(map(str, x)))
 def test_step(case: tuple, capability: int) -> None:
     many, E, H, L, dtype, codes, path, N = case
@@ -123,6 +125,7 @@ INPUT_STEPS = [
 ]
 
 
+@in_turn
 @pytest.mark.parametrize("case", INPUT_STEPS, ids=lambda x: "-".join(map(str, x)))
 def test_step_over_inputs(case: tuple, capability: int) -> None:
     many, E, H, L, dtype, codes, path, N = case
@@ -145,6 +148,7 @@ def _decode_kernel(codes_ptr, out_ptr):
     tl.store(out_ptr + at, decode(tl.load(codes_ptr + at), dtype))
 
 
+@in_turn
 @pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL])
 @pytest.mark.parametrize("codes", CODES)
 def test_every_code_is_decoded(codes: torch.dtype, dtype: torch.dtype, capability: int) -> None:
@@ -189,6 +193,7 @@ def test_projections_of_fp32_add_up_often_enough(capability: int) -> None:
     assert (out - exact).abs().max() < 5e-7 * exact.abs().max()
 
 
+@in_turn
 @pytest.mark.parametrize(
     ("dtype", "D", "T", "fp32_precision"),
     [
@@ -211,6 +216,7 @@ def test_steps(dtype: torch.dtype, D: int, T: int, capability: int) -> None:
     assert_as_exact_as_torch(out, plain, exact)
 
 
+@in_turn
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
@@ -243,6 +249,7 @@ def test_window_and_its_gradients(dtype: torch.dtype, shape: tuple, capability: 
             assert_as_exact_as_torch(ours, theirs, best)
 
 
+@in_turn
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     "shape",
