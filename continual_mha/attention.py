@@ -450,7 +450,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         alone = alone and not is_causal and not torch.compiler.is_compiling()
         wanted = (need_weights, average_attn_weights)
         again = self._clip_repeats.get(wanted) if alone else None
-        if again is not None and again.serves(query):
+        if again is not None and again.serves(self, query):
             try:
                 return self._answer(*again.run(self._to_layout(query)))
             except RuntimeError:  # weights may be others behind their parameters
@@ -545,7 +545,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         again = None
         if update_state and key is None and value is None and not compiling:
             again = self._repeat
-        if again is None or not again.serves(query):
+        if again is None or not again.serves(self, query):
             again, tokens = None, self._tokens(query, key, value)
         active = surrounding_active(compiling) if active is None else active
         if active is not None:
@@ -591,7 +591,11 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         again = None
         if update_state and key is None and value is None and not compiling:
             again = self._many_repeat
-        if again is not None and surrounding_active(compiling) is None and again.serves(query):
+        if (
+            again is not None
+            and surrounding_active(compiling) is None
+            and again.serves(self, query)
+        ):
             clip = self._to_layout(query)
             mark = self._mark_before(clip.shape[1])
             try:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 from .modes import needs_gradient
 
-# Where an answer came from: a namespace of a module, a name in it, and what was found.
-Found = tuple[Mapping[str, Any], str, Any]
+# Where an answer came from: a namespace of a module, a name in it, and what was found. None is the
+# module's own, for who is kept there and held that would only be freed by the garbage collector.
+Found = tuple[Mapping[str, Any] | None, str, Any]
 Run = Callable[[Tensor, Tensor | None], Tensor]  # a token (N, E), who is active, the output (N, E)
 
 
@@ -33,8 +34,8 @@ class Repeat:
     """
 
     __slots__ = (
-        "_device", "_dtype", "_found", "_prepare", "_shape", "_trains", "_unchanged", "_weights",
-        "run",
+        "_device", "_dtype", "_found", "_own", "_prepare", "_shape", "_trains", "_unchanged",
+        "_weights", "run",
     )  # fmt: skip
 
     def __init__(
@@ -46,18 +47,24 @@ class Repeat:
     ) -> None:
         self.run: Any = None  # until such tokens are here
         self._prepare = prepare
-        self._found = tuple((where.get, name, thing) for where, name, thing in found)
+        found = tuple(found)
+        self._own = tuple((name, thing) for where, name, thing in found if where is None)
+        self._found = tuple((x.get, name, thing) for x, name, thing in found if x is not None)
         self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
         self._weights = tuple(x for x in weights if x is not None)
         self._trains = needs_gradient((query, *self._weights))
         self._unchanged = backends.same_surroundings(query.device.type)
 
-    def serves(self, query: object) -> bool:
+    def serves(self, module: nn.Module, query: object) -> bool:
         """Whether a call with these tokens would be decided the same way; then ``run`` does it."""
         if type(query) is not Tensor or query.layout is not torch.strided or query.is_nested:
             return False
         if query.shape != self._shape:
             return False
+        own = module.__dict__
+        for name, thing in self._own:
+            if own.get(name) is not thing:
+                return False
         for get, name, thing in self._found:
             if get(name) is not thing:
                 return False

@@ -364,8 +364,8 @@ class StatefulStreams(nn.Module):
         return self._attributes(*names) + [(self._buffers, name, part) for name, part in parts]
 
     def _attributes(self, *names: str) -> list[Found]:
-        """What attributes of these names are, and where they were found."""
-        return [(self.__dict__, name, self.__dict__[name]) for name in names]
+        """What the module's attributes of these names are."""
+        return [(None, name, self.__dict__[name]) for name in names]
 
     def _stepping(self, kind: type, step: Callable[..., Any]) -> Run:
         """``step`` from the parts of a state of that kind, whatever they are, and to new ones."""

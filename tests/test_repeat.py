@@ -664,3 +664,30 @@ def test_rings_are_freed_when_they_are_not_the_state_any_more(forget, backend):
     getattr(module, forget)()
     gc.collect()
     assert ring() is None
+
+
+CALLS = {
+    "step": lambda module: module.forward_step(torch.randn(N, EMBED)),
+    "many": lambda module: module.forward_steps(clip_of(module)),
+    "clip": lambda module: module.forward(clip_of(module)),
+}
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_module_is_freed_with_its_last_reference(call, trains, formulation, backend):
+    """Not when the collector comes, which sees nothing of what a GPU's memory is short of."""
+    module = build(formulation=formulation).requires_grad_(trains)
+    for _ in range(LENGTH + 3):
+        module.forward_step(torch.randn(N, EMBED))
+    for _ in range(3):
+        CALLS[call](module)
+    weight = weakref.ref(module.in_proj_weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert weight() is None
+    finally:
+        gc.enable()
