@@ -553,6 +553,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         if again is not None:
             try:
                 return again.run(query, active)
+            except torch.OutOfMemoryError:  # which may come when a GPU's streams have advanced
+                raise
             except RuntimeError:  # weights may be others behind their parameters; nothing advanced
                 self._repeat = None
                 tokens = self._tokens(query, key, value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import timeit
 
 import pytest
@@ -11,7 +14,7 @@ from oracles import EMBED, LENGTH, assert_same_state, build, draw_tokens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from continual_mha import functional
+from continual_mha import backends, functional
 
 N = 3
 KINDS = {
@@ -320,3 +323,60 @@ def test_signals_in_mid_call_leave_whole_ticks(kind, backend):
     assert interrupted
     assert counted
     assert_same_outputs(next_outputs(module, x[:, :4]), next_outputs(twin, x[:, :4]))
+
+
+# What is asked for by the native code is seen by no mode of torch's.
+WITHOUT_MEMORY = """
+import resource, torch
+from torch import nn
+from oracles import build
+
+def limit(more):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more if more else -1, -1))
+
+torch.set_grad_enabled(False)
+for formulation in ("kv", "input"):
+    module = build(formulation=formulation, embed_dim=1024, num_heads=8)
+    module.out_proj.weight = nn.Parameter(torch.randn(1024, 1024).t())  # which is to be copied
+    xs = torch.randn(4, module.sequence_len + 2, 1024)
+    for call in (module.forward_step, module.forward_steps):
+        token = xs[:, 0] if call == module.forward_step else xs[:, :3]
+        for x in xs.unbind(1):
+            call(x if token.dim() == 2 else x[:, None])
+        call(token)
+        call(token)  # as the one before
+        before = module.get_state()
+        for again in (True, False):
+            if not again:
+                module._forget_calls()
+            limit(2 << 20)
+            try:
+                call(token)
+            except RuntimeError as error:
+                assert "memory" in str(error) or "contiguous" in str(error), error
+            else:
+                raise AssertionError("there was enough")
+            finally:
+                limit(None)
+            assert torch.equal(module._ring_position, before.position)
+        twin = build(formulation=formulation, embed_dim=1024, num_heads=8)
+        twin.load_state_dict(module.state_dict())
+        twin.set_state(before)
+        assert torch.equal(call(token), getattr(twin, call.__name__)(token))
+print("done")
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or backends.why_missing("cpu") is not None,
+    reason="asks /proc how much memory it has, or there is no native library",
+)
+def test_a_step_without_memory_for_its_output_has_not_happened():
+    environment = {
+        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "CONTINUAL_MHA_BACKEND": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr[-2000:]) == ("done\n", "")

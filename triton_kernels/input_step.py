@@ -641,8 +641,6 @@ def input_step_(
         _input_step_kernel, grid, args, constants, num_warps=plan.num_warps,
         registers=plan.registers,
     )  # fmt: skip
-    if update and groups > N:  # no program of a stream knows when the others have read it
-        position.add_(1 if active is None else active)
     out = query.new_empty((N, num_heads, E // num_heads))
     alone = v_bias if share is None else None  # one rounding less than adding it to the product
     if batch_invariant:
@@ -656,7 +654,10 @@ def input_step_(
         out += v_bias.view(num_heads, -1) * share.unsqueeze(-1)
     if on_bias is not None and bias_v is not None:
         out += bias_v.view(num_heads, -1) * on_bias.unsqueeze(-1)
-    return linear(out.view(N, E), out_proj_weight, out_proj_bias)
+    out = linear(out.view(N, E), out_proj_weight, out_proj_bias)
+    if update and groups > N:  # no program of a stream knows when the others have read it
+        position.add_(1 if active is None else active)
+    return out
 
 
 def _extra_scores(

@@ -796,9 +796,10 @@ def ring_step_(
     if plan.path == "chain":
         advance = (position, active) if update else ()
         return project(out, out_proj_weight, out_proj_bias, plan, *advance)
-    if update:
+    out = F.linear(out, out_proj_weight, out_proj_bias)
+    if update:  # last: until then the step has not happened, whatever fails
         position.add_(1 if active is None else active)
-    return F.linear(out, out_proj_weight, out_proj_bias)
+    return out
 
 
 # Of the kernels' arguments, those that differ from step to step of self-attention.

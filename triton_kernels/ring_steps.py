@@ -414,14 +414,15 @@ def ring_steps_(
     )  # fmt: skip
     programs = N * H * cdiv(T - first, plan.block_t)
     launch(ring_steps_kernel, (programs, 1, 1), args, constants, num_warps=plan.num_warps)
-    if update and T:
+    out = linear(out, out_proj_weight, out_proj_bias)
+    if update and T:  # last: until then the tokens have not been taken, whatever fails
         blocks = cdiv(min(T, max(L, R)), WRITE_TOKENS)
         args = (query, *clip, *rings, q_ring, position, *strides, T)
         constants = constants_of(H, D, L, R, WRITE_TOKENS, WRITE_FEATURES)
         grid = (N * blocks, cdiv(E, WRITE_FEATURES), 1)
         launch(_write_rings_kernel, grid, args, constants, num_warps=4)
         position.add_(T)
-    return linear(out, out_proj_weight, out_proj_bias)
+    return out
 
 
 WRITE_TOKENS = 16

@@ -44,7 +44,8 @@ DType dtype_of(const Tensor& x, const char* op);
 RingDType ring_dtype_of(const Tensor& ring, const OptionalTensor& scale, DType dtype,
                         const char* op);
 
-// `tokens` more for the streams that are active.
+// `tokens` more for the streams that are active. The last that a step does: until then it has not
+// happened, whatever fails.
 void advance_positions(const Tensor& position, const OptionalTensor& active, int64_t tokens = 1);
 
 inline int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }

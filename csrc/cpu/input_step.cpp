@@ -174,12 +174,12 @@ Tensor run(const InputCall& a, const Tensor& query, const OptionalTensor& active
   InputStepParams p = params_of(a, in, dtype, n);
   if (a.update) {
     attend_to_token(p, query, a, in, dtype, ring);
-    advance_positions(a.position, active);
   } else {
     const Slots slots(p, e * (a.x_scale ? 1 : element_size(dtype)));
     attend_to_token(p, query, a, in, dtype, ring);
   }
   project_out(tokens_of(p.out, true, n, e, invariant_projection(dtype), dtype), a.weights, out);
+  if (a.update) advance_positions(a.position, active);
   return out;
 }
 
@@ -204,13 +204,14 @@ Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
   p.tokens = clip.tokens;
   p.first = first;
   attend_to_clip(p, a, in, dtype, ring);
+  if (const int64_t count = n * (clip.tokens - first)) {
+    const Tokens heads = tokens_of(p.out, true, count, e, invariant_projection(dtype), dtype);
+    project_out(heads, a.weights, out);
+  }
   if (a.update) {
     write_ring(p.clip, clip, dtype, p.position, p.x_ring, p.x_scale, p.length);
     advance_positions(a.position, std::nullopt, clip.tokens);
   }
-  if (first == clip.tokens) return out;
-  const int64_t count = n * (clip.tokens - first);
-  project_out(tokens_of(p.out, true, count, e, invariant_projection(dtype), dtype), a.weights, out);
   return out;
 }
 

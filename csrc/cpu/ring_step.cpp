@@ -53,9 +53,12 @@ Tensor run(const StepCall& call, const Tensor& query, const Tensor& key, const T
   p.out = by == nullptr ? out.mutable_data_ptr()
                         : scratch<AttendedTag>(s.streams * e * acc_size(dtype));
   attend(p, dtype, ring_dtype);
+  if (by == nullptr) {
+    out = linear(out, w.out_proj_weight, w.out_proj_bias);
+  } else {
+    project_out(tokens_of(p.out, !p.out_is_storage, s.streams, e, *by, dtype), w, out);
+  }
   if (call.update) advance_positions(rings.position, active);
-  if (by == nullptr) return linear(out, w.out_proj_weight, w.out_proj_bias);
-  project_out(tokens_of(p.out, !p.out_is_storage, s.streams, e, *by, dtype), w, out);
   return out;
 }
 

@@ -58,13 +58,17 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   p.tokens = count;
   p.first = first;
   attend_windows(p, dtype, ring);
+  Tensor projected = out;
+  if (by == nullptr) {
+    projected = linear(out, out_proj_weight, out_proj_bias);
+  } else {
+    projected = new_like(query, {s.streams, count - first, e});
+    project_out(tokens_of(flat(out), *by, dtype), w, projected);
+  }
   if (update) {
     write_rings(p, heads, dtype);
     advance_positions(position, std::nullopt, count);
   }
-  if (by == nullptr) return linear(out, out_proj_weight, out_proj_bias);
-  const Tensor projected = new_like(query, {s.streams, count - first, e});
-  project_out(tokens_of(flat(out), *by, dtype), w, projected);
   return projected;
 }
 
