@@ -351,9 +351,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 raise ValueError(
                     "keys and values cannot be turned back into inputs; call clean_state() first"
                 )
-            converted = functional.to_kv(state, self._weights(), self._layout_with("kv"))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.cache_dtype is None):
+                converted = functional.to_kv(state, self._weights(), self._layout_with("kv"))
+            shared = self._rings_are_shared or any(part.requires_grad for part in converted)
             self.clean_state()
             self._store(converted)
+            self._rings_are_shared = shared
         self._formulation = formulation
 
     def _layout(self) -> ring.Layout:
@@ -494,7 +497,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_weights(weights, shapes)
             return way((clip, clip, clip), weights, None)
 
-        self._clip_repeats[wanted] = Repeat(lambda: run, found, query, weights)
+        self._clip_repeats[wanted] = Repeat(lambda _: run, found, query, weights)
 
     def _where_weights_are(self, weights: Weights) -> list[Found] | None:
         """What the weights are and where they were found; None if they may be others in every call,
@@ -696,7 +699,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             run = functional.repeated_steps(query, state, call)
             found += self._attributes(*_LAYOUT)
             kind = self._to_layout(query)
-            again = None if run is None else Repeat(lambda: run, found, kind, call.weights)
+            again = None if run is None else Repeat(lambda _: run, found, kind, call.weights)
             self._many_repeat = again
             return
         if not call.differentiable:
@@ -709,7 +712,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _going_on(
         self, kind: type, weights: Weights, node: functional.NodeAgain
-    ) -> Callable[[], Run]:
+    ) -> Callable[[Tensor], Run]:
         """What prepares steps by ``node``, from whatever parts the state has to new ones."""
         go_on, shapes = self._stepping(kind, node), self._weight_shapes
 
@@ -717,7 +720,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_weights(weights, shapes)
             return go_on(token, active)
 
-        return lambda: run
+        return lambda _: run
 
     def _plan(
         self, tokens: Tokens, state: State | None, update: bool

@@ -158,9 +158,11 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
         return "autocast is on, and the kernels run in one dtype"
-    unusual = backend != "torch" and not _PLAIN.issuperset(map(type, args))
-    if unusual and any(map(_computes_itself, args)):
-        return "a tensor is of a class that computes in its own way"
+    if backend != "torch":
+        if not _PLAIN.issuperset(map(type, args)) and any(map(_computes_itself, args)):
+            return "a tensor is of a class that computes in its own way"
+        if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in args):
+            return "a tensor is sparse"
     if backend in _ROUNDS_BY_BATCH and _asks_for_invariance(name, args):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)

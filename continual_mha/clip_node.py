@@ -139,8 +139,8 @@ def _attend(
     multiply, H = multiplier(key), node.num_heads
     projected = multiply(node.asking(query, key), w_q.t(), b_q)
     N, E = projected.shape
-    q = projected.view(N, H, -1)
     D = E // H
+    q = projected.view(N, H, D)
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
     extra = extra_slots.moved_scores_of(q, weights, b_k, node.add_zero_attn)
     operands = (moved, key, value, mask, extra_slots.sink(extra))

@@ -65,16 +65,15 @@ def step(
 
 def repeated_step(
     query: Tensor, state: State, active: Tensor | None, call: StepCall
-) -> Callable[[], Run] | None:
-    """What prepares ``step`` for self-attention after one with these arguments, all but token and
-    mask decided.
+) -> Callable[[Tensor], Run] | None:
+    """What prepares ``step``, given a token, for self-attention after one with these arguments, all
+    but token and mask decided.
 
     None if such a step is not one operator that writes to the rings.
     """
     if call.differentiable:
         return None
     before, after = _operands_of((query,) * 3, state, call)
-    args = (*before, active, *after)
     name = operator_for(state, many=False)
     times = 1 if isinstance(state, INPUT_STATES) else 3  # the token is query, key and value
     kept = before[times:]
@@ -82,7 +81,8 @@ def repeated_step(
     def by(function: Callable[..., Tensor]) -> Run:
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 
-    def prepare() -> Run:
+    def prepare(token: Tensor) -> Run:
+        args = (*(token,) * times, *kept, active, *after)
         function, bind = backends.choose_again(name, args)
         anew = by(partial(backends.run_directly, name))
         return by(function) if bind is None else bind(anew, *args) or by(function)

@@ -242,7 +242,7 @@ def _through_ring(
     of_token = reference.take(d_after, slot)
     if d_before is not None:
         d_before = d_before + reference.put(d_after, slot, torch.zeros_like(of_token))
-    of_token = of_token.reshape(slot.shape[0], -1)
+    of_token = of_token.flatten(1)
     return of_token if d_token is None else d_token + of_token, d_before
 
 

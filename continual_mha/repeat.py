@@ -26,8 +26,9 @@ class Repeat:
     """A call that has been decided.
 
     Args:
-        prepare: makes the function ``run`` that does it, for any tokens like those. It is called
-            when the first such tokens are here, so that an error in it comes before their call.
+        prepare: makes the function ``run`` that does it, for any tokens like those. It is given
+            the first such tokens when they are here, so that an error in it comes before their
+            call, and none are kept for it.
         found: all that was looked at to decide, besides the tokens and what surrounds the call.
         query: tokens of the kind that ``run`` takes.
         weights: those of the call, which may need a gradient.
@@ -40,13 +41,13 @@ class Repeat:
 
     def __init__(
         self,
-        prepare: Callable[[], Callable[..., Any]],
+        prepare: Callable[[Tensor], Callable[..., Any]],
         found: Iterable[Found],
         query: Tensor,
         weights: Iterable[Tensor | None],
     ) -> None:
         self.run: Any = None  # until such tokens are here
-        self._prepare = prepare
+        self._prepare: Callable[[Tensor], Callable[..., Any]] | None = prepare
         found = tuple(found)
         self._own = tuple((name, thing) for where, name, thing in found if where is None)
         self._found = tuple((x.get, name, thing) for x, name, thing in found if x is not None)
@@ -74,9 +75,11 @@ class Repeat:
             and needs_gradient((query, *self._weights)) is self._trains
             and self._unchanged()
         )
-        if same and self.run is None:
+        prepare = self._prepare
+        if same and prepare is not None:
             try:
-                self.run = self._prepare()
+                self.run = prepare(query)
             except RuntimeError:  # weights may be others behind their parameters
                 return False
+            self._prepare = None
         return same

@@ -257,15 +257,18 @@ class StatefulStreams(nn.Module):
         """
         if not isinstance(mark, Mark):
             raise TypeError(f"return_to takes what mark() returned, but got {type(mark).__name__}")
-        self._rings_are_shared = mark.shared
         if mark.state is None:
             self.clean_state()
             return
         state = mark.state
         self._store(state)
-        if self._must_copy(state, differentiable=False):
+        # a graph may hold them, also that of a step which is undone
+        self._rings_are_shared = self._rings_are_shared or mark.shared
+        if self._rings_are_shared:
             return  # so nobody wrote to it
-        with torch.no_grad():
+        # of inference, whoever wrote to them did so in inference mode, where alone it can be undone
+        in_inference = any(part.is_inference() for part in state[:-1])
+        with torch.inference_mode() if in_inference else torch.no_grad():
             if mark.position is not None:
                 state.position.copy_(mark.position)
             elif state.clock.shape[0] < self._layout().sequence_len:
@@ -381,9 +384,11 @@ class StatefulStreams(nn.Module):
 
     def _must_copy(self, state: State, differentiable: bool) -> bool:
         """Whether a graph still needs these rings, or torch forbids to write or save them."""
-        if not torch.compiler.is_compiling() and any(part.is_inference() for part in state[:-1]):
-            return not torch.is_inference_mode_enabled()
-        return self._rings_are_shared and not differentiable
+        if self._rings_are_shared and not differentiable:
+            return True
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return False
+        return any(part.is_inference() for part in state[:-1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, but positions, codes and scales go along without becoming another dtype.

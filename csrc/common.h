@@ -122,6 +122,9 @@ inline void check_like(const Tensor& x, const Tensor& like, const char* op, cons
                   " has another dtype than the others");
   STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name,
                   " is on another device than the others");
+  int64_t bytes;  // none of what a wrapper that shards or offloads weights has freed
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  STD_TORCH_CHECK(bytes > 0 || x.numel() == 0, op, ": the storage of ", name, " has been freed");
 }
 
 // As Python writes it.

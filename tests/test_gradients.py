@@ -337,6 +337,91 @@ def test_steps_without_gradient_do_not_corrupt_an_earlier_backward(mode, query_i
         torch.testing.assert_close(mine, theirs)
 
 
+KINDS = {
+    "kv": {},
+    "kv_delayed": {"query_index": 1},
+    "kv_with_a_slot": {"add_zero_attn": True},
+    "input": {"formulation": "input"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_reset_and_steps_without_gradient_do_not_corrupt_an_earlier_backward(mode, kind):
+    module = build(**SMALL, **KINDS[kind])
+    x = leaves(module, 2, LENGTH + 3)[0]
+    inputs = (x, *module.parameters())
+    output = module.forward_steps(x)
+    want = gradients(output, inputs, torch.ones_like(output))
+    module.clean_state()
+    output = stack(step_through(module, x), module)
+    with mode():
+        module.reset([0])
+        for _ in range(3):
+            module.forward_step(torch.ones(2, WIDTH, dtype=torch.float64))
+        module.set_stream(1, module.get_stream(0))
+    for mine, theirs in zip(gradients(output, inputs, torch.ones_like(output)), want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_after_one_that_was_undone_do_not_corrupt_its_backward(mode, kind):
+    module = build(**SMALL, **KINDS[kind])
+    x = leaves(module, 2, LENGTH + 3)[0]
+    found = []
+    for goes_on in (False, True):
+        module.clean_state()
+        with torch.no_grad():
+            step_through(module, x[:, :-1])
+        mark = module.mark()
+        output = module.forward_step(x[:, -1])
+        module.return_to(mark)
+        if goes_on:
+            with mode():
+                for _ in range(3):
+                    module.forward_step(torch.ones(2, WIDTH, dtype=torch.float64))
+        found.append(torch.autograd.grad(output.square().sum(), (x, *module.parameters())))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("began", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("stepped", [torch.no_grad, torch.inference_mode])
+def test_step_is_undone_outside_of_the_mode_it_was_taken_in(stepped, began, formulation):
+    module = build(**SMALL, formulation=formulation)
+    x = draw_tokens(module, 2, LENGTH + 3)[0]
+    with torch.no_grad():
+        expected = step_through(module, x)[-1]
+    module.clean_state()
+    with began():
+        step_through(module, x[:, :-1])
+    mark = module.mark()
+    with stepped():
+        module.forward_step(-x[:, 0])
+    module.return_to(mark)
+    assert module._ring_position.tolist() == [LENGTH + 2] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(module.forward_step(x[:, -1]), expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_converted_streams_are_cut_from_a_graph_by_steps_without_a_gradient(cache_dtype):
+    arguments = {"embed_dim": WIDTH, "num_heads": 2, "cache_dtype": cache_dtype}
+    module = build(**arguments, formulation="input")
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with torch.no_grad():
+        step_through(module, x[:, :LENGTH])
+    module.formulation = "kv"
+    assert module._ring_k.requires_grad == (cache_dtype is None)
+    with torch.no_grad():
+        step_through(module, x[:, LENGTH:])
+    assert not any(part.requires_grad for part in module.get_state())
+    module.requires_grad_(False)
+    module.forward_step(x[:, 0])
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_inference_mode_then_no_grad_then_gradient(at_once):
     module = build(**SMALL)

@@ -961,3 +961,40 @@ def test_more_slots_than_there_are_cannot_be_taken():
     ):
         with pytest.raises(RuntimeError, match="cpu_take_slots"):
             take(*arguments)
+
+
+def calls_of(module: Any) -> list[Any]:
+    clip = torch.ones(2, 6, 8)
+    steps = lambda: [module.forward_step(x) for x in clip.unbind(1)]
+    return [lambda: module(clip), steps, lambda: module.forward_steps(clip)]
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias", "out_proj.weight"])
+def test_a_weight_without_memory_is_refused(name: str, formulation: str) -> None:
+    """As wrappers that shard or offload weights leave it, also where it is a part of another."""
+    module = build(embed_dim=8, num_heads=2, formulation=formulation).requires_grad_(False)
+    for call in calls_of(module):
+        call()  # and again, without asking what has been asked
+    weight = module.get_parameter(name)
+    all_weights = torch.cat([torch.ones(3), weight.flatten()])
+    weight.data = all_weights[3:].view_as(weight)
+    for call in calls_of(module):
+        call()
+    all_weights.untyped_storage().resize_(0)
+    for call in calls_of(module):
+        with pytest.raises(RuntimeError, match="storage"):
+            call()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_are_left_to_pytorch(formulation: str, gradient: bool) -> None:
+    module = build(embed_dim=8, num_heads=2, formulation=formulation).requires_grad_(False)
+    expected = [call() for call in calls_of(module)]
+    module.clean_state()
+    sparse = module.out_proj.weight.detach().to_sparse_csr()
+    module.out_proj.weight = torch.nn.Parameter(sparse, requires_grad=False)
+    module.in_proj_weight.requires_grad_(gradient)
+    torch.testing.assert_close([call() for call in calls_of(module)], expected)

@@ -292,7 +292,9 @@ def test_many_steps_are_not_decided_again(monkeypatch, backend):
 def test_many_steps_like_those_before_are_undone_if_they_fail(error, monkeypatch, backend):
     module = warm_for_many(formulation="kv")
     twin = copy.deepcopy(module)
-    run = module._many_repeat._prepare()
+    with torch.no_grad():
+        assert module._many_repeat.serves(module, clip_of(module))
+    run = module._many_repeat.run
 
     def interrupted(*args):
         if not isinstance(args[0], tuple):  # decided anew, it is tokens
@@ -667,9 +669,9 @@ def test_rings_are_freed_when_they_are_not_the_state_any_more(forget, backend):
 
 
 CALLS = {
-    "step": lambda module: module.forward_step(torch.randn(N, EMBED)),
-    "many": lambda module: module.forward_steps(clip_of(module)),
-    "clip": lambda module: module.forward(clip_of(module)),
+    "step": lambda module, clip: module.forward_step(clip[:, 0]),
+    "many": lambda module, clip: module.forward_steps(clip),
+    "clip": lambda module, clip: module.forward(clip),
 }
 
 
@@ -682,7 +684,7 @@ def test_module_is_freed_with_its_last_reference(call, trains, formulation, back
     for _ in range(LENGTH + 3):
         module.forward_step(torch.randn(N, EMBED))
     for _ in range(3):
-        CALLS[call](module)
+        CALLS[call](module, clip_of(module))
     weight = weakref.ref(module.in_proj_weight)
     gc.collect()
     gc.disable()
@@ -691,3 +693,18 @@ def test_module_is_freed_with_its_last_reference(call, trains, formulation, back
         assert weight() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_is_kept_of_the_tokens(call, formulation, backend):
+    """Of which views, as those of a recording, would keep the whole of it."""
+    module = warm(formulation=formulation)
+    module.forward_steps(clip_of(module))
+    recording = torch.randn(8, *clip_of(module).shape)
+    whole = weakref.ref(recording)
+    with torch.no_grad():
+        for part in recording.unbind():
+            CALLS[call](module, part)
+    del recording, part
+    assert whole() is None

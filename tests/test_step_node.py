@@ -249,13 +249,17 @@ def test_autocast_around_the_backward_alone_changes_nothing() -> None:
     assert_autocast_around_the_backward_changes_nothing(total, leaves)
 
 
-def test_no_streams_have_gradients_of_zero() -> None:
-    module = build()
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("arguments", [{}, {"query_index": 1}, {"add_bias_kv": True}], ids=str)
+def test_no_streams_have_gradients_of_zero(arguments: dict[str, Any], formulation: str) -> None:
+    module = build(**arguments, formulation=formulation)
     module.start_streams(0)
-    x = torch.zeros(0, module.embed_dim, requires_grad=True)
-    found = torch.autograd.grad(module.forward_step(x).sum(), [x, *module.parameters()])
-    assert found[0].shape == x.shape
-    assert not any(y.any() for y in found)
+    clip = torch.zeros(0, LENGTH, module.embed_dim, requires_grad=True)
+    for out in (module.forward_step(clip[:, 0]), module.forward_steps(clip), module(clip)[0]):
+        leaves = [clip, *module.parameters()]
+        found = torch.autograd.grad(out.sum(), leaves, allow_unused=True, retain_graph=True)
+        assert found[0].shape == clip.shape
+        assert not any(y is not None and y.any() for y in found)
 
 
 def test_the_librarys_operator_refuses_what_does_not_fit_together() -> None:
