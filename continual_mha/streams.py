@@ -221,6 +221,8 @@ class StatefulStreams(nn.Module):
     def set_stream(self, index: int, stream: State) -> None:
         """Put ``stream``, as ``get_stream`` returned it, in the place of stream ``index``.
 
+        All streams are cut from the graph, as by ``detach_state``.
+
         Raises:
             ValueError: there is no such stream, or a shape or device does not fit.
             TypeError: a dtype or the formulation does not fit, or ``index`` is not an integer.

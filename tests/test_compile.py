@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import OrderedDict
 
@@ -129,6 +130,22 @@ def test_compiled_step_goes_from_inference_mode_to_gradients():
             want = step_through(twin, x[:, :LENGTH])
         torch.testing.assert_close(got[-1], want[-1])
     got[-1].sum().backward()
+
+
+@pytest.mark.parametrize("call", ["forward_step", "forward_steps"])
+def test_copied_streams_go_on_outside_of_inference_mode(call):
+    module = build()
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with torch.inference_mode():
+        step_through(module, x[:, :LENGTH])
+    module.set_state(module.get_state())
+    twin = copy.deepcopy(module)
+    tokens = x[:, LENGTH] if call == "forward_step" else x[:, LENGTH:]
+    run = torch.compile(getattr(module, call), backend="aot_eager")
+    got = run(tokens)
+    torch.testing.assert_close(got, getattr(twin, call)(tokens))
+    got.sum().backward()
+    assert module.in_proj_weight.grad.any()
 
 
 def test_reset_and_new_stream_do_not_recompile():
