@@ -34,6 +34,7 @@ _BATCH_INVARIANT = {
 _ROUNDS_BY_BATCH = ("cuda", "torch")
 # Of most of an operator's arguments: known at a glance not to compute in a way of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
+_WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
 EXPORTED = "an exported program may go to where this package is not"
 
@@ -161,8 +162,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     if backend != "torch":
         if not _PLAIN.issuperset(map(type, args)) and any(map(_computes_itself, args)):
             return "a tensor is of a class that computes in its own way"
-        if any(isinstance(x, torch.Tensor) and x.layout is not torch.strided for x in args):
-            return "a tensor is sparse"
+        if any(x.layout is not _STRIDED for x in args if type(x) is _WEIGHT):
+            return "a weight is sparse"
     if backend in _ROUNDS_BY_BATCH and _asks_for_invariance(name, args):
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
