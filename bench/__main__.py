@@ -60,7 +60,14 @@ def main(arguments: list[str] | None = None) -> None:
         done = records.finished(rows, about)
         losers = {row["implementation"] for row in records.losers(rows, about)}
         cases = [case for case in cases if case not in done]
-    else:
+    compiled = device.type == "cpu" and options.size != "quick"
+    peers = all_peers(device, compiled if options.compile is None else options.compile)
+    if options.only:
+        names = ", ".join(peer.name for peer in peers)
+        peers = [peer for peer in peers if peer.name.startswith(options.only)]
+        if not peers:
+            raise SystemExit(f"--only takes what implementations start with: {names}")
+    if cases and not options.resume:
         (folder / records.ROWS).unlink(missing_ok=True)
     if not cases:
         print(f"nothing left to measure in {folder}")
@@ -69,9 +76,6 @@ def main(arguments: list[str] | None = None) -> None:
     found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
     stamp = {"machine": about}
     records.append(folder, [{**row, **stamp} for row in ceilings.as_rows(found)])
-    compiled = device.type == "cpu" and options.size != "quick"
-    peers = all_peers(device, compiled if options.compile is None else options.compile)
-    peers = [p for p in peers if not options.only or p.name.startswith(options.only)]
     peers = [_excluded(p) if p.name in losers else p for p in peers]
     keep = partial(records.append, folder)
     bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget, keep)

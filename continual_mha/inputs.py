@@ -36,6 +36,7 @@ from .reference import (
     split_heads,
     take,
     token_before,
+    without_forgotten,
 )
 
 
@@ -143,6 +144,8 @@ def input_steps(
 def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int) -> Rings:
     """The rings of keys and values that hold the same tokens as a ring of inputs."""
     x, position = inputs
+    if torch.is_grad_enabled():
+        x = without_forgotten(x, position)
     (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
     k, v = (
         split_heads(linear(x, w, b), num_heads).contiguous() for w, b in ((w_k, b_k), (w_v, b_v))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checks, storage
 from .graphs import GraphedStep
-from .modes import active_streams
+from .modes import active_streams, has_numbers, is_transformed
 from .streams import StatefulStreams, all_or_as_before, stateful_modules
 
 
@@ -273,16 +273,17 @@ class StreamPool:
             ValueError: another shape, or no elements as on the device ``meta``.
             TypeError: another dtype, or no dense tensor.
         """
+        if isinstance(token, Tensor) and not checks.is_plain(token):
+            raise TypeError("a token must be a plain dense tensor")
         if not isinstance(token, Tensor) or token.dtype != self._dtype:
             given = token.dtype if isinstance(token, Tensor) else type(token).__name__
             raise TypeError(f"a token must be a tensor of {self._dtype}, but got {given}")
         if tuple(token.shape) != self._token_shape:
             shapes = f"{self._token_shape}, but got {tuple(token.shape)}"
             raise ValueError(f"a token must have the shape {shapes}")
-        if not checks.is_plain(token):
-            raise TypeError("a token must be a plain dense tensor")
-        if token.is_meta:
-            raise ValueError("a token must have elements, but is on the device meta")
+        if not has_numbers(token) or is_transformed():
+            kind = "on the device meta" if token.is_meta else "fake, or one of a transform"
+            raise ValueError(f"a token must have elements, but is {kind}")
         copy = token.detach().clone()  # moved to the device with all others of its tick
         with self._changed:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
@@ -487,7 +488,18 @@ class _OneByOne:
         if set(states) != set(self._modules):
             given, own = sorted(states), sorted(self._modules)
             raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
-        self._states[slot] = {name: _copy(state) for name, state in states.items()}
+        copies = {name: _copy(state) for name, state in states.items()}
+        for name, module in self._modules.items():
+            where = f"the state of module {name!r} does not fit"
+            if isinstance(module, StatefulStreams) and copies[name] is not None:
+                try:
+                    module.set_state(copies[name])
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{where}: {error}") from error
+                streams = copies[name].position.shape[0]
+                if streams != 1:
+                    raise ValueError(f"{where}: it is of {streams} streams, and not of one")
+        self._states[slot] = copies
 
     def get(self, slot: int) -> dict[str, Any]:
         return {name: _copy(state, "cpu") for name, state in self._states[slot].items()}
@@ -507,8 +519,14 @@ class _OneByOne:
             with torch.no_grad():
                 out = self._model.forward_step(token.unsqueeze(0).to(self._device))
             self._states[slot] = {n: _copy(m.get_state()) for n, m in self._modules.items()}
-            if isinstance(out, Tensor):
+            if isinstance(out, Tensor) and out.shape[:1] == (1,):
                 outputs[slot] = out[0]
+            elif out is not None and type(out).__name__ != "TensorPlaceholder":  # of continual
+                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise TypeError(
+                    "the model's forward_step must return None or one tensor of shape (1, ...), "
+                    f"but returned {given}"
+                )
         return outputs
 
 
@@ -520,6 +538,8 @@ def _copy(state: Any, device: str | None = None) -> Any:
         return type(state)(*(_copy(part, device) for part in state))
     if isinstance(state, (tuple, list)):
         return type(state)(_copy(part, device) for part in state)
+    if isinstance(state, dict):
+        return {name: _copy(part, device) for name, part in state.items()}
     return state
 
 
@@ -532,11 +552,12 @@ def _foreign_modules(model: nn.Module) -> list[str]:
     upstream = getattr(sys.modules.get("continual.module"), "CoModule", None)
     found = []
     for name, module in model.named_modules():
-        if not _keeps(module, upstream) or any(_keeps(m, upstream) for m in module.children()):
+        if not _keeps(module, upstream) or isinstance(module, StatefulStreams):
             continue
-        if isinstance(module, StatefulStreams):
-            continue
-        if not (_own(module, "get_state", upstream) and _own(module, "set_state", upstream)):
+        readable = _own(module, "get_state", upstream) and _own(module, "set_state", upstream)
+        if not readable and any(_keeps(m, upstream) for m in module.children()):
+            continue  # what it keeps, they do
+        if not readable:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) keeps a state that cannot be read and "
                 "set: it has clean_state, but not get_state and set_state"

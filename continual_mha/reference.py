@@ -177,6 +177,16 @@ def put_(ring: Ring, slot: Tensor, new: Tensor) -> Ring:
     return ring.scatter_(-2, _slot_index(ring, slot), new.to(ring.dtype))
 
 
+def without_forgotten(ring: Tensor, position: Tensor) -> Tensor:
+    """A copy with zeros in the slot that the next token takes.
+
+    No window sees what is there, which may be NaN: that of a paused row, or of a token that left.
+    But in gradients zero times NaN is NaN.
+    """
+    slot = position[:, None] % ring.shape[-2]
+    return put(ring, slot, torch.zeros_like(take(ring, slot)))
+
+
 def take(ring: Tensor, slot: Tensor) -> Tensor:
     """What is in the slots ``(N, T)`` of a ring."""
     return ring.gather(-2, _slot_index(ring, slot))
@@ -225,7 +235,7 @@ def ring_step(
     k_ring = put(rings.k, slot, split_heads(k, num_heads))
     v_ring = put(rings.v, slot, split_heads(v, num_heads))
     due, q_ring = _delayed_queries(q, rings, put)
-    slots = _Slots(k_ring, v_ring, filled(rings.position, sequence_len))
+    slots = _held(k_ring, v_ring, filled(rings.position, sequence_len))
     out = attend(split_heads(due, num_heads), [slots], weights, add_zero_attn, dropout_p)
     out = linear(out, weights.out_proj_weight, weights.out_proj_bias)
     step = 1 if active is None else active.to(torch.int64)
@@ -287,7 +297,7 @@ def attend_in_blocks(
         slots = [_band(seen_k, seen_v, start, end, sequence_len)]
         if start < sequence_len - 1:
             slots.append(
-                _Slots(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len))
+                _held(rings.k, rings.v, _in_window(rings.position, start, end, sequence_len))
             )
         outs.append(attend(q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
     return outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
@@ -387,6 +397,19 @@ def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slo
     keys = torch.arange(low, end, device=k.device)
     visible = (keys <= queries) & (keys > queries - sequence_len)
     return _Slots(k[:, :, low:end], v[:, :, low:end], visible[None, None])
+
+
+def _held(k: Ring, v: Ring, visible: Tensor | None) -> _Slots:
+    """Those of rings, with zeros where nobody sees what is there.
+
+    That may be NaN, of a row that paused or of a slot's former owner, and in gradients zero times
+    NaN is NaN.
+    """
+    if visible is not None and torch.is_grad_enabled():
+        unseen = ~visible.any(-2).unsqueeze(-1)
+        if isinstance(k, Tensor) and isinstance(v, Tensor):
+            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    return _Slots(k, v, visible)
 
 
 def _in_window(position: Tensor, start: int, end: int, sequence_len: int) -> Tensor:

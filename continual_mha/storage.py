@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,13 +171,15 @@ def states_from_bytes(data: bytes | bytearray | memoryview) -> dict[str, State]:
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"stored streams are bytes, but got {type(data).__name__}")
     data = bytes(data)
-    metadata = _metadata(data)
+    metadata, load = _metadata(data), _safetensors().load
     try:
         about = json.loads(metadata["states"])
-        tensors = _safetensors().load(data)
+        tensors = load(data)
         if _digest(metadata["states"], tensors) != metadata["digest"]:
             raise ValueError("the checksum does not match")
         return {entry["module"]: _state(n, entry, tensors) for n, entry in enumerate(about)}
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"the stored streams are damaged: {error}") from error
 
@@ -195,7 +198,7 @@ def _metadata(data: bytes) -> dict[str, str]:
         header = json.loads(data[8 : 8 + size])
         metadata: dict[str, str] = header["__metadata__"]
         found = metadata["format"], int(metadata["version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError("this is no file of streams, or it is damaged") from error
     if found[0] != FORMAT:
         raise ValueError(f"this is a file of {found[0]!r}, and not of {FORMAT!r}")
@@ -246,7 +249,12 @@ def stream_from_bytes(model: nn.Module, index: int, data: bytes | bytearray | me
 
 
 def save_stream(model: nn.Module, index: int, path: str | os.PathLike[str]) -> None:
-    """``stream_to_bytes`` to a file, which appears as a whole."""
+    """``stream_to_bytes`` to a file, which appears as a whole.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: there is no such stream, or at ``path`` is something else than a file.
+    """
     _write(Path(path), stream_to_bytes(model, index))
 
 
@@ -260,7 +268,8 @@ def save_streams(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: there is no submodule that keeps streams.
+        ValueError: there is no submodule that keeps streams, or at ``path`` is something else than
+            a file.
     """
     _write(Path(path), states_to_bytes(export_state(model)))
 
@@ -276,8 +285,11 @@ def load_streams(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write beside and rename, so that nobody ever finds half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write beside and rename, so that nobody ever finds half a file, whoever else writes there."""
+    path = Path(os.path.realpath(path))  # a link goes on leading there
+    if path.exists() and not path.is_file():
+        raise ValueError(f"streams are stored in a file, but {path} is none")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         beside.write_bytes(data)
         beside.replace(path)

@@ -375,6 +375,15 @@ def test_a_run_without_resume_begins_anew(tiny_grid, tmp_path):
     assert len(_run(tmp_path)) == len(_run(tmp_path))
 
 
+@pytest.mark.parametrize("asked", [("--only", "ourz"), ("--only", "ourz,theirs")])
+def test_a_run_of_nothing_leaves_the_rows_of_another(asked, tiny_grid, tmp_path):
+    rows = _run(tmp_path)
+    with pytest.raises(SystemExit, match="--only takes what implementations start with: ours"):
+        _run(tmp_path, *asked)
+    tiny_grid.clear()
+    assert _run(tmp_path) == rows
+
+
 # -- reports ---------------------------------------------------------------------------------------
 
 ABOUT = {

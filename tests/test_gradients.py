@@ -406,6 +406,34 @@ def test_step_is_undone_outside_of_the_mode_it_was_taken_in(stepped, began, form
         torch.testing.assert_close(module.forward_step(x[:, -1]), expected)
 
 
+@pytest.mark.parametrize("how", ["paused", "not kept", "left the window"])
+@pytest.mark.parametrize("call", ["forward_step", "forward_steps", "converted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_that_no_window_sees_is_in_no_gradient(kind, call, how):
+    module = build(**SMALL, **KINDS[kind])
+    x, nan = draw_tokens(module, 2, 3 * LENGTH)[0], torch.full((2, WIDTH), torch.nan).double()
+    with torch.no_grad():
+        module.start_streams(2)
+        for t in range(LENGTH + 2):
+            module.forward_step(nan if how == "left the window" and t == 1 else x[:, t])
+        if how == "left the window":
+            module.forward_step(x[:, LENGTH + 2])
+        elif how == "paused":
+            module.forward_step(nan, active=torch.tensor([False, True]))
+            module.reset([1])
+        else:
+            module.forward_step(nan, update_state=False)
+    if call == "converted" and module.formulation == "input":
+        module.formulation = "kv"
+    if call == "forward_steps":
+        output = module.forward_steps(x[:, -LENGTH:])
+    else:
+        output = module.forward_step(x[:, -1])
+    assert output.isfinite().all()
+    found = torch.autograd.grad(output.sum(), module.parameters(), allow_unused=True)
+    assert all(grad is None or grad.isfinite().all() for grad in found)
+
+
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 def test_converted_streams_are_cut_from_a_graph_by_steps_without_a_gradient(cache_dtype):
     arguments = {"embed_dim": WIDTH, "num_heads": 2, "cache_dtype": cache_dtype}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracles import EMBED, LENGTH, assert_same_state, build, seeded
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from upstream import continual
 
 import continual_mha as co
@@ -227,6 +228,12 @@ def test_token_that_no_tick_could_take_is_refused_at_once():
         pool.push(stream, torch.ones(EMBED).to_sparse())
     with pytest.raises(ValueError, match="meta"):
         pool.push(stream, torch.ones(EMBED, device="meta"))
+    with pytest.raises(TypeError, match="dense"):
+        pool.push(stream, torch.nested.nested_tensor([torch.ones(EMBED)]))
+    with FakeTensorMode(), pytest.raises(ValueError, match="fake"):
+        pool.push(stream, torch.ones(EMBED))
+    with pytest.raises(ValueError, match="elements"):
+        torch.func.vmap(lambda x: pool.push(stream, x), out_dims=None)(torch.ones(2, EMBED))
     assert pool.statistics().waiting == 0
 
 
@@ -646,6 +653,78 @@ def test_failed_tick_of_modules_with_one_clock_has_not_happened(monkeypatch):
             assert (stream in outputs) == (count in expected)
             if stream in outputs:
                 torch.testing.assert_close(outputs[stream], expected[count])
+
+
+def wrapped(attention, **attributes):
+    """A module around ours that knows only one clock."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.seen = attention, None
+
+        def clean_state(self):
+            self.seen = None
+
+        def get_state(self):
+            return None if self.seen is None else {"seen": self.seen, "twice": [2 * self.seen]}
+
+        def set_state(self, state):
+            self.seen = state["seen"]
+
+        def forward_step(self, x):
+            self.seen = x.clone() if self.seen is None else self.seen.add_(x)
+            return self.attention.forward_step(self.seen)
+
+    for name, method in attributes.items():
+        setattr(Wrapped, name, method)
+    return Wrapped().requires_grad_(False)
+
+
+def test_state_of_a_module_around_ours_is_kept_apart_too():
+    model = wrapped(build())
+    pool = co.StreamPool(model, 2, (EMBED,))
+    assert not pool.batched
+    x = tokens(2 * LENGTH).repeat(1, EMBED)[:, :EMBED]
+    expected = alone(model, x)
+    first, second = pool.open(), pool.open()
+    for count in range(1, len(x) + 1):
+        pool.push(first, x[count - 1])
+        pool.push(second, -x[count - 1])
+        state = pool.export(first)
+        output = pool.tick().get(first)
+        assert (output is None) == (count not in expected)
+        if output is not None:
+            torch.testing.assert_close(output, expected[count])
+    pool_of_one = co.StreamPool(model, 1, (EMBED,))
+    again = pool_of_one.restore(state)
+    pool_of_one.push(again, x[-1])
+    torch.testing.assert_close(pool_of_one.tick()[again], expected[len(x)])
+
+
+def test_state_that_does_not_fit_a_module_of_one_clock_is_refused():
+    pool = co.StreamPool(wrapped(build()), 1, (EMBED,))
+    other = co.StreamPool(wrapped(build(sequence_len=LENGTH + 1)), 1, (EMBED,))
+    stream = other.open()
+    other.push(stream, torch.ones(EMBED))
+    other.tick()
+    states = other.export(stream)
+    together = build().requires_grad_(False)
+    together.forward_step(torch.ones(2, EMBED))
+    for wrong in (states["attention"], (1, 2), together.get_state()):
+        with pytest.raises(ValueError, match="module 'attention' does not fit"):
+            pool.restore({**states, "attention": wrong})
+    pool.open()  # whose slot is free
+
+
+def test_output_of_a_module_with_one_clock_that_is_no_row_is_named():
+    twice = lambda self, x: (x, x)
+    pool = co.StreamPool(wrapped(build(), forward_step=twice), 1, (EMBED,))
+    stream = pool.open()
+    pool.push(stream, torch.ones(EMBED))
+    with pytest.raises(TypeError, match=r"shape \(1, \.\.\.\), but returned tuple"):
+        pool.tick()
+    assert pool.statistics().waiting == 1
 
 
 def test_residual_around_our_module_is_still_batched():

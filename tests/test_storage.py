@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -159,6 +163,10 @@ def test_foreign_files_are_refused(tmp_path):
             co.load_streams(module, tmp_path / name)
     assert_same_state(module.get_state(), before)
     assert_refused(module, save({"k": torch.zeros(3)}), "no file of streams")
+    nested = b"[" * 100_000 + b"]" * 100_000
+    for header in (nested, b'{"__metadata__": {"format": "f", "version": 1e999}}', b"[]"):
+        data = len(header).to_bytes(8, "little") + header
+        assert_refused(module, data, "no file of streams")
 
 
 def test_other_versions_and_formats_are_refused():
@@ -293,6 +301,57 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         co.save_stream(module, 1, tmp_path / "stream")
     assert (tmp_path / "stream").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_threads_that_store_in_one_file_leave_a_whole_one(tmp_path):
+    module, path = streaming(), tmp_path / "stream"
+    co.save_stream(module, 0, path)
+    stop = threading.Event()
+
+    def store(index):
+        while not stop.is_set():
+            co.save_stream(module, index, path)
+
+    with ThreadPoolExecutor(3) as pool:
+        stores = [pool.submit(store, index) for index in range(3)]
+        try:
+            for _ in range(50):
+                co.states_from_bytes(path.read_bytes())
+        finally:
+            stop.set()
+        for done in stores:
+            done.result()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_goes_on_leading_to_the_file(tmp_path):
+    module, path, link = streaming(), tmp_path / "stream", tmp_path / "link"
+    link.symlink_to(path)
+    co.save_stream(module, 0, link)
+    assert link.is_symlink()
+    co.load_stream(module, 1, path)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match="in a file"):
+            co.save_streams(streaming(), path)
+    assert pipe.is_fifo()
+
+
+def test_without_safetensors_nothing_is_called_damaged(monkeypatch):
+    module = streaming()
+    data = co.stream_to_bytes(module, 0)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for call in (
+        lambda: co.states_from_bytes(data),
+        lambda: co.stream_from_bytes(module, 0, data),
+        lambda: co.stream_to_bytes(module, 0),
+    ):
+        with pytest.raises(ImportError, match="needs safetensors"):
+            call()
 
 
 def test_model_without_streams_is_refused():
