@@ -41,8 +41,11 @@ EXPORTED = "an exported program may go to where this package is not"
 
 def _read_environment() -> str | None:
     """``CONTINUAL_MHA_BACKEND``: the backend to force, or None."""
-    name = os.environ.get("CONTINUAL_MHA_BACKEND", "auto")
-    return None if name == "auto" else _checked(name)
+    name = os.environ.get("CONTINUAL_MHA_BACKEND") or "auto"
+    try:
+        return None if name == "auto" else _checked(name)
+    except ValueError as error:
+        raise ValueError(f"CONTINUAL_MHA_BACKEND: {error}") from None
 
 
 def _checked(name: str) -> str:

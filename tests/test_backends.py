@@ -198,7 +198,7 @@ def test_unknown_backend_is_refused():
         pass
 
 
-@pytest.mark.parametrize("name", ["torch", "fortran"])
+@pytest.mark.parametrize("name", ["torch", "fortran", ""])
 def test_environment_forces_a_backend(name):
     code = "import continual_mha; print(continual_mha.backends.order('cpu'))"
     environment = {**os.environ, "CONTINUAL_MHA_BACKEND": name}
@@ -207,9 +207,11 @@ def test_environment_forces_a_backend(name):
     )
     if name == "torch":
         assert done.stdout.strip() == "('torch',)"
+    elif name == "":
+        assert done.stdout.strip() == "('cpu', 'torch')"
     else:
         assert done.returncode != 0
-        assert "there is no backend 'fortran'" in done.stderr
+        assert "CONTINUAL_MHA_BACKEND: there is no backend 'fortran'" in done.stderr
 
 
 def test_import_loads_neither_the_compiler_nor_triton():
