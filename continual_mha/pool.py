@@ -488,7 +488,7 @@ class _OneByOne:
         if set(states) != set(self._modules):
             given, own = sorted(states), sorted(self._modules)
             raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
-        copies = {name: _copy(state) for name, state in states.items()}
+        copies = {name: _copy(state, self._device) for name, state in states.items()}
         for name, module in self._modules.items():
             where = f"the state of module {name!r} does not fit"
             if isinstance(module, StatefulStreams) and copies[name] is not None:
@@ -530,12 +530,13 @@ class _OneByOne:
         return outputs
 
 
-def _copy(state: Any, device: str | None = None) -> Any:
+def _copy(state: Any, device: torch.device | str | None = None) -> Any:
     """A copy of a tree of tensors; its clock, which has no bytes, stays where it is."""
     if isinstance(state, Tensor):
         return state.detach().to(device or state.device, copy=True)
     if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_copy(part, device) for part in state))
+        parts = zip(state._fields, state, strict=True)
+        return type(state)(*(x if name == "clock" else _copy(x, device) for name, x in parts))
     if isinstance(state, (tuple, list)):
         return type(state)(_copy(part, device) for part in state)
     if isinstance(state, dict):

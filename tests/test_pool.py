@@ -702,6 +702,16 @@ def test_state_of_a_module_around_ours_is_kept_apart_too():
     torch.testing.assert_close(pool_of_one.tick()[again], expected[len(x)])
 
 
+def test_restored_state_goes_where_the_model_is():
+    pool = co.StreamPool(wrapped(build()), 1, (EMBED,))
+    pool._slots._device = torch.device("meta")
+    state = {"seen": torch.ones(1, EMBED), "twice": [torch.ones(1, EMBED)]}
+    pool.restore({"attention": None, "": state})
+    [kept] = pool._slots._states.values()
+    assert kept[""]["seen"].is_meta
+    assert kept[""]["twice"][0].is_meta
+
+
 def test_state_that_does_not_fit_a_module_of_one_clock_is_refused():
     pool = co.StreamPool(wrapped(build()), 1, (EMBED,))
     other = co.StreamPool(wrapped(build(sequence_len=LENGTH + 1)), 1, (EMBED,))
