@@ -536,12 +536,16 @@ def _copy(state: Any, device: torch.device | str | None = None) -> Any:
         return state.detach().to(device or state.device, copy=True)
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         parts = zip(state._fields, state, strict=True)
-        return type(state)(*(x if name == "clock" else _copy(x, device) for name, x in parts))
+        return type(state)(*(x if _is_clock(name, x) else _copy(x, device) for name, x in parts))
     if isinstance(state, (tuple, list)):
         return type(state)(_copy(part, device) for part in state)
     if isinstance(state, dict):
         return {name: _copy(part, device) for name, part in state.items()}
     return state
+
+
+def _is_clock(name: str, part: Any) -> bool:
+    return name == "clock" and isinstance(part, Tensor) and part.numel() == 0
 
 
 def _foreign_modules(model: nn.Module) -> list[str]:
