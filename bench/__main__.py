@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
         peers = [peer for peer in peers if peer.name.startswith(options.only)]
         if not peers:
             raise SystemExit(f"--only takes what implementations start with: {names}")
-    if cases and not options.resume:
-        (folder / records.ROWS).unlink(missing_ok=True)
     if not cases:
         print(f"nothing left to measure in {folder}")
         return
+    if not options.resume:
+        (folder / records.ROWS).unlink(missing_ok=True)
     say(f"{about['device']}: {len(cases)} cases, into {folder}")
     found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
     stamp = {"machine": about}

@@ -34,7 +34,7 @@ _BATCH_INVARIANT = {
 _ROUNDS_BY_BATCH = ("cuda", "torch")
 # Of most of an operator's arguments: known at a glance not to compute in a way of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
-_WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided
+_WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided  # every call asks for them
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
 EXPORTED = "an exported program may go to where this package is not"
 

@@ -36,7 +36,6 @@ from .reference import (
     split_heads,
     take,
     token_before,
-    without_forgotten,
 )
 
 
@@ -144,8 +143,9 @@ def input_steps(
 def projected_rings(inputs: Inputs, weights: Weights, num_heads: int, delay: int) -> Rings:
     """The rings of keys and values that hold the same tokens as a ring of inputs."""
     x, position = inputs
-    if torch.is_grad_enabled():
-        x = without_forgotten(x, position)
+    if torch.is_grad_enabled():  # NaN that no window sees would be in the gradients of weights
+        slot = (position % x.shape[-2])[:, None]
+        x = put(x, slot, torch.zeros_like(take(x, slot)))
     (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
     k, v = (
         split_heads(linear(x, w, b), num_heads).contiguous() for w, b in ((w_k, b_k), (w_v, b_v))

@@ -454,13 +454,18 @@ class _Batched:
             out = self._run(self._tokens)
             if out is None:
                 return {}
-            if not isinstance(out, Tensor) or out.shape[:1] != self._tokens.shape[:1]:
-                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise TypeError(
-                    "the model's forward_step must return None or one tensor of shape "
-                    f"({len(self._tokens)}, ...), but returned {given}"
-                )
+            _check_rows(out, len(self._tokens))
             return dict(zip(tokens, out.index_select(0, slots).unbind(), strict=True))
+
+
+def _check_rows(out: object, rows: int) -> None:
+    """Raise a TypeError if a model's output is not one tensor of so many rows."""
+    if not isinstance(out, Tensor) or out.shape[:1] != (rows,):
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(
+            f"the model's forward_step must return None or one tensor of shape ({rows}, ...), "
+            f"but returned {given}"
+        )
 
 
 def _stacked(tokens: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -485,21 +490,19 @@ class _OneByOne:
         self._states[slot] = dict.fromkeys(self._modules)
 
     def put(self, slot: int, states: Mapping[str, Any]) -> None:
-        if set(states) != set(self._modules):
-            given, own = sorted(states), sorted(self._modules)
-            raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
-        copies = {name: _copy(state, self._device) for name, state in states.items()}
-        for name, module in self._modules.items():
-            where = f"the state of module {name!r} does not fit"
-            if isinstance(module, StatefulStreams) and copies[name] is not None:
-                try:
-                    module.set_state(copies[name])
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{where}: {error}") from error
-                streams = copies[name].position.shape[0]
-                if streams != 1:
-                    raise ValueError(f"{where}: it is of {streams} streams, and not of one")
-        self._states[slot] = copies
+        storage.check_names(states, self._modules)
+        ours = {
+            name: module
+            for name, module in self._modules.items()
+            if isinstance(module, StatefulStreams) and states[name] is not None
+        }
+        begun = {name: states[name] for name in ours}
+        storage.fitted(ours, begun, lambda module, state: module._layout_of_given(state))
+        for name, state in begun.items():
+            if state.position.shape[0] != 1:
+                streams = f"{state.position.shape[0]} streams, and not of one"
+                raise ValueError(f"the state of module {name!r} does not fit: it is of {streams}")
+        self._states[slot] = {name: _copy(state, self._device) for name, state in states.items()}
 
     def get(self, slot: int) -> dict[str, Any]:
         return {name: _copy(state, "cpu") for name, state in self._states[slot].items()}
@@ -519,14 +522,9 @@ class _OneByOne:
             with torch.no_grad():
                 out = self._model.forward_step(token.unsqueeze(0).to(self._device))
             self._states[slot] = {n: _copy(m.get_state()) for n, m in self._modules.items()}
-            if isinstance(out, Tensor) and out.shape[:1] == (1,):
+            if out is not None and type(out).__name__ != "TensorPlaceholder":  # that of continual
+                _check_rows(out, 1)
                 outputs[slot] = out[0]
-            elif out is not None and type(out).__name__ != "TensorPlaceholder":  # of continual
-                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise TypeError(
-                    "the model's forward_step must return None or one tensor of shape (1, ...), "
-                    f"but returned {given}"
-                )
         return outputs
 
 

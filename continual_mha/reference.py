@@ -177,16 +177,6 @@ def put_(ring: Ring, slot: Tensor, new: Tensor) -> Ring:
     return ring.scatter_(-2, _slot_index(ring, slot), new.to(ring.dtype))
 
 
-def without_forgotten(ring: Tensor, position: Tensor) -> Tensor:
-    """A copy with zeros in the slot that the next token takes.
-
-    No window sees what is there, which may be NaN: that of a paused row, or of a token that left.
-    But in gradients zero times NaN is NaN.
-    """
-    slot = position[:, None] % ring.shape[-2]
-    return put(ring, slot, torch.zeros_like(take(ring, slot)))
-
-
 def take(ring: Tensor, slot: Tensor) -> Tensor:
     """What is in the slots ``(N, T)`` of a ring."""
     return ring.gather(-2, _slot_index(ring, slot))
@@ -400,16 +390,21 @@ def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slo
 
 
 def _held(k: Ring, v: Ring, visible: Tensor | None) -> _Slots:
-    """Those of rings, with zeros where nobody sees what is there.
-
-    That may be NaN, of a row that paused or of a slot's former owner, and in gradients zero times
-    NaN is NaN.
-    """
-    if visible is not None and torch.is_grad_enabled():
-        unseen = ~visible.any(-2).unsqueeze(-1)
-        if isinstance(k, Tensor) and isinstance(v, Tensor):
-            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    """Those of rings, from which no gradient gets what nobody sees."""
+    tensors = isinstance(k, Tensor) and isinstance(v, Tensor)
+    if tensors and visible is not None and torch.is_grad_enabled():
+        k, v = _without_unseen(k, v, visible)
     return _Slots(k, v, visible)
+
+
+def _without_unseen(k: Any, v: Any, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(N, H, S, D)`` with zeros where no query of ``(N, 1, T, S)`` sees them.
+
+    There may be NaN, of a row that paused, of a token that left every window or of a slot's former
+    owner, and in gradients zero times NaN is NaN.
+    """
+    unseen = ~visible.any(-2).unsqueeze(-1)
+    return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
 
 
 def _in_window(position: Tensor, start: int, end: int, sequence_len: int) -> Tensor:
@@ -464,10 +459,9 @@ def _window(
     token = torch.cat([in_ring, clip.expand(len(position), -1)], dim=1)[:, None]  # (N, 1, S)
     asking = clip[first:, None]
     seen = (token <= asking) & (token > asking - length) & (token >= -position[:, None, None])
-    unseen = ~seen.any(1)[:, None, :, None]
     q, k, v = (x.transpose(1, 2) for x in (query[:, first:], key, value))
     k, v = (torch.cat([r.to(x.dtype), x], dim=2) for r, x in ((k_ring, k), (v_ring, v)))
-    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    k, v = _without_unseen(k, v, seen[:, None])
     number = (token + length)[:, None]
     return _Window(q / math.sqrt(q.shape[-1]), k, v, seen[:, None], number)
 

@@ -53,7 +53,7 @@ def import_stream(model: nn.Module, index: int, states: States) -> None:
     """
     check_states(states)
     modules = stateful_modules(model)
-    checked = _fitted(modules, states, lambda module, state: module._layout())
+    checked = fitted(modules, states, lambda module, state: module._layout())
     before = {name: module.get_stream(index) for name, module in modules.items()}
     marks = {name: module.mark() for name, module in modules.items()}
     try:
@@ -88,13 +88,13 @@ def import_state(model: nn.Module, states: States) -> None:
     check_states(states)
     modules = stateful_modules(model)
     named = {name: module for name, module in modules.items() if name in states}
-    checked = _fitted(named, states, lambda module, state: module._layout_of_given(state))
+    checked = fitted(named, states, lambda module, state: module._layout_of_given(state))
     with all_or_as_before(list(modules.values())):
         for name, module in modules.items():
             module.set_state(checked.get(name))
 
 
-def _fitted(
+def fitted(
     modules: Mapping[str, StatefulStreams],
     states: States,
     layout_for: Callable[[StatefulStreams, State], ring.Layout],
@@ -104,9 +104,7 @@ def _fitted(
     Raises:
         ValueError: a name or a state does not fit.
     """
-    if set(states) != set(modules):
-        given, own = sorted(states) or "no module", sorted(modules) or "no module"
-        raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
+    check_names(states, modules)
     checked = {}
     for name, module in modules.items():
         try:
@@ -123,6 +121,13 @@ def _fitted(
 def _on(state: State, device: torch.device | str) -> Any:
     parts = (x.detach().to(device) if isinstance(x, Tensor) else x for x in state[:-1])
     return ring.rebuilt(state, parts)
+
+
+def check_names(states: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+    """Raise a ValueError if these are not the states of modules of these names."""
+    if set(states) != set(modules):
+        given, own = sorted(states) or "no module", sorted(modules) or "no module"
+        raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
 
 
 def check_states(states: object) -> None:
