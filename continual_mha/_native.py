@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import devices
+from .reference import is_shared
 
 if TYPE_CHECKING:
     from .repeat import Run
@@ -259,11 +260,14 @@ def cpu_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run:
+def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run | None:
     """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
 
-    It is never another step that must be decided ``anew``: the library asks as in every call.
+    It is never another step that must be decided ``anew``: the library asks as in every call. None
+    where query, key and value are not one token.
     """
+    if name == "ring_step_" and not is_shared(args[:3]):
+        return None
     bound: int = getattr(torch.ops.continual_mha, f"cpu_bind_{name}")(*args)
     run = partial(cpu_function("bound_step_"), bound)
     weakref.finalize(run, _cpu_functions().continual_mha_cpu_unbind, bound).atexit = False

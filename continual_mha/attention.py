@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from .modes import (
     surrounding_active,
     surrounding_mode,
 )
-from .reference import Options, Tokens, Weights, is_shared
+from .reference import Options, Tokens, Weights, as_tokens, is_shared, told_apart
 from .repeat import Found, Repeat, Run
 from .ring import INPUT_STATES, RingState, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
@@ -449,31 +449,34 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             ValueError: a shape or a device does not fit, or ``is_causal`` has no ``attn_mask``.
             TypeError: a dtype does not fit.
         """
-        alone = key is None and value is None and key_padding_mask is None and attn_mask is None
-        alone = alone and not is_causal and not torch.compiler.is_compiling()
-        wanted = (need_weights, average_attn_weights)
-        again = self._clip_repeats.get(wanted) if alone else None
-        if again is not None and again.serves(self, query):
-            try:
-                return self._answer(*again.run(self._to_layout(query)))
-            except RuntimeError:  # weights may be others behind their parameters
-                self._clip_repeats.clear()
-        clips = self._clips(_given(query, key, value))
+        apart, masks = told_apart(query, key, value), (key_padding_mask, attn_mask)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            given = apart + tuple(mask for mask in masks if mask is not None)
+            missing = (key_padding_mask is None, attn_mask is None)
+            kind = (need_weights, average_attn_weights, is_causal, missing, _which_are_one(apart))
+            again = self._clip_repeats.get(kind)
+            if again is not None and again.serves(self, given):
+                try:
+                    return self._answer(*again.run([self._to_layout(x) for x in apart], *masks))
+                except RuntimeError:  # weights may be others behind their parameters
+                    self._clip_repeats.clear()
+        clips = self._clips(as_tokens(apart))
         checks.check_clips(*clips)
         checks.check_causal(is_causal, attn_mask)
         if not self.single_output_forward:
             how = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return self._full_forward(*clips, *how)
         checks.check_query_index(clips[0].shape[1], self.query_index)
-        mask = checks.merged_mask(self, clips[1], key_padding_mask, attn_mask)
+        mask = checks.merged_mask(self.num_heads, clips[1], *masks)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
         average = average_attn_weights or not self.forward_returns_attn_mask
         call = ClipCall(self.num_heads, self.query_index, self._options(), *wants, average)
         weights = self._weights()
         way = way_of_clip(clips, weights, mask, call)
-        if alone and self._comes_again(wanted, query):
-            self._remember_clip(wanted, way, query, weights)
+        if not compiling and self._comes_again(kind, given):
+            self._remember_clip(kind, way, given, weights)
         return self._answer(*way(clips, weights, mask))
 
     def _answer(self, out: Tensor, attn: Tensor | None) -> Any:
@@ -484,20 +487,21 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
 
     def _remember_clip(
-        self, wanted: tuple[bool, bool], way: Way, query: Tensor, weights: Weights
+        self, kind: tuple[bool, ...], way: Way, given: Sequence[Tensor], weights: Weights
     ) -> None:
-        """Keep how a clip alone is attended to for the next ones, if its weights stay in place."""
+        """Keep how clips are attended to for the next ones, if the weights stay in place."""
         found = self._where_weights_are(weights)
-        if found is None or type(query) is not Tensor:
+        if found is None or any(type(x) is not Tensor for x in given):
             return
         found += self._attributes(*_DECIDING_CLIPS)
-        shapes = self._weight_shapes
+        shapes, num_heads = self._weight_shapes, self.num_heads
 
-        def run(clip: Tensor) -> tuple[Tensor, Tensor | None]:
+        def run(apart: Sequence[Tensor], *masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
             checks.check_weights(weights, shapes)
-            return way((clip, clip, clip), weights, None)
+            clips = as_tokens(apart)
+            return way(clips, weights, checks.merged_mask(num_heads, clips[1], *masks))
 
-        self._clip_repeats[wanted] = Repeat(lambda _: run, found, query, weights)
+        self._clip_repeats[kind] = Repeat(lambda *_: run, found, given, weights)
 
     def _where_weights_are(self, weights: Weights) -> list[Found] | None:
         """What the weights are and where they were found; None if they may be others in every call,
@@ -545,17 +549,16 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 what ``batch_invariant`` asks for.
         """
         compiling = torch.compiler.is_compiling()
-        again = None
-        if update_state and key is None and value is None and not compiling:
-            again = self._repeat
-        if again is None or not again.serves(self, query):
+        apart = told_apart(query, key, value)
+        again = self._repeat if update_state and not compiling else None
+        if again is None or not again.serves(self, apart):
             again, tokens = None, self._tokens(query, key, value)
         active = surrounding_active(compiling) if active is None else active
         if active is not None:
             checks.check_active(active, query)
         if again is not None:
             try:
-                return again.run(query, active)
+                return again.run(*apart, active)
             except torch.OutOfMemoryError:  # which may come when a GPU's streams have advanced
                 raise
             except RuntimeError:  # weights may be others behind their parameters; nothing advanced
@@ -593,18 +596,17 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 ``active_streams`` block.
         """
         compiling = torch.compiler.is_compiling()
-        again = None
-        if update_state and key is None and value is None and not compiling:
-            again = self._many_repeat
+        apart = told_apart(query, key, value)
+        again = self._many_repeat if update_state and not compiling else None
         if (
             again is not None
             and surrounding_active(compiling) is None
-            and again.serves(self, query)
+            and again.serves(self, apart)
         ):
-            clip = self._to_layout(query)
-            mark = self._mark_before(clip.shape[1])
+            clips = [self._to_layout(x) for x in apart]
+            mark = self._mark_before(clips[0].shape[1])
             try:
-                return self._to_layout(again.run(clip))
+                return self._to_layout(again.run(*clips))
             except RuntimeError:  # weights may be others behind their parameters
                 self.return_to(mark)
                 self._many_repeat = None
@@ -676,51 +678,56 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         shared = call.differentiable
         if (call.update or shared) and self._rings_are_shared != shared:
             self._rings_are_shared = shared
-        if call.update and is_shared(tokens):
-            self._remember(tokens[0], state, active, call)
+        if call.update:
+            self._remember(told_apart(*tokens), state, active, call)
         return out
 
     def _remember(
-        self, query: Tensor, state: State, active: Tensor | None, call: functional.StepCall
+        self,
+        apart: Sequence[Tensor],
+        state: State,
+        active: Tensor | None,
+        call: functional.StepCall,
     ) -> None:
-        """Keep how a token ``(N, E)`` or a clip ``(N, T, E)`` was taken for the next ones, if those
-        can be without asking again."""
-        settled = state.clock is self._clock and type(query) is Tensor
+        """Keep how tokens ``(N, E*)`` or clips ``(N, T, E*)`` were taken for the next ones, if
+        those can be without asking again."""
+        settled = state.clock is self._clock and all(type(x) is Tensor for x in apart)
         if not settled or torch.compiler.is_compiling():
             return
-        if query.dim() == 3 and not self._comes_again("forward_steps", query):
+        many = apart[0].dim() == 3
+        if many and not self._comes_again("forward_steps", apart):
             return
         found = self._where_weights_are(call.weights)
         if found is None:
             return
         found += self._attributes(*_DECIDING)
         found += self._where_state_is(of_its_own=not call.differentiable)
-        if query.dim() == 3:
-            run = functional.repeated_steps(query, state, call)
+        if many:
+            run = functional.repeated_steps(apart, state, call)
             found += self._attributes(*_LAYOUT)
-            kind = self._to_layout(query)
-            again = None if run is None else Repeat(lambda _: run, found, kind, call.weights)
+            given = [self._to_layout(x) for x in apart]
+            again = None if run is None else Repeat(lambda *_: run, found, given, call.weights)
             self._many_repeat = again
             return
         if not call.differentiable:
-            prepare = functional.repeated_step(query, state, active, call)
-        elif (node := functional.repeated_node(query, state, call)) is not None:
+            prepare = functional.repeated_step(apart, state, active, call)
+        elif (node := functional.repeated_node(apart, state, call)) is not None:
             prepare = self._going_on(type(state), call.weights, node)
         else:
             prepare = None
-        self._repeat = None if prepare is None else Repeat(prepare, found, query, call.weights)
+        self._repeat = None if prepare is None else Repeat(prepare, found, apart, call.weights)
 
     def _going_on(
         self, kind: type, weights: Weights, node: functional.NodeAgain
-    ) -> Callable[[Tensor], Run]:
+    ) -> Callable[..., Run]:
         """What prepares steps by ``node``, from whatever parts the state has to new ones."""
         go_on, shapes = self._stepping(kind, node), self._weight_shapes
 
-        def run(token: Tensor, active: Tensor | None) -> Tensor:
+        def run(*given: Any) -> Tensor:
             checks.check_weights(weights, shapes)
-            return go_on(token, active)
+            return go_on(given[:-1], given[-1])
 
-        return lambda _: run
+        return lambda *_: run
 
     def _plan(
         self, tokens: Tokens, state: State | None, update: bool
@@ -797,14 +804,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of one step."""
-        tokens = _given(query, key, value)
+        tokens = as_tokens(told_apart(query, key, value))
         checks.check_tokens(self, tokens, "(N, E)", 1)
         checks.check_same_steps(tokens)
         return tokens
 
     def _many_tokens(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
         """Checked query, key and value of many steps, as ``(N, T, E)``."""
-        clips = self._clips(_given(query, key, value))
+        clips = self._clips(as_tokens(told_apart(query, key, value)))
         checks.check_same_steps(clips)
         return clips
 
@@ -868,9 +875,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
 
 
-def _given(query: Tensor, key: Tensor | None, value: Tensor | None) -> Tokens:
-    """Query, key and value of a call; those that are None are the query."""
-    return query, query if key is None else key, query if value is None else value
+def _which_are_one(apart: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of query, key and value are, whether key and value are the query, and value the key."""
+    if len(apart) == 1:
+        return True, True, True
+    query, key, value = apart
+    return key is query, value is query, value is key
 
 
 # Private to torch: where it is not there, every call takes the way that serves hooks.

@@ -422,7 +422,7 @@ def _kind(x: object) -> str:
 
 
 def merged_mask(
-    module: SingleOutputMultiheadAttention,
+    num_heads: int,
     key: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
@@ -434,15 +434,14 @@ def merged_mask(
         TypeError: a mask is no tensor, or neither bool nor floating point.
     """
     batch, length = key.shape[:2]
-    heads = module.num_heads
     merged = None
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, [(batch, length)], key)
         merged = _additive(key_padding_mask, key).view(batch, 1, length)
     if attn_mask is not None:
-        shapes = [(1, length), (batch * heads, 1, length)]
+        shapes = [(1, length), (batch * num_heads, 1, length)]
         _check_mask("attn_mask", attn_mask, shapes, key)
-        shape = (1, 1, length) if attn_mask.dim() == 2 else (batch, heads, length)
+        shape = (1, 1, length) if attn_mask.dim() == 2 else (batch, num_heads, length)
         added = _additive(attn_mask, key).reshape(shape)
         merged = added if merged is None else merged + added
     return merged

@@ -13,7 +13,7 @@ from . import backends, input_step, inputs, kv_step, mixing, reference, ring, st
 from .inputs import Inputs
 from .modes import is_opaque
 from .quantized import QuantizedRing
-from .reference import Options, Rings, Tokens, Weights
+from .reference import Options, Rings, Tokens, Weights, as_tokens
 from .repeat import Run
 from .ring import (
     INPUT_STATES,
@@ -27,8 +27,8 @@ from .ring import (
 
 # An output, and the parts of a state but for its clock.
 Parts = tuple[Tensor, tuple[Tensor, ...]]
-# A step of self-attention: its token, the parts before, and who is active.
-NodeAgain = Callable[[Tensor, Sequence[Tensor], Tensor | None], Parts]
+# A step: its tokens, the parts before, and who is active.
+NodeAgain = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Parts]
 
 
 class StepCall(NamedTuple):
@@ -64,25 +64,28 @@ def step(
 
 
 def repeated_step(
-    query: Tensor, state: State, active: Tensor | None, call: StepCall
-) -> Callable[[Tensor], Run] | None:
-    """What prepares ``step``, given a token, for self-attention after one with these arguments, all
-    but token and mask decided.
+    apart: Sequence[Tensor], state: State, active: Tensor | None, call: StepCall
+) -> Callable[..., Run] | None:
+    """What prepares ``step``, given tokens, for those after one with these arguments, all but
+    tokens and mask decided. Tokens are as ``reference.told_apart`` returns them, here and in all
+    that goes again.
 
     None if such a step is not one operator that writes to the rings.
     """
     if call.differentiable:
         return None
-    before, after = _operands_of((query,) * 3, state, call)
+    before, after = _operands_of(as_tokens(apart), state, call)
     name = operator_for(state, many=False)
-    times = 1 if isinstance(state, INPUT_STATES) else 3  # the token is query, key and value
-    kept = before[times:]
+    times = _times(apart, state)
+    kept = before[times * len(apart) :]
 
     def by(function: Callable[..., Tensor]) -> Run:
+        if len(apart) == 3:
+            return lambda q, k, v, active: function(q, k, v, *kept, active, *after)
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 
-    def prepare(token: Tensor) -> Run:
-        args = (*(token,) * times, *kept, active, *after)
+    def prepare(*apart: Tensor) -> Run:
+        args = (*apart * times, *kept, active, *after)
         function, bind = backends.choose_again(name, args)
         anew = by(partial(backends.run_directly, name))
         return by(function) if bind is None else bind(anew, *args) or by(function)
@@ -90,41 +93,51 @@ def repeated_step(
     return prepare
 
 
-def repeated_steps(clip: Tensor, state: State, call: StepCall) -> Callable[[Tensor], Tensor] | None:
-    """``steps`` for self-attention after one with such a clip in warm streams, all else decided.
+def _times(apart: Sequence[Tensor], state: State) -> int:
+    """How many operands of the operators for steps each of such tokens is."""
+    return 1 if isinstance(state, INPUT_STATES) or len(apart) == 3 else 3
+
+
+def repeated_steps(
+    apart: Sequence[Tensor], state: State, call: StepCall
+) -> Callable[..., Tensor] | None:
+    """``steps`` after one with such clips in warm streams, all else decided.
 
     None if such steps are not one operator that writes to the rings.
     """
-    tokens = (clip,) * 3
+    tokens = as_tokens(apart)
     if call.differentiable or way_of_steps(tokens, state, 0, call) != "at once":
         return None
     before, after = _operands_of(tokens, state, call)
     name = operator_for(state, many=True)
-    times = 1 if isinstance(state, INPUT_STATES) else 3
-    kept = before[times:]
+    times = _times(apart, state)
+    kept = before[times * len(apart) :]
 
-    def run(clip: Tensor) -> Tensor:
-        out: Tensor = backends.run_directly(name, *(clip,) * times, *kept, 0, *after)
+    def run(*apart: Tensor) -> Tensor:
+        out: Tensor = backends.run_directly(name, *apart * times, *kept, 0, *after)
         return out
 
     return run
 
 
-def repeated_node(query: Tensor, state: State, call: StepCall) -> NodeAgain | None:
+def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> NodeAgain | None:
     """The same for a ``step`` that makes rings of its own, for any parts of such a state.
 
     None if such a step is not one node of autograd.
     """
-    if why_no_node((query,) * 3, state, None, call) is not None:
+    if why_no_node(as_tokens(apart), state, None, call) is not None:
         return None
     weights, add_zero_attn = call.weights, call.options.add_zero_attn
     sizes = _sizes(call)
 
-    def over_keys(token: Tensor, parts: Sequence[Tensor], active: Tensor | None) -> Parts:
-        return kv_step.step((token,) * 3, Rings._make(parts), active, weights, add_zero_attn)
+    def over_keys(apart: Sequence[Tensor], parts: Sequence[Tensor], active: Tensor | None) -> Parts:
+        tokens = as_tokens(apart)
+        return kv_step.step(tokens, Rings._make(parts), active, weights, add_zero_attn)
 
-    def over_inputs(token: Tensor, parts: Sequence[Tensor], active: Tensor | None) -> Parts:
-        return input_step.step(token, Inputs._make(parts), active, weights, sizes)
+    def over_inputs(
+        apart: Sequence[Tensor], parts: Sequence[Tensor], active: Tensor | None
+    ) -> Parts:
+        return input_step.step(apart[0], Inputs._make(parts), active, weights, sizes)
 
     return over_inputs if isinstance(state, INPUT_STATES) else over_keys
 

@@ -8,7 +8,7 @@ autograd, as long as the version without the underscore is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,19 @@ class _Slots(NamedTuple):
 def is_shared(tokens: Tokens) -> bool:
     """Whether query, key and value are one tensor."""
     return tokens[1] is tokens[0] and tokens[2] is tokens[0]
+
+
+def told_apart(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
+    """The query alone if it is key and value too, as those are that are None; else the three."""
+    if (key is None or key is query) and (value is None or value is query):
+        return (query,)
+    return query, query if key is None else key, query if value is None else value
+
+
+def as_tokens(apart: Sequence[Tensor]) -> Tokens:
+    """Query, key and value of what ``told_apart`` returned."""
+    query, key, value = apart if len(apart) == 3 else tuple(apart) * 3
+    return query, key, value
 
 
 def has_extra_slots(weights: Weights, add_zero_attn: bool) -> bool:

@@ -7,7 +7,7 @@ was asked is what it was, and that is cheaper to see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,49 +19,52 @@ from .modes import needs_gradient
 # Where an answer came from: a namespace of a module, a name in it, and what was found. None is the
 # module's own, for who is kept there and held that would only be freed by the garbage collector.
 Found = tuple[Mapping[str, Any] | None, str, Any]
-Run = Callable[[Tensor, Tensor | None], Tensor]  # a token (N, E), who is active, the output (N, E)
+# A step: tokens (N, E*) as ``reference.told_apart`` returns them, and who is active; its output.
+Run = Callable[..., Tensor]
 
 
 class Repeat:
     """A call that has been decided.
 
     Args:
-        prepare: makes the function ``run`` that does it, for any tokens like those. It is given
-            the first such tokens when they are here, so that an error in it comes before their
+        prepare: makes the function ``run`` that does it, for any tensors like those. It is given
+            the first such tensors when they are here, so that an error in it comes before their
             call, and none are kept for it.
-        found: all that was looked at to decide, besides the tokens and what surrounds the call.
-        query: tokens of the kind that ``run`` takes.
+        found: all that was looked at to decide, besides the tensors and what surrounds the call.
+        given: tokens, and masks, of the kind that ``run`` takes.
         weights: those of the call, which may need a gradient.
     """
 
     __slots__ = (
-        "_device", "_dtype", "_found", "_own", "_prepare", "_shape", "_trains", "_unchanged",
-        "_weights", "run",
+        "_found", "_given", "_own", "_prepare", "_trains", "_unchanged", "_weights", "run",
     )  # fmt: skip
 
     def __init__(
         self,
-        prepare: Callable[[Tensor], Callable[..., Any]],
+        prepare: Callable[..., Callable[..., Any]],
         found: Iterable[Found],
-        query: Tensor,
+        given: Sequence[Tensor],
         weights: Iterable[Tensor | None],
     ) -> None:
-        self.run: Any = None  # until such tokens are here
-        self._prepare: Callable[[Tensor], Callable[..., Any]] | None = prepare
+        self.run: Any = None  # until such tensors are here
+        self._prepare: Callable[..., Callable[..., Any]] | None = prepare
         found = tuple(found)
         self._own = tuple((name, thing) for where, name, thing in found if where is None)
         self._found = tuple((x.get, name, thing) for x, name, thing in found if x is not None)
-        self._shape, self._dtype, self._device = query.shape, query.dtype, query.device
+        self._given = tuple((x.shape, x.dtype, x.device) for x in given)
         self._weights = tuple(x for x in weights if x is not None)
-        self._trains = needs_gradient((query, *self._weights))
-        self._unchanged = backends.same_surroundings(query.device.type)
+        self._trains = needs_gradient((*given, *self._weights))
+        self._unchanged = backends.same_surroundings(given[0].device.type)
 
-    def serves(self, module: nn.Module, query: object) -> bool:
-        """Whether a call with these tokens would be decided the same way; then ``run`` does it."""
-        if type(query) is not Tensor or query.layout is not torch.strided or query.is_nested:
+    def serves(self, module: nn.Module, given: Sequence[Any]) -> bool:
+        """Whether a call with these tensors would be decided the same way; then ``run`` does it."""
+        if len(given) != len(self._given):
             return False
-        if query.shape != self._shape:
-            return False
+        for x, (shape, dtype, device) in zip(given, self._given):  # noqa: B905  (slower)
+            if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+                return False
+            if x.shape != shape or x.dtype is not dtype or x.device != device:
+                return False
         own = module.__dict__
         for name, thing in self._own:
             if own.get(name) is not thing:
@@ -69,16 +72,11 @@ class Repeat:
         for get, name, thing in self._found:
             if get(name) is not thing:
                 return False
-        same = (
-            query.dtype is self._dtype
-            and query.device == self._device
-            and needs_gradient((query, *self._weights)) is self._trains
-            and self._unchanged()
-        )
+        same = needs_gradient((*given, *self._weights)) is self._trains and self._unchanged()
         prepare = self._prepare
         if same and prepare is not None:
             try:
-                self.run = prepare(query)
+                self.run = prepare(*given)
             except RuntimeError:  # weights may be others behind their parameters
                 return False
             self._prepare = None

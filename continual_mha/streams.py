@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
 from .modes import has_numbers
-from .repeat import Found, Repeat, Run
+from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
 # Of tokens under autocast, and so of a state that was made from them.
@@ -84,12 +84,12 @@ class StatefulStreams(nn.Module):
         self._repeat, self._many_repeat = None, None
         self._clip_repeats, self._last_shapes = {}, {}
 
-    def _comes_again(self, kind: Any, query: Tensor) -> bool:
-        """Whether the last call of this kind that was decided had such tokens too.
+    def _comes_again(self, kind: Any, given: Sequence[Tensor]) -> bool:
+        """Whether the last call of this kind that was decided had such tensors too.
 
         Only then it pays to keep how: clips of changing lengths would be kept in vain.
         """
-        now = (query.shape, torch.is_grad_enabled())
+        now = ([x.shape for x in given], torch.is_grad_enabled())
         before = self._last_shapes.get(kind)
         self._last_shapes[kind] = now
         return bool(before == now)
@@ -372,13 +372,15 @@ class StatefulStreams(nn.Module):
         """What the module's attributes of these names are."""
         return [(None, name, self.__dict__[name]) for name in names]
 
-    def _stepping(self, kind: type, step: Callable[..., Any]) -> Run:
+    def _stepping(
+        self, kind: type, step: Callable[..., Any]
+    ) -> Callable[[Sequence[Tensor], Tensor | None], Tensor]:
         """``step`` from the parts of a state of that kind, whatever they are, and to new ones."""
         buffers, names = self._buffers, _BUFFERS[kind]
 
-        def run(token: Tensor, active: Tensor | None) -> Tensor:
+        def run(apart: Sequence[Tensor], active: Tensor | None) -> Tensor:
             out: Tensor
-            out, after = step(token, [buffers[name] for name in names], active)
+            out, after = step(apart, [buffers[name] for name in names], active)
             buffers.update(zip(names, after, strict=True))
             return out
 

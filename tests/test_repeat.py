@@ -12,7 +12,7 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from oracles import EMBED, LENGTH, assert_same_state, build, seeded
+from oracles import EMBED, HEADS, LENGTH, assert_same_state, build, seeded
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -27,11 +27,20 @@ needs_library = pytest.mark.skipif(
 N = 3
 
 
-def warm(**arguments):
+# Query, key and value of a call in the ways in which they may be one tensor.
+SPELLED = {
+    "one": lambda x: (x,),
+    "thrice": lambda x: (x, x, x),
+    "apart": lambda x: (x, x * 2, x * 3),
+    "memory": lambda x: (x, *[x * 2] * 2),
+}
+
+
+def warm(spelled="one", **arguments):
     module = build(**{"dropout": 0.5, **arguments}).eval()
     with torch.no_grad():
         for _ in range(LENGTH + 2):
-            module.forward_step(torch.randn(N, module.embed_dim))
+            module.forward_step(*SPELLED[spelled](torch.randn(N, module.embed_dim)))
     return module
 
 
@@ -99,6 +108,7 @@ CHANGES = {
 }
 
 
+FORMULATIONS = [("kv", "one"), ("kv", "apart"), ("kv", "memory"), ("input", "one")]
 OF_STATE = ("state", "no state", "begun", "reset", "stream", "undone", "clip", "formulation")
 OF_CLIPS = {
     **{name: change for name, change in CHANGES.items() if name not in OF_STATE},
@@ -114,23 +124,23 @@ OF_CLIPS = {
 }
 
 
-@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize(("formulation", "spelled"), FORMULATIONS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_step_after_a_change_is_decided_anew(change, formulation, backend):
-    module = warm(formulation=formulation)
+def test_step_after_a_change_is_decided_anew(change, formulation, spelled, backend):
+    module = warm(spelled, formulation=formulation)
     twin = copy.deepcopy(module)
     tokens = [torch.randn(N, EMBED) for _ in range(LENGTH + 1)]
     outputs = []
     for each in (module, twin):
         torch.manual_seed(1)
         with torch.no_grad():
-            each.forward_step(tokens[0])
+            each.forward_step(*SPELLED[spelled](tokens[0]))
             CHANGES[change](each)
             outputs.append([])
             for token in tokens:
                 if each is twin:
                     each._repeat = None
-                outputs[-1].append(each.forward_step(token))
+                outputs[-1].append(each.forward_step(*SPELLED[spelled](token)))
     for out, expected in zip(*outputs, strict=True):
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
     assert_same_state(module.get_state(), twin.get_state())
@@ -145,16 +155,16 @@ def trained(**arguments):
     return module
 
 
-@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize(("formulation", "spelled"), FORMULATIONS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_step_with_a_gradient_after_a_change_is_decided_anew(change, formulation, backend):
+def test_step_with_a_gradient_after_a_change_is_decided_anew(change, formulation, spelled, backend):
     module = trained(formulation=formulation)
     twin = copy.deepcopy(module)
     tokens = [torch.randn(N, EMBED, requires_grad=True) for _ in range(LENGTH + 1)]
     found = []
     for each in (module, twin):
         torch.manual_seed(1)
-        each.forward_step(tokens[0])
+        each.forward_step(*SPELLED[spelled](tokens[0]))
         assert (each._repeat is None) == (backend == "torch")  # whose steps are no node
         each.detach_state()  # as weights will be others
         with torch.no_grad():
@@ -165,7 +175,8 @@ def test_step_with_a_gradient_after_a_change_is_decided_anew(change, formulation
                 each._repeat = None
             if i == 2:
                 each.detach_state()
-            outputs.append(each.forward_step(token, active=torch.tensor([True, i % 2 > 0, True])))
+            active = torch.tensor([True, i % 2 > 0, True])
+            outputs.append(each.forward_step(*SPELLED[spelled](token), active=active))
         total = sum(out.square().sum() for out in outputs)
         leaves = [*tokens, *(p for p in each.parameters() if p.requires_grad)]
         found.append([*outputs, *torch.autograd.grad(total, leaves)])
@@ -227,31 +238,32 @@ OF_MANY = {
 }
 
 
-def warm_for_many(**arguments):
+def warm_for_many(spelled="one", **arguments):
     """A module that has taken as many tokens at once as it is wide, so that any layout will do."""
     module = warm(**arguments)
     with torch.no_grad():
         for _ in range(2):  # of what comes once nothing is kept
-            module.forward_steps(clip_of(module))
+            module.forward_steps(*SPELLED[spelled](clip_of(module)))
     return module
 
 
-@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize(("formulation", "spelled"), FORMULATIONS)
 @pytest.mark.parametrize("change", OF_MANY)
-def test_many_steps_after_a_change_are_decided_anew(change, formulation, backend):
-    module = warm_for_many(formulation=formulation)
+def test_many_steps_after_a_change_are_decided_anew(change, formulation, spelled, backend):
+    module = warm_for_many(spelled, formulation=formulation)
     twin = copy.deepcopy(module)
     outputs = []
     for each in (module, twin):
         with torch.no_grad():
             torch.manual_seed(1)
-            each.forward_steps(clip_of(each))
+            each.forward_steps(*SPELLED[spelled](clip_of(each)))
             OF_MANY[change](each)
             outputs.append([])
             for i in range(3):
                 if each is twin:
                     each._many_repeat = None
-                outputs[-1].append(each.forward_steps(clip_of(each) * (i + 1)))
+                clips = SPELLED[spelled](clip_of(each) * (i + 1))
+                outputs[-1].append(each.forward_steps(*clips))
                 outputs[-1].append(each.forward_step(torch.ones(N, EMBED)))
         outputs[-1].append(each.forward_steps(clip_of(each)))
     for out, expected in zip(*outputs, strict=True):
@@ -262,8 +274,9 @@ def test_many_steps_after_a_change_are_decided_anew(change, formulation, backend
     assert_same_state(module.get_state(), twin.get_state())
 
 
-def test_many_steps_are_not_decided_again(monkeypatch, backend):
-    module = warm_for_many(formulation="kv")
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_many_steps_are_not_decided_again(spelled, monkeypatch, backend):
+    module = warm_for_many(spelled, formulation="kv")
 
     def fail(*args):
         raise AssertionError("decided again")
@@ -271,12 +284,14 @@ def test_many_steps_are_not_decided_again(monkeypatch, backend):
     monkeypatch.setattr(functional, "steps", fail)
     with torch.no_grad():
         before = module._ring_position.clone()
-        module.forward_steps(clip_of(module))
+        clips = SPELLED[spelled](clip_of(module))
+        module.forward_steps(*clips)
         assert torch.equal(module._ring_position, before + EMBED)
+        others = clips[:1] if len(set(clips)) > 1 else (clips[0], clips[0] * 2)
         for differently in (
-            lambda: module.forward_steps(clip_of(module)[:, :-1]),
-            lambda: module.forward_steps(clip_of(module), update_state=False),
-            lambda: module.forward_steps(*[clip_of(module)] * 2),
+            lambda: module.forward_steps(*(x[:, :-1] for x in clips)),
+            lambda: module.forward_steps(*clips, update_state=False),
+            lambda: module.forward_steps(*others),
         ):
             with pytest.raises(AssertionError, match="decided again"):
                 differently()
@@ -293,7 +308,7 @@ def test_many_steps_like_those_before_are_undone_if_they_fail(error, monkeypatch
     module = warm_for_many(formulation="kv")
     twin = copy.deepcopy(module)
     with torch.no_grad():
-        assert module._many_repeat.serves(module, clip_of(module))
+        assert module._many_repeat.serves(module, (clip_of(module),))
     run = module._many_repeat.run
 
     def interrupted(*args):
@@ -328,16 +343,22 @@ def test_weights_may_be_swapped_between_warm_steps():
     assert torch.equal(module.in_proj_weight, build(seed=3).double().in_proj_weight)
 
 
-def test_warm_steps_are_not_decided_again(monkeypatch, backend):
-    module = warm()
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_warm_steps_are_not_decided_again(spelled, monkeypatch, backend):
+    module = warm(spelled)
 
     def fail(*args):
         raise AssertionError("decided again")
 
     monkeypatch.setattr(functional, "step", fail)
     with torch.no_grad():
-        module.forward_step(torch.randn(N, EMBED))
-        module.forward_step(torch.randn(N, EMBED), active=torch.tensor([True, False, True]))
+        tokens = SPELLED[spelled](torch.randn(N, EMBED))
+        module.forward_step(*tokens)
+        module.forward_step(*tokens, active=torch.tensor([True, False, True]))
+        assert module._ring_position.tolist() == [LENGTH + 4, LENGTH + 3, LENGTH + 4]
+        others = tokens[:1] if len(set(tokens)) > 1 else (tokens[0], tokens[0] * 2)
+        with pytest.raises(AssertionError, match="decided again"):
+            module.forward_step(*others)
     assert module._ring_position.tolist() == [LENGTH + 4, LENGTH + 3, LENGTH + 4]
 
 
@@ -346,62 +367,82 @@ def clip_of(module):
     return torch.randn(N, EMBED, EMBED, generator=seeded(5)).to(module.out_proj.weight)
 
 
-def answers(module, clip):
+MASKED = {
+    "no mask": lambda length: {},
+    "padding": lambda length: {"key_padding_mask": torch.rand(N, length) < 0.3},
+    "mask": lambda length: {"attn_mask": torch.randn(1, length)},
+    "both": lambda length: {**MASKED["padding"](length), **MASKED["mask"](length)},
+}
+CLIPS = [("one", "no mask"), ("memory", "padding"), ("apart", "both")]
+
+
+def answers(module, clip, spelled, masked):
     """Output, weights and whatever has a gradient."""
     torch.manual_seed(1)
     module.zero_grad()
     clip = clip.clone().requires_grad_()
-    result = module.forward(clip)
+    result = module.forward(*SPELLED[spelled](clip), **masked)
     out, attn = result if isinstance(result, tuple) else (result, None)
     out.sum().backward()
     return [out, attn, clip.grad, *(weight.grad for weight in module.parameters())]
 
 
+@pytest.mark.parametrize(("spelled", "masked"), CLIPS)
 @pytest.mark.parametrize("change", OF_CLIPS)
 @pytest.mark.parametrize("trains", [True, False])
-def test_clip_after_a_change_is_decided_anew(trains, change, backend):
+def test_clip_after_a_change_is_decided_anew(trains, change, spelled, masked, backend):
+    if change in ("all queries", "layout of clips") and masked != "no mask":
+        pytest.skip("its masks have other shapes")
     module = build(dropout=0.5).eval()
     twin = copy.deepcopy(module)
     found = []
     for each in (module, twin):
         clip = clip_of(each)
         torch.manual_seed(1)
+        masks = MASKED[masked](EMBED)
         with torch.set_grad_enabled(trains):
             for _ in range(2):
-                each.forward(clip)
+                each.forward(*SPELLED[spelled](clip), **MASKED[masked](EMBED))
         assert each._clip_repeats
         OF_CLIPS[change](each)
         if each is twin:
             each._clip_repeats.clear()
         with torch.no_grad():
             torch.manual_seed(1)
-            result = each.forward(clip)
-        found.append([*(result if isinstance(result, tuple) else (result,)), *answers(each, clip)])
+            result = each.forward(*SPELLED[spelled](clip), **masks)
+        found.append([*(result if isinstance(result, tuple) else (result,))])
+        found[-1] += answers(each, clip, spelled, masks)
     for one, expected in zip(*found, strict=True):
         torch.testing.assert_close(one, expected)  # other kernels may serve
 
 
+@pytest.mark.parametrize("spelled", SPELLED)
 @pytest.mark.parametrize("trains", [True, False])
-def test_clips_are_not_decided_again(trains, monkeypatch, backend):
+def test_clips_are_not_decided_again(trains, spelled, monkeypatch, backend):
     module = warm()
     options = [{}, {"need_weights": False}, {"average_attn_weights": False}]
+    options += [MASKED[masked](EMBED) for masked in ("padding", "mask", "both")]
     with torch.set_grad_enabled(trains):
         for _ in range(2):
-            expected = [module.forward(clip_of(module), **how) for how in options]
+            clips = SPELLED[spelled](clip_of(module))
+            expected = [module.forward(*clips, **how) for how in options]
 
         def fail(*args):
             raise AssertionError("decided again")
 
         monkeypatch.setattr(attention, "way_of_clip", fail)
+        # of the same shapes, but other ones are one tensor
+        others = (clips[0], clips[-1] + 0, clips[0] if spelled == "apart" else clips[-1])
         for how, (out, attn) in zip(options, expected, strict=True):
-            again, weights = module.forward(clip_of(module), **how)
+            again, weights = module.forward(*SPELLED[spelled](clip_of(module)), **how)
             assert torch.equal(again, out)
             assert (attn is None) == (weights is None)
             assert attn is None or torch.equal(weights, attn)
         for differently in (
-            lambda: module.forward(clip_of(module)[:1]),
-            lambda: module.forward(clip_of(module), attn_mask=torch.zeros(1, EMBED)),
-            lambda: module.forward(*[clip_of(module)] * 2),
+            lambda: module.forward(*(x[:1] for x in clips)),
+            lambda: module.forward(*clips, attn_mask=torch.zeros(N * HEADS, 1, EMBED)),
+            lambda: module.forward(*clips, attn_mask=torch.zeros(1, EMBED), is_causal=True),
+            lambda: module.forward(*others),
         ):
             with pytest.raises(AssertionError, match="decided again"):
                 differently()

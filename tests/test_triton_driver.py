@@ -173,7 +173,7 @@ def warm(
     recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Any]:
     """Steps of a warm module, which go a path, and may launch nothing that has to be prepared."""
-    path, _, masked = request.param.partition(" ")
+    path, _, how = request.param.partition(" ")
     monkeypatch.setattr(pieces, "INTERPRETED", True)  # or it declines tensors on the CPU
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton",))
     monkeypatch.setattr(plan, "STEP_RULES", [x for x in plan.STEP_RULES if x.path == path])
@@ -183,13 +183,13 @@ def warm(
     module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=5).eval().to(HALF)
     module.requires_grad_(False)
 
-    def step(token: torch.Tensor) -> tuple[Any, Any, Any]:
-        active = torch.tensor([True, False]) if masked else None
-        return module.forward_step(token, active=active), module, active
+    def step(*tokens: torch.Tensor) -> tuple[Any, Any, Any]:
+        active = torch.tensor([True, False]) if how == "masked" else None
+        return module.forward_step(*tokens, active=active), module, active
 
     with torch.inference_mode():
         for _ in range(7):
-            step(torch.randn(2, 32, dtype=HALF))
+            step(*torch.randn(3 if how == "apart" else 1, 2, 32, dtype=HALF))
         for at in (ring_step, project):
             monkeypatch.setattr(at, "launch", None)
         yield step
@@ -222,20 +222,20 @@ def test_a_warm_step_of_three_launches_hands_each_what_the_one_before_made(
         assert project_out[5] == pointer(active)
 
 
-@pytest.mark.parametrize("warm", ["fused"], indirect=True)
+@pytest.mark.parametrize(("warm", "times"), [("fused", 1), ("fused apart", 3)], indirect=["warm"])
 def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
-    warm: Any, recorded: list[Recorded]
+    warm: Any, times: int, recorded: list[Recorded]
 ) -> None:
-    token = torch.randn(2, 32, dtype=HALF)
-    out, module, _ = warm(token)
+    tokens = list(torch.randn(times, 2, 32, dtype=HALF))
+    out, module, _ = warm(*tokens)
     assert len({made.function for made in recorded}) == 1
     assert len(recorded) == 8
     earlier, last = recorded[-2:]
-    assert last.parameters[:3] == 3 * (pointer(token),)
+    assert last.parameters[:3] == tuple(map(pointer, tokens * (3 // times)))
     assert pointer(out) in last.parameters
     assert pointer(module._ring_k) in last.parameters
     differ = [a != b for a, b in zip(earlier.parameters, last.parameters, strict=True)]
-    assert sum(differ) <= 6  # the token three times, the output, and what programs merge
+    assert sum(differ) <= 6  # three tokens, the output, and what programs merge
     assert last._replace(parameters=()) == earlier._replace(parameters=())
 
 
@@ -265,8 +265,10 @@ def host_calls(call: Callable[[], object]) -> int:
 # A fifth more than there are with Triton 3.6 to 3.9.
 MOST_CALLS = {
     "step": 120,
+    "step of three": 125,
     "forward": 235,
-    "steps": 465,
+    "masked forward": 260,
+    "steps": 370,
     "forward with a gradient": 290,
     "step with a gradient": 345,
     "forward and backward": 670,
@@ -283,8 +285,11 @@ def test_a_call_like_the_one_before_costs_the_host_little(
     monkeypatch.setattr(continual_mha.backends, "order", lambda device_type: ("triton", "torch"))
     module = continual_mha.SingleOutputMultiheadAttention(32, 2, sequence_len=4).eval()
     token, clip = torch.randn(2, 32), torch.randn(2, 4, 32)
+    padding = torch.zeros(2, 4, dtype=torch.bool)
     calls: dict[str, Callable[[], object]] = {
         "step": lambda: module.forward_step(token),
+        "step of three": lambda: module.forward_step(token, clip[:, 0], clip[:, 1]),
+        "masked forward": lambda: module(clip, key_padding_mask=padding, need_weights=False),
         "forward": lambda: module(clip, need_weights=False),
         "steps": lambda: module.forward_steps(clip[:, :3]),
         "forward and backward": lambda: module(clip, need_weights=False)[0].sum().backward(),
@@ -293,7 +298,6 @@ def test_a_call_like_the_one_before_costs_the_host_little(
     with torch.set_grad_enabled("gradient" in what or "backward" in what):
         for _ in range(8):  # until streams are warm, and all is decided and compiled
             call()
-        module.forward_step(token)
         assert host_calls(call) <= MOST_CALLS[what]
 
 

@@ -802,25 +802,28 @@ def ring_step_(
     return out
 
 
-# Of the kernels' arguments, those that differ from step to step of self-attention.
+# Of the kernels' arguments, those that differ from step to step.
 _TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
 
 
 def bind_ring_step_(anew: Run, *args: Any) -> Run | None:
-    """`ring_step_` for steps of self-attention after one that took `args`, with other tokens.
+    """`ring_step_` for steps after one that took `args`, with other tokens, given once where they
+    are one tensor.
 
     In a small step the host's time decides, and most of it went into finding out what is as it was
     in the step before. Where it is not, `anew` takes the step. None where a product is left to a
     library, or what is needed has not been compiled.
     """
-    query, active, dropout_p, update = args[0], args[15], args[17], args[18]
+    query, key, value = args[:3]
+    active, dropout_p, update = args[15], args[17], args[18]
     batch_invariant = len(args) > 21 and args[21]
-    widths, options = 2 * (query.shape[1],), (args[16], update, batch_invariant)
-    ready = _ready(args[11], args[13], *widths, *options)
+    apart = (query,) if query is key and key is value else (query, key, value)
+    options = (args[16], update, batch_invariant)
+    ready = _ready(args[11], args[13], key.shape[1], value.shape[1], *options)
     chain = ready.plan.path == "chain"
     if ready.plan.path == "gemm" or dropout_p > 0.0 or not update:
         return None
-    if chain and args[4] is not None:  # three products of the token
+    if chain and (args[4] is not None or len(apart) == 3):  # three products
         return None
     with record() as launches:
         ring_step_(*args)
@@ -832,11 +835,12 @@ def bind_ring_step_(anew: Run, *args: Any) -> Run | None:
     if None in again:
         return None
     project_in, attend, project_out = again if chain else (None, *again, None)
-    strides = query.stride()
+    strides = [x.stride() for x in apart]
 
-    def repeat(token: Tensor, *mask: Tensor) -> Tensor | None:
+    def repeat(apart: Sequence[Tensor], *mask: Tensor) -> Tensor | None:
         """The output, or None; before the last launch the step can be begun again."""
-        tokens: Sequence[Tensor] = (token, token, token)
+        token = apart[0]
+        tokens = apart if len(apart) == 3 else (token, token, token)
         if project_in is not None:
             projected = token.new_empty((token.shape[0], 3 * token.shape[1]))
             if not project_in(token, projected):
@@ -850,13 +854,14 @@ def bind_ring_step_(anew: Run, *args: Any) -> Run | None:
         projected = torch.empty_like(out)
         return projected if project_out(out, projected, *mask) else None
 
-    def run(token: Tensor, active: Tensor | None) -> Tensor:
-        same = token.stride() == strides and (active is not None) == masked
+    def run(*given: Any) -> Tensor:
+        *apart, active = given
+        same = [x.stride() for x in apart] == strides and (active is not None) == masked
         packed = active is None or active.is_contiguous()
         out = None
         if same and packed and ready.precision == dot_precision():
-            out = repeat(token) if active is None else repeat(token, active)
-        return anew(token, active) if out is None else out
+            out = repeat(apart) if active is None else repeat(apart, active)
+        return anew(*given) if out is None else out
 
     return run
 
