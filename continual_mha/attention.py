@@ -487,7 +487,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
 
     def _remember_clip(
-        self, kind: tuple[bool, ...], way: Way, given: Sequence[Tensor], weights: Weights
+        self, kind: tuple[Any, ...], way: Way, given: Sequence[Tensor], weights: Weights
     ) -> None:
         """Keep how clips are attended to for the next ones, if the weights stay in place."""
         found = self._where_weights_are(weights)

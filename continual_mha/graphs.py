@@ -69,10 +69,12 @@ class GraphedStep:
         with _capturing, on_device, torch.no_grad(), active_streams(self.active):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP_RUNS):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP_RUNS):
+                        self._step()
+            finally:  # what a step that failed wrote to is freed for the current stream
+                torch.cuda.current_stream().wait_stream(side)
             # torch's own stream for captures stays on the device of the process's first one. What
             # another thread asks of the device meanwhile, memory say, is no part of this.
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):

@@ -154,14 +154,17 @@ def counters_of_a_step(args: list[Any], stream: int = 0, captured: bool = False)
 def test_steps_that_may_overlap_have_no_counter_in_common() -> None:
     use_device("sm_80")
     reads, writes = make_args(update=False), make_args()
-    on_one, on_two = counters_of_a_step(reads, 1), counters_of_a_step(reads, 2)
+    one, two, per_thread = 16, 32, 2
+    on_one, on_two = counters_of_a_step(reads, one), counters_of_a_step(reads, two)
     assert min(on_one, on_two) >= 0
     assert on_one != on_two
-    in_graph = counters_of_a_step(writes, 1, captured=True)
+    in_graph = counters_of_a_step(writes, one, captured=True)
     assert in_graph >= 0
     assert in_graph not in (on_one, on_two)
-    # Two graphs that only read the same rings may run at once: each zeroes its own.
-    assert counters_of_a_step(reads, 1, captured=True) == -1
+    # Two graphs that only read the same rings may run at once: each zeroes its own. So does a step
+    # on what is another stream in every thread.
+    assert counters_of_a_step(reads, one, captured=True) == -1
+    assert counters_of_a_step(writes, per_thread) == -1
 
 
 def test_counters_are_not_used_up_by_rings_that_come_and_go() -> None:

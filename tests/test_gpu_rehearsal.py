@@ -159,6 +159,26 @@ def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
     assert modes == ["thread_local"]
 
 
+def test_memory_of_a_step_that_fails_is_freed_when_its_stream_is_done_with_it(cuda, monkeypatch):
+    waits = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            waits.append((self.name, other.name))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+    module, _ = modules("kv")
+    tokens = draw_tokens(module, 3, 1)[0][:, 0]
+    monkeypatch.setattr(module, "forward_step", lambda tokens: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        co.GraphedStep(module, tokens)
+    assert waits == [("side", "current"), ("current", "side")]
+
+
 def test_threads_capture_one_after_the_other(cuda, monkeypatch):
     """A capture begins by waiting for the device, and none that is under way there survives it."""
     under_way, seen = [], []

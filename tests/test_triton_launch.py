@@ -149,6 +149,79 @@ def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: 
     assert kernel.calls == ["compile", "run", "run"]
 
 
+def test_a_launch_is_not_repeated_with_a_tensor_of_another_shape(kernel: StandIn) -> None:
+    """As of a part of a weight, where the others are elsewhere at times."""
+    weight, token = torch.zeros(4, 4), torch.zeros(4)
+    constants = constants_of(1)
+    launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
+    with record() as launches:
+        launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
+    again = module.relaunch(*launches, vary=(1,))
+    assert again is not None
+    for other in (weight.data[:2], weight.data.view(2, 8), weight.data.half()):
+        weight.data = other
+        assert not again(token)
+    assert kernel.calls == ["compile", "run"]
+
+
+class OnGPU(torch.Tensor):
+    """Memory of the CPU that is said to be a GPU's."""
+
+    gpu: int
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", self.gpu)
+
+    def get_device(self) -> int:
+        return self.gpu
+
+
+def on_gpu(index: int) -> OnGPU:
+    x = torch.zeros(64).as_subclass(OnGPU)
+    x.gpu = index
+    return x
+
+
+def test_a_launch_is_repeated_on_the_device_of_its_tensors(
+    kernel: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models on two GPUs run the same kernel, and none of them need be the current one."""
+    current, loaded_on, ran_on = [0], {}, []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class There(StandIn):
+        def warmup(self, *args: Any, grid: Any, **options: Any) -> Any:
+            loaded_on[compiled := super().warmup(*args, grid=grid, **options)] = current[0]
+            return compiled
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel, constants, again = There(), constants_of(1), []
+    for gpu in (0, 1):
+        launch(kernel, (1, 1, 1), (on_gpu(gpu), on_gpu(gpu)), constants, num_warps=4)
+        with record() as launches:
+            launch(kernel, (1, 1, 1), (on_gpu(gpu), on_gpu(gpu)), constants, num_warps=4)
+        again.append(module.relaunch(*launches, vary=(1,)))
+    for current[0] in (0, 1):
+        for gpu, repeat in enumerate(again):
+            assert repeat is not None
+            kernel.last = ()
+            assert repeat(on_gpu(gpu))
+            ran_on.append((gpu, loaded_on[kernel.ran], *(x.gpu for x in kernel.last[:2])))
+            assert not repeat(on_gpu(1 - gpu))
+    assert ran_on == [(0,) * 4, (1,) * 4] * 2
+    moved = again[0]
+    assert moved is not None
+    moved._fixed[0][0].gpu = 1
+    assert not moved(on_gpu(0))
+
+
 def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel: StandIn) -> None:
     x = torch.zeros(8)
     for argument in (x, x[1:], x[1:], x):
@@ -264,7 +337,7 @@ def test_other_weights_before_a_step_is_prepared_are_seen(step: Any, kernel: Sta
     assert kernel.calls == []
 
 
-@pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision", "device"])
+@pytest.mark.parametrize("change", ["strides", "mask", "alignment", "precision"])
 def test_a_warm_step_that_differs_is_asked_about(
     change: str, step: Any, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,10 +349,8 @@ def test_a_warm_step_that_differs_is_asked_about(
         mask = torch.tensor([True])
     elif change == "alignment":
         token = torch.zeros(33)[1:].view(1, 32)
-    elif change == "precision":
-        monkeypatch.setattr(ring_step, "dot_precision", lambda: "tf32")
     else:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(ring_step, "dot_precision", lambda: "tf32")
     asked = []
     monkeypatch.setattr(ring_step, "launch", lambda *args, **options: asked.append(args))
     with torch.no_grad():
@@ -342,6 +413,15 @@ def test_each_captured_call_has_counters_of_its_own(capture: list[int]) -> None:
     assert len(pointers) == 4
     assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
     assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
+
+
+def test_a_handle_that_is_another_stream_in_every_thread_has_no_counters_of_its_own(
+    capture: list[int],
+) -> None:
+    torch.cuda.current_stream(torch.device("cuda")).cuda_stream = 2  # type: ignore[misc]
+    taken = [counters(OnDevice, 8) for _ in range(2)]  # type: ignore[arg-type]
+    assert taken[0].data_ptr() != taken[1].data_ptr()
+    assert not module._arenas
 
 
 def test_counters_are_zero_before_a_capture_can_take_them(

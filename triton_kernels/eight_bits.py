@@ -132,7 +132,7 @@ def decode_words(words, dtype: tl.constexpr):
         d = decode((words >> 24 & 255).to(tl.uint8).to(dtype, bitcast=True), tl.float32)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            _FOUR_E4M3 if dtype == tl.uint8 else _FOUR_INTEGERS, "=f,=f,=f,=f,r", [words],
+            _FOUR_E4M3 if dtype == tl.uint8 else _FOUR_INTEGERS, "=&f,=&f,=&f,=&f,r", [words],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     four = tl.join(tl.join(a, c), tl.join(b, d))

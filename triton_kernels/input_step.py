@@ -598,7 +598,7 @@ def input_step_(
         launch(_asked_kernel, (N, 1, 1), args, constants, num_warps=4)
     q = linear(asked, q_weight, q_bias)
     wide, acc = accumulators(query.dtype)
-    queries = q.view(N, num_heads, -1)
+    queries = q.view(N, num_heads, E // num_heads)
     extra = _extra_scores(queries, k_bias, bias_k, add_zero_attn, wide, batch_invariant)
     share = on_bias = None
     if extra is not None or dropout_p > 0.0:

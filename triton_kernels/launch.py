@@ -51,6 +51,7 @@ _arenas: dict[tuple, torch.Tensor] = {}
 _taking = threading.Lock()  # for whoever changes this
 _captured: dict[torch.device, tuple[list[torch.Tensor], int]] = {}
 _CAPTURE_ARENA = 1 << 18
+_STREAM_PER_THREAD = 2  # the handle, cudaStreamPerThread
 
 
 @contextlib.contextmanager
@@ -121,12 +122,12 @@ def launch(
     if INTERPRETED:
         kernel[grid](*args, *constants, **_options(num_warps, pdl, registers))
         return
-    device, current = args[0].device.index, torch.cuda.current_device()
-    if device is not None and device != current:
+    device = _device_for(args)
+    if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, args, constants, num_warps=num_warps, pdl=pdl, registers=registers)
         return
-    key, aligned = _signature(kernel, args, constants, num_warps, current)
+    key, aligned = _signature(kernel, args, constants, num_warps, device)
     known = _compiled.get(key)
     if known is None or not aligned:
         options = _options(num_warps, pdl, registers)
@@ -182,6 +183,12 @@ def _options(num_warps: int, pdl: bool, registers: int | None) -> dict[str, Any]
     return options
 
 
+def _device_for(args: tuple) -> int:
+    """The device on which kernels of these arguments run: that of the first, a tensor."""
+    index = args[0].device.index
+    return torch.cuda.current_device() if index is None else index
+
+
 def _signature(
     kernel: Any, args: tuple, constants: tuple, num_warps: int, device: int
 ) -> tuple[tuple, bool]:
@@ -203,19 +210,21 @@ def _signature(
 class Relaunch:
     """A launch that has been made, to be made again with other tensors in some places.
 
-    It asks only what may have changed since, as by setting a parameter's `data`: the device, and
-    alignment, dtypes and layout of the tensors, of which those that stay must be contiguous.
+    It asks only what may have changed since, as by setting a parameter's `data`: where tensors
+    are, their alignment, and shapes, dtypes and layout of those that stay, which are contiguous.
     """
 
-    __slots__ = ("_args", "_constants", "_device", "_fixed", "_run", "_vary")
+    __slots__ = ("_args", "_constants", "_device", "_fixed", "_run", "_vary", "_where")
 
     def __init__(
         self, run: Any, args: tuple, constants: tuple, vary: tuple[int, ...], device: int
     ) -> None:
+        """`run` launches it on `device`, where its tensors are if they are on any."""
         self._run, self._args, self._constants = run, list(args), constants
         self._vary, self._device = vary, device
         fixed = [x for i, x in enumerate(args) if isinstance(x, torch.Tensor) and i not in vary]
-        self._fixed = tuple((x, x.dtype) for x in fixed)
+        self._fixed = tuple((x, x.dtype, x.shape) for x in fixed)
+        self._where = args[0].get_device()  # which is -1 for the CPU
         for place in vary:
             self._args[place] = None  # keep nothing of the call alive
 
@@ -223,18 +232,26 @@ class Relaunch:
         """Launch with these in place of those that vary, of the same dtypes; False if it cannot."""
         if _here.launches is not None:
             return False
-        pointers = 0
-        for tensor, dtype in self._fixed:
-            if tensor.dtype is not dtype or not tensor.is_contiguous():
+        pointers, where = 0, self._where
+        for tensor, dtype, shape in self._fixed:
+            if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous():
+                return False
+            if tensor.get_device() != where:
                 return False
             pointers |= tensor.data_ptr()
         args = self._args.copy()
         for place, tensor in zip(self._vary, tensors, strict=True):
+            if tensor.get_device() != where:
+                return False
             pointers |= tensor.data_ptr()
             args[place] = tensor
-        if pointers % 16 or torch.cuda.current_device() != self._device:
+        if pointers % 16:
             return False
-        self._run(*args, *self._constants)
+        if torch.cuda.current_device() == self._device:
+            self._run(*args, *self._constants)
+        else:
+            with torch.cuda.device(self._device):
+                self._run(*args, *self._constants)
         return True
 
 
@@ -246,7 +263,7 @@ def relaunch(made: Launch, vary: tuple[int, ...]) -> Relaunch | None:
     if _here.launches is not None or INTERPRETED or 0 in made.grid:
         return None
     args = made.args[: len(made.args) - len(made.constants)]
-    device = torch.cuda.current_device()
+    device = _device_for(args)
     key, aligned = _signature(made.kernel, args, made.constants, made.options["num_warps"], device)
     known = _compiled.get(key)
     if known is None or not aligned:
@@ -258,9 +275,10 @@ def relaunch(made: Launch, vary: tuple[int, ...]) -> Relaunch | None:
 def counters(like: torch.Tensor, count: int) -> torch.Tensor:
     """Zeroed int32 counters on the device of `like`; a kernel leaves them zero when it ends.
 
-    One array per CUDA stream, since kernels of one stream never overlap. A captured graph may
-    be replayed beside anything, so each captured call gets counters of its own, from an array which
-    a call outside of captures has zeroed: within, that would be one more node of the graph.
+    One array per CUDA stream, since kernels of one stream never overlap, but for the handle that
+    is another stream in every thread. A captured graph may be replayed beside anything, so each
+    captured call gets counters of its own, from an array which a call outside of captures has
+    zeroed: within, that would be one more node of the graph.
     """
     device = like.device
     if device.type != "cuda":
@@ -272,7 +290,10 @@ def counters(like: torch.Tensor, count: int) -> torch.Tensor:
                 _captured[device] = (arenas, used + (count + 3) // 4 * 4)  # keeps 16-byte alignment
                 return arenas[-1][used : used + count]
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if stream == _STREAM_PER_THREAD:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, stream)
     arena = _arenas.get(key)
     if arena is None or arena.numel() < count:
         arena = _arenas[key] = _zeros_to_keep(max(count, 1024), device)

@@ -728,6 +728,8 @@ def why_not(*args: Any) -> str | None:
     of_codes = any(scale is not None for scale in scales)
     if refused is None and of_codes and (k_ring.data_ptr() | v_ring.data_ptr()) % 4:
         return "a ring of 8 bits does not start at a multiple of 4 bytes"
+    if refused is None and args[13].shape[1] == 1:
+        return "a ring of one query, which would be read while it is written"
     return refused
 
 

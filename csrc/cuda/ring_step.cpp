@@ -151,7 +151,8 @@ unsigned int* find_counters(const StepArgs& a, int count, Tensor& scratch, cudaS
   const bool captured = capture != cudaStreamCaptureStatusNone;
   const void* address = captured ? a.rings.k.data_ptr() : static_cast<const void*>(stream);
   int first = -1;
-  if (count <= kOwnCounters && (a.update || !captured)) {
+  const bool own = captured ? a.update : stream != cudaStreamPerThread;  // one in every thread
+  if (count <= kOwnCounters && own) {
     first = claim_counters({a.query.get_device_index(), captured, address});
   }
   void* counters = nullptr;

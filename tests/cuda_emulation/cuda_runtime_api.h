@@ -10,6 +10,7 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
+#define cudaStreamPerThread (reinterpret_cast<cudaStream_t>(0x2))
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 
