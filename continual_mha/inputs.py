@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import extra_slots
 from .precision import wide
-from .products import linear, multiply
+from .products import linear, matmul, multiply
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
     Options,
@@ -293,13 +293,13 @@ def _attend_projected(
     q = q / math.sqrt(q.shape[-1])
     k = split_heads(linear(key, w_k, b_k), q.shape[1])  # (N, H, S, D)
     v = split_heads(linear(value, w_v, b_v), q.shape[1])
-    scores = torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
+    scores = matmul(k, q.unsqueeze(-1)).squeeze(-1)
     scores = scores.to(wide(scores.dtype))
     scores = scores if mask is None else scores + mask
     extra = extra_slots.scores_of(q, weights, options.add_zero_attn)
     attn = _normalise(scores, extra, options.dropout_p, blank and mask is not None)
     on_clip, on_extra = attn.split([key.shape[1], attn.shape[2] - key.shape[1]], dim=-1)
-    heads = torch.matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
+    heads = matmul(on_clip.unsqueeze(-2).to(v.dtype), v).squeeze(-2)
     asked_for = _asked_for(attn, need_weights, average)
     return _Attended(heads, None if extra is None else on_extra, asked_for)
 
@@ -372,7 +372,7 @@ def plain_mix(
     if plain and share is not None:  # exactly 1, as where there is no mask; or 0
         share = share > 0
     return Mix(
-        torch.matmul(on_clip.to(value.dtype), value),
+        matmul(on_clip.to(value.dtype), value),
         share,
         None if extra is None else on_extra,
         _asked_for(attn, need_weights, average),

@@ -25,12 +25,14 @@ def _lacking(x: Tensor, features: int) -> int:
     """How many zeros belong behind so many features, for products with them to keep rows apart.
 
     In bfloat16 on a processor with AMX, PyTorch (2.11 and 2.13) reads on into the next row where
-    they are more than 32 and no multiple of it, and what is not finite there spoils this one.
+    they are odd, or more than 32 and no multiple of it, and what is not finite there spoils this
+    one. That holds for rows of a product's left, of which batches follow each other as rows do.
     """
-    zeros = -features % _TILE_FEATURES
-    if not zeros or features < _TILE_FEATURES or x.device.type != "cpu":
+    if x.device.type != "cpu" or (autocast_dtype("cpu") or x.dtype) != torch.bfloat16:
         return 0
-    return zeros if (autocast_dtype("cpu") or x.dtype) == torch.bfloat16 else 0
+    if isinstance(features, torch.SymInt):  # never 0, which would be asked of every number of them
+        return _TILE_FEATURES - features % _TILE_FEATURES
+    return -features % (_TILE_FEATURES if features > _TILE_FEATURES else 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,6 +72,23 @@ def multiply(
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     bias = None if bias is None else F.pad(bias, (0, outer))
     return product(left, right, bias, scale)[..., :columns]
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, of any batches, in which and in whose gradients rows do not reach another.
+
+    Args:
+        left: ``(..., rows, inner)``.
+        right: ``(..., inner, columns)``.
+    """
+    rows, columns = left.shape[-2], right.shape[-1]
+    # what is summed up here, and in the gradients of the left and of the right
+    inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
+    behind = _lacking(left, rows) if rows == 1 else 0
+    if isinstance(inner, int) and isinstance(outer, int) and inner == outer == behind == 0:
+        return torch.matmul(left, right)
+    left, right = F.pad(left, (0, inner, 0, behind)), F.pad(right, (0, outer, 0, inner))
+    return torch.matmul(left, right)[..., :rows, :columns]
 
 
 def multiplier(tokens: Tensor) -> Multiply:

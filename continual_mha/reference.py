@@ -18,7 +18,7 @@ from torch import Tensor
 from .dropout import keep_scale
 from .modes import has_numbers, is_transformed
 from .precision import wide
-from .products import linear
+from .products import linear, matmul
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
 
 _QUERY_BLOCK = 128
@@ -139,7 +139,7 @@ def attend(
     scores = [_scores(q, group) for group in slots]
     if weights.bias_k is not None:
         bias_k = split_heads(weights.bias_k, q.shape[1]).to(q.dtype)  # (1, H, 1, D)
-        scores.append(torch.matmul(q, bias_k.transpose(-1, -2)))
+        scores.append(matmul(q, bias_k.transpose(-1, -2)))
     if add_zero_attn:
         scores.append(q.new_zeros((*q.shape[:3], 1)))
     attn = _softmax(scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1), dropout_p)
@@ -151,18 +151,18 @@ def attend(
 
 
 def _scores(q: Tensor, group: _Slots) -> Tensor:
-    scores = torch.matmul(q, group.k.to(q.dtype).transpose(-1, -2))
+    scores = matmul(q, group.k.to(q.dtype).transpose(-1, -2))
     return scores if group.visible is None else scores.masked_fill(~group.visible, -math.inf)
 
 
 def _weighted_values(attn: Tensor, group: _Slots) -> Tensor:
     v = group.v.to(attn.dtype)
     if group.visible is None:
-        return torch.matmul(attn, v)
+        return matmul(attn, v)
     # a slot may hold anything, and a weight of zero leaves NaN of what is not finite
     broken = ~v.isfinite().all(dim=-1, keepdim=True)  # (N, H, S, 1)
     seen = torch.matmul(group.visible.to(v.dtype), broken.to(v.dtype)) > 0  # (N, H, T, 1)
-    return torch.matmul(attn, v.masked_fill(broken, 0)).masked_fill(seen, math.nan)
+    return matmul(attn, v.masked_fill(broken, 0)).masked_fill(seen, math.nan)
 
 
 def _softmax(scores: Tensor, dropout_p: float) -> Tensor:
@@ -443,7 +443,7 @@ class _Window(NamedTuple):
 
     def weights(self, lse: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention weights ``(N, H, T - first, S)`` and the logarithm of their denominator."""
-        scores = torch.matmul(self.q, self.k.transpose(-1, -2))
+        scores = matmul(self.q, self.k.transpose(-1, -2))
         scores = scores.to(wide(scores.dtype)).masked_fill(~self.visible, -math.inf)
         if lse is None:
             lse = torch.logsumexp(scores, dim=-1)
@@ -513,7 +513,7 @@ def attend_window(
     attn, lse = window.weights(None, None if sink is None else sink.transpose(1, 2))
     if seed is not None:
         attn = attn * window.dropout(attn, seed, first, dropout_p)
-    out = torch.matmul(attn.to(query.dtype), window.v)
+    out = matmul(attn.to(query.dtype), window.v)
     return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
 
@@ -541,7 +541,7 @@ def attend_window_backward(
     window = _window(query, key, value, k_ring, v_ring, position, first)
     attn, _ = window.weights(lse.transpose(1, 2), None)
     grad_out = grad_out.transpose(1, 2)
-    grad_attn = torch.matmul(grad_out, window.v.transpose(-1, -2)).to(attn.dtype)
+    grad_attn = matmul(grad_out, window.v.transpose(-1, -2)).to(attn.dtype)
     # what every score, the sink's included, loses to the normalisation
     shared = -(grad_out.to(attn.dtype) * out.transpose(1, 2).to(attn.dtype)).sum(-1)
     shared = shared if grad_lse is None else shared + grad_lse.transpose(1, 2)
@@ -550,10 +550,10 @@ def attend_window_backward(
         scale = window.dropout(attn, seed, first, dropout_p)
         applied, grad_attn = attn * scale, grad_attn * scale
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
-    asked = torch.matmul(grad_scores, window.k) / math.sqrt(query.shape[-1])
+    asked = matmul(grad_scores, window.k) / math.sqrt(query.shape[-1])
     d_query = F.pad(asked.transpose(1, 2), (0, 0, 0, 0, first, 0)).contiguous()
-    d_k = torch.matmul(grad_scores.transpose(-1, -2), window.q)
-    d_v = torch.matmul(applied.to(query.dtype).transpose(-1, -2), grad_out)
+    d_k = matmul(grad_scores.transpose(-1, -2), window.q)
+    d_v = matmul(applied.to(query.dtype).transpose(-1, -2), grad_out)
     length = k_ring.shape[2]
     d_key, d_value = (x[:, :, length:].transpose(1, 2).contiguous() for x in (d_k, d_v))
     d_k_ring, d_v_ring = (
@@ -615,7 +615,7 @@ def attend_shared_full(
     kept = lse.new_empty(0) if seed is None else attn.sum(-1)
     average = attn.mean(1) if need_weights else lse.new_empty(0)
     value = key if value is None else value
-    return torch.matmul(attn.to(value.dtype), value), lse, kept, average
+    return matmul(attn.to(value.dtype), value), lse, kept, average
 
 
 def _shared_dropout(attn: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
@@ -629,7 +629,7 @@ def _shared_dropout(attn: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 
 def shared_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Scores ``(N, H, S)`` of ``attend_shared`` in at least fp32."""
-    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = matmul(query, key.transpose(-1, -2))
     scores = scores.to(wide(scores.dtype))
     return scores if mask is None else scores + mask
 
@@ -682,7 +682,7 @@ def attend_shared_full_backward(
     hidden = torch.isneginf(lse)
     attn = torch.exp(shared_scores(query, key, mask) - lse.masked_fill(hidden, 0.0).unsqueeze(-1))
     given = key if value is None else value
-    grad_attn = torch.matmul(grad_out, given.transpose(-1, -2)).to(attn.dtype)
+    grad_attn = matmul(grad_out, given.transpose(-1, -2)).to(attn.dtype)
     # what every score, the sink's included, loses to the normalisation
     shared = -(grad_out.to(attn.dtype) * out.to(attn.dtype)).sum(-1)
     if grad_lse is not None:
@@ -702,11 +702,11 @@ def attend_shared_full_backward(
         grad_attn = grad_attn * scale
     shared = shared.masked_fill(hidden, 0.0)
     grad_scores = (attn * (grad_attn + shared.unsqueeze(-1))).to(query.dtype)
-    d_query = torch.matmul(grad_scores, key)
+    d_query = matmul(grad_scores, key)
     d_key = d_value = key.new_zeros(0)
     if tiles:
-        d_key = torch.matmul(grad_scores.transpose(-1, -2), query)
-        d_value = torch.matmul(applied.to(given.dtype).transpose(-1, -2), grad_out)
+        d_key = matmul(grad_scores.transpose(-1, -2), query)
+        d_value = matmul(applied.to(given.dtype).transpose(-1, -2), grad_out)
     if tiles and value is None:
         d_key, d_value = d_key + d_value, d_key.new_zeros(0)
     d_sink = shared.new_zeros(0) if sink is None else torch.exp(sink.to(lse.dtype) - lse) * shared

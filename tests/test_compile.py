@@ -304,6 +304,20 @@ def test_exported_clip_holds_no_operator_of_this_package(mode):
     assert own_operators(program.graph) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exported_clip_may_be_of_any_length(dtype):
+    module = build(embed_dim=36, dtype=dtype, batch_first=True).eval()
+    n, s = torch.export.Dim("n"), torch.export.Dim("s", min=2)
+    x = draw_tokens(module, 4, 37)[0]
+    run = torch.export.export(module, (x,), dynamic_shapes=({0: n, 1: s},)).module()
+    for streams, length in ((3, 5), (20, 64), (33, 71)):
+        x = draw_tokens(module, streams, length)[0]
+        with backends.use_backend("torch"):
+            answers = module(x)
+        for found, expected in zip(run(x), answers, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
 class Call(torch.nn.Module):
     """What export needs: a module whose forward is another's."""
 

@@ -208,14 +208,14 @@ def test_pytorch_multiplies_many_tokens_in_training_where_it_is_faster(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("features", [32, 44, 65, 100])
+@pytest.mark.parametrize("features", [3, 9, 31, 32, 44, 65, 100])
 def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
     """In PyTorch's own products of bfloat16 they do not, on processors with AMX."""
     streams, broken = 40, [3, 17, 39]
     x = drawn(streams, features).bfloat16()
     weight = drawn(features, features, seed=1).bfloat16()
     spoilt = x.clone()
-    spoilt[broken, 5] = bad
+    spoilt[broken, 2] = bad
     others = torch.ones(streams, dtype=torch.bool)
     others[broken] = False
 
@@ -228,6 +228,8 @@ def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
     alone(lambda x: products.linear(x, weight, bias))
     alone(lambda x: products.multiply(x, weight.t(), bias))
     alone(lambda x: products.multiply(x.expand(2, -1, -1), weight.expand(2, -1, -1))[1])
+    alone(lambda x: products.matmul(x, weight.t()))
+    alone(lambda x: products.matmul(x.view(2, 2, 10, -1), weight).view(streams, -1))
     alone(lambda x: products.multiplier(x)(x, weight.t(), bias))
     alone(lambda x: products.multiplier(x)(x, weight.t(), out=torch.empty_like(x)))
     alone(lambda x: products.multiplier(x)(x, weight.t(), out=torch.zeros_like(x), add=True))
@@ -235,6 +237,33 @@ def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
     alone(lambda x: by_library(x, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         alone(lambda x: products.linear(x.float(), weight.float(), bias.float()))
+        alone(lambda x: products.matmul(x.float(), weight.float()))
+
+
+@pytest.mark.parametrize("sizes", [(40, 16, 9), (17, 32, 33), (1, 80, 16)], ids=str)
+def test_gradients_that_are_not_finite_stay_alone(sizes: tuple[int, int, int]) -> None:
+    """Each within its row of the left, and within its matrix of the right."""
+    rows, inner, columns = sizes
+    left = drawn(6, rows, inner).bfloat16().requires_grad_()
+    right = drawn(6, inner, columns, seed=1).bfloat16().requires_grad_()
+    grad = drawn(6, rows, columns, seed=2).bfloat16()
+    spoilt = grad.clone()
+    spoilt[2, -1] = torch.nan
+    found = []
+    for given in (grad, spoilt):
+        out = products.matmul(left, right)
+        assert out.shape == grad.shape
+        found.append(torch.autograd.grad(out, (left, right), given))
+    others = torch.ones(6, rows, dtype=torch.bool)
+    others[2, -1] = False
+    (d_left, d_right), (of_left, of_right) = found
+    assert torch.equal(of_left[others], d_left[others])
+    assert of_left[~others].isnan().all()
+    kept = [0, 1, 3, 4, 5]
+    assert torch.equal(of_right[kept], d_right[kept])
+    exact = torch.matmul(left.double(), right.double())
+    plain = torch.matmul(left, right)
+    assert_as_exact_as_torch(products.matmul(left, right), exact, plain)
 
 
 def test_pytorch_multiplies_what_the_library_does_not_take() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import settings
@@ -30,6 +32,8 @@ from oracles import (
     torch_attention,
     window_attention,
 )
+
+from continual_mha import use_backend
 
 LENGTHS = [1, 2, 63, 64, 120]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -599,3 +603,31 @@ def test_any_order_of_calls_equals_the_window_at_every_token(backend):
         SlidingWindow,
         settings=settings(max_examples=examples, stateful_step_count=25, deadline=None),
     )
+
+
+@pytest.mark.parametrize("serves", ["torch", "autocast"])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("sizes", [(64, 4), (36, 4), (9, 1)], ids=str)
+def test_plain_pytorch_keeps_a_token_that_is_not_finite_within_its_windows(
+    sizes, formulation, serves
+):
+    """Whose products of bfloat16 read on into the next row on processors with AMX."""
+    embed_dim, heads = sizes
+    dtype = torch.bfloat16 if serves == "torch" else torch.float32
+    module = build(
+        embed_dim=embed_dim, num_heads=heads, sequence_len=5, formulation=formulation, dtype=dtype
+    )
+    x = draw_tokens(module, 3, 71)[0]
+    spoilt = x.clone()
+    spoilt[1, 20] = torch.nan
+    found = []
+    forced = use_backend("torch") if serves == "torch" else nullcontext()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, serves == "autocast"), forced:
+        for clip in (x, spoilt):
+            module.start_streams(3)
+            found.append(module.forward_steps(clip))
+    expected, out = found
+    holds = torch.zeros(3, 71, dtype=torch.bool)
+    holds[1, 20:25] = True
+    assert out[holds].isnan().all()
+    assert torch.equal(out[~holds], expected[~holds])
