@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .modes import (
 )
 from .reference import Options, Tokens, Weights, as_tokens, is_shared, told_apart
 from .repeat import Found, Repeat, Run
-from .ring import INPUT_STATES, RingState, State
+from .ring import INPUT_STATES, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
 
 # Attributes that a step depends on.
@@ -129,8 +129,6 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     stride = (1,)
     padding = (0,)
-    _state_shape = len(RingState._fields)
-    _dynamic_state_inds: ClassVar[list[bool]] = [True, True, True, True, False]
 
     embed_dim = _deciding_shape("embed_dim", "Features of a query token and of the output.")
     num_heads = _deciding_shape("num_heads", "Heads.")
@@ -244,6 +242,20 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """Steps from a token's arrival to the output for it as the query."""
         index = self.query_index
         return self.sequence_len - index - 1 if index >= 0 else -index - 1
+
+    @property
+    def _state_shape(self) -> int:
+        """Parts of a state, for ``continual``; of one stream's while the formulation is open."""
+        if self.formulation != "auto":
+            layout = self._layout()
+        else:
+            layout = self._layout_of_new(1, checks.out_weight(self))
+        return len(layout.state_type()._fields)
+
+    @property
+    def _dynamic_state_inds(self) -> list[bool]:
+        """Which parts of a state have an axis of streams, for ``continual``: all but the clock."""
+        return [True] * (self._state_shape - 1) + [False]
 
     @property
     def call_mode(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ring
+from .modes import how_stored, is_plain
 from .precision import autocast_dtype
 from .quantized import STORED_AS
 from .reference import Tokens, Weights, is_shared
@@ -179,7 +180,7 @@ def _check_one(
     if not isinstance(x, Tensor):
         raise TypeError(f"{role} must be a tensor {layout}, but got {type(x).__name__}")
     if not is_plain(x):
-        raise TypeError(f"{role} must be a plain dense tensor {layout}, but got {_stored(x)}")
+        raise TypeError(f"{role} must be a plain dense tensor {layout}, but got {how_stored(x)}")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{role} must have the shape {layout}, but got {tuple(x.shape)}")
     if x.shape[feature_axis] != width:
@@ -404,15 +405,6 @@ def is_integer(number: Any) -> bool:
     return True
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether its elements lie in memory by strides: neither sparse, nor nested, nor MKLDNN's."""
-    return x.layout is torch.strided and not x.is_nested
-
-
-def _stored(x: Tensor) -> str:
-    return "a nested one" if x.is_nested else f"one of {x.layout}"
-
-
 def _shown(value: object) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
@@ -460,6 +452,8 @@ def check_causal(is_causal: bool, attn_mask: Tensor | None) -> None:
 def _check_mask(name: str, mask: Tensor, shapes: Sequence[tuple[int, ...]], key: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, but got {type(mask).__name__}")
+    if not is_plain(mask):
+        raise TypeError(f"{name} must be a plain dense tensor, but got {how_stored(mask)}")
     if tuple(mask.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name} must have the shape {expected}, but got {tuple(mask.shape)}")

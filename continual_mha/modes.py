@@ -162,6 +162,16 @@ def is_transformed() -> bool:
     return transformed or _tracing_state() is not None
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether its elements lie in memory by strides: neither sparse, nor nested, nor MKLDNN's."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def how_stored(x: Tensor) -> str:
+    """What a tensor is called that ``is_plain`` says no to."""
+    return "a nested one" if x.is_nested else f"one of {x.layout}"
+
+
 def needs_gradient(arguments: Iterable[object]) -> bool:
     """Whether autograd follows a function of these arguments, tensors among them."""
     return torch.is_grad_enabled() and any(

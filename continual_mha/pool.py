@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checks, storage
 from .graphs import GraphedStep
-from .modes import active_streams, has_numbers, is_transformed
+from .modes import active_streams, has_numbers, is_plain, is_transformed
 from .streams import StatefulStreams, all_or_as_before, stateful_modules
 
 
@@ -273,7 +273,7 @@ class StreamPool:
             ValueError: another shape, or no elements as on the device ``meta``.
             TypeError: another dtype, or no dense tensor.
         """
-        if isinstance(token, Tensor) and not checks.is_plain(token):
+        if isinstance(token, Tensor) and not is_plain(token):
             raise TypeError("a token must be a plain dense tensor")
         if not isinstance(token, Tensor) or token.dtype != self._dtype:
             given = token.dtype if isinstance(token, Tensor) else type(token).__name__

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .modes import has_numbers
+from .modes import has_numbers, how_stored, is_plain
 from .pages import zeros
 from .quantized import STORED_AS
 
@@ -275,6 +275,9 @@ def check_parts(
     for name, part in zip(expected._fields, state, strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"state.{name} must be a tensor, but got {type(part).__name__}")
+        if not is_plain(part):
+            kind = how_stored(part)
+            raise TypeError(f"state.{name} must be a plain dense tensor, but got {kind}")
     checked: State = expected(*state)
     if checked.position.dim() != 1:
         shape = tuple(checked.position.shape)

@@ -165,6 +165,11 @@ BAD_MASKS = {
         ValueError,
         ["key_padding_mask", "meta", "cpu"],
     ),
+    "sparse padding": (
+        {"key_padding_mask": zeros(N, 3).to_sparse()},
+        TypeError,
+        ["key_padding_mask", "dense", "sparse_coo"],
+    ),
     "mask elsewhere": (
         {"attn_mask": zeros(1, 3, device=META)},
         ValueError,
@@ -476,6 +481,21 @@ BAD_STATES = {
     "a tensor": (lambda s: s.k, TypeError, ["Tensor"]),
     "too few parts": (lambda s: tuple(s)[:4], (TypeError, ValueError), ["position, clock", "4"]),
     "a part that is no tensor": (other_state(v=lambda s: None), TypeError, ["v", "NoneType"]),
+    "sparse keys": (
+        other_state(k=lambda s: s.k.to_sparse()),
+        TypeError,
+        ["k", "dense", "sparse_coo"],
+    ),
+    "nested positions": (
+        other_state(position=lambda s: torch.nested.nested_tensor([s.position])),
+        TypeError,
+        ["position", "dense", "nested"],
+    ),
+    "a clock of MKLDNN's": (
+        other_state(clock=lambda s: zeros(2, 1).to_mkldnn()),
+        TypeError,
+        ["clock", "dense", "mkldnn"],
+    ),
     "other heads": (other_state(k=lambda s: zeros(N, 3, L, 6)), ValueError, ["k", "(3, 3, 5, 6)"]),
     "other length": (
         other_state(v=lambda s: zeros(N, 2, L + 1, 6)),

@@ -69,7 +69,22 @@ def test_state_has_the_documented_parts(construction):
     assert state.clock.shape == (2, 0)
     assert (state.k[:, :, 2:] == 0).all()
     assert (state.v[:, :, 2:] == 0).all()
-    assert module._state_shape == len(state) == len(module._dynamic_state_inds)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("formulation", ["auto", "kv", "input"])
+def test_containers_of_the_reference_package_know_the_parts_of_a_state(formulation, cache_dtype):
+    """As where they take it apart to export a model."""
+    module = build(formulation=formulation, cache_dtype=cache_dtype)
+    begun = build(formulation=formulation, cache_dtype=cache_dtype)
+    with torch.no_grad():
+        token = draw_tokens(module, 3, 1)[0][:, 0]
+        begun.forward_step(token)
+        state = module._forward_step(token, prev_state=None)[1]
+    for each in (module, begun):
+        assert each._state_shape == len(state)
+        has_streams = [part.shape[:1] == (3,) for part in state]
+        assert each._dynamic_state_inds == has_streams
 
 
 @pytest.mark.parametrize("construction", SOME)
