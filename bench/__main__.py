@@ -6,27 +6,23 @@ import argparse
 import math
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import ceilings, grid, machine, records
-from .measure import Bench, each_kept
+from .arguments import names, positive, real
+from .measure import Bench, each_kept, names_in
 from .peers import Peer, all_peers
 from .progress import say
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--size", choices=grid.SIZES, default="standard", help="how much of it")
-    parser.add_argument("--mode", type=_names, default=grid.MODES, help=",".join(grid.MODES))
-    parser.add_argument("--dtype", type=_names, default=None, help="names of dtypes, with commas")
+    parser.add_argument("--mode", type=names, default=grid.MODES, help=",".join(grid.MODES))
+    parser.add_argument("--dtype", type=names, default=None, help="names of dtypes, with commas")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="by default a GPU")
     parser.add_argument("--out", type=Path, default=None, help="results folder")
     parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
@@ -35,9 +31,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="also those under torch.compile; by default on a CPU, but for the quick size",
     )
-    parser.add_argument("--only", type=_names, default=(), help="implementations that start so")
-    parser.add_argument("--budget", type=float, default=0.4, help="seconds for each and case")
-    parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
+    parser.add_argument("--only", type=names, default=(), help="implementations that start so")
+    parser.add_argument("--budget", type=positive, default=0.4, help="seconds for each and case")
+    parser.add_argument("--limit", type=real, default=None, help="seconds, then stop in order")
     options = parser.parse_args(arguments)
     if set(options.mode) - set(grid.MODES):
         parser.error(f"--mode takes {', '.join(grid.MODES)}")
@@ -54,30 +50,30 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine.describe(device.type)
     folder = options.out or records.RESULTS / machine.slug(about)
     cases = list(grid.cases(device.type, options.size, options.mode, options.dtype))
-    losers: set[str] = set()
-    if options.resume:
-        rows = records.read(folder)
-        done = records.finished(rows, about)
-        losers = {row["implementation"] for row in records.losers(rows, about)}
-        cases = [case for case in cases if case not in done]
     compiled = device.type == "cpu" and options.size != "quick"
     peers = all_peers(device, compiled if options.compile is None else options.compile)
     if options.only:
-        names = ", ".join(peer.name for peer in peers)
+        known = ", ".join(peer.name for peer in peers)
         peers = [peer for peer in peers if peer.name.startswith(options.only)]
         if not peers:
-            raise SystemExit(f"--only takes what implementations start with: {names}")
+            raise SystemExit(f"--only takes what implementations start with: {known}")
+    losers: set[str] = set()
+    if options.resume:
+        rows = records.read(folder)
+        losers = {row["implementation"] for row in records.losers(rows, about)}
+        cases = [
+            case
+            for case in cases
+            if case not in records.finished(rows, about, names_in(case.mode, peers))
+        ]
     if not cases:
         print(f"nothing left to measure in {folder}")
         return
-    if not options.resume:
-        (folder / records.ROWS).unlink(missing_ok=True)
     say(f"{about['device']}: {len(cases)} cases, into {folder}")
     found = ceilings.measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))
-    stamp = {"machine": about}
-    records.append(folder, [{**row, **stamp} for row in ceilings.as_rows(found)])
+    begin = [{**row, "machine": about} for row in ceilings.as_rows(found)]
+    keep = records.keeper(folder, begin=begin, anew=not options.resume)
     peers = [_excluded(p) if p.name in losers else p for p in peers]
-    keep = partial(records.append, folder)
     bench = Bench(device, peers, ceilings.Roofline(found), about, options.budget, keep)
     for case, rows in each_kept(cases, bench.rows, keep, end):
         say(_line(case, rows))

@@ -21,6 +21,7 @@ from continual_mha import use_backend
 from continual_mha.triton_kernels.launch import Launch, record
 
 from . import exercise, grid
+from .arguments import count, real
 from .formulations import FORMULATIONS
 from .lost import line_of
 from .peers import ours
@@ -115,8 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Compile; exit with an error if something does not."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.ahead", description=__doc__)
     parser.add_argument("--size", choices=grid.SIZES, default="standard", help="of the grid")
-    parser.add_argument("--limit", type=float, default=None, help="seconds, then stop")
-    parser.add_argument("--processes", type=int, default=PROCESSES, help="that compile")
+    parser.add_argument("--limit", type=real, default=None, help="seconds, then stop")
+    parser.add_argument("--processes", type=count, default=PROCESSES, help="that compile")
     options = parser.parse_args(arguments)
     errors = compile_all(jobs_for(options.size), options.processes, options.limit)
     for line in dict.fromkeys(errors):

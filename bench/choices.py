@@ -25,6 +25,7 @@ from continual_mha.triton_kernels.launch import record
 from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, step_plan
 
 from . import ahead, grid, machine, records
+from .arguments import count, positive, real
 from .formulations import FORMULATIONS
 from .lost import DeviceLostError, failing_alone
 from .measure import each_kept, times_of, why_too_large
@@ -287,9 +288,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=sorted(grid.BYTES), default=None)
     parser.add_argument("--out", type=Path, default=None, help="results folder")
     parser.add_argument("--resume", action="store_true", help="go on with what a run left undone")
-    parser.add_argument("--budget", type=float, default=0.05, help="seconds for a way and timer")
-    parser.add_argument("--limit", type=float, default=None, help="seconds, then stop in order")
-    parser.add_argument("--processes", type=int, default=ahead.PROCESSES, help="that compile")
+    parser.add_argument("--budget", type=positive, default=0.05, help="seconds for a way and timer")
+    parser.add_argument("--limit", type=real, default=None, help="seconds, then stop in order")
+    parser.add_argument("--processes", type=count, default=ahead.PROCESSES, help="that compile")
     return parser.parse_args(arguments)
 
 
@@ -314,8 +315,6 @@ def main(arguments: list[str] | None = None) -> None:
             for row in records.losers(rows, about)
         ]
         cases = [case for case in cases if case not in done]
-    else:
-        (folder / CHOICES).unlink(missing_ok=True)
     jobs = [
         partial(compile_way, case, each, way)
         for case in cases
@@ -324,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     say(f"{about['device']}: {len(jobs)} ways of {len(cases)} cases, into {folder}")
     ahead.compile_all(jobs, options.processes, options.limit and options.limit / 2)
-    keep = partial(records.append, folder, name=CHOICES)
+    keep = records.keeper(folder, CHOICES, anew=not options.resume)
     race = Race(torch.device("cuda"), about, options.budget, keep, left_out)
     for _ in each_kept(cases, race.rows, keep, end):
         torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import records
+from .arguments import real
 from .grid import Case
 from .ratios import OURS, TIMERS, Results, noise_of
 
@@ -87,9 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--least", type=float, default=0.05, help="changes below do not count")
+    parser.add_argument("--least", type=real, default=0.05, help="changes below do not count")
     options = parser.parse_args(arguments)
     old, new = (Results(records.read(folder)) for folder in (options.old, options.new))
+    devices = [results.rows[-1]["machine"]["device"] for results in (old, new) if results.rows]
+    if len(set(devices)) > 1:
+        parser.error(f"these are two devices: {' and '.join(devices)}")
     found = changes(old, new)
     slower = [change for change in found if change.is_slower(options.least)]
     faster = [change for change in found if change.is_faster(options.least)]

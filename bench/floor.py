@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import grid, machine
+from .arguments import count, positive
 from .ceilings import CPU_SIZES, read_bandwidth
 from .peers import libraries, ours
 from .peers.base import Ready
@@ -81,8 +82,10 @@ def table(threads: int, budget: float) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print the machine, and a table for every number of threads."""
     parser = argparse.ArgumentParser(prog="python -m bench.floor", description=__doc__)
-    parser.add_argument("--threads", type=int, action="append", help="default: 1, then all cores")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each call and point")
+    parser.add_argument("--threads", type=count, action="append", help="default: 1, then all cores")
+    parser.add_argument(
+        "--budget", type=positive, default=1.0, help="seconds for each call and point"
+    )
     options = parser.parse_args(arguments)
     about = machine.describe("cpu")
     print(f"{about['device']}, {about['versions']}, commit {about['commit']}")

@@ -17,7 +17,8 @@ import torch
 
 from continual_mha import SingleOutputMultiheadAttention
 
-from .grid import FAMILIES, Case, Family, case_of, work
+from .arguments import positive
+from .grid import BYTES, FAMILIES, Case, Family, case_of, work
 from .machine import ROOT
 
 PAGE = ROOT / "docs" / "formulations.md"
@@ -104,8 +105,10 @@ def write(text: str) -> None:
 def main() -> None:
     """Print the table, or write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ridge", type=float, default=200.0, help="operations per byte of a GPU")
+    parser.add_argument("--dtype", choices=sorted(BYTES), default="bfloat16")
+    parser.add_argument(
+        "--ridge", type=positive, default=200.0, help="operations per byte of a GPU"
+    )
     parser.add_argument("--time", action="store_true", help="measure steps on this CPU, in fp32")
     parser.add_argument("--write", action="store_true", help=f"to {PAGE.name}")
     options = parser.parse_args()

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .arguments import real
 from .digest import account, passed, without_numbers
 from .lost import LOST
 from .ratios import OURS, Results, geometric_mean
@@ -286,7 +287,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [stage.name for stage in stages(Path(), "quick")]
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="results folder")
-    parser.add_argument("--limit", type=float, default=570, help="seconds for everything")
+    parser.add_argument("--limit", type=real, default=570, help="seconds for everything")
     parser.add_argument("--size", default="standard", help="of the grid")
     parser.add_argument("--stages", default=",".join(names), help="which to run")
     parser.add_argument("--go-on-from", type=Path, help="folder whose measured cases to keep")

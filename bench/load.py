@@ -22,6 +22,7 @@ from torch import Tensor
 import continual_mha as co
 
 from . import grid, machine, records
+from .arguments import count, positive, real
 from .timing import quantile
 
 RATE = 25.0  # tokens per second of each stream
@@ -235,11 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), action="append")
     parser.add_argument("--through", choices=sorted(SERVERS), action="append")
     parser.add_argument("--dtype", choices=sorted(grid.BYTES), default=None)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each run in real time")
-    parser.add_argument("--limit", type=float, default=None, help="seconds for all runs, about")
-    parser.add_argument("--threads", type=int, default=1, help="cores, on a CPU")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of each run in real time")
+    parser.add_argument("--limit", type=real, default=None, help="seconds for all runs, about")
+    parser.add_argument("--threads", type=count, default=1, help="cores, on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="results folder")
     options = parser.parse_args(arguments)
+    if options.seconds < LEAST:
+        parser.error(f"--seconds: less than {LEAST} tell nothing")
     end = float("inf") if options.limit is None else time.monotonic() + options.limit
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(options.threads)

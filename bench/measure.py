@@ -115,7 +115,8 @@ class Bench:
         except (RuntimeError, MemoryError) as error:
             found += [self._row(case, peer, "failed", reason=line_of(error)) for peer in present]
         self._clean_up()
-        return [*found, {"kind": "case", "case": case._asdict(), "machine": self.machine}]
+        end = {"kind": "case", "case": case._asdict(), "machine": self.machine}
+        return [*found, {**end, "implementations": names_in(case.mode, self.peers)}]
 
     def _measure_group(self, case: Case, problem: Problem, group: list[Peer]) -> None:
         prepared = [self._prepare(problem, peer) for peer in group]
@@ -203,6 +204,11 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def names_in(mode: str, peers: Iterable[Peer]) -> list[str]:
+    """Implementations that know the mode."""
+    return [peer.name for peer in peers if mode in peer.modes]
 
 
 def each_kept(

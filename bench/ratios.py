@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .grid import Case, place_of
-from .records import Row, case_of, times
+from .records import Row, case_of, same_machine, times
 
 OURS = "ours"
 # In which order two implementations are compared: by the first timer that both have.
@@ -28,17 +28,28 @@ def noise_of(row: Row) -> float:
 
 
 class Results:
-    """The times of one results folder, by case and implementation."""
+    """The times of one results folder, by case and implementation.
+
+    What was measured under other conditions than the last, as with other sources, does not count.
+    """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
+        rows = list(rows)
+        self.rows = [row for row in rows if same_machine(row, rows[-1].get("machine", {}))]
         self._times = times(self.rows)
-        found = dict.fromkeys(case_of(row) for row in self._times.values())
+        found = dict.fromkeys(case_of(row) for row in self._newest())
         self.cases: list[Case] = sorted(found, key=place_of)
 
     def row(self, case: Case, implementation: str, timer: str) -> Row | None:
-        """The time of an implementation by a timer, if it was taken."""
-        return self._times.get((*case, implementation, timer))
+        """The newest time of an implementation by a timer, if one was taken."""
+        taken = self._taken(case, implementation, timer)
+        return taken[max(taken)] if taken else None
+
+    def _taken(self, case: Case, implementation: str, timer: str) -> dict[int, Row]:
+        return self._times.get((*case, implementation, timer), {})
+
+    def _newest(self) -> list[Row]:
+        return [taken[max(taken)] for taken in self._times.values()]
 
     def first(self, case: Case, implementation: str) -> Row | None:
         """Its time by the first timer that took one."""
@@ -47,7 +58,7 @@ class Results:
 
     def implementations(self, mode: str) -> list[str]:
         """All that were timed in a mode, in the order of the run."""
-        rows = (row for row in self._times.values() if row["case"]["mode"] == mode)
+        rows = (row for row in self._newest() if row["case"]["mode"] == mode)
         return list(dict.fromkeys(row["implementation"] for row in rows))
 
     def rivals(self, mode: str) -> list[str]:
@@ -55,10 +66,12 @@ class Results:
         return [name for name in self.implementations(mode) if not name.startswith(OURS)]
 
     def ratio(self, case: Case, slower: str, faster: str = OURS) -> Ratio | None:
-        """How many times longer ``slower`` takes than ``faster``; None where one has no time."""
+        """How many times longer ``slower`` takes than ``faster``, by the newest run that timed both
+        side by side; None where none did."""
         for timer in TIMERS:
-            above, below = self.row(case, slower, timer), self.row(case, faster, timer)
-            if above is not None and below is not None:
+            of_slower, of_faster = (self._taken(case, x, timer) for x in (slower, faster))
+            if both := of_slower.keys() & of_faster.keys():
+                above, below = of_slower[max(both)], of_faster[max(both)]
                 noise = math.hypot(noise_of(above), noise_of(below))
                 return Ratio(above["median_us"] / below["median_us"], noise, timer)
         return None

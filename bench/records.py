@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,27 @@ def append(folder: Path, rows: Iterable[Row], name: str = ROWS) -> None:
         file.write(text)
 
 
+def keeper(
+    folder: Path, name: str = ROWS, *, begin: Iterable[Row] = (), anew: bool = False
+) -> Callable[[Iterable[Row]], None]:
+    """What adds rows to a file, the first of them behind ``begin``.
+
+    Before those it deletes what is there, if the file is to be made ``anew``: a run that gets to
+    nothing leaves what another one found.
+    """
+    waiting, old = list(begin), anew
+
+    def keep(rows: Iterable[Row]) -> None:
+        nonlocal old
+        if old:
+            (folder / name).unlink(missing_ok=True)
+        append(folder, [*waiting, *rows], name)
+        waiting.clear()
+        old = False
+
+    return keep
+
+
 def case_of(row: Row) -> Case:
     """The case that a row belongs to."""
     return Case(**row["case"])
@@ -43,22 +64,50 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return (*case_of(row), row["implementation"], row["timer"])
 
 
-def times(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
-    """The newest measured time of everything that was timed, by ``key_of``."""
-    return {key_of(row): row for row in rows if row["kind"] == "time" and row["status"] == "ok"}
+def by_run(rows: Iterable[Row]) -> list[tuple[int, Row]]:
+    """Rows with the number of their run, which begins with what the machine can do at best."""
+    numbered, run, before = [], 0, ""
+    for row in rows:
+        run += row["kind"] == "ceiling" != before
+        before = row["kind"]
+        numbered.append((run, row))
+    return numbered
 
 
-def _same_machine(row: Row, machine: dict[str, Any]) -> bool:
-    """Whether a row was measured with the same sources on the same kind of device."""
-    return all(row["machine"][name] == machine[name] for name in ("sources", "device"))
+def times(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[int, Row]]:
+    """The measured times of everything that was timed, by ``key_of`` and run, the newest last."""
+    found: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for run, row in by_run(rows):
+        if row["kind"] == "time" and row["status"] == "ok":
+            found.setdefault(key_of(row), {})[run] = row
+    return found
 
 
-def finished(rows: Iterable[Row], machine: dict[str, Any]) -> set[Case]:
-    """Cases that a run of the same sources on the same kind of device has been through."""
-    return {case_of(row) for row in rows if row["kind"] == "case" and _same_machine(row, machine)}
+_CONDITIONS = ("sources", "device", "threads", "versions")
+
+
+def same_machine(row: Row, machine: dict[str, Any]) -> bool:
+    """Whether a row was measured with the same sources and packages on the same kind of device."""
+    about = row.get("machine", {})
+    return all(about.get(name) == machine.get(name) for name in _CONDITIONS)
+
+
+def finished(
+    rows: Iterable[Row], machine: dict[str, Any], implementations: Iterable[str] = ()
+) -> set[Case]:
+    """Cases that one run of the same sources on the same kind of device has been through with all
+    of these implementations. What it went through is every one of them where it does not say."""
+    wanted = set(implementations)
+    return {
+        case_of(row)
+        for row in rows
+        if row["kind"] == "case"
+        and same_machine(row, machine)
+        and wanted <= set(row.get("implementations", wanted))
+    }
 
 
 def losers(rows: Iterable[Row], machine: dict[str, Any]) -> list[Row]:
     """Rows of what lost such a device to a run of the same sources."""
-    failed = (row for row in rows if row.get("status") == "failed" and _same_machine(row, machine))
+    failed = (row for row in rows if row.get("status") == "failed" and same_machine(row, machine))
     return [row for row in failed if row["reason"].startswith(REASON)]

@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="fail if a table is out of date")
     options = parser.parse_args(arguments)
     data = load(options.results)
+    if not any(data.values()):
+        parser.error(f"there are no results in {options.results}")
     if not options.check:
         _draw(data)
     stale = []

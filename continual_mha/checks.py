@@ -394,6 +394,16 @@ def stream_mask(streams: Tensor | Sequence[int] | int, position: Tensor) -> Tens
     return (torch.arange(count, device=position.device)[:, None] == given).any(dim=1)
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Check seconds to wait, or None.
+
+    Raises:
+        ValueError: it is NaN, which would wait for ever.
+    """
+    if timeout is not None and math.isnan(timeout):
+        raise ValueError("timeout must be seconds, or None to wait for ever, but is NaN")
+
+
 def is_integer(number: Any) -> bool:
     """Whether it is one to ``operator.index``, as those of numpy are; a bool is none here."""
     if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:

@@ -190,6 +190,7 @@ class StreamPool:
 
         Raises:
             PoolFull: no slot became free in that time.
+            ValueError: ``timeout`` is NaN.
         """
         return self._admit(self._slots.begin, 0, timeout)
 
@@ -199,12 +200,14 @@ class StreamPool:
         Raises:
             PoolFull: no slot became free in that time.
             TypeError: ``states`` is no mapping from modules' names to states.
-            ValueError: the state does not fit the model. Nothing has changed.
+            ValueError: the state does not fit the model, or ``timeout`` is NaN; nothing has
+                changed.
         """
         storage.check_states(states)
         return self._admit(lambda slot: self._slots.put(slot, states), _age(states), timeout)
 
     def _admit(self, prepare: Callable[[int], None], seen: int, timeout: float | None) -> int:
+        checks.check_timeout(timeout)
         slot = stream = None
         try:
             with self._changed:
@@ -270,9 +273,11 @@ class StreamPool:
         Raises:
             UnknownStream: there is no such stream, or it was closed in the meantime.
             QueueFull: there was no room in that time.
-            ValueError: another shape, or no elements as on the device ``meta``.
+            ValueError: another shape, or no elements as on the device ``meta``; or ``timeout`` is
+                NaN.
             TypeError: another dtype, or no dense tensor.
         """
+        checks.check_timeout(timeout)
         if isinstance(token, Tensor) and not is_plain(token):
             raise TypeError("a token must be a plain dense tensor")
         if not isinstance(token, Tensor) or token.dtype != self._dtype:

@@ -19,6 +19,7 @@ from bench import (
     floor,
     gpu,
     grid,
+    load,
     machine,
     measure,
     paper,
@@ -375,6 +376,48 @@ def test_a_run_without_resume_begins_anew(tiny_grid, tmp_path):
     assert len(_run(tmp_path)) == len(_run(tmp_path))
 
 
+def test_a_run_that_measures_nothing_leaves_the_rows_of_another(tiny_grid, tmp_path):
+    rows = _run(tmp_path)
+    _run(tmp_path, "--limit", "0")
+    assert records.read(tmp_path) == rows
+
+
+def test_a_run_goes_on_with_implementations_that_another_left_out(tiny_grid, tmp_path):
+    _run(tmp_path)
+    before = len(records.read(tmp_path))
+    _run(tmp_path, "--resume", "--only", "ours")  # with fewer there is nothing left
+    assert len(records.read(tmp_path)) == before
+    rows = _run(tmp_path, "--resume", "--only", "ours,ring + SDPA math")
+    # of the two cases one, as the ring is not in the race of forward
+    [measured] = [row for row in rows[before:] if row["kind"] == "case"]
+    assert measured["case"]["mode"] == "step"
+    assert {"ours", "ring + SDPA math"} <= set(measured["implementations"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (command, "--budget", "0"),
+        (command, "--budget", "nan"),
+        (command, "--limit", "nan"),
+        (load, "--seconds", "0"),
+        (load, "--seconds", "0.9"),
+        (load, "--threads", "0"),
+        (floor, "--threads", "0"),
+        (floor, "--budget", "-1"),
+        (report, "--results", "nowhere"),
+    ],
+    ids=lambda asked: " ".join([asked[0].__name__, *asked[1:]]),
+)
+def test_numbers_and_folders_that_mean_nothing_are_refused(asked, capsys):
+    module, *arguments = asked
+    with pytest.raises(SystemExit) as refused:
+        module.main(arguments)
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert arguments[0] in said or arguments[1] in said
+
+
 @pytest.mark.parametrize("asked", [("--only", "ourz"), ("--only", "ourz,theirs")])
 def test_a_run_of_nothing_leaves_the_rows_of_another(asked, tiny_grid, tmp_path):
     rows = _run(tmp_path)
@@ -511,6 +554,29 @@ def test_graph_times_are_not_compared_with_eager_ones():
     assert (ratio.value, ratio.timer) == (5.0, "eager")
 
 
+def test_times_of_two_runs_are_not_divided_by_each_other():
+    """One of them may have had the machine to itself."""
+    case, end = TINY["step"], {"kind": "ceiling", "machine": ABOUT, **CEILINGS[0]._asdict()}
+    both = [_row("ours", case, 120.0), _row("torch", case, 120.0)]
+    rows = [end, *both, end, _row("ours", case, 50.0), _row("continual", case, 100.0)]
+    results = ratios.Results(rows)
+    assert results.row(case, "ours", "wall")["median_us"] == 50.0
+    assert results.ratio(case, "torch").value == 1.0
+    assert results.ratio(case, "continual").value == 2.0
+    assert results.ratio(case, "torch", "continual") is None
+    assert results.best_rival(case)[0] == "torch"
+
+
+@pytest.mark.parametrize("changed", [{"sources": "new"}, {"versions": {}}, {"threads": 1}], ids=str)
+def test_what_was_measured_under_other_conditions_does_not_count(changed):
+    case = TINY["step"]
+    old = [_row("ours", case, 120.0), _row("torch", case, 120.0)]
+    new = [{**_row("ours", case, 50.0), "machine": ABOUT | changed}]
+    results = ratios.Results([*old, *new])
+    assert results.implementations("step") == ["ours"]
+    assert results.rivals("step") == []
+
+
 # -- regressions -----------------------------------------------------------------------------------
 
 
@@ -537,6 +603,15 @@ def test_a_change_within_the_noise_is_no_regression():
         for r in _fixture(slower=1.3)
     ]
     assert _verdicts(noisy) == []
+
+
+def test_devices_of_two_kinds_are_not_compared(tmp_path, capsys):
+    about = ABOUT | {"device": "Another"}
+    records.append(tmp_path / "old", _fixture())
+    records.append(tmp_path / "new", [row | {"machine": about} for row in _fixture()])
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "old"), str(tmp_path / "new")])
+    assert "two devices: A processor, 2 cores and Another" in capsys.readouterr().err
 
 
 def test_the_comparison_fails_on_a_slowdown(tmp_path, capsys):

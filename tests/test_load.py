@@ -34,7 +34,7 @@ def test_run_writes_a_row_that_says_what_it_served(through, tmp_path, monkeypatc
     threads = torch.get_num_threads()
     arguments = ["--device", "cpu", "--family", "detection", "--through", through]
     try:
-        load.main([*arguments, "--seconds", "0.4", "--out", str(tmp_path)])
+        load.main([*arguments, "--seconds", "1", "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     [row] = [json.loads(line) for line in (tmp_path / "load.jsonl").read_text().splitlines()]
@@ -42,7 +42,7 @@ def test_run_writes_a_row_that_says_what_it_served(through, tmp_path, monkeypatc
     assert row["through"] == through
     assert row["family"]["embed_dim"] == 16
     assert 1 <= row["slots"] <= 8
-    assert row["ticks"] == 10
+    assert row["ticks"] == 25  # in a second
     assert row["late"] <= 10
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
     assert row["machine"]["commit"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import math
 import random
 import sys
 import threading
@@ -123,6 +124,19 @@ def test_full_pool_refuses_and_waits():
     assert third not in (first, second)
     with pytest.raises(co.UnknownStream):
         pool.push(first, torch.zeros(EMBED))
+
+
+def test_a_time_to_wait_that_is_no_number_is_refused():
+    pool = co.StreamPool(build(), 1, (EMBED,))
+    stream = pool.open()
+    for call in (
+        lambda: pool.open(math.nan),
+        lambda: pool.restore(pool.export(stream), math.nan),
+        lambda: pool.push(stream, torch.zeros(EMBED), math.nan),
+    ):
+        with pytest.raises(ValueError, match="timeout"):
+            call()
+    assert pool.statistics().open == 1
 
 
 def test_full_queue_refuses_and_waits():

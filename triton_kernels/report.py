@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,9 +328,11 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
     return "\n".join(rows)
 
 
-def main(path: str = "docs/triton.md") -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Replace what stands between the markers of the page."""
-    page = Path(path)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path, nargs="?", default=Path("docs/triton.md"))
+    page = parser.parse_args(arguments).page
     before, rest = page.read_text().split(BEGIN)
     after = rest.split(END)[1]
     tables = "".join(
@@ -348,4 +350,4 @@ def main(path: str = "docs/triton.md") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
