@@ -75,20 +75,15 @@ def multiply(
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, of any batches, in which and in whose gradients rows do not reach another.
-
-    Args:
-        left: ``(..., rows, inner)``.
-        right: ``(..., inner, columns)``.
+    """``left @ right``, of any batches, in which no row of the left reaches another, nor in its
+    gradient; and in that of the right no matrix.
     """
-    rows, columns = left.shape[-2], right.shape[-1]
-    # what is summed up here, and in the gradients of the left and of the right
+    columns = right.shape[-1]
     inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
-    behind = _lacking(left, rows) if rows == 1 else 0
-    if isinstance(inner, int) and isinstance(outer, int) and inner == outer == behind == 0:
+    if isinstance(inner, int) and isinstance(outer, int) and inner == outer == 0:
         return torch.matmul(left, right)
-    left, right = F.pad(left, (0, inner, 0, behind)), F.pad(right, (0, outer, 0, inner))
-    return torch.matmul(left, right)[..., :rows, :columns]
+    left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
+    return torch.matmul(left, right)[..., :columns]
 
 
 def multiplier(tokens: Tensor) -> Multiply:

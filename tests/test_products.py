@@ -249,6 +249,9 @@ def test_gradients_that_are_not_finite_stay_alone(sizes: tuple[int, int, int]) -
     grad = drawn(6, rows, columns, seed=2).bfloat16()
     spoilt = grad.clone()
     spoilt[2, -1] = torch.nan
+    broken = left.detach().index_fill(0, torch.tensor(2), torch.nan).requires_grad_()
+    d_right = torch.autograd.grad(products.matmul(broken, right), right, grad)[0]
+    assert [x.isnan().any().item() for x in d_right] == [i == 2 for i in range(6)]
     found = []
     for given in (grad, spoilt):
         out = products.matmul(left, right)

@@ -239,6 +239,13 @@ def test_a_warm_step_of_a_module_is_the_launch_of_its_own_tensors(
     assert last._replace(parameters=()) == earlier._replace(parameters=())
 
 
+@pytest.mark.parametrize("warm", ["chain apart"], indirect=True)
+def test_a_warm_step_of_more_launches_is_made_anew(warm: Any) -> None:
+    """As with three products in place of one; here nothing can be launched anew."""
+    with pytest.raises(TypeError, match="NoneType"):
+        warm(*torch.randn(3, 2, 32, dtype=HALF))
+
+
 # -- what a call costs the host --------------------------------------------------------------------
 
 
