@@ -88,6 +88,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced_last = before
 
 
+@contextmanager
+def forcing(name: str | None) -> Iterator[None]:
+    """As where ``forced`` was this, on whatever thread."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 class _Operators(NamedTuple):
     """The functions of one backend by operator name, and its reasons to decline a call."""
 
@@ -115,8 +125,8 @@ def _load(backend: str) -> _Operators | str:
 def _load_triton() -> _Operators | str:
     try:
         kernels = importlib.import_module(".triton_kernels", __package__)
-    except ImportError as error:
-        return f"Triton does not import: {error}"
+    except Exception as error:  # one too old lacks names, others fail in the middle
+        return f"Triton does not import: {type(error).__name__}: {error}"
     return _Operators(vars(kernels), kernels.why_not)
 
 

@@ -112,14 +112,21 @@ def shapes_of_weights(width: int, kdim: int, vdim: int) -> Shapes:
 
 
 def check_weights(weights: Weights, shapes: Shapes) -> None:
-    """Check the shapes of the weights, which kernels trust.
+    """Check the shapes of the weights, which kernels trust, and that they are in one place.
 
     Raises:
-        ValueError: one is not that of the module's sizes.
+        ValueError: a shape is not that of the module's sizes, or a device not the others'.
     """
+    where = weights.out_proj_weight.device
     for weight, (name, shape) in zip(weights, shapes, strict=True):
-        if weight is not None and weight.shape != shape:
+        if weight is None:
+            continue
+        if weight.shape != shape:
             raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
+        if weight.device != where:
+            raise ValueError(
+                f"{name} must be on {where} as out_proj.weight is, but is on {weight.device}"
+            )
 
 
 def check_source(module: nn.MultiheadAttention, known: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _native, backends, extra_slots, inputs, mixing, ops
 from .dropout import dropout_seed
-from .nodes import gradients_by_operators, is_followed, without_autocast
+from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
 from .products import Multiply, multiplier, sum_over_tokens
 from .reference import Options, Weights
 
@@ -74,7 +74,7 @@ class AttendClip(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         given = (query, key, value, mask, *params)
         out, attn, found = _run(node, given)
-        ctx.node = node
+        ctx.node, ctx.forced = node, backends.forced()
         ctx.set_materialize_grads(False)  # the weights are often asked for, and seldom used
         ctx.save_for_backward(*given, *found)
         return out, attn
@@ -85,6 +85,7 @@ class AttendClip(torch.autograd.Function):
         return _run(node, given)[:2]
 
     @staticmethod
+    @as_in_forward
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_attn: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,17 @@ from .streams import all_or_as_before, stateful_modules
 
 _WARM_UP_RUNS = 3
 _capturing = threading.Lock()  # torch waits for the device first, which no capture there bears
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """A graph must not read copies of weights that are freed where autocast ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 class GraphedStep:
@@ -57,7 +71,13 @@ class GraphedStep:
                 module.start_streams(len(example))
             self._output = self._capture()
             self.active.fill_(True)
-        self._captured = [module._ring_position for module in self._stateful]
+        # what the graph reads and writes: parts that a module replaces, and weights that it moves
+        self._captured = [
+            (module._buffers, name, part)
+            for module in self._stateful
+            for name, part in module._buffers.items()
+        ]
+        self._weights = [(weight, weight.data_ptr()) for weight in model.parameters()]
 
     def _step(self) -> Tensor:
         output: Tensor = self._model.forward_step(self._tokens)  # type: ignore[operator]
@@ -66,19 +86,26 @@ class GraphedStep:
     def _capture(self) -> Tensor:
         """Run the step, with no stream active so that no state moves, and record it."""
         on_device = torch.cuda.device(self._tokens.device)
-        with _capturing, on_device, torch.no_grad(), active_streams(self.active):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+        taken = active_streams(self.active)
+        with _capturing, on_device, torch.no_grad(), taken, _without_autocast_cache():
+            before = torch.cuda.current_stream()
+            # Of this device, on which torch's own for captures need not be. Not one for both: what
+            # libraries keep for a stream, as workspaces, is to come from the graph's memory.
+            side, capturing = torch.cuda.Stream(), torch.cuda.Stream()
+            side.wait_stream(before)
             try:
                 with torch.cuda.stream(side):
                     for _ in range(_WARM_UP_RUNS):
                         self._step()
             finally:  # what a step that failed wrote to is freed for the current stream
-                torch.cuda.current_stream().wait_stream(side)
-            # torch's own stream for captures stays on the device of the process's first one. What
-            # another thread asks of the device meanwhile, memory say, is no part of this.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                return self._step()
+                before.wait_stream(side)
+            # What another thread asks of the device meanwhile, memory say, is no part of this.
+            how: Any = {"stream": capturing, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(self._graph, **how):
+                    return self._step()
+            finally:  # where a capture stays that CUDA ends
+                torch.cuda.set_stream(before)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Take one token per stream; the output is overwritten by the next call.
@@ -89,15 +116,15 @@ class GraphedStep:
         Raises:
             ValueError: another shape or device.
             TypeError: another dtype, or no tensor.
-            RuntimeError: the state was replaced since the capture.
+            RuntimeError: the state was replaced or weights moved since the capture.
         """
         self._check(tokens)
-        for module, position in zip(self._stateful, self._captured, strict=True):
-            if module._ring_position is not position:
-                raise RuntimeError(
-                    "the state was replaced since the capture (by set_state, clean_state or to); "
-                    "make a new GraphedStep"
-                )
+        replaced = any(parts[name] is not part for parts, name, part in self._captured)
+        if replaced or any(weight.data_ptr() != at for weight, at in self._weights):
+            raise RuntimeError(
+                "the state or a weight was replaced since the capture (by set_state, clean_state "
+                "or to); make a new GraphedStep"
+            )
         self._tokens.copy_(tokens.detach())
         self._graph.replay()
         return self._output

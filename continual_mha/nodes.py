@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import backends
 from .modes import is_batched, is_transformed
 from .precision import autocast_dtype
 
@@ -18,6 +20,22 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's ``backward`` by the backend that was forced around its forward, ``ctx.forced``.
+
+    On GPUs autograd runs it on threads of its own, which see nothing of ``use_backend``.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if backends.forced() == ctx.forced:
+            return backward(ctx, *grads)
+        with backends.forcing(ctx.forced):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def is_followed(grads: Iterable[Tensor | None]) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import _native, backends, reference
 from .modes import is_opaque
-from .nodes import is_followed
+from .nodes import as_in_forward, is_followed
 from .precision import autocast_dtype, wide
 
 NAMESPACE = "continual_mha"
@@ -393,9 +393,10 @@ def _function_of(name: str) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> Any:
             output = backends.run_directly(name, *args)
             save(ctx, args, output)
+            ctx.forced = backends.forced()
             return output
 
-        backward = staticmethod(partial(differentiate, _directly))
+        backward = staticmethod(as_in_forward(partial(differentiate, _directly)))
 
     return Operator
 

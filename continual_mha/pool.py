@@ -77,7 +77,28 @@ class _Stream:
     def __init__(self, slot: int, seen: int = 0) -> None:
         self.slot = slot
         self.seen = seen
-        self.queue: deque[Tensor] = deque()
+        self.queue: deque[_Waiting] = deque()
+
+
+class _Waiting(NamedTuple):
+    """A token in a queue, and the CUDA stream that copied it; None for one on the CPU."""
+
+    token: Tensor
+    stream: Any
+
+    @classmethod
+    def copy_of(cls, token: Tensor) -> _Waiting:
+        copy = token.detach().clone()  # moved to the device with all others of its tick
+        return cls(copy, torch.cuda.current_stream(copy.device) if copy.is_cuda else None)
+
+    def arrived(self) -> Tensor:
+        """The token, for this thread's CUDA stream to read."""
+        if self.stream is not None:
+            stream = torch.cuda.current_stream(self.token.device)
+            if stream != self.stream:
+                stream.wait_stream(self.stream)
+                self.token.record_stream(stream)
+        return self.token
 
 
 class StreamPool:
@@ -176,6 +197,7 @@ class StreamPool:
         self._streams: dict[int, _Stream] = {}
         self._next_id = 0
         self._stepping = threading.Lock()  # whoever holds it may touch the model; taken first
+        self._last_stream: Any = None  # of CUDA, that touched it last
         self._changed = threading.Condition()  # guards all the books
         self._times: deque[float] = deque(maxlen=history)
         self._ticks = self._tokens = 0
@@ -216,6 +238,7 @@ class StreamPool:
                 slot = self._free[-1]  # no call until it is taken, so that no signal comes between
                 del self._free[-1]
             with self._stepping:
+                self._follow()
                 prepare(slot)
             with self._changed:
                 self._next_id += 1
@@ -256,6 +279,7 @@ class StreamPool:
             UnknownStream: there is no such stream.
         """
         with self._stepping:
+            self._follow()
             with self._changed:
                 slot = self._existing(stream).slot
             return self._slots.get(slot)
@@ -289,12 +313,20 @@ class StreamPool:
         if not has_numbers(token) or is_transformed():
             kind = "on the device meta" if token.is_meta else "fake, or one of a transform"
             raise ValueError(f"a token must have elements, but is {kind}")
-        copy = token.detach().clone()  # moved to the device with all others of its tick
+        waiting = _Waiting.copy_of(token)
         with self._changed:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
             if not self._changed.wait_for(there_is_room, timeout):
                 raise QueueFull(f"stream {stream} has {self._queue_size} tokens waiting")
-            self._existing(stream).queue.append(copy)
+            self._existing(stream).queue.append(waiting)
+
+    def _follow(self) -> None:
+        """Let what this thread's CUDA stream does with the model come after what others did."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            if self._last_stream is not None and self._last_stream != stream:
+                stream.wait_stream(self._last_stream)
+            self._last_stream = stream
 
     def _existing(self, stream: int) -> _Stream:
         found = self._streams.get(stream)
@@ -306,11 +338,13 @@ class StreamPool:
         """Take one token of every stream that has one.
 
         Returns:
-            The outputs of those streams that are ready, by number.
+            The outputs of those streams that are ready, by number; on a GPU on the CUDA stream that
+            is current.
 
         Whatever it raises, no stream has moved and no token is lost, so that it can be repeated.
         """
         with self._stepping:
+            self._follow()
             with self._changed:
                 due = {i: s for i, s in self._streams.items() if s.queue}
                 tokens = {s.slot: s.queue[0] for s in due.values()}
@@ -320,7 +354,7 @@ class StreamPool:
             started = time.perf_counter()
             mark = self._slots.mark()
             try:
-                rows = self._slots.step(tokens)
+                rows = self._slots.step({slot: x.arrived() for slot, x in tokens.items()})
                 outputs = self._outputs(due, rows)
                 self._book(due, time.perf_counter() - started)
             except BaseException:
@@ -354,7 +388,7 @@ class StreamPool:
     def _unbook(
         self,
         due: Mapping[int, _Stream],
-        tokens: Mapping[int, Tensor],
+        tokens: Mapping[int, _Waiting],
         before: tuple[int, int, list[int]],
     ) -> None:
         """Undo as much of ``_book`` as was done."""
@@ -452,7 +486,7 @@ class _Batched:
             module.return_to(before)
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        slots = torch.tensor(list(tokens), device=self._tokens.device)
+        slots = _sent(torch.tensor(list(tokens)), self._tokens.device)
         with torch.no_grad(), active_streams(self._active):
             self._tokens.index_copy_(0, slots, _stacked(tokens.values(), self._tokens.device))
             self._active.zero_().index_fill_(0, slots, True)
@@ -478,7 +512,14 @@ def _stacked(tokens: Iterable[Tensor], device: torch.device) -> Tensor:
     tokens = list(tokens)
     if len({token.device for token in tokens}) > 1:
         tokens = [token.to(device) for token in tokens]
-    return torch.stack(tokens).to(device)
+    return _sent(torch.stack(tokens), device)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor made for this on ``device``, without waiting for a GPU to have read it."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class _OneByOne:

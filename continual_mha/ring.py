@@ -197,8 +197,8 @@ def _over_slots(mask: Tensor, part: Tensor) -> Tensor:
 
 
 def detach(state: State) -> Any:
-    """The same tensors, cut from the graph that made them."""
-    return rebuilt(state, (part.detach() for part in state[:-1]))
+    """The same memory, cut from the graph that made it."""
+    return rebuilt(state, (part.detach() if part.requires_grad else part for part in state[:-1]))
 
 
 def forget(state: State, streams: Tensor, in_place: bool) -> Any:

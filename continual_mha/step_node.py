@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends, mixing
 from .modes import is_opaque
-from .nodes import gradients_by_operators, is_followed, without_autocast
+from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
 from .windows import NO_GRADIENT
 
 # The step in place: given, copies of the rings, position and who is active; the output.
@@ -59,10 +59,11 @@ class Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[3 + i] for i in way.kept):
             ctx.mark_non_differentiable(*rings)  # or each step's graph would hold those before
-        ctx.way = way
+        ctx.way, ctx.forced = way, backends.forced()
         return out, *rings
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         way, needed = ctx.way, ctx.needs_input_grad[3:]
         before, *saved = ctx.saved_tensors

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _native, backends, reference, windows
 from .dropout import dropout_seed
 from .kv_step import KEPT, Given
-from .nodes import gradients_by_operators, is_followed, without_autocast
+from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
 from .reference import Options, Rings, Tokens, Weights, has_extra_slots
 from .step_node import why_no_node
 from .windows import NO_GRADIENT
@@ -51,13 +51,14 @@ class _Steps(torch.autograd.Function):
         function = _native.cpu_function("new_ring_steps")
         out, k, v, *found = function(*given, position, seed, first, dropout_p)
         ctx.save_for_backward(q_ring, position, seed, *found, *given)
-        ctx.how = (first, dropout_p)
+        ctx.how, ctx.forced = (first, dropout_p), backends.forced()
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[4 + i] for i in KEPT if i < _GIVEN):
             ctx.mark_non_differentiable(k, v)
         return out, k, v
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q_ring, *kept = ctx.saved_tensors
         before, given = kept[:5], kept[5:]  # position and seed, and what the forward found

@@ -132,6 +132,9 @@ class _Stream:
         pass
 
 
+_DEFAULT_STREAM = _Stream()
+
+
 class PretendedCuda:
     """What stands in for `torch.cuda`.
 
@@ -191,8 +194,9 @@ class PretendedCuda:
         for name, value in {
             "is_available": lambda: True,
             "synchronize": self.synchronize,
-            "current_stream": lambda device=None: _Stream(),
+            "current_stream": lambda device=None: _DEFAULT_STREAM,
             "Stream": _Stream,
+            "set_stream": lambda stream: None,
             "stream": lambda stream: _Memory(),  # on whatever thread asks for memory there
             "device": lambda device: nullcontext(),
             "Event": self.event(),

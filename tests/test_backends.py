@@ -14,7 +14,7 @@ from oracles import LENGTH, build, draw_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import continual_mha as co
-from continual_mha import backends
+from continual_mha import _native, backends, clip_node, ops
 
 
 @pytest.mark.skipif("triton" not in co.backends.available(), reason="Triton is not installed")
@@ -179,6 +179,38 @@ def test_forcing_is_seen_by_no_other_thread():
     assert seen == [("torch",), ("cuda",)]
     with co.use_backend("cuda"), ThreadPoolExecutor(1) as thread:
         assert thread.submit(backends.order, "cpu").result() == ("cpu", "torch")
+
+
+def attended(x):
+    return ops.call("attend_shared", x[:, :2], x, None, None, None)[0]
+
+
+# What trains, and who finds its gradients: a module of the package and a function in it.
+BACKWARDS = {
+    "clip": (lambda module, x: module(x)[0], clip_node, "_gradients"),
+    "step": (lambda module, x: module.forward_step(x[:, 0]), _native, "cpu_function"),
+    "steps": (lambda module, x: module.forward_steps(x), _native, "cpu_function"),
+    "operator": (lambda module, x: attended(x), ops, "_run_backward"),
+}
+
+
+@pytest.mark.skipif("cpu" not in co.backends.available(), reason="it has the nodes")
+@pytest.mark.parametrize("call", BACKWARDS)
+def test_backward_on_another_thread_is_by_the_backend_of_the_forward(call, monkeypatch):
+    """As on a GPU, where autograd has threads of its own."""
+    forward, where, name = BACKWARDS[call]
+    module = build()
+    module.start_streams(2)
+    x = draw_tokens(module, 2, LENGTH)[0].requires_grad_()
+    with co.use_backend("cpu"):
+        out = forward(module, x).sum()
+    forced, plain = [], getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args: forced.append(backends.forced()) or plain(*args))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(out.backward).result()
+        assert thread.submit(backends.forced).result() is None
+    assert forced == ["cpu"]
+    assert x.grad is not None
 
 
 def test_forcing_is_seen_by_no_other_task():

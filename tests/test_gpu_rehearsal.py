@@ -137,7 +137,8 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
         graphed(x[:, 0])
 
 
-def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
+def test_step_is_captured_on_another_stream_of_its_device_than_ran_it_first(kernels, monkeypatch):
+    """So that what libraries keep for a stream comes from the graph's memory."""
     """That stream is the device's; torch's own for captures is that of the first device asked.
 
     And a capture may go wrong by what its own thread does, not by one that serves beside it.
@@ -155,7 +156,7 @@ def test_step_is_captured_on_the_stream_that_ran_it_first(kernels, monkeypatch):
     module, _ = modules("kv")
     co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
     first, last = used
-    assert first is last
+    assert first is not last
     assert modes == ["thread_local"]
 
 
@@ -177,6 +178,65 @@ def test_memory_of_a_step_that_fails_is_freed_when_its_stream_is_done_with_it(cu
     with pytest.raises(ZeroDivisionError):
         co.GraphedStep(module, tokens)
     assert waits == [("side", "current"), ("current", "side")]
+
+
+def test_autocast_keeps_no_copies_of_weights_for_a_graph_to_read(kernels, monkeypatch):
+    """They are freed with its block, and the graph would read what comes after them."""
+    module, _ = modules("kv")
+    tokens = draw_tokens(module, 3, 1)[0][:, 0]
+    seen, step = [], module.forward_step
+    monkeypatch.setattr(
+        module,
+        "forward_step",
+        lambda x: seen.append(torch.is_autocast_cache_enabled()) or step(x),
+    )
+    co.GraphedStep(module, tokens)
+    assert not any(seen)
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("moved", ["half", "weight", "set_state"])
+def test_graph_is_not_replayed_over_what_moved(moved, kernels):
+    module, twin = modules("kv")
+    tokens = draw_tokens(module, 3, 1)[0][:, 0]
+    graphed = co.GraphedStep(module, tokens)
+    twin.start_streams(3)
+    assert torch.equal(graphed(tokens), twin.forward_step(tokens))
+    module.detach_state()  # which moves nothing
+    with torch.no_grad():
+        module.out_proj.weight.mul_(2)
+        twin.out_proj.weight.mul_(2)
+    assert torch.equal(graphed(tokens), twin.forward_step(tokens))
+    if moved == "half":
+        module.half()
+    elif moved == "weight":
+        module.in_proj_weight.data = module.in_proj_weight.data.clone()
+    else:
+        module.set_state(module.get_state())
+    with pytest.raises(RuntimeError, match="replaced"):
+        graphed(tokens)
+
+
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream(cuda, monkeypatch):
+    streams = []
+
+    @contextlib.contextmanager
+    def graph(graph, stream=None, capture_error_mode="global"):
+        streams.append(stream)
+        yield
+        raise AssertionError("no error, and none where CUDA ended the capture")
+
+    before = object()
+    module, _ = modules("kv")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda x: None, me=before)
+    )
+    monkeypatch.setattr(module, "forward_step", lambda tokens: tokens)
+    with pytest.raises(AssertionError, match="no error"):
+        co.GraphedStep(module, torch.zeros(3, module.embed_dim))
+    assert streams[-1].me is before
 
 
 def test_threads_capture_one_after_the_other(cuda, monkeypatch):
@@ -265,6 +325,46 @@ def test_capture_that_fails_leaves_the_streams_where_they_were(bad, kernels):
 def test_graphed_step_of_what_makes_no_steps_is_refused(cuda):
     with pytest.raises(TypeError, match="Sequential has no forward_step"):
         co.GraphedStep(torch.nn.Sequential(build()), torch.zeros(3, 12))
+
+
+def test_pool_puts_the_streams_of_its_threads_in_order(cuda, monkeypatch):
+    """None of which would wait for another, nor memory that one frees for its readers."""
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    log, here = [], [Stream("first")]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: here[0])
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda x, stream: log.append(f"{stream.name} reads")
+    )
+    first, pusher, ticker = here[0], Stream("pusher"), Stream("ticker")
+    with co.use_backend("torch"):
+        pool = co.StreamPool(build(), 2, (12,))
+        streams = [pool.open(), pool.open()]
+        pool.push(streams[0], torch.ones(12))
+        pool.tick()
+        assert log == []  # all on one stream
+        here[0] = pusher
+        pool.push(streams[0], torch.ones(12))
+        pool.push(streams[1], torch.ones(12))
+        assert log == []
+        here[0] = ticker
+        pool.tick()
+        assert log == [f"ticker waits for {first.name}"] + 2 * [
+            "ticker waits for pusher", "ticker reads"
+        ]  # fmt: skip
+        log.clear()
+        pool.export(streams[0])
+        assert log == []
+        here[0] = first
+        pool.close(streams[0])
+        pool.open()
+        assert log == ["first waits for ticker"]
 
 
 def test_graphed_pool_answers_as_the_eager_one(kernels):

@@ -400,7 +400,8 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda which: contextlib.nullcontext())
     return capturing
 
 

@@ -316,7 +316,8 @@ def _zeros_to_keep(count: int, device: torch.device) -> torch.Tensor:
     stream = torch.cuda.current_stream(device)
 
     def make() -> torch.Tensor:
-        with torch.cuda.stream(stream):
+        # the thread's own device is another one, and would be begun when the stream is left
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             return torch.zeros(count, dtype=torch.int32, device=device)
 
     with ThreadPoolExecutor(1) as elsewhere:
