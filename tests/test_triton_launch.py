@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 import continual_mha
 from continual_mha import devices
@@ -29,6 +30,7 @@ def test_gpus_that_no_kernel_is_for_are_declined_and_small_ones_known(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(pieces, "why_no_launch", lambda: None)
     assert devices.why_unfit(gpu) is None
     assert devices.has_little_memory(gpu)
     properties.shared_memory_per_block_optin = 163 << 10
@@ -39,6 +41,31 @@ def test_gpus_that_no_kernel_is_for_are_declined_and_small_ones_known(
     assert "older than compute capability 8.0" in (pieces.not_taken(x) or "")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "NVIDIA" in (pieces.not_taken(x) or "")
+
+
+def test_a_triton_that_cannot_launch_is_declined_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It builds its launcher with a compiler of C, which need not be there."""
+
+    class Driver:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(pieces, "why_unfit", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    pieces.why_no_launch.cache_clear()
+    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    try:
+        assert "Failed to find C compiler" in (pieces.not_taken(x) or "")
+        monkeypatch.setattr(
+            torch.cuda, "is_initialized", lambda: False
+        )  # of which nothing is known
+        assert pieces.not_taken(x) is None
+    finally:
+        pieces.why_no_launch.cache_clear()
 
 
 class StandIn:

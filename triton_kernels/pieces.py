@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +21,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@cache
+def why_no_launch() -> str | None:
+    """Why Triton runs no kernel here, as where it finds no C compiler, of which it needs one at
+    its first; None if it does."""
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018  (which it builds)
+    except Exception as error:
+        return f"Triton cannot launch kernels here: {type(error).__name__}: {error}"
+    return None
+
+
 def not_taken(x: torch.Tensor) -> str | None:
     """Why no kernel takes tensors like this one, or None."""
     if x.device.type == "cuda":
         if reason := why_unfit(x.device):
+            return reason
+        if torch.cuda.is_initialized() and (reason := why_no_launch()):
             return reason
     elif not INTERPRETED and not recording():
         return f"the tensors are on {x.device.type}, and Triton needs cuda"
