@@ -465,8 +465,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             given = apart + tuple(mask for mask in masks if mask is not None)
-            missing = (key_padding_mask is None, attn_mask is None)
-            kind = (need_weights, average_attn_weights, is_causal, missing, _which_are_one(apart))
+            flags = (bool(need_weights), bool(average_attn_weights), bool(is_causal))
+            # None for one that is missing; nor have all kernels a gradient of masks
+            trained = tuple(getattr(mask, "requires_grad", None) for mask in masks)
+            kind = (*flags, trained, _which_are_one(apart))
             again = self._clip_repeats.get(kind)
             if again is not None and again.serves(self, given):
                 try:

@@ -37,6 +37,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided  # every call asks for them
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
 EXPORTED = "an exported program may go to where this package is not"
+_AUTOCAST = "autocast is on, and the kernels run in one dtype"
 
 
 def _read_environment() -> str | None:
@@ -171,7 +172,7 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     if isinstance(loaded, str):
         return loaded
     if backend != "torch" and autocast_dtype(args[0].device.type):
-        return "autocast is on, and the kernels run in one dtype"
+        return _AUTOCAST
     if backend != "torch":
         if not _PLAIN.issuperset(map(type, args)) and any(map(_computes_itself, args)):
             return "a tensor is of a class that computes in its own way"
@@ -241,14 +242,18 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
 def run(name: str, args: tuple[Any, ...]) -> Any:
     """Run the operator ``name``: by that name where it is opaque, else directly.
 
-    An exported program holds plain PyTorch instead, unless that cannot be ``batch_invariant``.
+    An exported program holds plain PyTorch instead, unless that cannot be ``batch_invariant``, and
+    so does a compiled one where autocast surrounds the call, for it does not when that runs.
 
     Raises:
-        RuntimeError: a backend was forced that cannot run it.
+        RuntimeError: a backend was forced that cannot run it, or none can.
     """
     if is_opaque(args[0]):
-        if is_exporting() and not _asks_for_invariance(name, args):
-            leave_to_pytorch(name, EXPORTED)
+        casts, invariant = autocast_dtype(args[0].device.type), _asks_for_invariance(name, args)
+        if casts and invariant:
+            raise RuntimeError(f"no backend can run {name} as batch_invariant asks: {_AUTOCAST}")
+        if casts or (is_exporting() and not invariant):
+            leave_to_pytorch(name, _AUTOCAST if casts else EXPORTED)
             return _PLAIN_PYTORCH[name](*args)
         return getattr(torch.ops.continual_mha, name)(*args)
     return choose(name, args)(*args)

@@ -77,10 +77,10 @@ def repeated_step(
     before, after = _operands_of(as_tokens(apart), state, call)
     name = operator_for(state, many=False)
     times = _times(apart, state)
-    kept = before[times * len(apart) :]
+    kept, are_three = before[times * len(apart) :], len(apart) == 3
 
     def by(function: Callable[..., Tensor]) -> Run:
-        if len(apart) == 3:
+        if are_three:
             return lambda q, k, v, active: function(q, k, v, *kept, active, *after)
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 

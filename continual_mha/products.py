@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     bias = None if bias is None else F.pad(bias, (0, outer))
     found = F.linear(F.pad(x, (0, inner)), F.pad(weight, (0, inner, 0, outer)), bias)
-    return found[..., :columns]
+    return found[..., :columns].contiguous()
 
 
 def multiply(
@@ -71,7 +71,7 @@ def multiply(
         return product(left, right, bias, scale)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     bias = None if bias is None else F.pad(bias, (0, outer))
-    return product(left, right, bias, scale)[..., :columns]
+    return product(left, right, bias, scale)[..., :columns].contiguous()
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if isinstance(inner, int) and isinstance(outer, int) and inner == outer == 0:
         return torch.matmul(left, right)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
-    return torch.matmul(left, right)[..., :columns]
+    return torch.matmul(left, right)[..., :columns].contiguous()
 
 
 def multiplier(tokens: Tensor) -> Multiply:

@@ -304,6 +304,33 @@ def test_exported_clip_holds_no_operator_of_this_package(mode):
     assert own_operators(program.graph) == []
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("way", ["forward_step", "forward_steps", "forward"])
+def test_autocast_around_a_compiled_call_is_that_of_the_eager_one(way, training):
+    module, twin = build(forward_returns_attn_mask=False), build(forward_returns_attn_mask=False)
+    x = draw_tokens(module, 2, 2 * LENGTH)[0]
+    x = x[:, 0] if way == "forward_step" else x
+    module.start_streams(2)
+    twin.start_streams(2)
+    torch._dynamo.reset()
+    call = torch.compile(getattr(module, way), fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        out, expected = call(x), getattr(twin, way)(x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)
+
+
+def test_invariance_under_autocast_is_refused_by_compiled_calls_too():
+    module = build(batch_invariant=True)
+    x = draw_tokens(module, 2, 1)[0][:, 0]
+    module.start_streams(2)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for call in (module.forward_step, torch.compile(module.forward_step, backend="aot_eager")):
+            with pytest.raises(RuntimeError, match=r"autocast|number of streams"):
+                call(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_clip_may_be_of_any_length(dtype):
     module = build(embed_dim=36, dtype=dtype, batch_first=True).eval()

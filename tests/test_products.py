@@ -240,6 +240,21 @@ def test_rows_that_are_not_finite_stay_alone(features: int, bad: float) -> None:
         alone(lambda x: products.matmul(x.float(), weight.float()))
 
 
+@pytest.mark.parametrize("features", [7, 40])
+def test_results_are_contiguous_whatever_they_were_padded_to(features: int) -> None:
+    """As their fakes say, by which compiled code reads them."""
+    x = drawn(40, features).bfloat16()
+    weight = drawn(features, features, seed=1).bfloat16()
+    assert products.linear(x, weight, None).is_contiguous()
+    assert products.multiply(x, weight, x[0]).is_contiguous()
+    assert products.matmul(x.view(4, 10, -1), weight).is_contiguous()
+    module = build(embed_dim=features, num_heads=1, dtype=torch.bfloat16)
+    module.start_streams(3)
+    with use_backend("torch"), torch.no_grad():
+        assert module.forward_step(x[:3]).is_contiguous()
+        assert module.forward_steps(x[:12].view(3, 4, -1)).is_contiguous()
+
+
 @pytest.mark.parametrize("sizes", [(40, 16, 9), (17, 32, 33), (1, 80, 16)], ids=str)
 def test_gradients_that_are_not_finite_stay_alone(sizes: tuple[int, int, int]) -> None:
     """Each within its row of the left, and within its matrix of the right."""

@@ -448,6 +448,23 @@ def test_clips_are_not_decided_again(trains, spelled, monkeypatch, backend):
                 differently()
 
 
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_mask_that_needs_a_gradient_gets_one_after_those_that_need_none(name, backend):
+    """Of which not every kernel knows one, though the weights need a gradient all the time."""
+    module = warm()
+    clip = clip_of(module)
+    mask = torch.randn(1 if name == "attn_mask" else N, EMBED)
+    for _ in range(3):
+        module.forward(clip, **{name: mask})
+    found = []
+    for each in (module, copy.deepcopy(module)):
+        given = mask.clone().requires_grad_()
+        each.forward(clip, **{name: given})[0].square().sum().backward()
+        found.append(given.grad)
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
 def test_what_surrounds_a_clip_is_seen(backend):
     module = warm()
     clip = clip_of(module)
@@ -581,6 +598,18 @@ def test_bad_clip_is_refused_as_the_first_would_be(bad, error, backend):
         module.forward(clip_of(module))
     with pytest.raises(error):
         module.forward(bad(clip_of(module)))
+
+
+@pytest.mark.parametrize("spelled", ["one", "apart"])
+def test_nothing_is_kept_of_the_token_of_a_single_step(spelled, backend):
+    module = build().eval()
+    module.start_streams(N)
+    token = torch.randn(N, EMBED)
+    kept = weakref.ref(token)
+    with torch.no_grad():
+        module.forward_step(*SPELLED[spelled](token))
+    del token
+    assert kept() is None
 
 
 def test_weights_passed_in_are_used(backend):
