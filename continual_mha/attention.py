@@ -464,11 +464,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         apart, masks = told_apart(query, key, value), (key_padding_mask, attn_mask)
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            given = apart + tuple(mask for mask in masks if mask is not None)
-            flags = (bool(need_weights), bool(average_attn_weights), bool(is_causal))
-            # None for one that is missing; nor have all kernels a gradient of masks
-            trained = tuple(getattr(mask, "requires_grad", None) for mask in masks)
-            kind = (*flags, trained, _which_are_one(apart))
+            given, trained = apart, None  # masks that train, of which not all kernels know how
+            if key_padding_mask is not None or attn_mask is not None:
+                given += tuple(mask for mask in masks if mask is not None)
+                trained = tuple(getattr(mask, "requires_grad", None) for mask in masks)
+            one = True if len(apart) == 1 else _which_are_one(*apart)
+            kind = (not need_weights, not average_attn_weights, not is_causal, trained, one)
             again = self._clip_repeats.get(kind)
             if again is not None and again.serves(self, given):
                 try:
@@ -889,11 +890,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
 
 
-def _which_are_one(apart: Sequence[Tensor]) -> tuple[bool, ...]:
-    """Which of query, key and value are, whether key and value are the query, and value the key."""
-    if len(apart) == 1:
-        return True, True, True
-    query, key, value = apart
+def _which_are_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[bool, ...]:
+    """Whether key and value are the query, and value the key."""
     return key is query, value is query, value is key
 
 

@@ -117,15 +117,16 @@ def check_weights(weights: Weights, shapes: Shapes) -> None:
     Raises:
         ValueError: a shape is not that of the module's sizes, or a device not the others'.
     """
-    where = weights.out_proj_weight.device
+    where = weights.out_proj_weight.get_device()
     for weight, (name, shape) in zip(weights, shapes, strict=True):
         if weight is None:
             continue
         if weight.shape != shape:
             raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
-        if weight.device != where:
+        if weight.get_device() != where:
+            device = weights.out_proj_weight.device
             raise ValueError(
-                f"{name} must be on {where} as out_proj.weight is, but is on {weight.device}"
+                f"{name} must be on {device} as out_proj.weight is, but is on {weight.device}"
             )
 
 
@@ -442,6 +443,8 @@ def merged_mask(
         ValueError: a shape or a device does not fit.
         TypeError: a mask is no tensor, or neither bool nor floating point.
     """
+    if key_padding_mask is None and attn_mask is None:
+        return None
     batch, length = key.shape[:2]
     merged = None
     if key_padding_mask is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import backends
 from .modes import needs_gradient
 
+_STRIDED = torch.strided
 # Where an answer came from: a namespace of a module, a name in it, and what was found. None is the
 # module's own, for who is kept there and held that would only be freed by the garbage collector.
 Found = tuple[Mapping[str, Any] | None, str, Any]
@@ -61,7 +62,7 @@ class Repeat:
         if len(given) != len(self._given):
             return False
         for x, (shape, dtype, device) in zip(given, self._given):  # noqa: B905  (slower)
-            if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+            if type(x) is not Tensor or x.layout is not _STRIDED or x.is_nested:
                 return False
             if x.shape != shape or x.dtype is not dtype or x.device != device:
                 return False
@@ -72,7 +73,8 @@ class Repeat:
         for get, name, thing in self._found:
             if get(name) is not thing:
                 return False
-        same = needs_gradient((*given, *self._weights)) is self._trains and self._unchanged()
+        trains = torch.is_grad_enabled() and needs_gradient((*given, *self._weights))
+        same = trains is self._trains and self._unchanged()
         prepare = self._prepare
         if same and prepare is not None:
             try:
