@@ -264,9 +264,12 @@ def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run | None:
     """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
 
     It is never another step that must be decided ``anew``: the library asks as in every call. None
-    where query, key and value are not one token.
+    where query, key and value are not one token, or it would hold a copy of a weight with its sign
+    yet to be changed, and not see it change.
     """
     if name == "ring_step_" and not is_shared(args[:3]):
+        return None
+    if any(isinstance(x, Tensor) and x.is_neg() for x in args):
         return None
     bound: int = getattr(torch.ops.continual_mha, f"cpu_bind_{name}")(*args)
     run = partial(cpu_function("bound_step_"), bound)

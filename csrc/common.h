@@ -117,14 +117,19 @@ inline OptionalTensor third(const OptionalTensor& packed, int64_t i) {
   return torch::stable::narrow(const_cast<Tensor&>(*packed), 0, i * rows, rows);
 }
 
+// Not what a wrapper that shards or offloads weights has freed.
+inline void check_stored(const Tensor& x, const char* op, const char* name) {
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  STD_TORCH_CHECK(bytes > 0 || x.numel() == 0, op, ": the storage of ", name, " has been freed");
+}
+
 inline void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name,
                   " has another dtype than the others");
   STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name,
                   " is on another device than the others");
-  int64_t bytes;  // none of what a wrapper that shards or offloads weights has freed
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
-  STD_TORCH_CHECK(bytes > 0 || x.numel() == 0, op, ": the storage of ", name, " has been freed");
+  check_stored(x, op, name);
 }
 
 // As Python writes it.
@@ -171,6 +176,7 @@ inline void check_shared(const Tensor& query, const Tensor& key, const Tensor& v
   const int64_t n = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t slots = key.size(1);
+  check_stored(query, op, "query");
   check_like(key, query, op, "key");
   check_like(value, query, op, "value");
   check_shape(key, {n, slots, query.size(2)}, op, "key");
@@ -209,6 +215,7 @@ inline void check_codes(const Tensor& ring, const char* op) {
   const ScalarType codes = ring.scalar_type();
   STD_TORCH_CHECK(codes == ScalarType::Char || codes == ScalarType::Byte, op,
                   ": a ring with scales must be int8 or uint8");
+  check_stored(ring, op, "a ring");
 }
 
 // A scale is (..., L, 1) beside a ring (..., L, D).
@@ -217,6 +224,7 @@ inline void check_scale(const Tensor& scale, const Tensor& ring, const char* op)
               scale.is_contiguous() && scale.dim() == ring.dim() && scale.size(ring.dim() - 1) == 1;
   for (int64_t i = 0; fits && i < ring.dim() - 1; ++i) fits = scale.size(i) == ring.size(i);
   STD_TORCH_CHECK(fits, op, ": a scale must be as its ring, but fp32 and with one feature");
+  check_stored(scale, op, "a scale");
 }
 
 inline void check_position(const Tensor& position, int64_t streams, const Tensor& like,
@@ -225,6 +233,7 @@ inline void check_position(const Tensor& position, int64_t streams, const Tensor
                       position.device() == like.device() && position.dim() == 1 &&
                       position.size(0) == streams && position.is_contiguous(),
                   op, ": position must be (", streams, ",) int64 beside the rings, contiguous");
+  check_stored(position, op, "position");
 }
 
 // Rings of codes have scales, and other rings the dtype of the ring of queries.
@@ -237,6 +246,7 @@ inline void check_scales(const Rings& rings, const char* op) {
     return;
   }
   check_codes(rings.k, op);
+  check_codes(rings.v, op);
   STD_TORCH_CHECK(rings.v.scalar_type() == rings.k.scalar_type() &&
                       rings.k.device() == rings.q.device() && rings.v.device() == rings.q.device(),
                   op, ": the rings differ in dtype or device");
@@ -250,6 +260,7 @@ inline RingSizes check_rings(const Rings& rings, const char* op) {
                   ": rings must be (N, H, L, D), (N, H, L, D) and (N, R, E)");
   const RingSizes s{rings.k.size(0), rings.k.size(1), rings.k.size(2), rings.k.size(3),
                     rings.q.size(1)};
+  check_stored(rings.q, op, "the ring of queries");
   check_scales(rings, op);
   STD_TORCH_CHECK(s.num_heads > 0 && s.length > 0 && s.head_dim > 0, op, ": a ring has no slot");
   for (int64_t i = 0; i < 4; ++i) {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import mmap
 import re
+import tempfile
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_as_exact_as_torch, build, draw_tokens
+from oracles import LENGTH, assert_as_exact_as_torch, build, draw_tokens
 from torch import Tensor
 
 import continual_mha
@@ -570,6 +573,39 @@ def test_update_false_gives_the_bits_of_update_true() -> None:
     assert torch.equal(updated, kept)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("position", [3, 13])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_step_without_update_writes_to_no_ring_for_a_moment(
+    delay: int, position: int, cache_dtype: torch.dtype | None
+) -> None:
+    """Which others may read meanwhile. Here the ring's memory cannot be written to at all."""
+    module = build(
+        query_index=-1 - delay, sequence_len=6, formulation="input", cache_dtype=cache_dtype
+    ).requires_grad_(False)
+    tokens = torch.randn(3, position + 1, module.embed_dim)
+    module.forward_steps(tokens[:, :-1])
+    held = []
+    for name in ("_ring_x", "_ring_x_scale"):
+        ring = getattr(module, name)
+        if ring is None:
+            continue
+        with tempfile.TemporaryFile() as file:
+            file.write(ring.view(torch.uint8).numpy().tobytes())
+            file.flush()
+            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        with warnings.catch_warnings(action="ignore"):  # that it cannot be written to
+            fixed = torch.frombuffer(memory, dtype=ring.dtype).view(ring.shape)
+        held.append((name, ring, fixed))
+    for name, _, fixed in held:
+        module._buffers[name] = fixed
+    peeked = module.forward_step(tokens[:, -1], update_state=False)
+    for name, ring, _ in held:
+        module._buffers[name] = ring
+    expected = module.forward_step(tokens[:, -1])
+    torch.testing.assert_close(peeked, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strides_of_the_tokens_do_not_matter(dtype: torch.dtype) -> None:
     native = torch.ops.continual_mha.cpu_ring_step_
@@ -985,6 +1021,25 @@ def test_a_weight_without_memory_is_refused(name: str, formulation: str) -> None
     for call in calls_of(module):
         with pytest.raises(RuntimeError, match="storage"):
             call()
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_tokens_and_rings_without_memory_are_refused(
+    formulation: str, cache_dtype: torch.dtype | None
+) -> None:
+    module = build(formulation=formulation, cache_dtype=cache_dtype).requires_grad_(False)
+    token, clip = torch.ones(2, module.embed_dim), torch.ones(2, 3, module.embed_dim)
+    for _ in range(LENGTH + 2):
+        module.forward_step(token)
+    ring = module._buffers["_ring_k" if formulation == "kv" else "_ring_x"]
+    one, many = lambda: module.forward_step(token), lambda: module.forward_steps(clip)
+    for freed, calls in ((token, [one]), (clip, [many]), (ring, [one, many])):
+        freed.untyped_storage().resize_(0)
+        for call in calls:
+            with pytest.raises(RuntimeError, match="storage"):
+                call()
+        freed.untyped_storage().resize_(freed.nbytes)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

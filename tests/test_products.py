@@ -57,6 +57,7 @@ SIZES = [
     (3, 2, 9, 40),
     (2, 35, 34, 65),
     (4, 6, 0, 5),
+    (None, 104, 0, 165),  # so many that AMX takes them in parts
     (0, 6, 2, 5),
 ]
 

@@ -338,10 +338,33 @@ def test_the_librarys_operators_refuse_what_does_not_fit_together() -> None:
         (1, ring[:, :, 1:]),
         (2, ring.double()),
         (16, found[0][1:]),
+        (16, found[0].double()),
         (17, found[1][1:]),
+        (17, found[1].double()),
         (18, found[2][1:]),
         (21, [True] * 10),
     ]
     for place, wrong in [(at + 3, x) for at, x in wrongs if at < 12] + of_gradients:
         with pytest.raises(RuntimeError, match="cpu_new_ring_steps"):
             backward(*back[:place], wrong, *back[place + 1 :])
+
+
+@pytest.mark.parametrize("kept", ["transposed", "wider"])
+def test_what_hooks_keep_of_saved_tensors_is_read_as_it_lies(kept: str) -> None:
+    """As those that compress or offload them."""
+    module = build()
+    x = torch.randn(STREAMS, 3 * LENGTH, module.embed_dim)
+    found = []
+    other = {
+        "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
+        # what is in the dtype of sums
+        "wider": lambda x: x.double() if x.shape[-1:] == (module.num_heads,) else x,
+    }
+    for unpack in (lambda x: x, other[kept]):
+        module.start_streams(STREAMS)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            out = module.forward_steps(x)
+            assert is_one_node(out)
+            found.append(torch.autograd.grad(out.square().sum(), module.parameters()))
+    for grad, expected in zip(*found, strict=True):
+        torch.testing.assert_close(grad, expected)

@@ -30,6 +30,7 @@ struct Clip {
     STD_TORCH_CHECK(heads > 0 && e % heads == 0, kOp, ": ", e, " features do not make ", heads,
                     " heads");
     d = e / heads;
+    check_stored(key, kOp, "key");
     check_like(asking, key, kOp, "query");
     check_like(values, key, kOp, "value");
     check_shape(asking, {n, e}, kOp, "query");

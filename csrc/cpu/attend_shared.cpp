@@ -58,6 +58,7 @@ SharedResults run_attend_shared(const Tensor& query, const Tensor& key, const Op
                                 const OptionalTensor& seed, double dropout_p, bool need_weights,
                                 bool blank) {
   check_shared(query, key, value.value_or(key), mask, sink, kOp);
+  STD_TORCH_CHECK(key.size(1) > 0, kOp, ": there is nothing to attend to");
   const DType dtype = dtype_of(query, kOp);
   const ScalarType acc = acc_type(dtype);
   const Tensor queries = as_rows(query);

@@ -102,6 +102,7 @@ struct Windows {
     STD_TORCH_CHECK(key.size(1) == tokens && value.size(1) == tokens, kOp,
                     ": query, key and value differ in their number of tokens");
     STD_TORCH_CHECK(0 <= first && first <= tokens, kOp, ": first must be in [0, ", tokens, "]");
+    check_stored(k_ring, kOp, "the ring of keys");
     check_like(v_ring, k_ring, kOp, "the ring of values");
     check_shape(v_ring, {n, k_ring.size(1), k_ring.size(2), k_ring.size(3)}, kOp,
                 "the ring of values");

@@ -115,8 +115,8 @@ const Projection& invariant_projection(DType dtype);
 
 // Whether PyTorch's products of bfloat16 that add up so many numbers do: on a processor with AMX,
 // in PyTorch 2.11 and 2.13, they read on into the next row where these are no multiple of 32, and
-// what is not finite there spoils this one. (Fewer than 32 it keeps apart, and the kernels take
-// those as well.)
+// what is not finite there spoils this one. (An even number below 32 it keeps apart, and the
+// kernels take those as well.)
 inline bool torch_keeps_rows_apart(int64_t inner) { return inner % 32 == 0; }
 
 // Whether PyTorch multiplies by the processor's own products of that dtype: those of bfloat16 are

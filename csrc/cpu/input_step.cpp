@@ -1,7 +1,6 @@
 // continual_mha::cpu_input_step_ and cpu_input_steps_: tokens of every stream, with rings of
 // inputs.
 #include <algorithm>
-#include <cstring>
 
 #include "bound.h"
 #include "host.h"
@@ -16,7 +15,6 @@ struct AskedTag {};
 struct ClipTag {};
 struct HeadsTag {};
 struct StepTag {};
-struct SlotsTag {};
 
 // What stays the same from call to call.
 struct InputCall {
@@ -41,6 +39,7 @@ void check(const InputCall& a, const Tensor& query) {
   STD_TORCH_CHECK(a.num_heads > 0 && e % a.num_heads == 0, a.op, ": ", e, " features do not make ",
                   a.num_heads, " heads");
   STD_TORCH_CHECK(0 <= a.delay && a.delay < a.x_ring.size(1), a.op, ": delay must be in [0, L)");
+  check_stored(query, a.op, "query");
   check_weights(a.weights, e, e, e, query, a.op);
   check_position(a.position, a.x_ring.size(0), query, a.op);
   STD_TORCH_CHECK(a.x_ring.is_cpu() && a.x_ring.is_contiguous(), a.op,
@@ -52,37 +51,6 @@ void check(const InputCall& a, const Tensor& query) {
   check_codes(a.x_ring, a.op);
   check_scale(*a.x_scale, a.x_ring, a.op);
 }
-
-// What is in the slots of the next tokens: taken first, and put back by the destructor.
-class Slots {
- public:
-  Slots(const InputStepParams& p, int64_t row_bytes) : p_(p), row_bytes_(row_bytes) {
-    saved_ = static_cast<char*>(scratch<SlotsTag>(p.streams * (row_bytes + 4)));
-    for (int64_t n = 0; n < p.streams; ++n) move(n, false);
-  }
-  ~Slots() {
-    for (int64_t n = 0; n < p_.streams; ++n) move(n, true);
-  }
-  Slots(const Slots&) = delete;
-  Slots& operator=(const Slots&) = delete;
-
- private:
-  void move(int64_t n, bool back) const {
-    const int64_t slot = n * p_.length + p_.position[n] % p_.length;
-    copy(static_cast<char*>(p_.x_ring) + slot * row_bytes_, saved_ + n * (row_bytes_ + 4),
-         row_bytes_, back);
-    if (p_.x_scale != nullptr) {
-      copy(p_.x_scale + slot, saved_ + n * (row_bytes_ + 4) + row_bytes_, 4, back);
-    }
-  }
-  static void copy(void* slot, void* saved, int64_t bytes, bool back) {
-    std::memcpy(back ? slot : saved, back ? saved : slot, static_cast<size_t>(bytes));
-  }
-
-  const InputStepParams& p_;
-  int64_t row_bytes_;
-  char* saved_;
-};
 
 // Everything but the tokens; `queries` is as many as will be computed at once.
 InputStepParams params_of(const InputCall& a, const InWeights& in, DType dtype, int64_t queries) {
@@ -160,30 +128,31 @@ void attend_to_clip(InputStepParams& p, const InputCall& a, const InWeights& in,
   p.out = heads;
 }
 
+Tensor run_many(const InputCall& a, const Tensor& query, int64_t first, bool in_its_slot);
+
 Tensor run(const InputCall& a, const Tensor& query, const OptionalTensor& active) {
   check(a, query);
   const int64_t n = a.x_ring.size(0);
   const int64_t e = a.x_ring.size(2);
   check_shape(query, {n, e}, a.op, "query");
   check_active(active, n, a.x_ring, a.op);
+  if (!a.update) {  // the ring must stay as it is, for others may read it
+    const Tensor out = run_many(a, torch::stable::view(as_contiguous(query), {n, 1, e}), 0, true);
+    return torch::stable::view(out, {n, e});
+  }
   const DType dtype = dtype_of(query, a.op);
   const RingDType ring = ring_dtype_of(a.x_ring, a.x_scale, dtype, a.op);
   Tensor out = new_like(query, {n, e});
   if (n == 0) return out;
   const InWeights in(a.weights);
   InputStepParams p = params_of(a, in, dtype, n);
-  if (a.update) {
-    attend_to_token(p, query, a, in, dtype, ring);
-  } else {
-    const Slots slots(p, e * (a.x_scale ? 1 : element_size(dtype)));
-    attend_to_token(p, query, a, in, dtype, ring);
-  }
+  attend_to_token(p, query, a, in, dtype, ring);
   project_out(tokens_of(p.out, true, n, e, invariant_projection(dtype), dtype), a.weights, out);
-  if (a.update) advance_positions(a.position, active);
+  advance_positions(a.position, active);
   return out;
 }
 
-Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
+Tensor run_many(const InputCall& a, const Tensor& query, int64_t first, bool in_its_slot) {
   STD_TORCH_CHECK(query.dim() == 3, a.op, ": tokens must be (N, T, E)");
   check(a, query);
   const int64_t n = a.x_ring.size(0);
@@ -203,6 +172,7 @@ Tensor run_many(const InputCall& a, const Tensor& query, int64_t first) {
   p.clip = kept(p.token, e, clip, dtype, ring, scratch<ClipTag>(kept_bytes(clip, ring)));
   p.tokens = clip.tokens;
   p.first = first;
+  p.in_its_slot = in_its_slot;
   attend_to_clip(p, a, in, dtype, ring);
   if (const int64_t count = n * (clip.tokens - first)) {
     const Tokens heads = tokens_of(p.out, true, count, e, invariant_projection(dtype), dtype);
@@ -255,7 +225,7 @@ Tensor input_steps(Tensor query, Tensor in_proj_weight, OptionalTensor in_proj_b
                        add_zero_attn,
                        dropout_p,
                        update};
-  return run_many(call, query, first);
+  return run_many(call, query, first, false);
 }
 
 // A step as the arguments describe it, for other tokens and masks.

@@ -195,17 +195,28 @@ struct Tile {
   int64_t ahead;  // as in mix_tile
 };
 
-// What a query sees, as stretches of rows: of a ring with its token in place the slots in use; else
-// the slots of its window up to the ring's end and from its beginning, and the tokens of the clip.
+// What a query sees, as stretches of rows: of a ring with its token in place the slots in use, or
+// those and the token among them; else the slots of its window up to the ring's end and from its
+// beginning, and the tokens of the clip.
 template <class R>
 class Window {
  public:
   Window(const InputStepParams& p, Query query) {
     const auto [n, token] = query;
     const int64_t position = p.position[n];
+    const int64_t used = min_of(position + 1, p.length);
+    begin_[0] = row_in_ring<R>(p, n, 0);
     if (p.clip.rows == nullptr) {
-      begin_[0] = row_in_ring<R>(p, n, 0);
-      count_[0] = min_of(position + 1, p.length);
+      count_[0] = used;
+      return;
+    }
+    if (p.in_its_slot) {
+      const int64_t slot = position % p.length;
+      count_[0] = slot;
+      begin_[1] = row_in_clip<R>(p, n, 0);
+      count_[1] = 1;
+      begin_[2] = row_in_ring<R>(p, n, 0).after(slot + 1, p.embed_dim);
+      count_[2] = used - slot - 1;
       return;
     }
     const int64_t oldest = max_of(token - p.length + 1, -position);

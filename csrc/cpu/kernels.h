@@ -200,6 +200,7 @@ struct InputStepParams : MovedParams {
   int64_t length;
   int64_t delay;
   int64_t group_heads;  // heads of one task
+  bool in_its_slot;     // whether the clip's one token is seen where the ring would hold it
 };
 
 // A vector of each head of each stream, (N, H, E*), whose features are next to each other.

@@ -41,6 +41,7 @@ struct Clip {
     const int64_t e = s.embed_dim();
     STD_TORCH_CHECK(e > 0 && s.length > 0, kOp, ": a ring has no slot");
     STD_TORCH_CHECK(0 <= first && first <= count, kOp, ": first must be in [0, ", count, "]");
+    check_ring(k_ring);
     check_ring(v_ring);
     for (const OptionalTensor& x : {OptionalTensor{query}, key, value}) {
       if (!x) continue;
@@ -134,9 +135,15 @@ Gradients new_ring_steps_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   const int64_t e = clip.embed_dim();
   check_like(grad_out, query, kOp, "grad_out");
   check_shape(grad_out, {s.streams, clip.wanted(), e}, kOp, "grad_out");
-  check_shape(projected, {s.streams * clip.count, 3 * e}, kOp, "projected");
-  check_shape(heads, {rows, e}, kOp, "heads");
+  check_matrix(projected, s.streams * clip.count, 3 * e, query, kOp, "projected");
+  check_matrix(heads, rows, e, query, kOp, "heads");
   check_shape(lse, {s.streams, clip.wanted(), s.num_heads}, kOp, "lse");
+  STD_TORCH_CHECK(lse.is_cpu(), kOp, ": lse is on another device than the others");
+  check_stored(lse, kOp, "lse");
+  // as they were made, but hooks of autograd may have had them in between
+  projected = as_contiguous(projected);
+  heads = as_contiguous(heads);
+  lse = *contiguous_acc(lse, acc_type(clip.dtype));
   for (const OptionalTensor& x : {grad_k_ring, grad_v_ring}) clip.check_ring(x);
   const OptionalTensor given[] = {
       query,         key,           value,        k_ring,          v_ring,       in_proj_weight,

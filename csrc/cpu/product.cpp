@@ -33,8 +33,8 @@ void multiply_rows(const ProductParams& p, int64_t batches, DType dtype) {
 void multiply_columns(const ProductParams& p, int64_t batches, const void* bias, DType dtype) {
   // what AMX takes of the left is laid out anew for each batch, in float32 in three parts
   const int64_t repays_packing = dtype == DType::kFloat32 ? 128 : 16;
-  const Projection& by =
-      p.columns < repays_packing ? kernels(dtype).of_rows : own_projection(dtype, p.rows);
+  const Projection& by = p.columns < repays_packing || p.inner == 0 ? kernels(dtype).of_rows
+                                                                    : own_projection(dtype, p.rows);
   const bool as_it_lies = p.scale == 1.0 && takes_as_they_lie(by, dtype, false, p.left_inner);
   const int64_t blocks = (p.columns + kRowBlock - 1) / kRowBlock;
   parallel(batches * blocks, kRowBlock * p.rows * p.inner, [&](int64_t begin, int64_t end) {

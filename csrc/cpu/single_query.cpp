@@ -20,6 +20,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const We
   const int64_t e = query.size(1);
   STD_TORCH_CHECK(num_heads > 0 && e % num_heads == 0, kOp, ": ", e, " features do not make ",
                   num_heads, " heads");
+  check_stored(query, kOp, "query");
   check_like(key, query, kOp, "key");
   check_like(value, query, kOp, "value");
   check_shape(key, {n, key.size(1), key.size(2)}, kOp, "key");

@@ -23,6 +23,7 @@ Tensor take_slots(Tensor ring, Tensor position, int64_t first, int64_t count) {
   STD_TORCH_CHECK(first >= 0 && 0 <= count && count <= slots, kOp, ": slots ", first, " to ",
                   first + count, " of ", slots);
   check_position(position, streams, ring, kOp);
+  check_stored(ring, kOp, "a ring");
   const Tensor kept = as_contiguous(ring);
   Tensor out = dim == 4 ? new_like(ring, {streams, groups, count, width})
                         : new_like(ring, {streams, count, width});
