@@ -186,6 +186,7 @@ class StreamPool:
         with torch.inference_mode(False), torch.no_grad():
             shape = (capacity, *token_shape)
             example = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self._device = example.device  # whichever GPU is the current one when it is used
             self._slots: _Slots = (
                 _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
             )

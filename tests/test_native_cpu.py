@@ -594,7 +594,8 @@ def test_a_step_without_update_writes_to_no_ring_for_a_moment(
             file.write(ring.view(torch.uint8).numpy().tobytes())
             file.flush()
             memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        with warnings.catch_warnings(action="ignore"):  # that it cannot be written to
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot be written to
             fixed = torch.frombuffer(memory, dtype=ring.dtype).view(ring.shape)
         held.append((name, ring, fixed))
     for name, _, fixed in held:
