@@ -211,6 +211,7 @@ class Window {
       return;
     }
     if (p.in_its_slot) {
+      as_they_lie_ = false;
       const int64_t slot = position % p.length;
       count_[0] = slot;
       begin_[1] = row_in_clip<R>(p, n, 0);
@@ -231,8 +232,8 @@ class Window {
     count_[2] = token + 1 - in_clip;
   }
 
-  // The next rows as acc: as they lie where they are that, else gathered in `memory`. None at the
-  // end.
+  // The next rows as acc: as they lie where they are that, else gathered in `memory`, as are those
+  // among which a token is: tiles of the same rows give the same bits. None at the end.
   template <class A>
   CMHA_INLINE Tile<A> next(int64_t features, A* memory) {
     Tile<A> tile{memory, 0, 0};
@@ -242,7 +243,9 @@ class Window {
       const InputRow<R> from = begin_[stretch_].after(done_, features);
       const int64_t rows = min_of(kTileSlots - tile.count, left);
       done_ += rows;
-      if constexpr (std::is_same_v<R, A>) return {from.row, rows, rows * features};
+      if constexpr (std::is_same_v<R, A>) {
+        if (as_they_lie_) return {from.row, rows, rows * features};
+      }
       for (int64_t l = 0; l < rows; ++l) {
         const InputRow<R> row = from.after(l, features);
         read_row(row.row, row.scale, features, memory + (tile.count + l) * features);
@@ -256,6 +259,7 @@ class Window {
  private:
   InputRow<R> begin_[3] = {};
   int64_t count_[3] = {};
+  bool as_they_lie_ = true;
   int stretch_ = 0;
   int64_t done_ = 0;  // rows of the stretch
 };
