@@ -61,11 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.resume:
         rows = records.read(folder)
         losers = {row["implementation"] for row in records.losers(rows, about)}
-        cases = [
-            case
-            for case in cases
-            if case not in records.finished(rows, about, names_in(case.mode, peers))
-        ]
+        done = {mode: records.finished(rows, about, names_in(mode, peers)) for mode in grid.MODES}
+        cases = [case for case in cases if case not in done[case.mode]]
     if not cases:
         print(f"nothing left to measure in {folder}")
         return

@@ -256,7 +256,7 @@ def _words(plan: dict[str, Any]) -> str:
 def choices(rows: Iterable[Row], timer: str = TIMERS[0]) -> list[Choice]:
     """For every case and formulation, what today's tables choose beside the fastest way."""
     found: dict[tuple[grid.Case, str], list[Row]] = {}
-    for row in rows:
+    for row in records.newest(rows):
         if row["kind"] == "way" and row["status"] == "ok" and row["timer"] == timer:
             found.setdefault((records.case_of(row), row["formulation"]), []).append(row)
     made = []

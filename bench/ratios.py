@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .grid import Case, place_of
-from .records import Row, case_of, same_machine, times
+from .records import Row, case_of, newest, times
 
 OURS = "ours"
 # In which order two implementations are compared: by the first timer that both have.
@@ -34,8 +34,7 @@ class Results:
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        rows = list(rows)
-        self.rows = [row for row in rows if same_machine(row, rows[-1].get("machine", {}))]
+        self.rows = newest(rows)
         self._times = times(self.rows)
         found = dict.fromkeys(case_of(row) for row in self._newest())
         self.cases: list[Case] = sorted(found, key=place_of)

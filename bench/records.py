@@ -92,6 +92,12 @@ def same_machine(row: Row, machine: dict[str, Any]) -> bool:
     return all(about.get(name) == machine.get(name) for name in _CONDITIONS)
 
 
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Those that were measured under the conditions of the last."""
+    rows = list(rows)
+    return [row for row in rows if same_machine(row, rows[-1].get("machine", {}))]
+
+
 def finished(
     rows: Iterable[Row], machine: dict[str, Any], implementations: Iterable[str] = ()
 ) -> set[Case]:

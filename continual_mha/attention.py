@@ -469,7 +469,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
                 given += tuple(mask for mask in masks if mask is not None)
                 trained = tuple(getattr(mask, "requires_grad", None) for mask in masks)
             one = True if len(apart) == 1 else _which_are_one(*apart)
-            kind = (not need_weights, not average_attn_weights, not is_causal, trained, one)
+            kind = (bool(need_weights), bool(average_attn_weights), bool(is_causal), trained, one)
             again = self._clip_repeats.get(kind)
             if again is not None and again.serves(self, given):
                 try:

@@ -117,16 +117,15 @@ def check_weights(weights: Weights, shapes: Shapes) -> None:
     Raises:
         ValueError: a shape is not that of the module's sizes, or a device not the others'.
     """
-    where = weights.out_proj_weight.get_device()
+    where = weights.out_proj_weight.device
     for weight, (name, shape) in zip(weights, shapes, strict=True):
         if weight is None:
             continue
         if weight.shape != shape:
             raise ValueError(f"{name} must have the shape {shape}, but got {tuple(weight.shape)}")
-        if weight.get_device() != where:
-            device = weights.out_proj_weight.device
+        if weight.device != where:
             raise ValueError(
-                f"{name} must be on {device} as out_proj.weight is, but is on {weight.device}"
+                f"{name} must be on {where} as out_proj.weight is, but is on {weight.device}"
             )
 
 

@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modes import active_streams
+from .modes import active_streams, is_plain
 from .streams import all_or_as_before, stateful_modules
 
 _WARM_UP_RUNS = 3
 _capturing = threading.Lock()  # torch waits for the device first, which no capture there bears
+
+
+def _parts_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int | None]]:
+    """What a stateful module has: the namespace where it is, its name, itself, and for a weight the
+    memory, which may become another behind the parameter."""
+    for owner in module.modules():
+        for parts in (owner._modules, owner._buffers, owner._parameters):
+            for name, part in parts.items():
+                if part is not None:
+                    weight = parts is owner._parameters and is_plain(part)  # type: ignore[arg-type]
+                    yield parts, name, part, part.data_ptr() if weight else None  # type: ignore
 
 
 @contextmanager
@@ -35,7 +46,8 @@ class GraphedStep:
     its own, replays the graph, and returns a buffer of its own, which the next call overwrites. The
     module's state advances as if ``forward_step`` had been called; ``model.reset`` works between
     replays. What replaces tensors rather than write to them ends the graph's use: ``set_state``,
-    ``clean_state``, ``to``, another batch size. Weights may be changed in place.
+    ``clean_state``, ``to``, another batch size. Weights may be changed in place. Where modules that
+    keep no streams get others, as from ``load_state_dict(assign=True)``, it goes on with the old.
 
     Args:
         model: a module on a CUDA device, built of modules with this package's state, whose
@@ -71,13 +83,10 @@ class GraphedStep:
                 module.start_streams(len(example))
             self._output = self._capture()
             self.active.fill_(True)
-        # what the graph reads and writes: parts that a module replaces, and weights that it moves
-        self._captured = [
-            (module._buffers, name, part)
-            for module in self._stateful
-            for name, part in module._buffers.items()
-        ]
-        self._weights = [(weight, weight.data_ptr()) for weight in model.parameters()]
+            # All that the graph reads stays where it is, as long as the graph does.
+            self._memory = [x.detach() for x in (*model.parameters(), *model.buffers())]
+            # Of the stateful modules it is asked in each call whether it is still theirs.
+            self._captured = [part for module in self._stateful for part in _parts_of(module)]
 
     def _step(self) -> Tensor:
         output: Tensor = self._model.forward_step(self._tokens)  # type: ignore[operator]
@@ -116,15 +125,15 @@ class GraphedStep:
         Raises:
             ValueError: another shape or device.
             TypeError: another dtype, or no tensor.
-            RuntimeError: the state was replaced or weights moved since the capture.
+            RuntimeError: the state or a weight beside it was replaced since the capture.
         """
         self._check(tokens)
-        replaced = any(parts[name] is not part for parts, name, part in self._captured)
-        if replaced or any(weight.data_ptr() != at for weight, at in self._weights):
-            raise RuntimeError(
-                "the state or a weight was replaced since the capture (by set_state, clean_state "
-                "or to); make a new GraphedStep"
-            )
+        for parts, name, part, at in self._captured:
+            if parts[name] is not part or (at is not None and part.data_ptr() != at):
+                raise RuntimeError(
+                    "the state or a weight was replaced since the capture (by set_state, "
+                    "clean_state or to); make a new GraphedStep"
+                )
         self._tokens.copy_(tokens.detach())
         self._graph.replay()
         return self._output

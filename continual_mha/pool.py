@@ -198,7 +198,8 @@ class StreamPool:
         self._streams: dict[int, _Stream] = {}
         self._next_id = 0
         self._stepping = threading.Lock()  # whoever holds it may touch the model; taken first
-        self._last_stream: Any = None  # of CUDA, that touched it last
+        self._last_stream: Any = None  # of CUDA, that touched it last: this thread's, for now
+        self._follow()
         self._changed = threading.Condition()  # guards all the books
         self._times: deque[float] = deque(maxlen=history)
         self._ticks = self._tokens = 0

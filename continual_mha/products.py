@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import is_transformed
+from .modes import is_transformed, needs_gradient
 from .precision import autocast_dtype
 
 Multiply = Callable[..., Tensor]  # as ``multiply``
@@ -30,16 +30,32 @@ def _lacking(x: Tensor, features: int) -> int:
     """
     if x.device.type != "cpu" or (autocast_dtype("cpu") or x.dtype) != torch.bfloat16:
         return 0
-    if isinstance(features, torch.SymInt):  # never 0, which would be asked of every number of them
+    if torch.compiler.is_compiling() and not _is_fixed(features):
+        # never 0, or compiled code would hold for that number or for all others
         return _TILE_FEATURES - features % _TILE_FEATURES
     return -features % (_TILE_FEATURES if features > _TILE_FEATURES else 2)
+
+
+def _is_fixed(size: int) -> bool:
+    """Whether what is compiled is for this size alone."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
+def _behind(left: Tensor, right: Tensor, columns: int) -> tuple[int, int]:
+    """Zeros behind what a product sums up, and behind what the gradient of its left does."""
+    inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
+    if outer and not (needs_gradient((left, right)) or is_transformed()):
+        outer = 0
+    return inner, outer
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, in which, and in whose gradient, no row of ``x`` reaches another."""
     columns = weight.shape[0]
-    inner, outer = _lacking(x, x.shape[-1]), _lacking(x, columns)
-    if inner == outer == 0:
+    inner, outer = _behind(x, weight, columns)
+    if inner == 0 and outer == 0:
         return F.linear(x, weight, bias)
     bias = None if bias is None else F.pad(bias, (0, outer))
     found = F.linear(F.pad(x, (0, inner)), F.pad(weight, (0, inner, 0, outer)), bias)
@@ -66,8 +82,8 @@ def multiply(
     in_steps = (bias is not None or scale != 1.0) and is_transformed()
     product = _in_steps if in_steps else _at_once
     columns = right.shape[-1]
-    inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
-    if inner == outer == 0:
+    inner, outer = _behind(left, right, columns)
+    if inner == 0 and outer == 0:
         return product(left, right, bias, scale)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     bias = None if bias is None else F.pad(bias, (0, outer))
@@ -79,8 +95,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     gradient; and in that of the right no matrix.
     """
     columns = right.shape[-1]
-    inner, outer = _lacking(left, left.shape[-1]), _lacking(left, columns)
-    if isinstance(inner, int) and isinstance(outer, int) and inner == outer == 0:
+    inner, outer = _behind(left, right, columns)
+    if inner == 0 and outer == 0:
         return torch.matmul(left, right)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     return torch.matmul(left, right)[..., :columns].contiguous()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .modes import has_numbers, how_stored, is_plain
+from .modes import has_numbers, how_stored, is_plain, is_transformed
 from .pages import zeros
 from .quantized import STORED_AS
 
@@ -198,7 +198,9 @@ def _over_slots(mask: Tensor, part: Tensor) -> Tensor:
 
 def detach(state: State) -> Any:
     """The same memory, cut from the graph that made it."""
-    return rebuilt(state, (part.detach() if part.requires_grad else part for part in state[:-1]))
+    follows = is_transformed()  # which ``requires_grad`` need not tell
+    parts = (x.detach() if follows or x.requires_grad else x for x in state[:-1])
+    return rebuilt(state, parts)
 
 
 def forget(state: State, streams: Tensor, in_place: bool) -> Any:

@@ -77,6 +77,14 @@ def test_newest_time_of_a_way_counts():
     assert found.loss == pytest.approx(10 / 9)
 
 
+def test_times_of_other_sources_do_not_count():
+    usual, other = choices.ways(TINY, "kv")[:2]
+    old, new = ({"machine": {"sources": name}} for name in ("old", "new"))
+    rows = [row(other, 10.0) | old, row(usual, 20.0) | new, row(other, 25.0) | new]
+    (found,) = choices.choices(rows)
+    assert found.loss == pytest.approx(1.0)
+
+
 def test_report_says_how_many_choices_lose(tmp_path, capsys):
     usual, other = choices.ways(TINY, "kv")[:2]
     records.append(tmp_path, [row(usual, 12.0), row(other, 10.0)], records.CHOICES)

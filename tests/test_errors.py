@@ -617,3 +617,17 @@ def test_unknown_backend_is_refused():
 
     with pytest.raises(ValueError, match="nonesuch"), continual_mha.use_backend("nonesuch"):
         pass
+
+
+@pytest.mark.parametrize("name", ["q_proj_weight", "in_proj_bias"])
+@pytest.mark.parametrize("way", ["forward", "forward_step", "forward_steps"])
+def test_weight_that_is_not_where_the_others_are_is_refused(way, name):
+    """As one without memory, which an incomplete load left on the device meta."""
+    module = build(**ARGUMENTS)
+    query, key, value = tokens()
+    if way != "forward_step":
+        query, key, value = (x.unsqueeze(1).expand(-1, L, -1) for x in (query, key, value))
+    weight = module.get_parameter(name)
+    setattr(module, name, torch.nn.Parameter(weight.to("meta")))
+    with pytest.raises(ValueError, match=rf"{name} must be on cpu .* but is on meta"):
+        getattr(module, way)(query, key, value)

@@ -38,6 +38,7 @@ from bench import (
     timing,
 )  # fmt: skip
 from bench.grid import Case
+from continual_mha import graphs
 from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels import launch as launcher
 from continual_mha.triton_kernels import project, ring_step, ring_steps
@@ -138,10 +139,9 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
 
 
 def test_step_is_captured_on_another_stream_of_its_device_than_ran_it_first(kernels, monkeypatch):
-    """So that what libraries keep for a stream comes from the graph's memory."""
-    """That stream is the device's; torch's own for captures is that of the first device asked.
-
-    And a capture may go wrong by what its own thread does, not by one that serves beside it.
+    """What libraries keep for a stream is to come from the graph's memory; torch's own stream for
+    captures is that of the first device asked. And a capture may go wrong by what its own thread
+    does, not by one that serves beside it.
     """
     used, modes = [], []
     on, captured = torch.cuda.stream, torch.cuda.graph
@@ -195,7 +195,26 @@ def test_autocast_keeps_no_copies_of_weights_for_a_graph_to_read(kernels, monkey
     assert torch.is_autocast_cache_enabled()
 
 
-@pytest.mark.parametrize("moved", ["half", "weight", "set_state"])
+MOVES = {
+    "half": lambda module: module.half(),
+    "weight": lambda module: setattr(
+        module.in_proj_weight, "data", module.in_proj_weight.data.clone()
+    ),
+    "set_state": lambda module: module.set_state(module.get_state()),
+    "assigned": lambda module: module.load_state_dict(build().state_dict(), assign=True),
+    "output projection": lambda module: setattr(module, "out_proj", torch.nn.Linear(12, 12)),
+}
+
+
+def test_a_graph_that_fails_last_leaves_the_streams(kernels, monkeypatch):
+    module, _ = modules("kv")
+    monkeypatch.setattr(graphs, "_parts_of", lambda module: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        co.GraphedStep(module, draw_tokens(module, 3, 1)[0][:, 0])
+    assert module.get_state() is None
+
+
+@pytest.mark.parametrize("moved", MOVES)
 def test_graph_is_not_replayed_over_what_moved(moved, kernels):
     module, twin = modules("kv")
     tokens = draw_tokens(module, 3, 1)[0][:, 0]
@@ -207,12 +226,7 @@ def test_graph_is_not_replayed_over_what_moved(moved, kernels):
         module.out_proj.weight.mul_(2)
         twin.out_proj.weight.mul_(2)
     assert torch.equal(graphed(tokens), twin.forward_step(tokens))
-    if moved == "half":
-        module.half()
-    elif moved == "weight":
-        module.in_proj_weight.data = module.in_proj_weight.data.clone()
-    else:
-        module.set_state(module.get_state())
+    MOVES[moved](module)
     with pytest.raises(RuntimeError, match="replaced"):
         graphed(tokens)
 
@@ -337,15 +351,18 @@ def test_pool_puts_the_streams_of_its_threads_in_order(cuda, monkeypatch):
         def wait_stream(self, other):
             log.append(f"{self.name} waits for {other.name}")
 
-    log, here = [], [Stream("first")]
+    log, here = [], [Stream("builder")]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: here[0])
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda x, stream: log.append(f"{stream.name} reads")
     )
-    first, pusher, ticker = here[0], Stream("pusher"), Stream("ticker")
+    first, pusher, ticker = Stream("first"), Stream("pusher"), Stream("ticker")
     with co.use_backend("torch"):
         pool = co.StreamPool(build(), 2, (12,))
+        here[0] = first
         streams = [pool.open(), pool.open()]
+        assert log == ["first waits for builder"]
+        log.clear()
         pool.push(streams[0], torch.ones(12))
         pool.tick()
         assert log == []  # all on one stream

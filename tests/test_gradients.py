@@ -12,6 +12,7 @@ from oracles import (
     build,
     draw_tokens,
     run_steps,
+    seeded,
     stack,
     step_through,
     to_layout,
@@ -284,6 +285,30 @@ def test_detach_state_truncates_the_gradient_and_keeps_the_numbers(later_at_once
     assert (got[0][:, :cut] == 0).all()
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_detach_state_truncates_what_transforms_follow(formulation):
+    """Where tensors need not say that they need a gradient."""
+    module = build(formulation=formulation).double().requires_grad_(False)
+    x = draw_tokens(module, 2, LENGTH + 1)[0]
+    along = torch.randn(x.shape, generator=seeded(3), dtype=x.dtype)
+
+    def last(x):
+        module.clean_state()
+        for token in x[:, :-1].unbind(1):
+            module.forward_step(token)
+        module.detach_state()
+        return module.forward_step(x[:, -1]).sum()
+
+    known = x.clone().requires_grad_()
+    expected = torch.autograd.grad(last(known), known)[0]
+    assert not expected[:, :-1].any()
+    many = torch.stack([x, x]).requires_grad_()
+    batched = torch.autograd.grad(torch.func.vmap(last)(many).sum(), many)[0]
+    torch.testing.assert_close(batched, torch.stack([expected] * 2))
+    derivative = torch.func.jvp(last, (x,), (along,))[1]
+    torch.testing.assert_close(derivative, (expected * along).sum())
 
 
 def test_detach_state_does_not_cut_the_graph_of_earlier_outputs():
