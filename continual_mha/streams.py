@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
-from .modes import has_numbers
+from .modes import has_numbers, is_transformed
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
@@ -87,8 +87,11 @@ class StatefulStreams(nn.Module):
     def _comes_again(self, kind: Any, given: Sequence[Tensor]) -> bool:
         """Whether the last call of this kind that was decided had such tensors too.
 
-        Only then it pays to keep how: clips of changing lengths would be kept in vain.
+        Only then it pays to keep how: clips of changing lengths would be kept in vain, and so would
+        all that is traced or transformed.
         """
+        if is_transformed():
+            return False
         now = ([x.shape for x in given], torch.is_grad_enabled())
         before = self._last_shapes.get(kind)
         self._last_shapes[kind] = now
