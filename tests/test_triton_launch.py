@@ -162,14 +162,20 @@ def test_what_spills_whatever_it_gets_is_launched_as_it_spills_least(
     assert kernel.calls[-2:] == ["compile", "run"]
 
 
+def launched(kernel: StandIn, fixed: torch.Tensor, varying: torch.Tensor) -> module.Relaunch:
+    """A launch that was made, for other tensors in the second place."""
+    with record() as launches:
+        launch(kernel, (1, 1, 1), (fixed, varying), constants_of(1), num_warps=4)
+    [made] = launches
+    launch(made.kernel, made.grid, (fixed, varying), made.constants, num_warps=4)
+    again = module.relaunch(made, vary=(1,))
+    assert again is not None
+    return again
+
+
 def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: StandIn) -> None:
     weight, token = torch.zeros(4, 4), torch.zeros(4)
-    constants = constants_of(1)
-    launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
-    with record() as launches:
-        launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
-    again = module.relaunch(*launches, vary=(1,))
-    assert again is not None
+    again = launched(kernel, weight, token)
     assert again(token)
     weight.data = weight.data.t()
     assert not again(token)
@@ -179,12 +185,7 @@ def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: 
 def test_a_launch_is_not_repeated_with_a_tensor_of_another_shape(kernel: StandIn) -> None:
     """As of a part of a weight, where the others are elsewhere at times."""
     weight, token = torch.zeros(4, 4), torch.zeros(4)
-    constants = constants_of(1)
-    launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
-    with record() as launches:
-        launch(kernel, (1, 1, 1), (weight, token), constants, num_warps=4)
-    again = module.relaunch(*launches, vary=(1,))
-    assert again is not None
+    again = launched(kernel, weight, token)
     for other in (weight.data[:2], weight.data.view(2, 8), weight.data.half()):
         weight.data = other
         assert not again(token)
@@ -229,24 +230,17 @@ def test_a_launch_is_repeated_on_the_device_of_its_tensors(
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    kernel, constants, again = There(), constants_of(1), []
-    for gpu in (0, 1):
-        launch(kernel, (1, 1, 1), (on_gpu(gpu), on_gpu(gpu)), constants, num_warps=4)
-        with record() as launches:
-            launch(kernel, (1, 1, 1), (on_gpu(gpu), on_gpu(gpu)), constants, num_warps=4)
-        again.append(module.relaunch(*launches, vary=(1,)))
+    kernel = There()
+    again = [launched(kernel, on_gpu(gpu), on_gpu(gpu)) for gpu in (0, 1)]
     for current[0] in (0, 1):
         for gpu, repeat in enumerate(again):
-            assert repeat is not None
             kernel.last = ()
             assert repeat(on_gpu(gpu))
             ran_on.append((gpu, loaded_on[kernel.ran], *(x.gpu for x in kernel.last[:2])))
             assert not repeat(on_gpu(1 - gpu))
     assert ran_on == [(0,) * 4, (1,) * 4] * 2
-    moved = again[0]
-    assert moved is not None
-    moved._fixed[0][0].gpu = 1
-    assert not moved(on_gpu(0))
+    again[0]._fixed[0][0].gpu = 1  # type: ignore[attr-defined]
+    assert not again[0](on_gpu(0))
 
 
 def test_an_unaligned_pointer_never_meets_code_compiled_for_aligned_ones(kernel: StandIn) -> None:
