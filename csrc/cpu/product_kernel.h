@@ -19,10 +19,12 @@ ProductBlock product_block(const ProductParams& p) {
   return few ? ProductBlock{32, 256} : ProductBlock{kMostProductRows, 128};
 }
 
-// Rows of the right that stay in the first-level cache.
+// Rows of the right that stay in the first-level cache, of which processors without AVX-512 have 32
+// KB.
 template <class S>
 CMHA_INLINE int64_t inner_of(const ProductBlock& block) {
-  return (32 << 10) / (block.columns * int64_t{sizeof(S)});
+  constexpr int64_t kBytes = kTileVectors == 16 ? 32 << 10 : 16 << 10;
+  return kBytes / (block.columns * int64_t{sizeof(S)});
 }
 
 template <class S>

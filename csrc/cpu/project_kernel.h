@@ -70,61 +70,98 @@ CMHA_INLINE void project_tile(const ProjectParams& p, int64_t row, int64_t stret
   }
 }
 
+// f(stream, Int<c>, whether they are the last) for groups of c <= kMost streams, as even as can be,
+// that make up [begin, end).
+template <int kMost, class F>
+CMHA_INLINE void in_even_groups(int64_t begin, int64_t end, const F& f) {
+  static_assert(kMost == 4 || kMost == 5);
+  int64_t groups = (end - begin + kMost - 1) / kMost;
+  for (; begin < end; --groups) {
+    const int64_t count = (end - begin + groups - 1) / groups;
+    if (kMost == 5 && count == 5) f(begin, Int<kMost>{}, groups == 1);
+    if (count == 4) f(begin, Int<4>{}, groups == 1);
+    if (count == 3) f(begin, Int<3>{}, groups == 1);
+    if (count == 2) f(begin, Int<2>{}, groups == 1);
+    if (count == 1) f(begin, Int<1>{}, groups == 1);
+    begin += count;
+  }
+}
+
 // The streams [first, last) against rows [begin, end) of the weight, in tiles of kRows by kColumns
-// at most. The first to pass a tile wait for it; the last, if those are others, ask for the next.
+// at most: a tile's rows stay in the first-level cache while streams pass. The first to pass a tile
+// wait for it; the last, if those are others, ask for the next.
 template <int kRows, int kColumns, class S, class X, class O>
 CMHA_INLINE void project_streams(const ProjectParams& p, int64_t begin, int64_t end, int64_t first,
                                  int64_t last) {
   const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
     constexpr int kCount = decltype(tag)::value;
-    int64_t groups = (last - first + kColumns - 1) / kColumns;
-    for (int64_t n = first; n < last; --groups) {
-      const int64_t count = (last - n + groups - 1) / groups;  // as even as can be
-      const bool asks = groups == 1 && n > first;
-      const auto pass = [&](auto streams) __attribute__((always_inline)) {
-        constexpr int kC = decltype(streams)::value;
-        if (kC > 2 && asks) {
-          project_tile<S, X, O, kCount, kC, (kC > 2)>(p, row, stretch, n);
-        } else {
-          project_tile<S, X, O, kCount, kC, false>(p, row, stretch, n);
-        }
-      };
-      if (kColumns == 5 && count == 5) pass(Int<kColumns>{});
-      if (count == 4) pass(Int<4>{});
-      if (count == 3) pass(Int<3>{});
-      if (count == 2) pass(Int<2>{});
-      if (count == 1) pass(Int<1>{});
-      n += count;
-    }
+    const auto pass = [&](int64_t n, auto streams, bool are_last) __attribute__((always_inline)) {
+      constexpr int kC = decltype(streams)::value;
+      if (kC > 2 && are_last && n > first) {
+        project_tile<S, X, O, kCount, kC, (kC > 2)>(p, row, stretch, n);
+      } else {
+        project_tile<S, X, O, kCount, kC, false>(p, row, stretch, n);
+      }
+    };
+    in_even_groups<kColumns>(first, last, pass);
   };
   tiles_of_rows<kRows>(begin, end, tile);
 }
 
-// Tasks are blocks of kRowBlock rows. A tile of rows stays in the first-level cache while streams
-// pass by, as many as stay in the second level's: so weights are read once per call where those are
-// all, and else far less often than the streams would be. Six rows multiply faster than four, but
-// few streams wait for weights, for six rows longer, and long rows are too many for the cache.
+// All streams against rows [begin, end), the other way round: a tile's streams stay in the
+// first-level cache while rows pass, a block of them that stays in the second level's.
 template <class S, class X, class O>
-void project(const ProjectParams& p, int64_t begin, int64_t end) {
+CMHA_INLINE void project_blocks(const ProjectParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kBlockBytes = 128 << 10;
+  constexpr int kSums = 12;  // of a tile, with 16 registers
+  const int64_t row_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(S)};
+  const int64_t block = max_of(kBlockBytes / row_bytes / kSums, int64_t{1}) * kSums;
+  for (; begin < end; begin += block) {
+    const int64_t stop = min_of(begin + block, end);
+    const auto pass = [&](int64_t n, auto streams, bool) __attribute__((always_inline)) {
+      constexpr int kC = decltype(streams)::value;
+      const auto tile = [&](int64_t row, int64_t stretch, auto tag) __attribute__((always_inline)) {
+        project_tile<S, X, O, decltype(tag)::value, kC, false>(p, row, stretch, n);
+      };
+      tiles_of_rows<(kC == 1 ? 6 : kSums / kC)>(begin, stop, tile);
+    };
+    in_even_groups<4>(0, p.streams, pass);
+  }
+}
+
+// As many streams pass a tile of rows as stay in the second-level cache: so weights are read once
+// per call where those are all, and else far less often than the streams would be. Six rows
+// multiply faster than four, but few streams wait for weights, for six rows longer, and long rows
+// are too many for the cache.
+template <class S, class X, class O>
+CMHA_INLINE void project_passes(const ProjectParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kFewStreams = 20;
   constexpr int64_t kLongRow = 4 << 10;
   constexpr int64_t kStreamBytes = 256 << 10;
   constexpr int64_t kLeastStreams = 64;  // to read all weights for
-  begin *= kRowBlock;
-  end = min_of(end * kRowBlock, p.rows);
   const int64_t row_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(X)};
   const int64_t most = max_of(kStreamBytes / row_bytes, kLeastStreams);
   const int64_t passes = (p.streams + most - 1) / most;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = p.streams * pass / passes;
     const int64_t last = p.streams * (pass + 1) / passes;
-    if constexpr (kTileVectors == 16) {
-      if (p.streams <= kFewStreams || row_bytes > kLongRow) {
-        project_streams<4, 5, S, X, O>(p, begin, end, first, last);
-        continue;
-      }
+    if (p.streams <= kFewStreams || row_bytes > kLongRow) {
+      project_streams<4, 5, S, X, O>(p, begin, end, first, last);
+    } else {
+      project_streams<6, 4, S, X, O>(p, begin, end, first, last);
     }
-    project_streams<6, 4, S, X, O>(p, begin, end, first, last);
+  }
+}
+
+// Tasks are blocks of kRowBlock rows.
+template <class S, class X, class O>
+void project(const ProjectParams& p, int64_t begin, int64_t end) {
+  begin *= kRowBlock;
+  end = min_of(end * kRowBlock, p.rows);
+  if constexpr (kTileVectors == 16) {
+    project_passes<S, X, O>(p, begin, end);
+  } else {  // tiles of half as many registers leave no time to fetch streams for each
+    project_blocks<S, X, O>(p, begin, end);
   }
 }
 

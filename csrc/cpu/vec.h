@@ -211,6 +211,31 @@ CMHA_INLINE FVec load_partial(const float* p, int64_t count) {
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
   return bit_cast<FVec>(_mm256_maskload_ps(p, mask));
 }
+
+CMHA_INLINE DVec load_partial(const double* p, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+  return bit_cast<DVec>(
+      _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes)));
+}
+
+// By pairs, for which there is a mask, and the odd one by itself.
+template <class S>
+CMHA_INLINE FVec load_half_part(const S* p, int64_t count) {
+  const __m128i mask =
+      _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count / 2)), _mm_setr_epi32(0, 1, 2, 3));
+  __m128i bits = _mm_maskload_epi32(reinterpret_cast<const int*>(p), mask);
+  if (count % 2 != 0) {
+    const auto last = static_cast<short>(count - 1);
+    const __m128i here =
+        _mm_cmpeq_epi16(_mm_set1_epi16(last), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m128i odd = _mm_set1_epi16(bit_cast<short>(p[last]));
+    bits = _mm_or_si128(bits, _mm_and_si128(here, odd));
+  }
+  return load(reinterpret_cast<const S*>(&bits));
+}
+
+CMHA_INLINE FVec load_partial(const BFloat16* p, int64_t count) { return load_half_part(p, count); }
+CMHA_INLINE FVec load_partial(const Float16* p, int64_t count) { return load_half_part(p, count); }
 #endif
 
 template <class A>
