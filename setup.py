@@ -143,10 +143,11 @@ def cause_of(error: CompileError) -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities to build for; machine code for each, and PTX of the newest."""
+    """Compute capabilities to build for; machine code for each, and PTX of the last, the newest."""
     wanted = os.environ.get("CONTINUAL_MHA_CUDA_ARCHS")
     if wanted:
-        return wanted.replace(".", "").split(";")
+        named = {part.strip() for part in wanted.replace(".", "").split(";")} - {""}
+        return sorted(named, key=lambda arch: int("0" + re.sub(r"\D", "", arch)))
     known = run([nvcc, "--list-gpu-arch"]).split()
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import devices
+from .modes import constant_while_compiling
 from .reference import is_shared
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def why_not_cuda(name: str, *args: Any) -> str | None:
     """Why the CUDA library cannot run the operator ``name`` with these arguments, or None."""
     if not args[0].is_cuda:
         return "a tensor is not on a CUDA device"
-    if reason := devices.why_unfit(args[0].device):
+    device = args[0].device
+    if reason := devices.why_unfit(device) or _why_no_code(device):
         return reason
     if name == "ring_step_":
         return _why_not_cuda_step(args)
@@ -241,6 +243,24 @@ def _why_not_product(operands: tuple[Tensor | None, ...]) -> str | None:
     if any(x.dim() == 1 and not x.is_contiguous() for x in given):
         return "a bias is not contiguous"
     return None
+
+
+@constant_while_compiling
+def _why_no_code(device: torch.device) -> str | None:
+    """Why the CUDA library, which is loaded, does not run on this device; None if it does."""
+    if not torch.cuda.is_initialized():
+        return None
+    return _why_no_code_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _why_no_code_on(index: int) -> str | None:
+    why_not = ctypes.CDLL(str(library_path("cuda"))).continual_mha_cuda_why_not
+    why_not.restype = ctypes.c_char_p
+    reason: bytes = why_not(index)
+    if not reason:
+        return None
+    return f"the native library does not run there ({reason.decode()})"
 
 
 @cache

@@ -162,6 +162,20 @@ def is_transformed() -> bool:
     return transformed or _tracing_state() is not None
 
 
+def makes_program() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` makes a program of what is called.
+
+    It keeps what was written to buffers that were there before, and no others.
+    """
+    return _tracing_state() is not None or is_exporting()
+
+
+@constant_while_compiling
+def makes_onnx() -> bool:
+    """Whether that program goes to ONNX, which keeps nothing from one run to the next."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether its elements lie in memory by strides: neither sparse, nor nested, nor MKLDNN's."""
     return x.layout is torch.strided and not x.is_nested

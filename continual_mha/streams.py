@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
-from .modes import has_numbers, is_transformed
+from .modes import has_numbers, is_transformed, makes_onnx, makes_program
 from .repeat import Found, Repeat
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 
@@ -345,10 +345,13 @@ class StatefulStreams(nn.Module):
         return state
 
     def _store(self, state: State) -> None:
-        if state.clock is not self._clock:
-            self._clock = state.clock
         buffers = self._buffers
         parts = dict(zip(_BUFFERS[type(state)], state[:-1], strict=True))
+        if makes_program():
+            self._write(parts)
+            return
+        if state.clock is not self._clock:
+            self._clock = state.clock
         compiling, changed = torch.compiler.is_compiling(), False
         for name in _ALL_BUFFERS:
             part = parts.get(name)
@@ -360,6 +363,23 @@ class StatefulStreams(nn.Module):
                     buffers[name] = part
         if changed and (compiling or self._repeat is not None or self._many_repeat is not None):
             self._repeat = self._many_repeat = None
+
+    def _write(self, parts: dict[str, Tensor]) -> None:
+        """Write a state's parts to the buffers, in a program that another call shall go on from."""
+        if makes_onnx():
+            raise RuntimeError(
+                "an ONNX program keeps no streams from one run to the next; make it of a module "
+                "that takes a state and returns the next, by _forward_step(query, key, value, state)"
+            )
+        for name, part in parts.items():
+            before = self._buffers[name]
+            if before is None or before.shape != part.shape or before.dtype != part.dtype:
+                raise RuntimeError(
+                    "a program of steps goes on from the streams that it was made with, in their "
+                    f"shapes and dtypes, but {name} changes: call start_streams(batch_size) first"
+                )
+            if part is not before:
+                before.copy_(part.detach())
 
     def _where_state_is(self, of_its_own: bool) -> list[Found]:
         """All that says which state this is and who may write to it, and where that was found.

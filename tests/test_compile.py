@@ -376,6 +376,7 @@ class Call(torch.nn.Module):
         return getattr(self.module, self.way)(x)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("way", ["forward_step", "forward_steps"])
 @pytest.mark.parametrize(
@@ -383,18 +384,51 @@ class Call(torch.nn.Module):
     [{"query_index": 1}, {"formulation": "input"}, {"cache_dtype": torch.int8}],
     ids=["kv", "input", "8 bits"],
 )
-def test_exported_steps_hold_no_operator_of_this_package(arguments, way, strict):
+def test_exported_steps_hold_no_operator_of_this_package(arguments, way, strict, mode):
     module, twin = build(**arguments), build(**arguments)
     x = draw_tokens(module, 2, 4 * LENGTH)[0]
     taken = x.unbind(1) if way == "forward_step" else x.split(LENGTH, dim=1)
     with torch.no_grad():
         for each in (module, twin):
             each.forward_steps(x)
+    module.requires_grad_("cache_dtype" not in arguments)
+    with mode():
         program = torch.export.export(Call(module, way), (taken[0],), strict=strict)
-        run = program.module()
+    run = program.module()
+    with torch.no_grad():
         for tokens in taken:
             torch.testing.assert_close(run(tokens), getattr(twin, way)(tokens))
     assert own_operators(program.graph) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trained", [False, True])
+def test_traced_steps_go_on_from_the_streams_that_were_there(trained):
+    module, twin = build().requires_grad_(trained), build()
+    x = draw_tokens(module, 2, 2 * LENGTH)[0].unbind(1)
+    module.start_streams(2)
+    twin.start_streams(2)
+    traced = torch.jit.trace(Call(module, "forward_step"), (x[0],), check_trace=False)
+    with torch.no_grad():
+        twin.forward_step(x[0])
+        for token in x[1:]:
+            torch.testing.assert_close(traced(token), twin.forward_step(token))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_program_of_steps_is_refused_where_it_would_keep_no_streams(mode, monkeypatch):
+    # Torch leaves a hook of its own behind where an export raises.
+    hooks = "_global_buffer_registration_hooks"
+    monkeypatch.setattr(torch.nn.modules.module, hooks, OrderedDict())
+    module = build()
+    token = draw_tokens(module, 2, 1)[0][:, 0]
+    with mode(), pytest.raises(RuntimeError, match="start_streams"):
+        torch.export.export(Call(module, "forward_step"), (token,))
+    assert module.get_state() is None
+    module.start_streams(2)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with mode(), pytest.raises(RuntimeError, match=r"ONNX.*_forward_step"):
+        torch.export.export(Call(module, "forward_step"), (token,))
 
 
 @pytest.mark.skipif("cpu" not in backends.available(), reason="no kernel to insist on")

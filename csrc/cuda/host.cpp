@@ -3,7 +3,9 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <exception>
 #include <mutex>
+#include <string>
 
 namespace continual_mha::cuda {
 
@@ -51,17 +53,34 @@ const DeviceProperties& device_properties(int device) {
   static std::array<std::once_flag, kMaxDevices> known;
   STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "device index ", device, " is too large");
   std::call_once(known[device], [device] {
-    const auto read = [device](cudaDeviceAttr attribute) {
+    const auto where = [device] { return concat("device ", device); };
+    const auto read = [&](cudaDeviceAttr attribute) {
       int value = 0;
       check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute",
-                 [device] { return concat("device ", device); });
+                 where);
       return value;
     };
-    properties[device] = {read(cudaDevAttrMultiProcessorCount),
-                          read(cudaDevAttrComputeCapabilityMajor),
+    const DeviceScope scope(device);
+    cudaFuncAttributes code{};
+    const void* any = ring_step_kernel_for(Element::kFloat32, 1, Merge::kCounter);
+    check_cuda(cudaFuncGetAttributes(&code, any), "cudaFuncGetAttributes", where);
+    properties[device] = {read(cudaDevAttrMultiProcessorCount), code.ptxVersion,
                           read(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   });
   return properties[device];
 }
 
 }  // namespace continual_mha::cuda
+
+// For Python, through ctypes: why this library does not run on a device; empty if it does.
+extern "C" __attribute__((visibility("default"))) const char* continual_mha_cuda_why_not(
+    int device) {
+  static thread_local std::string reason;
+  reason.clear();
+  try {
+    continual_mha::cuda::device_properties(device);
+  } catch (const std::exception& error) {
+    reason = error.what();
+  }
+  return reason.c_str();
+}

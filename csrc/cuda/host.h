@@ -68,10 +68,11 @@ class DeviceScope {
 
 struct DeviceProperties {
   int multiprocessors;
-  int major;
+  int compiled_for;  // which compute capability this library's code for it, may be below its own
   int shared_bytes;  // that one block may have
 };
 
+// Throws where this library holds no code for the device.
 const DeviceProperties& device_properties(int device);
 
 // Lets blocks of a kernel have all the shared memory of the current device `device`. It is always

@@ -211,7 +211,7 @@ void launch_kernel(const void* kernel, const RingStepParams& p, int teams, bool 
 
 // Whether the blocks of a team form a cluster; `wanted` of them would fill the chip.
 bool use_cluster(const RingStepParams& p, const DeviceProperties& device, int streams, int wanted) {
-  if (device.major < 9 || p.projected[0] != nullptr) return false;
+  if (device.compiled_for < kClustersFrom || p.projected[0] != nullptr) return false;
   const bool long_window = p.sequence_len >= kLongWindow && wanted >= 2 * kMaxClusterBlocks;
   return streams > 1 || !long_window;
 }

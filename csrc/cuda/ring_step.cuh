@@ -723,14 +723,15 @@ struct RingStepBlock {
   }
 };
 
-// Machine code is made for what a target uses: counters before compute capability 9.0 and, from
-// there on, for few streams only; clusters from there on.
+// Machine code is made for what a target uses: counters below kClustersFrom and, from there on, for
+// few streams only; clusters from there on.
 template <typename T, int kStreams, Merge kMerge>
 __global__ void __launch_bounds__(kThreads, 2)
     ring_step_kernel(const __grid_constant__ RingStepParams params) {
 #ifdef __CUDA_ARCH__
-  constexpr bool kHasClusters = __CUDA_ARCH__ >= 900;
+  constexpr bool kHasClusters = __CUDA_ARCH__ >= 10 * kClustersFrom;
   constexpr bool kUsed = kMerge == Merge::kCluster ? kHasClusters : !kHasClusters || kStreams == 1;
+  if constexpr (!kUsed) __trap();  // rather than leave everything as it was without a word
 #else
   constexpr bool kUsed = true;
 #endif

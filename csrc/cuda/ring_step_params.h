@@ -14,6 +14,7 @@ enum class Merge {
   kCluster,  // a thread-block cluster, through distributed shared memory (from sm_90 on)
 };
 
+constexpr int kClustersFrom = 90;  // the compute capability to compile for
 constexpr int kStages = 4;
 constexpr int kMaxHeadDim = kWarpSize * kPack;
 

@@ -16,7 +16,7 @@ namespace cuda = continual_mha::cuda;
 
 namespace {
 
-cuda::DeviceProperties device{132, 9, 227 * 1024};
+cuda::DeviceProperties device{132, 90, 227 * 1024};
 int max_cluster = 16;
 int launches = 0;
 bool failing = false;
@@ -47,6 +47,20 @@ bool takes_outer_product(const void* kernel) {
     if (kernel == cuda::outer_product_kernel_for(static_cast<cuda::Element>(e))) return true;
   }
   return false;
+}
+
+// Whether the compiler has made machine code of a step's kernel: see ring_step_kernel.
+bool is_compiled(const void* kernel) {
+  for (int e = 0; e < 3; ++e) {
+    const auto kernel_for = [e](int streams, cuda::Merge merge) {
+      return cuda::ring_step_kernel_for(static_cast<cuda::Element>(e), streams, merge);
+    };
+    const bool clusters = device.compiled_for >= cuda::kClustersFrom;
+    if (kernel == kernel_for(1, cuda::Merge::kCluster)) return clusters;
+    if (kernel == kernel_for(4, cuda::Merge::kCluster)) return clusters;
+    if (kernel == kernel_for(4, cuda::Merge::kCounter)) return !clusters;
+  }
+  return true;
 }
 
 bool takes_attend_shared(const void* kernel) {
@@ -93,7 +107,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   if (ring_step) counters = counters_of(*static_cast<const cuda::RingStepParams*>(arguments[0]));
   const int shared_bytes = with_all_shared.count(kernel) ? device.shared_bytes : 48 * 1024;
   if (failing || config->dynamicSmemBytes > static_cast<size_t>(shared_bytes) ||
-      cluster > max_cluster || config->gridDim.x % cluster != 0) {
+      cluster > max_cluster || config->gridDim.x % cluster != 0 || !is_compiled(kernel)) {
     return cudaErrorInvalidValue;
   }
   if (takes_outer_product(kernel)) {
@@ -119,8 +133,8 @@ const DeviceProperties& device_properties(int) { return device; }
 extern "C" {
 
 // From now on operators see such a device; a failing one refuses every launch.
-void set_device(int multiprocessors, int major, int shared_bytes, bool fail) {
-  device = {multiprocessors, major, shared_bytes};
+void set_device(int multiprocessors, int compiled_for, int shared_bytes, bool fail) {
+  device = {multiprocessors, compiled_for, shared_bytes};
   failing = fail;
   emulation::machine().memory.clear();
 }
