@@ -49,6 +49,16 @@ _OWN_WEIGHTS = (
 )
 _ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
 _OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")  # what the weights fix
+# Arguments that attention of all queries does not have.
+_OF_SINGLE_OUTPUT = (
+    "query_index",
+    "forward_returns_attn_mask",
+    "embed_dim_second",
+    "single_output_forward",
+    "formulation",
+    "cache_dtype",
+    "batch_invariant",
+)
 # Arguments that are checked together.
 _CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 
@@ -287,8 +297,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> SingleOutputMultiheadAttention:
         """A module with a copy of the weights and arguments of ``module``; ``kwargs`` override.
 
-        A weight that is parametrised or pruned is copied as it is at present. Those that a subclass
-        of this class adds stay as it made them.
+        Arguments are those of its class that this class has too, such as ``query_index`` of the
+        class of the same name in ``continual-inference``. A weight that is parametrised or pruned
+        is copied as it is at present. Those that a subclass of this class adds stay as it made
+        them.
 
         Raises:
             TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``, or has weights besides.
@@ -313,6 +325,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             "dtype": out_weight.dtype,
             "sequence_len": sequence_len,
         }
+        for name in _OF_SINGLE_OUTPUT:
+            held = "_formulation" if name == "formulation" else name  # not what streams made of it
+            if hasattr(module, held):
+                arguments[name] = getattr(module, held)
         built = cls(**{**arguments, **kwargs})
         found = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
         weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
@@ -438,7 +454,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attention of the query at ``query_index`` over a clip. The state plays no part.
 
-        With ``single_output_forward=False`` every token asks, and what is 1 below is ``L``.
+        With ``single_output_forward=False`` every token asks, and what is 1 below is ``L``; clips
+            and masks may then be of one stream, without the axis ``N``, too.
 
         Args:
             query: ``(N, L, E)``, ``(N, E, L)`` with ``embed_dim_second``, or ``(L, N, E)`` without
@@ -462,6 +479,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             TypeError: a dtype does not fit.
         """
         apart, masks = told_apart(query, key, value), (key_padding_mask, attn_mask)
+        if not self.single_output_forward and _is_unbatched(query):
+            how = (need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._unbatched_forward(apart, key_padding_mask, *how)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             given, trained = apart, None  # masks that train, of which not all kernels know how
@@ -863,6 +883,21 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         out = out.transpose(1, 2) if self.embed_dim_second else out
         return (out, attn) if self.forward_returns_attn_mask else out
 
+    def _unbatched_forward(
+        self, clips: Sequence[Tensor], key_padding_mask: Tensor | None, *how: Any
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The same for clips of one stream, without an axis for it."""
+        axis = 0 if self.batch_first else 1
+        batch = [x.unsqueeze(axis) if _is_unbatched(x) else x for x in as_tokens(clips)]
+        mask = key_padding_mask
+        if isinstance(mask, Tensor) and mask.dim() == 1:
+            mask = mask.unsqueeze(0)
+        returned = self.forward(*batch, mask, *how)
+        if isinstance(returned, Tensor):
+            return returned.squeeze(axis)
+        out, attn = returned
+        return out.squeeze(axis), None if attn is None else attn.squeeze(0)
+
     def flops(
         self, include_muls: bool = True, include_adds: bool = False, include_exps: bool = False
     ) -> int:
@@ -888,6 +923,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             length, self.head_dim, include_muls, include_adds, include_exps
         )
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
+
+
+def _is_unbatched(clip: object) -> bool:
+    return isinstance(clip, Tensor) and clip.dim() == 2
 
 
 def _which_are_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[bool, ...]:

@@ -113,8 +113,8 @@ class StreamPool:
     batch; ``batched`` tells which.
 
     Args:
-        model: a module whose ``forward_step`` takes one tensor ``(N, *token_shape)``. The pool owns
-            its state from now on.
+        model: a module in ``eval()`` mode whose ``forward_step`` takes one tensor
+            ``(N, *token_shape)``. The pool owns its state from now on.
         capacity: slots.
         token_shape: shape of one stream's token, such as ``(E,)``.
         queue_size: tokens that may wait in each stream.
@@ -127,8 +127,9 @@ class StreamPool:
         history: ticks whose times the statistics are over.
 
     Raises:
-        ValueError: the model keeps no streams, or state that nobody can read; a size is below 1;
-            ``graph`` without a CUDA device or with a model that is stepped stream by stream.
+        ValueError: the model keeps no streams, or state that nobody can read, or normalises
+            batches in training mode; a size is below 1; ``graph`` without a CUDA device or with a
+            model that is stepped stream by stream.
         TypeError: the model is none, or has no ``forward_step``; a size is not an integer.
 
     Example:
@@ -180,6 +181,8 @@ class StreamPool:
                 "the model must have a forward_step, which takes a token through its modules, but "
                 f"{type(model).__name__} has none"
             )
+        if mixing := _mixes_streams(model):
+            raise ValueError(f"{mixing} is training, where streams change each other: call eval()")
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
         # what inference mode makes could be written to in inference mode only
@@ -615,6 +618,14 @@ def _foreign_modules(model: nn.Module) -> list[str]:
             )
         found.append(name)
     return found
+
+
+def _mixes_streams(model: nn.Module) -> str | None:
+    """The module whose output for a row of a batch depends on the others, if there is one."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"module {name!r} ({type(module).__name__})"
+    return None
 
 
 def _keeps(module: nn.Module, upstream: type | None) -> bool:

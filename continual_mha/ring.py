@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class QuantizedInputState(NamedTuple):
 
 State = RingState | InputState | QuantizedRingState | QuantizedInputState
 INPUT_STATES = (InputState, QuantizedInputState)
+# so that torch.load reads saved states as it is called by default, with weights_only=True
+torch.serialization.add_safe_globals(list(get_args(State)))
 
 
 class Layout(NamedTuple):

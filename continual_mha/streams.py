@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ _BUFFERS: dict[type, list[str]] = {
 }
 _ALL_BUFFERS = tuple(dict.fromkeys(name for names in _BUFFERS.values() for name in names))
 _SCALES = ("_ring_k_scale", "_ring_v_scale", "_ring_x_scale")
+# Buffers that were pickled for a process that begins, for as long as it is known.
+_SENT: WeakKeyDictionary[Any, list[dict[str, Tensor | None]]] = WeakKeyDictionary()
 
 
 class Mark(NamedTuple):
@@ -369,7 +373,7 @@ class StatefulStreams(nn.Module):
         if makes_onnx():
             raise RuntimeError(
                 "an ONNX program keeps no streams from one run to the next; make it of a module "
-                "that takes a state and returns the next, by _forward_step(query, key, value, state)"
+                "that takes a state and returns the next: _forward_step(query, key, value, state)"
             )
         for name, part in parts.items():
             before = self._buffers[name]
@@ -464,9 +468,11 @@ class StatefulStreams(nn.Module):
         """
         copied: dict[str, Any] = super().__getstate__()
         copied.update(_repeat=None, _many_repeat=None, _clip_repeats={}, _last_shapes={})
-        copied["_buffers"] = {
-            n: None if b is None else b.detach().clone() for n, b in self._buffers.items()
-        }
+        buffers = {n: None if b is None else b.detach().clone() for n, b in self._buffers.items()}
+        process = get_spawning_popen()
+        if process is not None:  # it is told where in shared memory they are, and has yet to look
+            _SENT.setdefault(process, []).append(buffers)
+        copied["_buffers"] = buffers
         return copied
 
 

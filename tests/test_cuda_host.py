@@ -302,6 +302,32 @@ def test_queries_beyond_the_default_shared_memory_are_served() -> None:
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
 
 
+def test_a_library_without_code_for_the_device_is_declined_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def why_not(device: int) -> bytes:
+        asked.append(device)
+        return b"" if device == 0 else b"no kernel image is available"
+
+    loaded = SimpleNamespace(continual_mha_cuda_why_not=why_not)
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda path: loaded)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # nothing is known then
+    x = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)]
+    _native._why_no_code_on.cache_clear()
+    try:
+        assert _native.why_not_cuda("another", x[1]) == "no kernel for another"
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        assert _native.why_not_cuda("another", x[0]) == "no kernel for another"
+        for _ in range(2):
+            assert "no kernel image" in (_native.why_not_cuda("another", x[1]) or "")
+    finally:
+        _native._why_no_code_on.cache_clear()
+    assert asked == [0, 1]
+
+
 @pytest.mark.parametrize(("backward", "widest"), [(False, 2904), (True, 1448)])
 def test_what_the_library_has_no_shared_memory_for_is_declined_before(
     backward: bool, widest: int, monkeypatch: pytest.MonkeyPatch

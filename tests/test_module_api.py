@@ -286,6 +286,47 @@ def test_build_from_lets_arguments_be_overridden():
     assert not co.SingleOutputMultiheadAttention.build_from(source, 6).batch_first
 
 
+def test_build_from_keeps_the_arguments_of_single_output_attention():
+    theirs = continual.SingleOutputMultiheadAttention(
+        8, 2, sequence_len=4, query_index=0, embed_dim_second=True, forward_returns_attn_mask=False
+    )
+    ours = co.SingleOutputMultiheadAttention.build_from(theirs, 4)
+    x = torch.randn(2, 8, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.delay == theirs.delay == 3
+    given = {"formulation": "input", "cache_dtype": torch.int8, "batch_invariant": True}
+    source = co.SingleOutputMultiheadAttention(
+        8, 2, sequence_len=4, single_output_forward=False, **given
+    )
+    built = co.SingleOutputMultiheadAttention.build_from(source, 5)
+    assert {name: getattr(built, name) for name in given} == given
+    assert not built.single_output_forward
+
+
+def test_build_from_leaves_open_what_streams_decided():
+    source = co.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
+    with torch.no_grad():
+        source.forward_step(torch.randn(2, 8))
+    assert source.formulation != "auto"
+    assert co.SingleOutputMultiheadAttention.build_from(source, 4).formulation == "auto"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_all_queries_of_one_clip_without_a_batch(batch_first):
+    theirs = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    ours = co.SingleOutputMultiheadAttention.build_from(
+        theirs, 4, batch_first=batch_first, single_output_forward=False
+    )
+    query, key = torch.randn(4, 8), torch.randn(5, 8)
+    hidden, scores = torch.arange(5) > 3, torch.randn(2, 4, 5)
+    for masks in ({}, {"key_padding_mask": hidden}, {"attn_mask": scores}):
+        for found, expected in zip(
+            ours(query, key, key, **masks), theirs(query, key, key, **masks), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
+
 def test_build_from_takes_the_reference_module():
     theirs = continual.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
     ours = co.SingleOutputMultiheadAttention.build_from(theirs, 4)

@@ -757,6 +757,22 @@ def test_residual_around_our_module_is_still_batched():
     assert co.StreamPool(model, 2, (EMBED,)).batched
 
 
+def test_model_that_mixes_streams_in_training_is_refused():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mha = nn.BatchNorm1d(EMBED), build()
+
+        def forward_step(self, x):
+            return self.mha.forward_step(self.norm(x))
+
+    model = Normalised().train()
+    with pytest.raises(ValueError, match=r"'norm' \(BatchNorm1d\) is training.*eval\(\)"):
+        co.StreamPool(model, 2, (EMBED,))
+    assert model.mha.get_state() is None
+    co.StreamPool(model.eval(), 2, (EMBED,))
+
+
 def test_state_that_nobody_can_read_is_refused():
     model = continual.Sequential(continual.RecyclingPositionalEncoding(4, 8), build())
     with pytest.raises(ValueError, match="cannot be read"):

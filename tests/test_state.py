@@ -237,6 +237,45 @@ def by_torch_save(module):
     return torch.load(buffer, weights_only=False)
 
 
+def step_elsewhere(module, token, answers):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        answers.put(module.forward_step(token).numpy())
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_module_with_streams_is_an_argument_of_a_new_process(method):
+    module = build()
+    x = draw_tokens(module, 2, LENGTH + 1)[0]
+    with torch.no_grad():
+        module.forward_steps(x[:, :LENGTH])
+    before = [part.clone() for part in module.get_state()]
+    context = torch.multiprocessing.get_context(method)
+    answers = context.Queue()
+    process = context.Process(target=step_elsewhere, args=(module, x[:, LENGTH], answers))
+    process.start()
+    answer = answers.get(timeout=60)
+    process.join()
+    assert_same_state(list(module.get_state()), before)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), module.forward_step(x[:, LENGTH]))
+
+
+@pytest.mark.parametrize("kept", [{}, {"formulation": "input"}, {"cache_dtype": torch.int8}])
+def test_saved_state_loads_without_trusting_the_file(kept):
+    module, other = build(**kept), build(**kept)
+    with torch.no_grad():
+        module.forward_steps(draw_tokens(module, 2, LENGTH)[0])
+    for saved in (module.get_state(), tuple(module.get_state())):
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=True)
+        assert type(loaded) is type(saved)
+        other.set_state(loaded)
+        assert_same_state(other.get_state(), module.get_state())
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("past", [0, 2, LENGTH + 3])
@@ -251,17 +290,6 @@ def test_copies_in_mid_stream_continue_identically_and_apart(past, duplicate, mo
     twin.set_state(module.get_state())
     expected = outputs_of(module, tokens, past, past + 8)
     assert_same_outputs(outputs_of(twin, tokens, past, past + 8), expected)
-
-
-def test_saved_state_loads_without_trusting_the_file():
-    module = build()
-    outputs_of(module, draw_tokens(module, 2, 7), 0, 7)
-    buffer = io.BytesIO()
-    torch.save(tuple(module.get_state()), buffer)
-    buffer.seek(0)
-    other = build()
-    other.set_state(torch.load(buffer, weights_only=True))
-    assert_same_state(other.get_state(), module.get_state())
 
 
 @pytest.mark.parametrize(
