@@ -480,8 +480,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """
         apart, masks = told_apart(query, key, value), (key_padding_mask, attn_mask)
         if not self.single_output_forward and _is_unbatched(query):
-            how = (need_weights, attn_mask, average_attn_weights, is_causal)
-            return self._unbatched_forward(apart, key_padding_mask, *how)
+            rest = (need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._unbatched_forward(apart, key_padding_mask, *rest)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             given, trained = apart, None  # masks that train, of which not all kernels know how
@@ -888,11 +888,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """The same for clips of one stream, without an axis for it."""
         axis = 0 if self.batch_first else 1
-        batch = [x.unsqueeze(axis) if _is_unbatched(x) else x for x in as_tokens(clips)]
+        batch = (x.unsqueeze(axis) if _is_unbatched(x) else x for x in as_tokens(clips))
+        query, key, value = batch
         mask = key_padding_mask
         if isinstance(mask, Tensor) and mask.dim() == 1:
             mask = mask.unsqueeze(0)
-        returned = self.forward(*batch, mask, *how)
+        returned = self.forward(query, key, value, mask, *how)
         if isinstance(returned, Tensor):
             return returned.squeeze(axis)
         out, attn = returned

@@ -99,6 +99,7 @@ class Router:
         **resources: float,
     ) -> None:
         self._arguments = (make_model, capacity, token_shape)
+        self._token_shape = token_shape
         self._actor = ray.remote(**(resources or {"num_cpus": 1}))(Replica)
         self.replicas = [self._start() for _ in range(replicas)]
         self.losses = 0
@@ -141,9 +142,21 @@ class Router:
             self._recover(stream.replica)
 
     def tick(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Take one token of each of these streams; the outputs of those that are ready."""
-        for number, token in tokens.items():
-            self._streams[number].since.append(token)
+        """Take one token of each of these streams; the outputs of those that are ready.
+
+        Raises:
+            KeyError: there is no such stream.
+            ValueError: a token is none that replicas take; none of these was taken then.
+        """
+        taking = {number: self._streams[number] for number in tokens}
+        for number, token in tokens.items():  # what a replica refused would be replayed for ever
+            if token.shape != self._token_shape or token.dtype != torch.float32:
+                raise ValueError(
+                    f"a token must be float32 of the shape {self._token_shape}, but stream "
+                    f"{number} got {token.dtype} of {tuple(token.shape)}"
+                )
+        for number, stream in taking.items():
+            stream.since.append(tokens[number])
         shares: dict[int, dict[int, Tensor]] = {}
         for number, token in tokens.items():
             stream = self._streams[number]
