@@ -342,6 +342,32 @@ template <class A, int kGroup>
 struct Split<A, kGroup, 16>
     : SplitImpl<A, kGroup, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> {};
 
+// The two halves of what is added up in a stage of transposed_sum.
+template <class A, int kGroup>
+CMHA_INLINE Pair<A> split_to_add(typename Simd<A>::Vec a, typename Simd<A>::Vec b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Within halves of the register as long as that goes, for which one instruction serves: what
+  // Split takes from both at once takes three.
+  const __m256 x = bit_cast<__m256>(a);
+  const __m256 y = bit_cast<__m256>(b);
+  const auto pair = [](__m256 low, __m256 high) __attribute__((always_inline)) {
+    return Pair<A>{bit_cast<typename Simd<A>::Vec>(low), bit_cast<typename Simd<A>::Vec>(high)};
+  };
+  if constexpr (kGroup == 2) {
+    return pair(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  } else if constexpr (sizeof(A) == 4 && kGroup == 4) {
+    return pair(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
+  } else if constexpr (sizeof(A) == 4) {
+    return pair(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+  } else {
+    return {bit_cast<DVec>(_mm256_unpacklo_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b))),
+            bit_cast<DVec>(_mm256_unpackhi_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b)))};
+  }
+#else
+  return Split<A, kGroup, Simd<A>::kLanes>::apply(a, b);
+#endif
+}
+
 // v[0] of the result is the sum of the lanes of v[0], and so on; kCount vectors, kCount <= kLanes.
 template <class A, int kGroup, int kCount>
 CMHA_INLINE typename Simd<A>::Vec transposed_sum(const typename Simd<A>::Vec* v) {
@@ -351,7 +377,7 @@ CMHA_INLINE typename Simd<A>::Vec transposed_sum(const typename Simd<A>::Vec* v)
 #pragma GCC unroll 16
   for (int i = 0; i < kNext; ++i) {
     const Vec& second = 2 * i + 1 < kCount ? v[2 * i + 1] : v[2 * i];
-    const Pair<A> halves = Split<A, kGroup, Simd<A>::kLanes>::apply(v[2 * i], second);
+    const Pair<A> halves = split_to_add<A, kGroup>(v[2 * i], second);
     folded[i] = halves.low + halves.high;
   }
   if constexpr (kGroup == 2) {
