@@ -146,8 +146,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     """Compute capabilities to build for; machine code for each, and PTX of the last, the newest."""
     wanted = os.environ.get("CONTINUAL_MHA_CUDA_ARCHS")
     if wanted:
-        named = {part.strip() for part in wanted.replace(".", "").split(";")} - {""}
-        return sorted(named, key=lambda arch: int("0" + re.sub(r"\D", "", arch)))
+        named = dict.fromkeys(part.strip() for part in wanted.replace(".", "").split(";"))
+        return sorted(filter(None, named), key=lambda arch: int("0" + re.sub(r"\D", "", arch)))
     known = run([nvcc, "--list-gpu-arch"]).split()
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
 

@@ -99,7 +99,8 @@ def _build_environment() -> dict[str, str]:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         found = []
-    return chosen | ({"CONTINUAL_MHA_CUDA_ARCHS": ";".join(found)} if found else {})
+    served = [capability for capability in found if float(capability) >= 8.0]
+    return chosen | ({"CONTINUAL_MHA_CUDA_ARCHS": ";".join(served)} if served else {})
 
 
 def stages(folder: Path, size: str, bench_arguments: Sequence[str] = ()) -> list[Stage]:

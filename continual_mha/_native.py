@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent / "lib"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RUNS_ON: set[int] = set()  # devices that the CUDA library has code for
 _CPU_STEPS = ("ring_step_", "ring_steps_")
 _CPU_INPUT_STEPS = ("input_step_", "input_steps_")
 # Where the query is among the arguments, before key and value.
@@ -253,12 +254,14 @@ def _why_no_code(device: torch.device) -> str | None:
     return _why_no_code_on(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@cache
 def _why_no_code_on(index: int) -> str | None:
+    if index in _RUNS_ON:
+        return None
     why_not = ctypes.CDLL(str(library_path("cuda"))).continual_mha_cuda_why_not
     why_not.restype = ctypes.c_char_p
     reason: bytes = why_not(index)
     if not reason:
+        _RUNS_ON.add(index)
         return None
     return f"the native library does not run there ({reason.decode()})"
 

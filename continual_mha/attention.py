@@ -49,16 +49,16 @@ _OWN_WEIGHTS = (
 )
 _ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
 _OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")  # what the weights fix
-# Arguments that attention of all queries does not have.
-_OF_SINGLE_OUTPUT = (
-    "query_index",
-    "forward_returns_attn_mask",
-    "embed_dim_second",
-    "single_output_forward",
-    "formulation",
-    "cache_dtype",
-    "batch_invariant",
-)
+# Arguments that attention of all queries does not have, and their defaults.
+_OF_SINGLE_OUTPUT = {
+    "query_index": -1,
+    "forward_returns_attn_mask": True,
+    "embed_dim_second": False,
+    "single_output_forward": True,
+    "formulation": "auto",
+    "cache_dtype": None,
+    "batch_invariant": False,
+}
 # Arguments that are checked together.
 _CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 
@@ -303,6 +303,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         them.
 
         Raises:
+            ValueError: ``sequence_len`` does not reach to its ``query_index``.
             TypeError: ``module`` is not a ``torch.nn.MultiheadAttention``, or has weights besides.
         """
         if not isinstance(module, nn.MultiheadAttention):
@@ -325,16 +326,22 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             "dtype": out_weight.dtype,
             "sequence_len": sequence_len,
         }
-        for name in _OF_SINGLE_OUTPUT:
-            held = "_formulation" if name == "formulation" else name  # not what streams made of it
-            if hasattr(module, held):
-                arguments[name] = getattr(module, held)
         built = cls(**{**arguments, **kwargs})
+        built._take_over(module, kwargs)
         found = {name: operator.attrgetter(name)(module) for name in _ALL_WEIGHTS}
         weights = {name: weight.detach() for name, weight in found.items() if weight is not None}
         own = {n: w for n, w in built.state_dict().items() if n not in _ALL_WEIGHTS}
         built.load_state_dict(weights | own)
         return built.train(module.training)
+
+    def _take_over(self, source: nn.MultiheadAttention, given: dict[str, Any]) -> None:
+        """Take what ``source`` was told about a single output, but for what is ``given``."""
+        for name, default in _OF_SINGLE_OUTPUT.items():
+            held = "_formulation" if name == "formulation" else name  # not what streams made of it
+            value = getattr(source, held, default)
+            another_layout = name == "embed_dim_second" and not self.batch_first
+            if name not in given and value != default and not another_layout:
+                setattr(self, name, value)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -888,12 +895,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """The same for clips of one stream, without an axis for it."""
         axis = 0 if self.batch_first else 1
-        batch = (x.unsqueeze(axis) if _is_unbatched(x) else x for x in as_tokens(clips))
-        query, key, value = batch
+        made = {id(x): x.unsqueeze(axis) if _is_unbatched(x) else x for x in clips}
+        batch = (made[id(x)] for x in as_tokens(clips))  # one where one was given
         mask = key_padding_mask
         if isinstance(mask, Tensor) and mask.dim() == 1:
             mask = mask.unsqueeze(0)
-        returned = self.forward(query, key, value, mask, *how)
+        returned = SingleOutputMultiheadAttention.forward(self, *batch, mask, *how)
         if isinstance(returned, Tensor):
             return returned.squeeze(axis)
         out, attn = returned

@@ -128,8 +128,8 @@ class StreamPool:
 
     Raises:
         ValueError: the model keeps no streams, or state that nobody can read, or normalises
-            batches in training mode; a size is below 1; ``graph`` without a CUDA device or with a
-            model that is stepped stream by stream.
+            over a batch, as in training mode; a size is below 1; ``graph`` without a CUDA device or
+            with a model that is stepped stream by stream.
         TypeError: the model is none, or has no ``forward_step``; a size is not an integer.
 
     Example:
@@ -182,7 +182,7 @@ class StreamPool:
                 f"{type(model).__name__} has none"
             )
         if mixing := _mixes_streams(model):
-            raise ValueError(f"{mixing} is training, where streams change each other: call eval()")
+            raise ValueError(f"{mixing}, of which a pool serves each alone")
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
         # what inference mode makes could be written to in inference mode only
@@ -621,10 +621,13 @@ def _foreign_modules(model: nn.Module) -> list[str]:
 
 
 def _mixes_streams(model: nn.Module) -> str | None:
-    """The module whose output for a row of a batch depends on the others, if there is one."""
+    """Which module's output for a row of a batch depends on the others, and why; None if none's."""
     for name, module in model.named_modules():
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return f"module {name!r} ({type(module).__name__})"
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or module.running_mean is None:
+            why = "call eval()" if module.running_mean is not None else "it keeps no statistics"
+            return f"module {name!r} ({type(module).__name__}; {why}) normalises over streams"
     return None
 
 

@@ -80,6 +80,7 @@ class StatefulStreams(nn.Module):
         for name in _ALL_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self._clock = None
+        self._begins_in_program = False  # that torch.export or torch.jit.trace makes
         self._forget_calls()
         self._rings_are_shared = False  # with a graph, or with whoever set the state
 
@@ -144,6 +145,7 @@ class StatefulStreams(nn.Module):
         for name in _ALL_BUFFERS:
             setattr(self, name, None)
         self._clock = None
+        self._begins_in_program = makes_program()
         self._repeat = self._many_repeat = None
         self._rings_are_shared = False
 
@@ -270,7 +272,7 @@ class StatefulStreams(nn.Module):
             self.clean_state()
             return
         state = mark.state
-        self._store(state)
+        self._assign(state)
         # a graph may hold them, also that of a step which is undone
         self._rings_are_shared = self._rings_are_shared or mark.shared
         if self._rings_are_shared:
@@ -349,13 +351,20 @@ class StatefulStreams(nn.Module):
         return state
 
     def _store(self, state: State) -> None:
-        buffers = self._buffers
-        parts = dict(zip(_BUFFERS[type(state)], state[:-1], strict=True))
         if makes_program():
-            self._write(parts)
-            return
+            if not self._begins_in_program:
+                self._write(state)
+                return
+        elif self._begins_in_program:
+            self._begins_in_program = False
+        self._assign(state)
+
+    def _assign(self, state: State) -> None:
+        """Put a state in the place of the one that was there."""
         if state.clock is not self._clock:
             self._clock = state.clock
+        buffers = self._buffers
+        parts = dict(zip(_BUFFERS[type(state)], state[:-1], strict=True))
         compiling, changed = torch.compiler.is_compiling(), False
         for name in _ALL_BUFFERS:
             part = parts.get(name)
@@ -368,22 +377,38 @@ class StatefulStreams(nn.Module):
         if changed and (compiling or self._repeat is not None or self._many_repeat is not None):
             self._repeat = self._many_repeat = None
 
-    def _write(self, parts: dict[str, Tensor]) -> None:
-        """Write a state's parts to the buffers, in a program that another call shall go on from."""
+    def _write(self, state: State) -> None:
+        """Write a state to the buffers, in a program of which another run shall go on from it.
+
+        Raises:
+            RuntimeError: the program cannot keep it, or it is not of full windows.
+        """
         if makes_onnx():
             raise RuntimeError(
                 "an ONNX program keeps no streams from one run to the next; make it of a module "
                 "that takes a state and returns the next: _forward_step(query, key, value, state)"
             )
-        for name, part in parts.items():
-            before = self._buffers[name]
-            if before is None or before.shape != part.shape or before.dtype != part.dtype:
-                raise RuntimeError(
-                    "a program of steps goes on from the streams that it was made with, in their "
-                    f"shapes and dtypes, but {name} changes: call start_streams(batch_size) first"
-                )
-            if part is not before:
-                before.copy_(part.detach())
+        before = self._state()
+        if before is None or type(before) is not type(state):
+            goes_on = False
+        else:
+            pairs = zip(before, state, strict=True)
+            goes_on = all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)
+            goes_on = goes_on and before.clock.shape[0] == self._layout().sequence_len
+        if before is None or not goes_on:
+            raise RuntimeError(
+                "a program of steps goes on from the streams that it was made with, of any age if "
+                "they began by start_streams(batch_size), and else with full windows; call that "
+                "before torch.export"
+            )
+        if any(part.requires_grad for part in before):
+            raise RuntimeError(
+                "a program of steps would write to streams of which a graph still has need; call "
+                "detach_state() and set_state(get_state()) first"
+            )
+        for part, new in zip(before[:-1], state[:-1], strict=True):
+            if new is not part:
+                part.copy_(new.detach())
 
     def _where_state_is(self, of_its_own: bool) -> list[Found]:
         """All that says which state this is and who may write to it, and where that was found.

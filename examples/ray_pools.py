@@ -31,10 +31,14 @@ class Replica:
     """A pool in an actor; streams have the pool's own numbers here."""
 
     def __init__(
-        self, make_model: Callable[[], nn.Module], capacity: int, token_shape: tuple[int, ...]
+        self,
+        make_model: Callable[[], nn.Module],
+        capacity: int,
+        token_shape: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
         torch.set_num_threads(1)
-        self._pool = co.StreamPool(make_model(), capacity, token_shape)
+        self._pool = co.StreamPool(make_model(), capacity, token_shape, dtype=dtype)
         self._open: set[int] = set()
 
     def open(self, state: bytes | None) -> int:
@@ -84,6 +88,7 @@ class Router:
         replicas: how many.
         capacity: slots of each.
         token_shape: shape of one stream's token.
+        dtype: of the tokens.
         export_every: ticks between exports. More of them cost time; fewer cost memory for tokens,
             and a longer replay after a loss.
         resources: of each actor, as ``ray.remote`` takes them, such as ``num_gpus``.
@@ -95,11 +100,12 @@ class Router:
         replicas: int,
         capacity: int,
         token_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
         export_every: int = 32,
         **resources: float,
     ) -> None:
-        self._arguments = (make_model, capacity, token_shape)
-        self._token_shape = token_shape
+        self._arguments = (make_model, capacity, token_shape, dtype)
+        self._token_shape, self._dtype = tuple(token_shape), dtype
         self._actor = ray.remote(**(resources or {"num_cpus": 1}))(Replica)
         self.replicas = [self._start() for _ in range(replicas)]
         self.losses = 0
@@ -150,9 +156,9 @@ class Router:
         """
         taking = {number: self._streams[number] for number in tokens}
         for number, token in tokens.items():  # what a replica refused would be replayed for ever
-            if token.shape != self._token_shape or token.dtype != torch.float32:
+            if token.shape != self._token_shape or token.dtype != self._dtype:
                 raise ValueError(
-                    f"a token must be float32 of the shape {self._token_shape}, but stream "
+                    f"a token must be {self._dtype} of the shape {self._token_shape}, but stream "
                     f"{number} got {token.dtype} of {tuple(token.shape)}"
                 )
         for number, stream in taking.items():

@@ -5,10 +5,19 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
-from oracles import CONSTRUCTIONS, LENGTH, build, draw_tokens, step_through, to_layout
+from oracles import (
+    CONSTRUCTIONS,
+    LENGTH,
+    assert_same_state,
+    build,
+    draw_tokens,
+    step_through,
+    to_layout,
+)
 from torch._dynamo.testing import CompileCounter
 
 from continual_mha import backends, modes
@@ -415,20 +424,83 @@ def test_traced_steps_go_on_from_the_streams_that_were_there(trained):
             torch.testing.assert_close(traced(token), twin.forward_step(token))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_program_of_steps_is_refused_where_it_would_keep_no_streams(mode, monkeypatch):
+class Anew(torch.nn.Module):
+    """A program that begins its streams itself."""
+
+    def __init__(self, module, begin):
+        super().__init__()
+        self.module, self.begin = module, begin
+
+    def forward(self, x):
+        self.begin(self.module)
+        return self.module.forward_steps(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begin", ["clean_state", "start_streams"])
+@pytest.mark.parametrize("way", ["export", "trace"])
+def test_program_may_begin_streams_of_its_own(way, begin, begun):
+    module, twin = build(), build()
+    x, other, _ = draw_tokens(module, 2, 2 * LENGTH)
+    if begun:
+        module.start_streams(2)
+    call = (lambda m: m.clean_state()) if begin == "clean_state" else (lambda m: m.start_streams(2))
+    program = Anew(module, call)
+    if way == "export":
+        run = torch.export.export(program, (x,)).module()
+    else:
+        run = torch.jit.trace(program, (x,), check_trace=False)
+    expected = Anew(twin, call)
+    with torch.no_grad():
+        for clip in (x, other, x):
+            torch.testing.assert_close(run(clip), expected(clip))
+
+
+# name: (what happens before, what is said)
+UNKEPT = {
+    "no streams": (lambda module, token: None, "start_streams"),
+    "windows that are not full": (
+        lambda module, token: module.forward_step(token),
+        "start_streams",
+    ),
+    "nearly full windows": (lambda module, token: module.warm_up(token.shape), "start_streams"),
+    "streams of a graph": (
+        lambda module, token: module.forward_steps(token.unsqueeze(1).repeat(1, LENGTH, 1)),
+        "detach_state",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", ["export", "trace"])
+@pytest.mark.parametrize("before", UNKEPT)
+def test_program_of_steps_is_refused_where_it_would_keep_no_streams(before, way, monkeypatch):
     # Torch leaves a hook of its own behind where an export raises.
     hooks = "_global_buffer_registration_hooks"
     monkeypatch.setattr(torch.nn.modules.module, hooks, OrderedDict())
-    module = build()
+    module, (happens, said) = build(), UNKEPT[before]
     token = draw_tokens(module, 2, 1)[0][:, 0]
-    with mode(), pytest.raises(RuntimeError, match="start_streams"):
-        torch.export.export(Call(module, "forward_step"), (token,))
-    assert module.get_state() is None
-    module.start_streams(2)
+    with torch.set_grad_enabled(said == "detach_state"):
+        happens(module, token)
+    state = module.get_state()
+    make = torch.export.export if way == "export" else partial(torch.jit.trace, check_trace=False)
+    with pytest.raises(RuntimeError, match=said):
+        make(Call(module, "forward_step"), (token,))
+    if state is None:
+        assert module.get_state() is None
+    else:
+        assert_same_state(module.get_state(), state)
+
+
+def test_program_of_steps_is_refused_for_onnx(monkeypatch):
+    hooks = "_global_buffer_registration_hooks"
+    monkeypatch.setattr(torch.nn.modules.module, hooks, OrderedDict())
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    with mode(), pytest.raises(RuntimeError, match=r"ONNX.*_forward_step"):
-        torch.export.export(Call(module, "forward_step"), (token,))
+    module = build()
+    module.start_streams(2)
+    with pytest.raises(RuntimeError, match=r"ONNX.*_forward_step"):
+        torch.export.export(Call(module, "forward_step"), (torch.zeros(2, module.embed_dim),))
 
 
 @pytest.mark.skipif("cpu" not in backends.available(), reason="no kernel to insist on")

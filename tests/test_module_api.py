@@ -304,12 +304,42 @@ def test_build_from_keeps_the_arguments_of_single_output_attention():
     assert not built.single_output_forward
 
 
+class OverInputs(co.SingleOutputMultiheadAttention):
+    """A subclass that settles an argument."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formulation="input", **kwargs)
+
+
+def test_build_from_of_a_subclass_that_settles_an_argument():
+    plain = co.SingleOutputMultiheadAttention(8, 2, sequence_len=4, query_index=-2)
+    for source in (plain, OverInputs(8, 2, sequence_len=4, query_index=-2)):
+        built = OverInputs.build_from(source, 4)
+        assert (built.formulation, built.query_index) == ("input", -2)
+    with pytest.raises(ValueError, match="query_index"):
+        OverInputs.build_from(plain, 1)
+    theirs = continual.SingleOutputMultiheadAttention(8, 2, sequence_len=4, embed_dim_second=True)
+    in_time = co.SingleOutputMultiheadAttention.build_from(theirs, 4, batch_first=False)
+    assert not in_time.embed_dim_second
+
+
 def test_build_from_leaves_open_what_streams_decided():
     source = co.SingleOutputMultiheadAttention(8, 2, sequence_len=4)
     with torch.no_grad():
         source.forward_step(torch.randn(2, 8))
     assert source.formulation != "auto"
     assert co.SingleOutputMultiheadAttention.build_from(source, 4).formulation == "auto"
+
+
+def test_forward_of_a_subclass_runs_once_for_a_clip_without_a_batch():
+    class Doubled(co.SingleOutputMultiheadAttention):
+        def forward(self, query, *args, **kwargs):
+            return super().forward(query * 2, *args, **kwargs)
+
+    module = Doubled(8, 2, sequence_len=4, single_output_forward=False)
+    x = torch.randn(4, 8)
+    for found, expected in zip(module(x), module(x.unsqueeze(0)), strict=True):
+        torch.testing.assert_close(found, expected[0])
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

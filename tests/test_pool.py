@@ -767,10 +767,13 @@ def test_model_that_mixes_streams_in_training_is_refused():
             return self.mha.forward_step(self.norm(x))
 
     model = Normalised().train()
-    with pytest.raises(ValueError, match=r"'norm' \(BatchNorm1d\) is training.*eval\(\)"):
+    with pytest.raises(ValueError, match=r"'norm' \(BatchNorm1d; call eval\(\)\)"):
         co.StreamPool(model, 2, (EMBED,))
     assert model.mha.get_state() is None
     co.StreamPool(model.eval(), 2, (EMBED,))
+    model.norm = nn.BatchNorm1d(EMBED, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match=r"'norm' \(BatchNorm1d; it keeps no statistics\)"):
+        co.StreamPool(model, 2, (EMBED,))
 
 
 def test_state_that_nobody_can_read_is_refused():

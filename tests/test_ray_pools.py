@@ -59,7 +59,7 @@ def test_streams_survive_the_loss_of_a_replica():
         due = [n for n in local if (n + tick) % 4]
         if tick % 9 == 0:  # refused, and nothing taken
             for bad in (torch.zeros(1), torch.zeros(ray_pools.EMBED_DIM, dtype=torch.float64)):
-                with pytest.raises(ValueError, match="a token must be float32 of the shape"):
+                with pytest.raises(ValueError, match=r"a token must be torch.float32 of the shape"):
                     router.tick({n: tokens(tick, n) for n in due[1:]} | {due[0]: bad})
         for n in due:
             pool.push(local[n], tokens(tick, n))

@@ -109,13 +109,15 @@ CMHA_INLINE void project_streams(const ProjectParams& p, int64_t begin, int64_t 
 }
 
 // All streams against rows [begin, end), the other way round: a tile's streams stay in the
-// first-level cache while rows pass, a block of them that stays in the second level's.
+// first-level cache while rows pass, a block of them that stays in the second level's where they
+// pass again.
 template <class S, class X, class O>
 CMHA_INLINE void project_blocks(const ProjectParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kBlockBytes = 128 << 10;
   constexpr int kSums = 12;  // of a tile, with 16 registers
   const int64_t row_bytes = max_of(p.in_features, int64_t{1}) * int64_t{sizeof(S)};
-  const int64_t block = max_of(kBlockBytes / row_bytes / kSums, int64_t{1}) * kSums;
+  const int64_t most = p.streams <= 4 ? end - begin : kBlockBytes / row_bytes;
+  const int64_t block = (most / kSums + 1) * kSums;
   for (; begin < end; begin += block) {
     const int64_t stop = min_of(begin + block, end);
     const auto pass = [&](int64_t n, auto streams, bool) __attribute__((always_inline)) {

@@ -296,8 +296,8 @@ CMHA_INLINE typename Simd<A>::Vec broadcast(A x) {
 }
 
 // Sums of kLanes vectors at once. In every stage each pair of vectors becomes one whose groups of
-// lanes are half as long, by adding the upper half of each group to its lower half; a sum is made
-// in the same order wherever in the tile it stands, so it is the same bits.
+// lanes are half as long, by adding one half of each group to the other; a sum is made in the same
+// order wherever in the tile it stands, so it is the same bits.
 template <int kLanes>
 struct Halves {
   // Lane of the concatenation (a, b) that stands at place i of the lower (or upper) halves of
