@@ -896,11 +896,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """The same for clips of one stream, without an axis for it."""
         axis = 0 if self.batch_first else 1
         made = {id(x): x.unsqueeze(axis) if _is_unbatched(x) else x for x in clips}
-        batch = (made[id(x)] for x in as_tokens(clips))  # one where one was given
+        query, key, value = (made[id(x)] for x in as_tokens(clips))  # one where one was given
         mask = key_padding_mask
         if isinstance(mask, Tensor) and mask.dim() == 1:
             mask = mask.unsqueeze(0)
-        returned = SingleOutputMultiheadAttention.forward(self, *batch, mask, *how)
+        how = (mask, *how)
+        returned = SingleOutputMultiheadAttention.forward(self, query, key, value, *how)
         if isinstance(returned, Tensor):
             return returned.squeeze(axis)
         out, attn = returned
