@@ -134,10 +134,16 @@ def test_bad_tokens_are_refused(case, past):
     assert_changes_nothing(lambda module: module.forward_steps(*given), error, fragments, past)
 
 
+# Attention of all queries takes a clip of one stream without the axis of streams.
+OF_ALL_QUERIES = BAD_CLIPS | {
+    "rank 2": ((zeros(3, 12), zeros(N, 3, 7), zeros(N, 3, 10)), ValueError, ["batch", "(1, 3, 12)"])
+}
+
+
 @pytest.mark.parametrize("single_output", [True, False])
 @pytest.mark.parametrize("case", BAD_CLIPS)
 def test_bad_clip_is_refused(case, single_output):
-    given, error, fragments = BAD_CLIPS[case]
+    given, error, fragments = (BAD_CLIPS if single_output else OF_ALL_QUERIES)[case]
 
     def call(module):
         module.single_output_forward = single_output
