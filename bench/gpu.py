@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -99,7 +100,10 @@ def _build_environment() -> dict[str, str]:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         found = []
-    served = [capability for capability in found if float(capability) >= 8.0]
+    numbers = [
+        word for word in found if re.fullmatch(r"\d+\.\d+", word)
+    ]  # not what it says of a failure
+    served = [capability for capability in numbers if float(capability) >= 8.0]
     return chosen | ({"CONTINUAL_MHA_CUDA_ARCHS": ";".join(served)} if served else {})
 
 

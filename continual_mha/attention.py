@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,16 +50,16 @@ _OWN_WEIGHTS = (
 )
 _ALL_WEIGHTS = (*_OWN_WEIGHTS, "out_proj.weight", "out_proj.bias")
 _OF_WEIGHTS = ("embed_dim", "head_dim", "kdim", "vdim")  # what the weights fix
-# Arguments that attention of all queries does not have, and their defaults.
-_OF_SINGLE_OUTPUT = {
-    "query_index": -1,
-    "forward_returns_attn_mask": True,
-    "embed_dim_second": False,
-    "single_output_forward": True,
-    "formulation": "auto",
-    "cache_dtype": None,
-    "batch_invariant": False,
-}
+# Arguments that attention of all queries does not have.
+_OF_SINGLE_OUTPUT = (
+    "query_index",
+    "forward_returns_attn_mask",
+    "embed_dim_second",
+    "single_output_forward",
+    "formulation",
+    "cache_dtype",
+    "batch_invariant",
+)
 # Arguments that are checked together.
 _CHECKED = ("embed_dim", "num_heads", "kdim", "vdim", "sequence_len", "query_index")
 
@@ -336,7 +337,9 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _take_over(self, source: nn.MultiheadAttention, given: dict[str, Any]) -> None:
         """Take what ``source`` was told about a single output, but for what is ``given``."""
-        for name, default in _OF_SINGLE_OUTPUT.items():
+        parameters = inspect.signature(SingleOutputMultiheadAttention).parameters
+        for name in _OF_SINGLE_OUTPUT:
+            default = parameters[name].default
             held = "_formulation" if name == "formulation" else name  # not what streams made of it
             value = getattr(source, held, default)
             another_layout = name == "embed_dim_second" and not self.batch_first
@@ -462,7 +465,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         """Attention of the query at ``query_index`` over a clip. The state plays no part.
 
         With ``single_output_forward=False`` every token asks, and what is 1 below is ``L``; clips
-            and masks may then be of one stream, without the axis ``N``, too.
+        and masks may then be of one stream, without the axis ``N``, too.
 
         Args:
             query: ``(N, L, E)``, ``(N, E, L)`` with ``embed_dim_second``, or ``(L, N, E)`` without

@@ -389,12 +389,14 @@ class StatefulStreams(nn.Module):
                 "that takes a state and returns the next: _forward_step(query, key, value, state)"
             )
         before = self._state()
-        if before is None or type(before) is not type(state):
-            goes_on = False
-        else:
-            pairs = zip(before, state, strict=True)  # and the clock, which stands in full windows
-            goes_on = all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)
-        if before is None or not goes_on:
+        if (
+            before is None
+            or type(before) is not type(state)
+            # with the clock, which stands where windows are full
+            or any(
+                x.shape != y.shape or x.dtype != y.dtype for x, y in zip(before, state, strict=True)
+            )
+        ):
             raise RuntimeError(
                 "a program of steps goes on from the streams that it was made with, of any age if "
                 "they began by start_streams(batch_size), and else with full windows; call that "

@@ -161,12 +161,10 @@ class Router:
                     f"a token must be {self._dtype} of the shape {self._token_shape}, but stream "
                     f"{number} got {token.dtype} of {tuple(token.shape)}"
                 )
+        shares: dict[int, dict[int, Tensor]] = {}
         for number, stream in taking.items():
             stream.since.append(tokens[number])
-        shares: dict[int, dict[int, Tensor]] = {}
-        for number, token in tokens.items():
-            stream = self._streams[number]
-            shares.setdefault(stream.replica, {})[stream.local] = token
+            shares.setdefault(stream.replica, {})[stream.local] = tokens[number]
         answers = {i: self.replicas[i].tick.remote(share) for i, share in shares.items()}
         outputs: dict[int, Tensor] = {}
         for index, answer in answers.items():
