@@ -938,6 +938,23 @@ def test_compiler_off_the_path_is_told_to_the_build(monkeypatch):
     assert gpu._build_environment()["CUDA_HOME"] == "/usr/local/cuda"
 
 
+# What nvidia-smi says, and the architectures to build for, None for all.
+@pytest.mark.parametrize(
+    ("said", "architectures"),
+    [
+        ("8.0\n9.0\n", "8.0;9.0"),
+        ("7.5\n9.0\n", "9.0"),
+        ("7.5\n", None),
+        ("NVIDIA-SMI has failed because it could not reach the driver.\n", None),
+    ],
+)
+def test_build_is_for_the_gpus_that_kernels_are_for(said, architectures, monkeypatch):
+    monkeypatch.setattr(gpu, "_tool", lambda name: f"/somewhere/bin/{name}")
+    answer = subprocess.CompletedProcess([], 0, stdout=said)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: answer)
+    assert gpu._build_environment().get("CONTINUAL_MHA_CUDA_ARCHS") == architectures
+
+
 _SOME_FAIL = """
 import os, pytest
 @pytest.mark.parametrize("backend", ["triton", "torch"])
