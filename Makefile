@@ -1,5 +1,6 @@
-# make demo | test | ptx | soak | lint | bench | gpu | wheel | sanitize | abi-check | clean. Everything lives in .venv, built on first use from
-# the versions pinned in requirements-dev.lock; once it stands, no target needs the network.
+# make demo | test | ptx | soak | lint | bench | gpu | wheel | sanitize | abi-check | clean. All but gpu and
+# abi-check live in .venv, built on first use from the versions pinned in requirements-dev.lock; once it
+# stands, they need no network.
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,7 @@ PTX := $(addprefix tests/test_triton_,$(addsuffix .py,ring_step input_step ring_
 	tests/test_module_api.py -k 'triton'
 ptx: $(VENV)/.dev
 	for capability in 80 90; do \
-		CONTINUAL_MHA_PTX=$$capability OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(PTX) $(ARGS) || exit 1; \
+		CONTINUAL_MHA_PTX=$$capability OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --all-cases $(PTX) $(ARGS) || exit 1; \
 	done
 
 # A million steps of each kind, and as many ticks of a pool; says how fast, and how much memory grew.

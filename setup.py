@@ -3,12 +3,13 @@
 They use LibTorch's stable ABI and no Python at all, so one build serves every torch from 2.10 on
 and every Python. What cannot be built here is left out, and one line says why. The environment:
 
-CONTINUAL_MHA_BUILD_CPU    0 leaves csrc/cpu out, auto (the default) builds it if it can be built
-CONTINUAL_MHA_BUILD_CUDA   1 builds csrc/cuda or fails, 0 leaves it out, auto (the default) builds
-                           it where nvcc fits the installed torch and does not fail
+CONTINUAL_MHA_BUILD_CPU    1 builds csrc/cpu or fails, 0 leaves it out, auto (the default) builds
+                           it if it can be built
+CONTINUAL_MHA_BUILD_CUDA   the same of csrc/cuda; auto also asks that nvcc fits the installed torch
 CONTINUAL_MHA_CUDA_ARCHS   compute capabilities, by default "80;90;100" as far as nvcc knows them
 CONTINUAL_MHA_WERROR       1 makes warnings and failed builds errors
 CXX, CXXFLAGS, LDFLAGS     compiler and further arguments, as everywhere
+MAX_JOBS                   compilers at once, by default as many as there are cores
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+KINDS = ("cpu", "cuda")
 STRICT = os.environ.get("CONTINUAL_MHA_WERROR", "0") == "1"
-BUILD_CPU = os.environ.get("CONTINUAL_MHA_BUILD_CPU", "auto")
-BUILD_CUDA = os.environ.get("CONTINUAL_MHA_BUILD_CUDA", "auto")
+BUILD = {kind: os.environ.get(f"CONTINUAL_MHA_BUILD_{kind.upper()}", "auto") for kind in KINDS}
 TORCH_ABI = "0x020a000000000000"  # 2.10
 CUDA_ARCHS = ("80", "90", "100")
 # Only these files hold instructions that not every machine of the platform has.
@@ -83,7 +84,7 @@ def find_nvcc() -> str | None:
 
 def why_not_cpu() -> str | None:
     """What is missing to build csrc/cpu; None if nothing is."""
-    return "CONTINUAL_MHA_BUILD_CPU is 0" if BUILD_CPU == "0" else why_neither()
+    return "CONTINUAL_MHA_BUILD_CPU is 0" if BUILD["cpu"] == "0" else why_neither()
 
 
 def why_neither() -> str | None:
@@ -103,7 +104,7 @@ def why_neither() -> str | None:
 def why_not_cuda() -> str | None:
     """What is missing to build csrc/cuda; None if nothing is."""
     reason = why_neither()
-    if BUILD_CUDA == "0":
+    if BUILD["cuda"] == "0":
         return "CONTINUAL_MHA_BUILD_CUDA is 0"
     if reason is not None:
         return reason
@@ -111,7 +112,7 @@ def why_not_cuda() -> str | None:
     if nvcc is None:
         return "no nvcc found"
     built_with = torch_versions(find_torch())[1]
-    if BUILD_CUDA == "auto" and built_with is None:
+    if BUILD["cuda"] == "auto" and built_with is None:
         return "torch has no CUDA; CONTINUAL_MHA_BUILD_CUDA=1 builds it all the same"
     try:
         release = run([nvcc, "--version"]).split("release ")[-1].split(",")[0]
@@ -137,7 +138,7 @@ def run(command: list[str]) -> str:
 
 
 def cause_of(error: CompileError) -> str:
-    """The line of what a command of ``run`` said that tells why it failed."""
+    """Why a command of ``run`` failed: the first line of its output that names an error."""
     lines = str(error).splitlines()[1:]
     return next((line for line in lines if "error" in line.lower()), (lines or ["no word"])[-1])
 
@@ -233,8 +234,10 @@ class BuildNative(build_ext):
         try:
             compiler = COMPILERS[kind]()
             jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+            # those that take longest first, so that no job waits for one of them at the end
+            sources = sorted(ext.sources, key=lambda s: not re.search(r"kernels|\.cu$", s))
             with ThreadPoolExecutor(jobs) as pool:
-                objects = list(pool.map(lambda s: self._object(compiler, s), ext.sources))
+                objects = list(pool.map(lambda s: self._object(compiler, s), sources))
             run(compiler.link(objects, str(library)))
         except CompileError as error:
             left_out = ", and is left out" if ext.optional else ""
@@ -276,6 +279,10 @@ def say(line: str) -> None:
 
 def extensions() -> list[Extension]:
     """The libraries that can be built here."""
+    for kind, asked in BUILD.items():
+        if asked not in ("0", "1", "auto"):
+            name = f"CONTINUAL_MHA_BUILD_{kind.upper()}"
+            raise SystemExit(f"continual_mha: {name} is {asked!r}; choose 0, 1 or auto")
     found = []
     reasons = {"cpu": why_not_cpu(), "cuda": why_not_cuda()}
     for kind, reason in reasons.items():
@@ -284,12 +291,12 @@ def extensions() -> list[Extension]:
             for suffix in ("cpp", "cu")
             for path in (ROOT / "csrc" / kind).glob(f"*.{suffix}")
         )
-        needed = STRICT or (kind == "cuda" and BUILD_CUDA == "1")
+        needed = STRICT or BUILD[kind] == "1"
         if reason is None and sources:
             name = f"continual_mha.lib.continual_mha_{kind}"
             found.append(Extension(name, sources, optional=not needed))
-        elif kind == "cuda" and BUILD_CUDA == "1":
-            raise SystemExit(f"continual_mha: cannot build the cuda library: {reason}")
+        elif BUILD[kind] == "1":
+            raise SystemExit(f"continual_mha: cannot build the {kind} library: {reason}")
     missing = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items() if reason)
     if missing and {"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv):
         say(f"installs without some native libraries, and works without them ({missing})")

@@ -12,13 +12,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 import triton
 
 from continual_mha import use_backend
-from continual_mha.triton_kernels.launch import Launch, record
+from continual_mha.devices import has_little_memory
+from continual_mha.triton_kernels.launch import Launch, pretended_little_memory, record
 
 from . import exercise, grid
 from .arguments import count, real
@@ -29,7 +31,22 @@ from .problem import Problem
 from .progress import bar, say
 
 META = torch.device("meta")
+_FOR_GOOD = ExitStack()  # what a process that compiles enters and does not leave
 PROCESSES = max(1, (os.cpu_count() or 1) - 2)
+
+
+def has_little() -> bool:
+    """Whether plans here are those for a GPU with little shared memory."""
+    if not torch.cuda.is_available():
+        return False
+    torch.cuda.init()
+    return has_little_memory(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _plan_alike(little: bool) -> None:
+    """Let this process plan for tensors without memory as ``has_little`` said elsewhere."""
+    if little:
+        _FOR_GOOD.enter_context(pretended_little_memory())
 
 
 def compile_launches(launches: Iterable[Launch]) -> None:
@@ -97,7 +114,9 @@ def compile_all(
     What is not done in so many ``seconds`` is left to its first run.
     """
     end = float("inf") if seconds is None else time.monotonic() + seconds
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _plan_alike, (has_little(),)
+    )
     running = [pool.submit(_error_of, job) for job in jobs]
     errors = []
     try:

@@ -44,10 +44,10 @@ Plan = StepPlan | InputPlan
 def plan_of(case: grid.Case, formulation: str, path: str | None = None, splits: int = 0) -> Plan:
     """What the tables choose for a step, or what belongs to a path and a number of parts."""
     sizes = (case.batch_size, case.embed_dim, case.num_heads, case.sequence_len)
-    itemsize = grid.BYTES[case.dtype]
+    itemsize, little = grid.BYTES[case.dtype], ahead.has_little()
     if formulation == "kv":
-        return step_plan(*sizes, itemsize, path, splits)
-    return input_plan(*sizes, itemsize, path=path, splits=splits)
+        return step_plan(*sizes, itemsize, path, splits, little=little)
+    return input_plan(*sizes, itemsize, path=path, splits=splits, little=little)
 
 
 def _paths(case: grid.Case, formulation: str) -> list[str]:

@@ -32,10 +32,10 @@ from typing import NamedTuple
 from .arguments import real
 from .digest import account, passed, without_numbers
 from .lost import LOST
+from .machine import ROOT
 from .ratios import OURS, Results, geometric_mean
 from .records import CHOICES, ROWS, read
 
-ROOT = Path(__file__).parent.parent
 LEFT = "{seconds left}"  # stands for a number that is known when the stage begins
 TOOLS = ("memcheck", "racecheck", "initcheck")  # of compute-sanitizer
 # Tests of the kernels themselves, which come first.

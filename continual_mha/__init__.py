@@ -6,7 +6,7 @@ from .backends import use_backend
 from .explain import explain
 from .graphs import GraphedStep
 from .modes import active_streams, call_mode
-from .pool import PoolFull, QueueFull, StreamPool, UnknownStream
+from .pool import PoolFull, QueueFull, Statistics, StreamPool, UnknownStream
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState
 from .storage import (
     export_state,
@@ -34,6 +34,7 @@ __all__ = [
     "QueueFull",
     "RingState",
     "SingleOutputMultiheadAttention",
+    "Statistics",
     "StreamPool",
     "UnknownStream",
     "__version__",

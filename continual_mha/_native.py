@@ -10,17 +10,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import devices
-from .modes import constant_while_compiling
-from .reference import is_shared
-
-if TYPE_CHECKING:
-    from .repeat import Run
+from .operands import RepeatedStep, is_shared
+from .tracing import constant_while_compiling
 
 _FOLDER = Path(__file__).parent / "lib"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,8 +45,7 @@ _INPUT_BIASES = slice(2, 7)
 _X_RING = 7
 _INPUT_DROPOUT = 13
 _X_SCALE = slice(15, 16)
-# Shared memory as `attend_shared_bytes` in csrc/cuda/attend_shared_params.h counts it: a query, and
-# in the backward a gradient, of each of a block's heads, and so many bytes besides.
+# Of ``attend_shared`` on GPUs: the heads of a block, and shared memory that every block takes.
 _TILE_HEADS = 8
 _TILE_BYTES = 8256
 
@@ -177,12 +173,19 @@ def _why_not_cuda_shared(
     if 0 in (*query.shape[1:], *value.shape[1:]):
         return "there is nothing to attend to"
     features = [query.shape[2], value.shape[2]] if backward else [query.shape[2]]
-    padded = sum(-(-width // 8) * 8 for width in features)
     device: Any = torch.cuda.get_device_properties(query.device)
-    needed = _TILE_HEADS * padded * query.element_size() + _TILE_BYTES
-    if needed > device.shared_memory_per_block_optin:
+    if shared_bytes(features, query.element_size()) > device.shared_memory_per_block_optin:
         return "the queries do not fit into shared memory"
     return None
+
+
+def shared_bytes(features: list[int], itemsize: int) -> int:
+    """Shared memory of ``attend_shared``, as ``attend_shared_bytes`` in csrc/cuda counts it.
+
+    It holds a query, and in the backward a gradient, of each of a block's heads.
+    """
+    padded = sum(-(-width // 8) * 8 for width in features)
+    return _TILE_HEADS * padded * itemsize + _TILE_BYTES
 
 
 WHY_NOT = {"cpu": why_not_cpu, "cuda": why_not_cuda}
@@ -283,7 +286,7 @@ def cpu_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def bind_cpu_step(name: str, anew: Run, *args: Any) -> Run | None:
+def bind_cpu_step(name: str, anew: RepeatedStep, *args: Any) -> RepeatedStep | None:
     """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
 
     It is never another step that must be decided ``anew``: the library asks as in every call. None

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import checks, formulations, functional, ring
-from .clips import ClipCall, Way, way_of_clip
-from .modes import (
-    checked_mode,
-    is_transformed,
-    make_known_upstream,
-    needs_gradient,
-    surrounding_active,
-    surrounding_mode,
-)
-from .reference import Options, Tokens, Weights, as_tokens, is_shared, told_apart
-from .repeat import Found, Repeat, Run
+from . import backends, checks, formulations, functional, ring
+from .clips import ClipCall, ClipWay, way_of_clip
+from .modes import checked_mode, make_known_upstream, surrounding_active, surrounding_mode
+from .operands import Options, RepeatedStep, Tokens, Weights, as_tokens, is_shared, told_apart
+from .repeat import Found, Repeat
 from .ring import INPUT_STATES, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
+from .tracing import is_transformed, needs_gradient
 
 # Attributes that a step depends on.
 _DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
@@ -287,9 +281,15 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._dropout = checks.checked_dropout(dropout)
 
     def extra_repr(self) -> str:
-        """The sizes, the window and its query."""
+        """The sizes, the window and its query, and what of the rest is not the default."""
         parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
         parts += [f"sequence_len={self.sequence_len}", f"query_index={self.query_index}"]
+        if self._formulation != "auto":
+            parts.append(f"formulation={self._formulation!r}")
+        if self.batch_invariant:
+            parts.append("batch_invariant=True")
+        if self.cache_dtype is not None:
+            parts.append(f"cache_dtype={self.cache_dtype}")
         return ", ".join(parts)
 
     @classmethod
@@ -356,6 +356,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
         Raises:
             ValueError: ``step_shape`` is another, or ``N`` is not that of the state.
+            TypeError: ``N`` is not an integer.
         """
         checks.check_step_shape(step_shape, self.embed_dim)
         weight = checks.out_weight(self)
@@ -512,17 +513,27 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         if not self.single_output_forward:
             how = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return self._full_forward(*clips, *how)
+        mask, call = self._plan_clip(clips, masks, need_weights, average_attn_weights)
+        weights = self._weights()
+        way = way_of_clip(clips, weights, mask, call)
+        if not compiling and self._comes_again(kind, given):
+            self._remember_clip(kind, way, given, weights)
+        return self._answer(*way.run(clips, weights, mask))
+
+    def _plan_clip(
+        self,
+        clips: Tokens,
+        masks: tuple[Tensor | None, Tensor | None],
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor | None, ClipCall]:
+        """Both masks as one, and what is asked of these clips."""
         checks.check_query_index(clips[0].shape[1], self.query_index)
         mask = checks.merged_mask(self.num_heads, clips[1], *masks)
         # who asks for weights gets NaN where a mask leaves nothing, even if they are not returned
         wants = (need_weights and self.forward_returns_attn_mask, not need_weights)
         average = average_attn_weights or not self.forward_returns_attn_mask
-        call = ClipCall(self.num_heads, self.query_index, self._options(), *wants, average)
-        weights = self._weights()
-        way = way_of_clip(clips, weights, mask, call)
-        if not compiling and self._comes_again(kind, given):
-            self._remember_clip(kind, way, given, weights)
-        return self._answer(*way(clips, weights, mask))
+        return mask, ClipCall(self.num_heads, self.query_index, self._options(), *wants, average)
 
     def _answer(self, out: Tensor, attn: Tensor | None) -> Any:
         """What ``forward`` returns."""
@@ -532,7 +543,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return out, None if attn is None else attn.unsqueeze(-2).to(out.dtype)
 
     def _remember_clip(
-        self, kind: tuple[Any, ...], way: Way, given: Sequence[Tensor], weights: Weights
+        self, kind: tuple[Any, ...], way: ClipWay, given: Sequence[Tensor], weights: Weights
     ) -> None:
         """Keep how clips are attended to for the next ones, if the weights stay in place."""
         found = self._where_weights_are(weights)
@@ -544,7 +555,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         def run(apart: Sequence[Tensor], *masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
             checks.check_weights(weights, shapes)
             clips = as_tokens(apart)
-            return way(clips, weights, checks.merged_mask(num_heads, clips[1], *masks))
+            return way.run(clips, weights, checks.merged_mask(num_heads, clips[1], *masks))
 
         self._clip_repeats[kind] = Repeat(lambda *_: run, found, given, weights)
 
@@ -764,7 +775,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _going_on(
         self, kind: type, weights: Weights, node: functional.NodeAgain
-    ) -> Callable[..., Run]:
+    ) -> Callable[..., RepeatedStep]:
         """What prepares steps by ``node``, from whatever parts the state has to new ones."""
         go_on, shapes = self._stepping(kind, node), self._weight_shapes
 
@@ -886,7 +897,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         *others: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
-        functional.check_all_queries()
+        backends.leave_to_pytorch("a forward of all queries", "it attends with one query")
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
         out, attn = super().forward(query, key, value, *others)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _native, inputs, reference
-from .modes import constant_while_compiling, is_exporting, is_opaque, is_transformed
 from .precision import autocast_dtype, current_autocast_dtype
+from .tracing import constant_while_compiling, is_exporting, is_opaque, is_transformed
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -188,6 +188,20 @@ def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return _why_missing_here(backend) if is_opaque(args[0]) else why_not(backend, name, args)
 
 
+def why_plain(query: torch.Tensor) -> str | None:
+    """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
+    if autocast_dtype(query.device.type):
+        return _AUTOCAST
+    if is_exporting():
+        return EXPORTED
+    return "torch.func or torch.jit looks into its operators" if is_transformed() else None
+
+
+def why_not_triton(name: str, *args: Any) -> str | None:
+    """Why Triton does not run an operator; None also where only the running operator can ask."""
+    return None if is_opaque(args[0]) else why_not("triton", name, args)
+
+
 @constant_while_compiling
 def _why_missing_here(backend: str) -> str | None:
     return why_missing(backend)
@@ -296,8 +310,8 @@ def choose_again(
 ) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     """``choose`` for calls after one with ``args``, and how the backend binds what stays the same.
 
-    The binder, None where a backend has none, takes a ``repeat.Run`` that decides anew, for what
-    turns out to be another step, and ``args``; what it returns, unless None, is a ``repeat.Run``.
+    The binder, None where a backend has none, takes a ``RepeatedStep`` that decides anew, for what
+    turns out to be another step, and ``args``; what it returns, unless None, is a ``RepeatedStep``.
 
     Raises:
         RuntimeError: a backend was forced that cannot run it.

@@ -6,20 +6,17 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ring
-from .modes import how_stored, is_plain
+from .operands import Tokens, Weights, is_shared
 from .precision import autocast_dtype
 from .quantized import STORED_AS
-from .reference import Tokens, Weights, is_shared
-
-if TYPE_CHECKING:
-    from .attention import SingleOutputMultiheadAttention
-    from .ring import Layout, State
+from .ring import Layout, State
+from .tracing import how_stored, is_plain
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _ROLES = ("query", "key", "value")
@@ -163,7 +160,7 @@ def check_change(name: str, before: Any, value: Any, of_weights: bool, streams: 
 
 
 def check_tokens(
-    module: SingleOutputMultiheadAttention, tokens: Tokens, layout: str, feature_axis: int
+    module: nn.MultiheadAttention, tokens: Tokens, layout: str, feature_axis: int
 ) -> None:
     """Check query, key and value, laid out as ``layout`` says, against each other and the module.
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from . import _native, backends, extra_slots, inputs, mixing, ops
 from .dropout import dropout_seed
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
+from .operands import Options, Weights
 from .products import Multiply, multiplier, sum_over_tokens
-from .reference import Options, Weights
 
 
 class Node(NamedTuple):
@@ -126,7 +126,7 @@ def _attend_by_library(
 
 def attention(dropout_p: float, need_weights: bool) -> str:
     """The operator of which a node makes attention."""
-    plain = mixing.is_plain(dropout_p, need_weights)
+    plain = mixing.needs_output_alone(dropout_p, need_weights)
     return "attend_shared" if plain else "attend_shared_full"
 
 
@@ -145,7 +145,7 @@ def _attend(
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
     extra = extra_slots.moved_scores_of(q, weights, b_k, node.add_zero_attn)
     operands = (moved, key, value, mask, extra_slots.sink(extra))
-    if mixing.is_plain(node.dropout_p, node.need_weights):
+    if mixing.needs_output_alone(node.dropout_p, node.need_weights):
         mixed, lse = attend(*operands)
         kept = attn = lse.new_empty(0)
     else:

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import _native, backends, inputs, mixing
 from .clip_node import AttendClip, Node, attention
 from .inputs import Mixing
-from .modes import is_opaque, needs_gradient
-from .reference import Options, Tokens, Weights, has_extra_slots
+from .operands import Options, Tokens, Weights, has_extra_slots
+from .tracing import is_opaque, needs_gradient
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
@@ -52,11 +52,24 @@ class ClipCall(NamedTuple):
     average: bool
 
 
-# Takes query, key and value as ``(N, S, E*)``, and returns the output ``(N, E)`` and the weights.
-Way = Callable[[Tokens, Weights, Tensor | None], tuple[Tensor, Tensor | None]]
+class ClipWay(NamedTuple):
+    """How one query attends to clips.
+
+    Attributes:
+        run: takes query, key and value as ``(N, S, E*)``, weights and a mask, and returns the
+            output ``(N, E)`` and the attention weights.
+        moved: whether the projections of keys and values are moved to the query's side.
+        by: the function of this module that ``run`` calls.
+        multiplies: whether what attends multiplies by the weights, too.
+    """
+
+    run: Callable[[Tokens, Weights, Tensor | None], tuple[Tensor, Tensor | None]]
+    moved: bool
+    by: Callable[..., tuple[Tensor, Tensor | None]]
+    multiplies: bool
 
 
-def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall) -> Way:
+def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall) -> ClipWay:
     """How ``inputs.attend_clip`` is done: in the formulation that is cheaper, fused where that
     gains. The same way serves all tensors like these.
 
@@ -71,20 +84,50 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     moved = kernels or input_formulation_is_cheaper(call.num_heads, *sizes)
     if call.need_weights and not call.average:
         backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
-        return partial(_by_operators, call, moved, None)
+        return ClipWay(partial(_by_operators, call, moved, None), moved, _by_operators, False)
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = call.need_weights or (mask is not None and not call.blank)
     rest = (call.num_heads, call.options.add_zero_attn, as_with_weights)
     args = (query, key, value, *weights, mask, *rest)
     extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
     if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
-        return partial(_at_once, call, rest)
+        return ClipWay(partial(_at_once, call, rest), True, _at_once, True)
     # what is dropped of extra slots cannot be drawn again
     known = not extra_slots or call.options.dropout_p == 0.0
     if moved and known and _is_one_node(args, call):
         node = node_of(query, key, None if value is key else value, mask, weights, call)
-        return partial(_by_node, node, needs_gradient(args))
-    return partial(_by_operators, call, moved, mixing.mix)
+        run = partial(_by_node, node, needs_gradient(args))
+        return ClipWay(run, True, _by_node, node.attend is None)
+    return ClipWay(partial(_by_operators, call, moved, mixing.mix), moved, _by_operators, False)
+
+
+def explain_clip(
+    clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall
+) -> tuple[str, list[str]]:
+    """The formulation in which ``way_of_clip`` does it, and a line for each backend that is asked.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot do it.
+    """
+    way = way_of_clip(clips, weights, mask, call)
+    formulation = "input" if way.moved else "kv"
+    asked, key, value = clips
+    first = backends.order(asked.device.type)[0]
+    if way.by is _at_once:
+        return formulation, [f"{first}: runs it, in one operator"]
+    if way.by is _by_node and way.multiplies:
+        return formulation, [f"{first}: runs it, as one node of autograd"]
+    if call.need_weights and not call.average:
+        return formulation, ["torch: runs it, as weights of each head are asked for"]
+    if not way.moved:
+        return formulation, ["torch: runs it, which is cheaper here than what has kernels"]
+    reason = _why_not_fused(key, value, mask, call)
+    if reason is not None:
+        lines = [] if first == "torch" else [f"{first}: {reason}"]
+        return formulation, [*lines, "torch: runs it"]
+    name = attention(call.options.dropout_p, call.need_weights)
+    lines = backends.reasons(name, _attended(key, value, mask, call))
+    return formulation, ["torch: multiplies by the weights; the rest:", *lines]
 
 
 def _at_once(
@@ -127,7 +170,7 @@ def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
     query, key, num_heads = args[0], args[1], args[12]
     if backends.order(query.device.type)[0] != "cpu":
         return False
-    if mixing.why_plain(query) or needs_gradient(args):
+    if backends.why_plain(query) or needs_gradient(args):
         return False
     if backends.forced():
         return True  # or it says why not
@@ -159,9 +202,7 @@ def _is_one_node(args: tuple[Any, ...], call: ClipCall) -> bool:
     faster = backends.order(query.device.type)[0] == "triton"
     if not (faster or needs_gradient(args) or _unit_multiplies(query, args[3:9])):
         return False
-    as_moved = _as_moved(key, call.num_heads)
-    how = (call.options.dropout_p, call.need_weights)
-    return mixing.why_not_fused(as_moved, key, value, mask, *how) is None
+    return _why_not_fused(key, value, mask, call) is None
 
 
 def _as_moved(key: Tensor, num_heads: int) -> Tensor:
@@ -186,11 +227,25 @@ def node_of(
     add_zero_attn = call.options.add_zero_attn
     function, extra_slots = None, has_extra_slots(weights, add_zero_attn)
     if extra_slots or not _library_multiplies(query, weights[:6]):
-        name = attention(*how)
-        rest = () if name == "attend_shared" else (None, *how)
-        args = (_as_moved(key, call.num_heads), key, value, mask, None, *rest)
-        function = backends.choose(name, args)
+        function = backends.choose(attention(*how), _attended(key, value, mask, call))
     return Node(call.num_heads, call.query_index, *how, call.blank, add_zero_attn, function)
+
+
+def _why_not_fused(key: Tensor, value: Tensor, mask: Tensor | None, call: ClipCall) -> str | None:
+    """``mixing.why_not_fused`` of the queries with moved projections."""
+    as_moved = _as_moved(key, call.num_heads)
+    how = (call.options.dropout_p, call.need_weights)
+    return mixing.why_not_fused(as_moved, key, value, mask, *how)
+
+
+def _attended(
+    key: Tensor, value: Tensor | None, mask: Tensor | None, call: ClipCall
+) -> tuple[Any, ...]:
+    """What ``attention`` is given, as far as that decides who runs it."""
+    how = (call.options.dropout_p, call.need_weights)
+    rest = () if attention(*how) == "attend_shared" else (None, *how)
+    own = None if value is key else value
+    return (_as_moved(key, call.num_heads), key, own, mask, None, *rest)
 
 
 def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .modes import constant_while_compiling
+from .tracing import constant_while_compiling
 
 _OLDEST = (8, 0)
 # Bytes of shared memory. Of compute capability 8.6, 8.9 and 12 are GPUs where a program may have no

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, functional, ring, steps_node, windows
+from . import backends, checks, functional, ring, steps_node, windows
 from .attention import SingleOutputMultiheadAttention
-from .reference import Rings, Tokens
+from .clips import explain_clip
+from .modes import checked_mode
+from .operands import Rings, Tokens, as_tokens, told_apart
 from .ring import RingState, State
 
 
@@ -15,21 +17,34 @@ def explain(
     query: Tensor,
     key: Tensor | None = None,
     value: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    *,
+    call_mode: str | None = None,
 ) -> str:
     """Say which formulation and which backend a call with these tokens takes, and why.
 
     Nothing runs and no state changes.
 
     Args:
-        query: as for ``forward_step`` if of rank 2, as for ``forward_steps`` if of rank 3.
-        key: as for the same call.
-        value: as for the same call.
+        query: as for that call.
+        key: as for that call.
+        value: as for that call.
+        key_padding_mask: as for ``forward``, like the three that follow; steps have none of them.
+        need_weights: whether it computes the attention weights.
+        attn_mask: as for ``forward``.
+        average_attn_weights: whether it averages them over the heads.
+        call_mode: ``forward``, ``forward_steps`` or ``forward_step``; by default a step if the
+            query is of rank 2, and ``forward_steps`` if it is of rank 3.
 
     Returns:
         A few lines: the call, its formulation, then one line for each backend that was asked.
 
     Raises:
-        ValueError: the tokens do not fit the module.
+        ValueError: the tokens do not fit the module or the call, or there is no such mode.
+        RuntimeError: a backend is forced that cannot run ``forward``.
         TypeError: the tokens do not fit the module, or it is not one of attention, but a model.
     """
     if not isinstance(module, SingleOutputMultiheadAttention):
@@ -37,26 +52,47 @@ def explain(
             "explain takes a SingleOutputMultiheadAttention and its tokens, but got a "
             f"{type(module).__name__}"
         )
+    if call_mode is not None and checked_mode(call_mode) == "forward":
+        tokens, masks = as_tokens(told_apart(query, key, value)), (key_padding_mask, attn_mask)
+        return _explain_clip(module, tokens, masks, need_weights, average_attn_weights)
     many = isinstance(query, Tensor) and query.dim() == 3
+    if call_mode is not None:
+        many = checked_mode(call_mode) == "forward_steps"
     tokens = (module._many_tokens if many else module._tokens)(query, key, value)
-    state, call = module._plan(tokens, module._state(), update=True)
-    kept = call.layout.formulation
+    state, plan = module._plan(tokens, module._state(), update=True)
+    kept = plan.layout.formulation
     if module.cache_dtype is not None:
         kept += f", quantised to {module.cache_dtype}"
     lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
-    if call.differentiable:
-        return "\n".join([*lines, *_with_gradient(tokens, state, call)])
-    way = functional.way_of_steps(tokens, state, 0, call) if many else "at once"
+    if plan.differentiable:
+        return "\n".join([*lines, *_with_gradient(tokens, state, plan)])
+    way = functional.way_of_steps(tokens, state, 0, plan) if many else "at once"
     if way == "projected":
-        layout = call.layout._replace(formulation="kv", cache_dtype=None)
+        layout = plan.layout._replace(formulation="kv", cache_dtype=None)
         state = ring.new_state(layout, query.shape[0], tokens[0])
         lines.append("the ring is projected to keys and values first")
     if way == "singly":
         query, key, value = (x[:, 0] for x in tokens)
         tokens, many = (query, key, value), False
         lines.append("as many single steps, which alone are batch_invariant here")
-    args = functional.operands(tokens, state, 0 if many else None, call)
+    args = functional.operands(tokens, state, 0 if many else None, plan)
     return "\n".join([*lines, *backends.reasons(functional.operator_for(state, many), args)])
+
+
+def _explain_clip(
+    module: SingleOutputMultiheadAttention,
+    tokens: Tokens,
+    masks: tuple[Tensor | None, Tensor | None],
+    *how: bool,
+) -> str:
+    """What runs ``forward``."""
+    clips = module._clips(tokens)
+    checks.check_clips(*clips)
+    if not module.single_output_forward:
+        return "forward: formulation kv\ntorch: runs it, as all queries are asked"
+    mask, plan = module._plan_clip(clips, masks, *how)
+    formulation, lines = explain_clip(clips, module._weights(), mask, plan)
+    return "\n".join([f"forward: formulation {formulation}", *lines])
 
 
 def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> list[str]:
@@ -69,7 +105,7 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
     )
     reason: str | None = windows.NO_GRADIENT
     if not many:
-        reason = functional.why_no_node(tokens, state, None, call)
+        reason = functional.why_not_one_node(tokens, state, None, call)
     elif isinstance(state, RingState):
         rings = Rings(*state[:-1])
         reason = steps_node.why_not(tokens, rings, 0, call.weights, call.options)

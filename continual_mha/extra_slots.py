@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operands import Weights, has_extra_slots
 from .precision import wide
-from .reference import Weights, has_extra_slots
 
 
 def scores_of(q: Tensor, weights: Weights, add_zero_attn: bool) -> Tensor | None:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from . import backends, input_step, inputs, kv_step, mixing, reference, ring, steps_node, windows
 from .inputs import Inputs
-from .modes import is_opaque
+from .operands import Options, RepeatedStep, Rings, Tokens, Weights, as_tokens
 from .quantized import QuantizedRing
-from .reference import Options, Rings, Tokens, Weights, as_tokens
-from .repeat import Run
 from .ring import (
     INPUT_STATES,
     InputState,
@@ -24,6 +22,7 @@ from .ring import (
     RingState,
     State,
 )
+from .tracing import is_opaque
 
 # An output, and the parts of a state but for its clock.
 Parts = tuple[Tensor, tuple[Tensor, ...]]
@@ -49,9 +48,7 @@ class StepCall(NamedTuple):
     batch_invariant: bool = False
 
 
-def step(
-    tokens: Tokens, state: State, active: Tensor | None, call: StepCall
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def step(tokens: Tokens, state: State, active: Tensor | None, call: StepCall) -> Parts:
     """Take one token ``(N, E*)`` per stream; ``active``, ``(N,)`` bool or None, says who advances.
 
     Returns:
@@ -65,9 +62,9 @@ def step(
 
 def repeated_step(
     apart: Sequence[Tensor], state: State, active: Tensor | None, call: StepCall
-) -> Callable[..., Run] | None:
+) -> Callable[..., RepeatedStep] | None:
     """What prepares ``step``, given tokens, for those after one with these arguments, all but
-    tokens and mask decided. Tokens are as ``reference.told_apart`` returns them, here and in all
+    tokens and mask decided. Tokens are as ``operands.told_apart`` returns them, here and in all
     that goes again.
 
     None if such a step is not one operator that writes to the rings.
@@ -79,12 +76,12 @@ def repeated_step(
     times = _times(apart, state)
     kept, are_three = before[times * len(apart) :], len(apart) == 3
 
-    def by(function: Callable[..., Tensor]) -> Run:
+    def by(function: Callable[..., Tensor]) -> RepeatedStep:
         if are_three:
             return lambda q, k, v, active: function(q, k, v, *kept, active, *after)
         return lambda token, active: function(*(token,) * times, *kept, active, *after)
 
-    def prepare(*apart: Tensor) -> Run:
+    def prepare(*apart: Tensor) -> RepeatedStep:
         args = (*apart * times, *kept, active, *after)
         function, bind = backends.choose_again(name, args)
         anew = by(partial(backends.run_directly, name))
@@ -125,7 +122,7 @@ def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> Node
 
     None if such a step is not one node of autograd.
     """
-    if why_no_node(as_tokens(apart), state, None, call) is not None:
+    if why_not_one_node(as_tokens(apart), state, None, call) is not None:
         return None
     weights, add_zero_attn = call.weights, call.options.add_zero_attn
     sizes = _sizes(call)
@@ -142,14 +139,12 @@ def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> Node
     return over_inputs if isinstance(state, INPUT_STATES) else over_keys
 
 
-def steps(
-    tokens: Tokens, state: State, first: int, call: StepCall
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def steps(tokens: Tokens, state: State, first: int, call: StepCall) -> Parts:
     """As ``step``, for ``T`` tokens ``(N, T, E*)`` per stream and outputs ``(N, T - first, E)``."""
     way = way_of_steps(tokens, state, first, call)
     if way == "singly":
         return _one_by_one(tokens, state, first, call)
-    if isinstance(state, InputState | QuantizedInputState) and way == "projected":
+    if isinstance(state, INPUT_STATES) and way == "projected":
         return _projected_steps(tokens[0], state, first, call)
     if call.differentiable:
         rings = _rings(state)  # type: ignore[arg-type]
@@ -187,7 +182,7 @@ def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> st
 
 def _projected_steps(
     tokens: Tensor, state: InputState | QuantizedInputState, first: int, call: StepCall
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Parts:
     """``steps`` over a ring of inputs, by the operator for keys and values."""
     options = (first, *call.options)
 
@@ -210,9 +205,7 @@ def _projected_steps(
     return out, state[:-1]
 
 
-def _one_by_one(
-    tokens: Tokens, state: State, first: int, call: StepCall
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _one_by_one(tokens: Tokens, state: State, first: int, call: StepCall) -> Parts:
     """``steps`` as single steps, where no kernel serves many tokens without a library's product."""
     goes_on: Any = state if call.update else ring.snapshot(state)
     single = call._replace(update=True)
@@ -223,9 +216,9 @@ def _one_by_one(
 
 def _differentiable_step(
     tokens: Tokens, state: State, active: Tensor | None, call: StepCall
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> Parts:
     """``step`` to rings of its own: one node where that serves."""
-    reason = why_no_node(tokens, state, active, call)
+    reason = why_not_one_node(tokens, state, active, call)
     weights, (add_zero_attn, dropout_p) = call.weights, call.options
     if isinstance(state, INPUT_STATES):
         sizes, kept = _sizes(call), _inputs(state)
@@ -242,7 +235,9 @@ def _differentiable_step(
     return reference.ring_step(*tokens, weights, rings, active, *call.options)
 
 
-def why_no_node(tokens: Tokens, state: State, active: Tensor | None, call: StepCall) -> str | None:
+def why_not_one_node(
+    tokens: Tokens, state: State, active: Tensor | None, call: StepCall
+) -> str | None:
     """Why a differentiable ``step`` is not one node of autograd; None if it is."""
     if isinstance(state, INPUT_STATES):
         given = (tokens[0], _inputs(state), active, call.weights, _sizes(call))
@@ -354,8 +349,3 @@ def moving_is_cheaper(num_heads: int, queries: int, embed_dim: int) -> bool:
     each costs ``2 H L E``.
     """
     return queries * (num_heads - 1) < embed_dim
-
-
-def check_all_queries() -> None:
-    """Raise a RuntimeError if a backend is forced that does not attend with all queries."""
-    backends.leave_to_pytorch("a forward of all queries", "it attends with one query")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modes import active_streams, is_plain
+from .modes import active_streams
 from .streams import all_or_as_before, stateful_modules
+from .tracing import is_plain
 
 _WARM_UP_RUNS = 3
 _capturing = threading.Lock()  # torch waits for the device first, which no capture there bears

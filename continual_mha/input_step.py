@@ -13,8 +13,8 @@ from . import backends, inputs, mixing, reference
 from .clip_node import Needed, gradients_of_output
 from .clips import ClipCall, node_of
 from .inputs import Inputs
-from .reference import Options, Weights
-from .step_node import Step, Way, why_no_step_node
+from .operands import Options, Weights
+from .step_node import Step, StepWay, why_no_step_node
 
 
 class Sizes(NamedTuple):
@@ -33,7 +33,7 @@ def step(
     backend = backends.order(token.device.type)[0]
     run = partial(_run_over_inputs, backend, sizes)
     again = partial(_again_over_inputs, sizes)
-    way = Way((1,), (0, 1), run, again, partial(_gradients_by_clip, sizes))
+    way = StepWay((1,), (0, 1), run, again, partial(_gradients_by_clip, sizes))
     given = (token, kept.x, *_of_inputs(weights))
     out, x = Step.apply(way, active, position, *given)
     return out, Inputs(x, position)
@@ -110,10 +110,30 @@ def _gradients_by_clip(
     asking = reference.token_before(kept, before, delay) if delay else token
     mask = inputs.mask_of_ring(before, length, token.dtype)
     weights = Weights._make((packed, None, None, bias, *others))
-    call = ClipCall(sizes.num_heads, 0, Options(sizes.add_zero_attn, 0.0), False, True, True)
+    call = ClipCall(
+        sizes.num_heads,
+        query_index=0,
+        options=Options(sizes.add_zero_attn, dropout_p=0.0),
+        need_weights=False,
+        blank=True,
+        average=True,
+    )
     node = node_of(asking, kept, None, mask, weights, call)
     of_tokens = needed[0] or needed[1]
-    needs = Needed(of_tokens, of_tokens, False, False, needed[2], False, False, *needed[3:8])
+    needs = Needed(
+        query=of_tokens,
+        key=of_tokens,
+        value=False,
+        mask=False,
+        in_proj_weight=needed[2],
+        k_proj_weight=False,
+        v_proj_weight=False,
+        in_proj_bias=needed[3],
+        out_proj_weight=needed[4],
+        out_proj_bias=needed[5],
+        bias_k=needed[6],
+        bias_v=needed[7],
+    )
     clip = (asking, kept, None, mask, *weights)
     d_asking, d_kept, _, _, d_packed, _, _, *d_others = gradients_of_output(
         node, clip, d_out, needs

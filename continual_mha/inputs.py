@@ -16,15 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extra_slots
+from .operands import Options, Rings, Tokens, Weights
 from .precision import wide
 from .products import linear, matmul, multiply
 from .quantized import QuantizedRing, as_kept, shape_of
 from .reference import (
-    Options,
     Put,
-    Rings,
-    Tokens,
-    Weights,
     filled,
     last_positions,
     put,

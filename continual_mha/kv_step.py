@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, extra_slots, reference, windows
-from .products import Multiply, multiplier, sum_over_tokens
-from .reference import Options, Rings, Tokens, Weights, is_shared
-from .step_node import Step, Way, why_no_step_node
+from .operands import Options, Rings, Tokens, Weights, is_shared
+from .products import Multiply, linear, multiplier, sum_over_tokens
+from .step_node import Step, StepWay, why_no_step_node
 
 
 class Given(NamedTuple):
@@ -76,7 +76,7 @@ def why_not(
     return backends.why_not(backends.order(tokens[0].device.type)[0], "ring_step_", args)
 
 
-def _way(given: Given, add_zero_attn: bool) -> Way:
+def _way(given: Given, add_zero_attn: bool) -> StepWay:
     backend = backends.order(given.query.device.type)[0]
     triton = backend == "triton"
     simple = given.q_ring is None and given.bias_k is None and not add_zero_attn
@@ -85,7 +85,7 @@ def _way(given: Given, add_zero_attn: bool) -> Way:
     rings = (3, 4) if given.q_ring is None else (3, 4, 13)
     run = partial(_run_over_keys, backend, add_zero_attn)
     again = partial(_again, triton, add_zero_attn)
-    return Way(rings, KEPT, run, again, gradients)
+    return StepWay(rings, KEPT, run, again, gradients)
 
 
 def _run_over_keys(
@@ -168,7 +168,7 @@ def _gradients_by_windows(
     tokens, weights = found.tokens(), found.weights()
     N, H, L, D = found.k_ring.shape
     scale, multiply = 1.0 / math.sqrt(D), multiplier(found.query)
-    query, key, value = (x.view(N, 1, H, D) for x in reference.project(*tokens, weights))
+    query, key, value = (x.view(N, 1, H, D) for x in weights.project(tokens, linear))
     due, waiting = before[:, None], found.q_ring
     if waiting is not None:
         due = (due + 1) % waiting.shape[1]

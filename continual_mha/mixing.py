@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import backends, extra_slots, inputs, ops
 from .dropout import dropout_seed
 from .inputs import Mix
-from .modes import is_exporting, is_opaque, is_transformed
-from .precision import autocast_dtype
 
 
 def mix(
@@ -46,7 +42,7 @@ def fused_mix(
 ) -> Mix:
     """The same by the fused operators: what they return tells the extra slots' weights too."""
     args = (moved, key, None if value is key else value, mask, extra_slots.sink(extra))
-    if is_plain(dropout_p, need_weights):
+    if needs_output_alone(dropout_p, need_weights):
         (mixed, lse), share, attn = ops.call("attend_shared", *args), None, None
     else:
         how = (seed, dropout_p, need_weights)
@@ -64,7 +60,7 @@ def fused_mix(
     return Mix(mixed, share, on_extra, attn)
 
 
-def is_plain(dropout_p: float, need_weights: bool) -> bool:
+def needs_output_alone(dropout_p: float, need_weights: bool) -> bool:
     """Whether ``attend_shared`` will do, without what ``attend_shared_full`` does besides."""
     return dropout_p == 0.0 and not need_weights
 
@@ -85,34 +81,20 @@ def why_not_fused(
     need_weights: bool = False,
 ) -> str | None:
     """Why the fused operators do not serve, or gain nothing; None if one is to run."""
-    reason = why_plain(query)
+    reason = backends.why_plain(query)
     if reason is None and mask is not None and mask.requires_grad:
         reason = "the mask needs a gradient"
     if reason is not None:
         return reason
-    plain = is_plain(dropout_p, need_weights)
+    plain = needs_output_alone(dropout_p, need_weights)
     first = backends.order(query.device.type)[0]
     own = None if value is key else value
     asked = (query, key, own, mask, None, None, dropout_p, need_weights)
     if first == "triton":
         # what is plain, every backend of a GPU is asked for when the operator runs
-        return None if plain else why_not_triton("attend_shared_full", *asked)
+        return None if plain else backends.why_not_triton("attend_shared_full", *asked)
     if first == "cuda" and plain:
         return None
     if first != "cpu":
         return "it has no kernel for dropout on the weights, nor for weights that are returned"
     return backends.why_not_later("cpu", "attend_shared_full", asked)
-
-
-def why_plain(query: Tensor) -> str | None:
-    """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
-    if autocast_dtype(query.device.type):
-        return "autocast is on, and the kernels run in one dtype"
-    if is_exporting():
-        return backends.EXPORTED
-    return "torch.func or torch.jit looks into its operators" if is_transformed() else None
-
-
-def why_not_triton(name: str, *args: Any) -> str | None:
-    """Why Triton does not run an operator; None also where only the running operator can ask."""
-    return None if is_opaque(args[0]) else backends.why_not("triton", name, args)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .modes import is_batched, is_transformed
 from .precision import autocast_dtype
+from .tracing import is_batched, is_transformed
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

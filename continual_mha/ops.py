@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, reference
-from .modes import is_opaque
 from .nodes import as_in_forward, is_followed
 from .precision import autocast_dtype, wide
+from .tracing import is_opaque
 
 NAMESPACE = "continual_mha"
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .modes import is_opaque
+from .tracing import is_opaque
 
 _PAGE = 2 << 20  # bytes, on x86 and mostly on Arm
 _LEAST = 4 * _PAGE

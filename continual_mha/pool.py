@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from . import checks, storage
 from .graphs import GraphedStep
-from .modes import active_streams, has_numbers, is_plain, is_transformed
+from .modes import active_streams
 from .streams import StatefulStreams, all_or_as_before, stateful_modules
+from .tracing import has_numbers, is_plain, is_transformed
 
 
 class PoolFull(RuntimeError):  # noqa: N818  (as in queue.Full)
@@ -33,6 +34,9 @@ class QueueFull(RuntimeError):  # noqa: N818
 
 class UnknownStream(KeyError):  # noqa: N818
     """There is no open stream of this number, or not any more."""
+
+    def __str__(self) -> str:  # KeyError would show the number alone
+        return f"there is no open stream {self.args[0]}: it was closed, or is of another pool"
 
 
 class Statistics(NamedTuple):
@@ -125,6 +129,11 @@ class StreamPool:
             output.
         graph: whether to replay a tick as a CUDA graph.
         history: ticks whose times the statistics are over.
+
+    Attributes:
+        capacity: slots.
+        batched: whether all streams step at once.
+        receptive_field: tokens until a stream is ready; 0 if each has an output once it is.
 
     Raises:
         ValueError: the model keeps no streams, or state that nobody can read, or normalises
@@ -239,7 +248,10 @@ class StreamPool:
         try:
             with self._changed:
                 if not self._changed.wait_for(lambda: self._free, timeout):
-                    raise PoolFull(f"all {self.capacity} slots are taken")
+                    raise PoolFull(
+                        f"all {self.capacity} slots are taken: close a stream, wait with timeout, "
+                        "or make a pool of more capacity"
+                    )
                 slot = self._free[-1]  # no call until it is taken, so that no signal comes between
                 del self._free[-1]
             with self._stepping:
@@ -322,7 +334,10 @@ class StreamPool:
         with self._changed:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
             if not self._changed.wait_for(there_is_room, timeout):
-                raise QueueFull(f"stream {stream} has {self._queue_size} tokens waiting")
+                raise QueueFull(
+                    f"stream {stream} has {self._queue_size} tokens waiting, as many as it may: "
+                    "call tick first, wait with timeout, or make a pool of a larger queue_size"
+                )
             self._existing(stream).queue.append(waiting)
 
     def _follow(self) -> None:
@@ -345,6 +360,9 @@ class StreamPool:
         Returns:
             The outputs of those streams that are ready, by number; on a GPU on the CUDA stream that
             is current.
+
+        Raises:
+            TypeError: what the model returned is not one tensor of a row for each stream.
 
         Whatever it raises, no stream has moved and no token is lost, so that it can be repeated.
         """

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import is_transformed, needs_gradient
 from .precision import autocast_dtype
+from .tracing import is_transformed, needs_gradient
 
 Multiply = Callable[..., Tensor]  # as ``multiply``
 

@@ -8,7 +8,7 @@ autograd, as long as the version without the underscore is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,67 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import keep_scale
-from .modes import has_numbers, is_transformed
+from .operands import Rings, Tokens, Weights
 from .precision import wide
 from .products import linear, matmul
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
+from .tracing import has_numbers, is_transformed
 
 _QUERY_BLOCK = 128
-Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value of a call, projected or not
 Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
 Put = Callable[[Any, Tensor, Tensor], Any]  # ring, slots and tokens to a ring
-
-
-class Weights(NamedTuple):
-    """The parameters of one attention, as ``torch.nn.MultiheadAttention`` holds them.
-
-    ``in_proj_weight`` is ``(3E, E)`` and packs query, key and value; where ``k_proj_weight`` and
-    ``v_proj_weight`` are given it is the query's ``(E, E)`` alone.
-    """
-
-    in_proj_weight: Tensor
-    k_proj_weight: Tensor | None
-    v_proj_weight: Tensor | None
-    in_proj_bias: Tensor | None
-    out_proj_weight: Tensor
-    out_proj_bias: Tensor | None
-    bias_k: Tensor | None
-    bias_v: Tensor | None
-
-    def split(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of query ``(E, E)``, key ``(E, Ek)`` and value ``(E, Ev)``."""
-        if self.k_proj_weight is not None and self.v_proj_weight is not None:
-            return self.in_proj_weight, self.k_proj_weight, self.v_proj_weight
-        q, k, v = self.in_proj_weight.chunk(3)
-        return q, k, v
-
-    def unpacked(self) -> Weights:
-        """The same with three weights, for those who split often: each split has a gradient."""
-        q, k, v = self.split()
-        return self._replace(in_proj_weight=q, k_proj_weight=k, v_proj_weight=v)
-
-    def split_bias(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The biases ``(E,)`` of query, key and value, or three times None."""
-        if self.in_proj_bias is None:
-            return None, None, None
-        q, k, v = self.in_proj_bias.chunk(3)
-        return q, k, v
-
-
-class Options(NamedTuple):
-    """What an attention can be asked for, tensors and sizes aside."""
-
-    add_zero_attn: bool
-    dropout_p: float
-
-
-class Rings(NamedTuple):
-    """The parts of a state with keys and values that an operator sees."""
-
-    k: Any  # (N, H, L, D), a tensor or a QuantizedRing
-    v: Any  # as k
-    q: Tensor  # (N, R, E)
-    position: Tensor  # (N,)
 
 
 class _Slots(NamedTuple):
@@ -85,41 +33,6 @@ class _Slots(NamedTuple):
     k: Ring
     v: Ring
     visible: Tensor | None  # bool, broadcastable to (N, 1, T, S)
-
-
-def is_shared(tokens: Tokens) -> bool:
-    """Whether query, key and value are one tensor."""
-    return tokens[1] is tokens[0] and tokens[2] is tokens[0]
-
-
-def told_apart(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
-    """The query alone if it is key and value too, as those are that are None; else the three."""
-    if (key is None or key is query) and (value is None or value is query):
-        return (query,)
-    return query, query if key is None else key, query if value is None else value
-
-
-def as_tokens(apart: Sequence[Tensor]) -> Tokens:
-    """Query, key and value of what ``told_apart`` returned."""
-    query, key, value = apart if len(apart) == 3 else tuple(apart) * 3
-    return query, key, value
-
-
-def has_extra_slots(weights: Weights, add_zero_attn: bool) -> bool:
-    """Whether ``add_bias_kv`` or ``add_zero_attn`` adds to what every query sees."""
-    return weights.bias_k is not None or add_zero_attn
-
-
-def project(
-    query: Tensor, key: Tensor, value: Tensor, weights: Weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In-projection ``(..., E*) -> (..., E)`` of query, key and value."""
-    if weights.k_proj_weight is None and is_shared((query, key, value)):
-        q, k, v = linear(query, weights.in_proj_weight, weights.in_proj_bias).chunk(3, dim=-1)
-        return q, k, v
-    tokens = zip((query, key, value), weights.split(), weights.split_bias(), strict=True)
-    q, k, v = (linear(x, w, b) for x, w, b in tokens)
-    return q, k, v
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -233,7 +146,7 @@ def ring_step(
 ) -> tuple[Tensor, Rings]:
     """Output ``(N, E)`` for one token ``(N, E*)`` per stream, and the rings with that token."""
     num_heads, sequence_len = shape_of(rings.k)[1:3]
-    q, k, v = (x.unsqueeze(1) for x in project(query, key, value, weights))
+    q, k, v = (x.unsqueeze(1) for x in weights.project((query, key, value), linear))
     slot = (rings.position % sequence_len)[:, None]
     k_ring = put(rings.k, slot, split_heads(k, num_heads))
     v_ring = put(rings.v, slot, split_heads(v, num_heads))
@@ -262,7 +175,7 @@ def ring_steps(
     ``put=None`` leaves the rings as they are; ``attending`` stands in for ``attend_in_blocks``.
     """
     num_heads, sequence_len = shape_of(rings.k)[1:3]
-    q, k, v = project(query, key, value, weights)
+    q, k, v = weights.project((query, key, value), linear)
     due, q_ring = _delayed_queries(q, rings, put)
     out = (attending or attend_in_blocks)(
         (due, k, v), rings, weights, first, add_zero_attn, dropout_p

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .modes import needs_gradient
+from .tracing import needs_gradient
 
 _STRIDED = torch.strided
-# Where an answer came from: a namespace of a module, a name in it, and what was found. None is the
-# module's own, for who is kept there and held that would only be freed by the garbage collector.
+# Where an answer came from: a namespace of a module, a name in it, and what was found. None stands
+# for the namespace of the module itself: an answer that it keeps and that held its namespace would
+# make a cycle, which only the garbage collector frees.
 Found = tuple[Mapping[str, Any] | None, str, Any]
-# A step: tokens (N, E*) as ``reference.told_apart`` returns them, and who is active; its output.
-Run = Callable[..., Tensor]
 
 
 class Repeat:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .modes import has_numbers, how_stored, is_plain, is_transformed
 from .pages import zeros
 from .quantized import STORED_AS
+from .tracing import has_numbers, how_stored, is_plain, is_transformed
 
 # A state set from outside may not be older than this: kernels find slots by positions and trust
 # them not to pass 2**63 - 1, for which it leaves years of steps to every stream.

@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, mixing
-from .modes import is_opaque
+from . import backends
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
+from .tracing import is_opaque
 from .windows import NO_GRADIENT
 
 # The step in place: given, copies of the rings, position and who is active; the output.
-Run = Callable[[Sequence[Any], Sequence[Tensor], Tensor, Tensor | None], Tensor]
+InPlace = Callable[[Sequence[Any], Sequence[Tensor], Tensor, Tensor | None], Tensor]
 # Given and the position before; the output and the new rings.
 Again = Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]
 # Given, new rings, the position before, gradients of output and new rings, who needs one.
 Gradients = Callable[..., Sequence[Tensor | None]]
 
 
-class Way(NamedTuple):
+class StepWay(NamedTuple):
     """How a node steps.
 
     Attributes:
@@ -40,7 +40,7 @@ class Way(NamedTuple):
 
     rings: tuple[int, ...]
     kept: tuple[int, ...]
-    run: Run
+    run: InPlace
     again: Again
     gradients: Gradients
 
@@ -50,7 +50,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, way: Way, active: Tensor | None, position: Tensor, *given: Any
+        ctx: Any, way: StepWay, active: Tensor | None, position: Tensor, *given: Any
     ) -> tuple[Tensor, ...]:
         before = position.clone()
         rings = [given[i].clone(memory_format=torch.contiguous_format) for i in way.rings]
@@ -94,7 +94,7 @@ def why_no_node(query: Tensor, known: Sequence[str]) -> str | None:
     """
     if backends.order(query.device.type)[0] not in known:
         return NO_GRADIENT
-    if reason := mixing.why_plain(query):
+    if reason := backends.why_plain(query):
         return reason
     return "torch.compile looks into its operators" if is_opaque(query) else None
 

@@ -12,7 +12,7 @@ from . import _native, backends, reference, windows
 from .dropout import dropout_seed
 from .kv_step import KEPT, Given
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
-from .reference import Options, Rings, Tokens, Weights, has_extra_slots
+from .operands import Options, Rings, Tokens, Weights, has_extra_slots
 from .step_node import why_no_node
 from .windows import NO_GRADIENT
 

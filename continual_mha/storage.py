@@ -39,6 +39,7 @@ def export_stream(model: nn.Module, index: int) -> dict[str, State]:
 
     Raises:
         ValueError: there is no such stream, or no submodule that keeps streams.
+        TypeError: ``index`` is not an integer, or ``model`` not a module.
     """
     modules = stateful_modules(model)
     return {name: _on(module.get_stream(index), "cpu") for name, module in modules.items()}
@@ -71,6 +72,7 @@ def export_state(model: nn.Module) -> dict[str, State]:
 
     Raises:
         ValueError: there is no submodule that keeps streams.
+        TypeError: ``model`` is not a module.
     """
     states = {name: module.get_state() for name, module in stateful_modules(model).items()}
     return {name: _on(state, "cpu") for name, state in states.items() if state is not None}
@@ -238,6 +240,7 @@ def stream_to_bytes(model: nn.Module, index: int) -> bytes:
     Raises:
         ImportError: safetensors is not installed.
         ValueError: there is no such stream.
+        TypeError: ``index`` is not an integer, or ``model`` not a module.
     """
     return states_to_bytes(export_stream(model, index))
 
@@ -259,12 +262,19 @@ def save_stream(model: nn.Module, index: int, path: str | os.PathLike[str]) -> N
     Raises:
         ImportError: safetensors is not installed.
         ValueError: there is no such stream, or at ``path`` is something else than a file.
+        TypeError: ``index`` is not an integer, or ``model`` not a module.
     """
     _write(Path(path), stream_to_bytes(model, index))
 
 
 def load_stream(model: nn.Module, index: int, path: str | os.PathLike[str]) -> None:
-    """``stream_from_bytes`` from a file."""
+    """``stream_from_bytes`` from a file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, foreign, or of a model of other sizes or dtype.
+    """
     stream_from_bytes(model, index, Path(path).read_bytes())
 
 
@@ -284,7 +294,8 @@ def load_streams(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the file is damaged, foreign, or of a model of other sizes or dtype.
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, foreign, or of a model of other sizes or dtype.
     """
     import_state(model, states_from_bytes(Path(path).read_bytes()))
 

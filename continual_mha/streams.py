@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, functional, reference, ring
-from .modes import has_numbers, is_transformed, makes_onnx, makes_program
 from .repeat import Found, Repeat
-from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
+from .ring import State
+from .tracing import has_numbers, is_transformed, makes_onnx, makes_program
 
 # Of tokens under autocast, and so of a state that was made from them.
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS: tuple[Any, ...] = (RingState, InputState, QuantizedRingState, QuantizedInputState)
+_KINDS: tuple[Any, ...] = get_args(State)
 _BUFFERS: dict[type, list[str]] = {
     kind: [f"_ring_{name}" for name in kind._fields[:-1]] for kind in _KINDS
 }
@@ -227,8 +227,8 @@ class StatefulStreams(nn.Module):
         checks.check_stream_index(index, state)
         return ring.stream_of(state, index, self._layout().sequence_len)
 
-    def set_stream(self, index: int, stream: State) -> None:
-        """Put ``stream``, as ``get_stream`` returned it, in the place of stream ``index``.
+    def set_stream(self, index: int, state: State) -> None:
+        """Put ``state``, as ``get_stream`` returned it, in the place of stream ``index``.
 
         All streams are cut from the graph, as by ``detach_state``.
 
@@ -236,16 +236,16 @@ class StatefulStreams(nn.Module):
             ValueError: there is no such stream, or a shape or device does not fit.
             TypeError: a dtype or the formulation does not fit, or ``index`` is not an integer.
         """
-        state = self._existing_state()
-        checks.check_stream_index(index, state)
-        new = self._checked(stream, self._layout())
+        existing = self._existing_state()
+        checks.check_stream_index(index, existing)
+        new = self._checked(state, self._layout())
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
         new = ring.snapshot(ring.detach(new))
-        if self._must_copy(state, differentiable=False):
-            state = ring.snapshot(ring.detach(state))
-        with torch.no_grad(), self._or_as_before(), ring.put_stream_(state, index, new):
-            self._store(state)
+        if self._must_copy(existing, differentiable=False):
+            existing = ring.snapshot(ring.detach(existing))
+        with torch.no_grad(), self._or_as_before(), ring.put_stream_(existing, index, new):
+            self._store(existing)
             self._mix_ages()
             self._rings_are_shared = False
 
@@ -386,7 +386,8 @@ class StatefulStreams(nn.Module):
         if makes_onnx():
             raise RuntimeError(
                 "an ONNX program keeps no streams from one run to the next; make it of a module "
-                "that takes a state and returns the next: _forward_step(query, key, value, state)"
+                "that takes a state and returns the next: "
+                "_forward_step(query, key, value, prev_state)"
             )
         before = self._state()
         if (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from . import backends, extra_slots, mixing, ops, reference
+from . import backends, extra_slots, ops, reference
 from .dropout import dropout_seed
-from .reference import Rings, Tokens, Weights
+from .operands import Rings, Tokens, Weights, has_extra_slots
 
 NO_GRADIENT = "a gradient is needed, for which it has no kernel"
 
@@ -30,27 +33,29 @@ def attend(
     q, k, v = (x.unflatten(-1, heads) for x in clip)
     given = (q, k, v, *rings[:2], rings.position)
     reason = why_not(*given)
+    attend_window: Callable[..., Any] = partial(ops.call, "attend_window")
     if reason is not None:
         backends.leave_to_pytorch("attend_window", reason)
-        return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
+        if seed is None:
+            return reference.attend_in_blocks(clip, rings, weights, first, add_zero_attn, dropout_p)
+        attend_window = reference.attend_window  # drops what that seed did before
     extra = None
-    if reference.has_extra_slots(weights, add_zero_attn):
+    if has_extra_slots(weights, add_zero_attn):
         asking = q[:, first:] / math.sqrt(q.shape[-1])
         extra = extra_slots.scores_of(asking, weights, add_zero_attn)
     seed = dropout_seed(dropout_p, q.device) if seed is None else seed
-    how = (extra_slots.sink(extra), seed, first, dropout_p)
-    out, lse = ops.call("attend_window", *given, *how)
+    out, lse = attend_window(*given, extra_slots.sink(extra), seed, first, dropout_p)
     on_extra = extra_slots.weights_of(extra, lse, dropout_p)
     return extra_slots.with_bias(out, on_extra, weights).flatten(2)
 
 
 def why_not(query: Tensor, *args: Tensor) -> str | None:
     """Why the fused operator does not serve; None if it does."""
-    if reason := mixing.why_plain(query):
+    if reason := backends.why_plain(query):
         return reason
     first = backends.order(query.device.type)[0]
     if first == "triton":
-        return mixing.why_not_triton("attend_window", query, *args)
+        return backends.why_not_triton("attend_window", query, *args)
     if first == "cpu":
         return backends.why_not_later("cpu", "attend_window", (query, *args))
     return NO_GRADIENT

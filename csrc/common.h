@@ -51,10 +51,11 @@ struct RingSizes {
   int64_t embed_dim() const { return num_heads * head_dim; }
 };
 
-// A contiguous tensor of the dtype and device of `like`. torch::stable::new_empty does the same,
-// but asks the dispatcher for an operator by name: 0.8 of the 7 us of a call with nothing to do.
-template <class Sizes>
-Tensor new_like(const Tensor& like, const Sizes& sizes) {
+// A contiguous tensor of the device of `like`, and of its dtype unless another is given.
+// torch::stable::new_empty does the same, but asks the dispatcher for an operator by name: 0.8 of
+// the 7 us of a call with nothing to do.
+inline Tensor new_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> other = std::nullopt) {
   constexpr int64_t kMaxDim = 4;
   const auto dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim <= kMaxDim, "new_like makes at most ", kMaxDim, " axes");
@@ -62,20 +63,20 @@ Tensor new_like(const Tensor& like, const Sizes& sizes) {
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes.begin()[i];
+    stride *= sizes[i];
   }
   int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (other) {
+    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*other));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides, dtype, device_type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides, dtype, device_type,
                                                   device_index, &made));
   return Tensor(made);
-}
-
-inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return new_like<std::initializer_list<int64_t>>(like, sizes);
 }
 
 // Of its sizes as well.
@@ -98,6 +99,10 @@ inline bool same_tokens(const Tensor& a, const Tensor& b) {
     if (a.size(i) != b.size(i) || a.stride(i) != b.stride(i)) return false;
   }
   return true;
+}
+
+inline bool same_tokens(const Tensor& a, const Tensor& b, const Tensor& c) {
+  return same_tokens(a, b) && same_tokens(a, c);
 }
 
 // torch.nn.functional.linear.

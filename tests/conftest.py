@@ -37,7 +37,7 @@ SMALL = [name for name in LOADED if name in NATIVE or (name == "triton" and (INT
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", help="which of them, with commas; by default all that run here")
     parser.addoption(
-        "--every-chip", action="store_true", help="also what by default one chip stands for"
+        "--all-cases", action="store_true", help="also those that by default others stand for"
     )
 
 
@@ -46,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_turn(*chips): each case of the test for one of these compute capabilities"
     )
+    config.addinivalue_line("markers", "sampled(n): one of n cases of the test, drawn by name")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,8 +62,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a case for several chips, unless every one was asked for, keep that whose turn it is."""
-    if config.getoption("--every-chip"):
+    """Unless all cases were asked for, leave out those that others stand for.
+
+    Of a case for several chips there runs that whose turn it is, and of tests with many cases a
+    sample, the same in every run; of what a GPU runs itself there runs every one.
+    """
+    if config.getoption("--all-cases"):
         return
     chips: dict[str, dict[int, pytest.Item]] = {}  # of each case
     for item in items:
@@ -73,12 +78,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set()
     for case, of_case in chips.items():
         turns = next(iter(of_case.values())).get_closest_marker("in_turn").args
-        turn = turns[zlib.crc32(case.encode()) % len(turns)]  # cases that differ little do in this
+        turn = turns[_drawn(case) % len(turns)]
         if turn in of_case:
             left_out.update(item for chip, item in of_case.items() if chip != turn)
+    cases: dict[str, list[pytest.Item]] = {}  # of each test
+    for item in items:
+        if item.get_closest_marker("sampled") and not ON_GPU and item not in left_out:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for of_test in cases.values():
+        [one_of] = of_test[0].get_closest_marker("sampled").args
+        of_test.sort(key=lambda item: _drawn(item.nodeid))
+        left_out.update(of_test[-(-len(of_test) // one_of) :])
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _drawn(name: str) -> int:
+    """A number that names differ in which differ little."""
+    return zlib.crc32(name.encode())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

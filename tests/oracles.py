@@ -166,17 +166,30 @@ def window_attention(
     return output
 
 
-def assert_as_exact_as_torch(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """`actual` errs at most twice as much as `plain` PyTorch in the same dtype, plus rounding."""
+def assert_as_exact_as_torch(
+    actual: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    rounded: torch.dtype | None = None,
+    in_mean: bool = False,
+) -> None:
+    """`actual` errs at most twice as much as `plain` PyTorch in the same dtype, plus rounding.
+
+    Args:
+        rounded: what both are computed from was rounded to this dtype before.
+        in_mean: compare the roots of mean squares, and not the largest errors, which say little
+            where there are few numbers.
+    """
     assert actual.shape == exact.shape
     assert actual.dtype == plain.dtype
     if exact.numel() == 0:
         return
-    exact = exact.detach()
-    scale = max(exact.abs().max().item(), 1e-3)
-    error = (actual.detach().double() - exact).abs().max().item() / scale
-    plain_error = (plain.detach().double() - exact).abs().max().item() / scale
-    bound = min(2 * plain_error + ROUNDING[actual.dtype], CEILING[actual.dtype])
+    actual, exact, plain = (x.detach().cpu() for x in (actual, exact, plain))
+    dtype = rounded or actual.dtype
+    size = torch.linalg.vector_norm if in_mean else lambda x: x.abs().max()
+    scale = max(size(exact).item(), 1e-3)
+    error, plain_error = (size(x.double() - exact).item() / scale for x in (actual, plain))
+    bound = min(2 * plain_error + ROUNDING[dtype], CEILING[dtype])
     assert error <= bound, f"relative error {error:.2e}, allowed {bound:.2e}"  # NaN fails too
 
 

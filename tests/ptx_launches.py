@@ -12,7 +12,7 @@ import torch
 from ptx_machine import Machine, parse
 from ptx_memory import Memory
 
-from continual_mha.triton_kernels import aot
+from bench import aot
 from continual_mha.triton_kernels.launch import Launch, _here
 from continual_mha.triton_kernels.ring_step import _load_ring, _load_scales
 

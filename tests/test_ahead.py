@@ -12,7 +12,7 @@ import torch
 import triton
 from recording_driver import recording_driver
 
-from bench import ahead, exercise, grid
+from bench import ahead, choices, exercise, grid
 from bench.formulations import FORMULATIONS
 from bench.grid import Case
 from bench.peers import ours
@@ -108,7 +108,11 @@ def test_jobs_are_of_every_module_that_is_exercised_and_every_case():
 @pytest.fixture
 def threads(monkeypatch):
     """In place of processes."""
-    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+
+    def pool(processes, context, begin, given):
+        return ThreadPoolExecutor(1, initializer=begin, initargs=given)
+
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", pool)
 
 
 @pytest.mark.parametrize("seconds", [None, 0.3])
@@ -116,6 +120,17 @@ def test_compiling_ahead_ends_in_time(seconds, threads, capsys):
     assert ahead.compile_all([partial(time.sleep, 0.2)] * 6, 1, seconds) == []
     said = capsys.readouterr().out
     assert ("compiled 1 of 6 ahead" in said) is (seconds is not None)
+
+
+@pytest.mark.parametrize("little", [False, True])
+def test_kernels_are_planned_as_for_the_gpu_that_is_here(little, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "has_little", lambda: little)
+    nowhere, planned = torch.empty(0), []
+    job = lambda: planned.append(launcher.little_memory(nowhere))
+    assert ahead.compile_all([job], 1) == []
+    assert planned == [little]
+    case = Case("tiny", 3, 320, 4, 64, 1, "bfloat16", "step")
+    assert (choices.plan_of(case, "kv").stages == 2) is little
 
 
 def test_what_does_not_compile_is_said_once_and_keeps_no_other(threads, monkeypatch, capsys):

@@ -284,6 +284,62 @@ def test_explanation_gives_the_reason_of_every_backend_that_declines():
     assert not lines[1].endswith("runs it")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given", "expected"),
+    [
+        ({}, {}, ["input", "cpu: runs it, as one node of autograd"]),
+        (
+            {"num_heads": 12},
+            {},
+            ["kv", "torch: runs it, which is cheaper here than what has kernels"],
+        ),
+        (
+            {"add_bias_kv": True},
+            {},
+            ["input", "torch: multiplies by the weights; the rest:", "cpu: runs it"],
+        ),
+        (
+            {},
+            {"average_attn_weights": False},
+            ["input", "torch: runs it, as weights of each head are asked for"],
+        ),
+        (
+            {},
+            {"attn_mask": torch.zeros(1, 3, requires_grad=True)},
+            ["input", "cpu: the mask needs a gradient", "torch: runs it"],
+        ),
+        (
+            {"single_output_forward": False},
+            {},
+            ["kv", "torch: runs it, as all queries are asked"],
+        ),
+    ],
+)
+def test_explanation_of_a_clip(
+    arguments: dict[str, object], given: dict[str, object], expected: list[str]
+) -> None:
+    module = build(sequence_len=3, **arguments)
+    query = draw_tokens(module, 2, 3)[0]
+    lines = co.explain(module, query, call_mode="forward", **given).splitlines()
+    assert lines == [f"forward: formulation {expected[0]}", *expected[1:]]
+
+
+def test_explanation_of_a_clip_without_a_gradient_and_of_what_is_forced():
+    module = build(sequence_len=3)
+    query = draw_tokens(module, 2, 3)[0]
+    with torch.no_grad():
+        said = co.explain(module, query, call_mode="forward")
+        assert said.endswith("\ncpu: runs it, in one operator")
+    with co.use_backend("torch"):
+        assert co.explain(module, query, call_mode="forward").endswith("\ntorch: runs it")
+    with co.use_backend("cuda"), pytest.raises(RuntimeError, match="averages the weights"):
+        co.explain(module, query, call_mode="forward", average_attn_weights=False)
+    with pytest.raises(ValueError, match="call_mode must be one of"):
+        co.explain(module, query, call_mode="backward")
+    with pytest.raises(ValueError, match="query must have the shape"):
+        co.explain(module, query, call_mode="forward_step")
+
+
 def test_explanation_checks_tokens_as_a_step_does():
     module = build(sequence_len=3)
     with pytest.raises(ValueError, match="query must have"):

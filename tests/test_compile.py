@@ -20,7 +20,7 @@ from oracles import (
 )
 from torch._dynamo.testing import CompileCounter
 
-from continual_mha import backends, modes
+from continual_mha import backends, tracing
 
 pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
@@ -262,7 +262,7 @@ def test_compiled_step_runs_on_the_backend_of_its_block(monkeypatch):
 
 def test_constants_are_marked_as_torch_marks_them():
     ours, theirs = (lambda: 1), (lambda: 1)
-    modes.constant_while_compiling(ours)
+    tracing.constant_while_compiling(ours)
     torch.compiler.assume_constant_result(theirs)
     assert vars(ours) == vars(theirs) != {}
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ MAX_REGISTERS = {"ring_step_kernel": 128, "attend_shared": 255, "outer_product_k
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of one target, as ptxas reports it."""
+    """One kernel of one target, with the bytes of memory that it uses."""
 
     name: str  # as c++filt would, roughly: ring_step_kernel<float, 1, 0>
     arch: int
     registers: int
     stack: int
-    spilled: int
+    local: int
     static_shared: int
 
     @property
@@ -74,9 +75,23 @@ FLAGS += ["-isystem", str(TORCH / "include")]
 
 
 @functools.cache
-def build() -> Path:
-    """A folder with an object and a compiler report per source, and the linked library."""
-    return _once("", _compile_into)
+def library() -> Path:
+    """As an installation builds it, of its objects where those are still there."""
+
+    def build(folder: Path, nvcc: str) -> None:
+        pytest.importorskip("setuptools", minversion="77")
+        wanted = {"CPU": "0", "CUDA": "1"}
+        env = {**os.environ, **{f"CONTINUAL_MHA_BUILD_{x}": y for x, y in wanted.items()}}
+        env["CONTINUAL_MHA_WERROR"] = "1"
+        env["CONTINUAL_MHA_CUDA_ARCHS"] = ";".join(map(str, ARCHS))
+        env["PATH"] = f"{Path(nvcc).parent}:{env['PATH']}"
+        command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
+        command += ["--build-temp", str(folder / "temp")]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    [built] = _once("", build).glob("**/continual_mha_cuda.so")
+    return built
 
 
 @functools.cache
@@ -99,7 +114,8 @@ def _once(kind: str, compile_into: Callable[[Path, str], None]) -> Path:
     """
     nvcc = find_nvcc()
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
-    inputs = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "common.h", Path(__file__)]
+    inputs = [*sorted(SOURCES.iterdir()), ROOT / "csrc" / "common.h", ROOT / "setup.py"]
+    inputs.append(Path(__file__))
     content = [version, torch.__version__.encode(), *(path.read_bytes() for path in inputs)]
     folder = BUILDS / (hashlib.sha256(b"".join(content)).hexdigest()[:16] + kind)
     BUILDS.mkdir(parents=True, exist_ok=True)
@@ -112,27 +128,6 @@ def _once(kind: str, compile_into: Callable[[Path, str], None]) -> Path:
             compile_into(partial, nvcc)
             partial.rename(folder)
     return folder
-
-
-def _compile_into(folder: Path, nvcc: str) -> None:
-    flags = [*FLAGS, "-Werror", "all-warnings"]
-    flags += ["-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Xptxas", "-v"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-
-    def compile_source(source: Path) -> str:
-        target = folder / f"{source.name}.o"
-        done = subprocess.run(
-            [nvcc, *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        target.with_suffix(".log").write_text(done.stdout + done.stderr)
-        return str(target)
-
-    sources = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_source, sources))
-    link = [nvcc, "-shared", "-cudart", "static", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([*link, "-o", str(folder / "continual_mha_cuda.so")], check=True)
 
 
 def demangle(symbol: str) -> str:
@@ -148,66 +143,55 @@ def demangle(symbol: str) -> str:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    report = "\n".join(path.read_text() for path in sorted(build().glob("*.log")))
-    entries = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers([^\n]*)",
-        report,
-        flags=re.DOTALL,
-    )
     found = []
-    for symbol, arch, stack, stores, loads, registers, rest in entries:
-        shared = re.search(r"(\d+) bytes smem", rest)
-        spilled = int(stores) + int(loads)
-        static = int(shared[1]) if shared else 0
-        found.append(
-            Kernel(demangle(symbol), int(arch), int(registers), int(stack), spilled, static)
+    for arch in ARCHS:
+        usage = re.findall(
+            r"Function (\w+_kernel\w*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+            read_code("-res-usage", arch),
         )
+        for symbol, *counts in usage:
+            registers, stack, shared, local = map(int, counts)
+            found.append(Kernel(demangle(symbol), arch, registers, stack, local, shared))
     return tuple(found)
 
 
 @functools.cache
-def machine_code(source: str, arch: int) -> dict[str, str]:
+def machine_code(arch: int) -> dict[str, str]:
     """SASS by kernel name."""
-    command = [find_cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(build() / f"{source}.cu.o")]
-    nvdisasm = str(Path(command[0]).parent)
-    env = {**os.environ, "PATH": f"{nvdisasm}:{os.environ['PATH']}"}
-    listing = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-    functions = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
-    return {demangle(text.split()[0]): text for text in functions}
+    functions = re.split(r"^\s*Function : ", read_code("-sass", arch), flags=re.MULTILINE)[1:]
+    return {demangle(text.split()[0]): text for text in functions if "_kernel" in text.split()[0]}
+
+
+def read_code(what: str, arch: int) -> str:
+    """What cuobjdump says of the library's code for one target."""
+    command = [find_cuobjdump(), what, "-arch", f"sm_{arch}", str(library())]
+    beside = str(Path(command[0]).parent)  # nvdisasm
+    env = {**os.environ, "PATH": f"{beside}:{os.environ['PATH']}"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
 
 def used_ring_steps(arch: int) -> dict[str, str]:
-    code = machine_code("ring_step", arch)
     unused = {k.name for k in kernels() if k.arch == arch and k.is_empty}
-    return {name: text for name, text in code.items() if name not in unused}
+    code = machine_code(arch).items()
+    return {x: text for x, text in code if x.startswith("ring_step") and x not in unused}
 
 
-STAND_IN = """#!/bin/sh
-echo "$@" >> "$(dirname "$0")/calls"
-while [ $# -gt 0 ]; do
-  if [ "$1" = -o ]; then touch "$2"; sleep 0.05; fi
-  shift
-done
-"""
-
-
-def test_two_that_need_the_build_make_it_once(
+def test_two_that_need_a_build_make_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(STAND_IN)
-    nvcc.chmod(0o755)
-    module = sys.modules[__name__]
-    monkeypatch.setattr(module, "find_nvcc", lambda: str(nvcc))
-    monkeypatch.setattr(module, "BUILDS", tmp_path / "builds")
+    monkeypatch.setattr(sys.modules[__name__], "BUILDS", tmp_path / "builds")
+    calls = []
+
+    def build(folder: Path, nvcc: str) -> None:
+        calls.append(nvcc)
+        time.sleep(0.05)
+        (folder / "built").touch()
+
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda _: build.__wrapped__(), range(2)))
+        made = list(pool.map(lambda _: _once("", build), range(2)))
     assert made[0] == made[1]
-    assert (made[0] / "continual_mha_cuda.so").exists()
-    linked = [x for x in (tmp_path / "calls").read_text().splitlines() if "-shared" in x]
-    assert len(linked) == 1
+    assert (made[0] / "built").exists()
+    assert len(calls) == 1
 
 
 def test_every_kernel_is_there_for_every_target() -> None:
@@ -224,7 +208,7 @@ def test_every_kernel_is_there_for_every_target() -> None:
 
 
 def test_no_kernel_spills_or_uses_local_memory() -> None:
-    bad = [k for k in kernels() if k.spilled or k.stack]
+    bad = [k for k in kernels() if k.stack or k.local]
     assert not bad, bad
 
 
@@ -232,7 +216,8 @@ def test_registers_and_static_shared_memory_stay_within_the_design() -> None:
     for kernel in kernels():
         limit = next(v for name, v in MAX_REGISTERS.items() if kernel.name.startswith(name))
         assert kernel.registers <= limit, kernel
-        assert kernel.static_shared == 0, kernel  # all of it is dynamic, and planned by the host
+        # all of it is dynamic, and planned by the host, but for what the system takes of a block
+        assert kernel.static_shared == (1024 if kernel.arch >= 90 else 0), kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -257,18 +242,16 @@ def test_blocks_of_a_step_merge_through_a_cluster_or_a_counter(arch: int) -> Non
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_kernel_adds_atomically_in_floating_point(arch: int) -> None:
-    for source in ("ring_step", "attend_shared"):
-        for name, text in machine_code(source, arch).items():
-            assert not re.search(r"(ATOM|RED)\S*\.(F16|F32|BF16|F64)", text), name
+    for name, text in machine_code(arch).items():
+        assert not re.search(r"(ATOM|RED)\S*\.(F16|F32|BF16|F64)", text), name
 
 
 def test_library_needs_only_the_stable_interface_of_torch() -> None:
-    library = build() / "continual_mha_cuda.so"
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
     listing = subprocess.run(
-        [nm, "-D", "--undefined-only", "-C", str(library)],
+        [nm, "-D", "--undefined-only", "-C", str(library())],
         check=True,
         capture_output=True,
         text=True,
@@ -283,7 +266,7 @@ def test_library_loads_and_registers_in_torch_without_cuda() -> None:
     script = f"""
 import torch
 import continual_mha
-torch.ops.load_library({str(build() / "continual_mha_cuda.so")!r})
+torch.ops.load_library({str(library())!r})
 for name in ("cuda_ring_step_", "cuda_attend_shared", "cuda_attend_shared_backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("continual_mha::" + name, "CUDA"), name
 x = torch.zeros(1, 1, 4)

@@ -18,6 +18,8 @@ import pytest
 import torch
 from cuda_emulation import build
 
+from continual_mha import _native
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -508,3 +510,13 @@ def test_attend_shared_with_everything_masked_is_nan_as_softmax() -> None:
     assert lse[1, 2] == -torch.inf
     assert not out[0].isnan().any()
     assert not out[1, :2].isnan().any()
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (12, 20), (1024, 513)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_shared_memory_is_counted_before_the_launch_as_it_is_taken(
+    sizes: tuple[int, int], itemsize: int
+) -> None:
+    for backward in (False, True):
+        expected = emulator().shared_bytes(*sizes, itemsize, backward)
+        assert _native.shared_bytes(list(sizes)[: 1 + backward], itemsize) == expected

@@ -248,11 +248,29 @@ def test_nvcc_that_fails_is_an_error_where_cuda_is_asked_for(
     assert expected in caught.value.stderr
 
 
-def test_asking_for_cuda_where_it_cannot_be_built_is_an_error(tree: Path, tmp_path: Path) -> None:
-    environment = {"CONTINUAL_MHA_BUILD_CUDA": "1", "PATH": str(tmp_path), "CUDA_HOME": ""}
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        (
+            {"CONTINUAL_MHA_BUILD_CUDA": "1", "CUDA_HOME": "", "CXX": sys.executable},
+            "cannot build the cuda library: no nvcc found",
+        ),
+        (
+            {"CONTINUAL_MHA_BUILD_CPU": "1", "CXX": "no-such-compiler"},
+            "cannot build the cpu library: no C++ compiler found",
+        ),
+        (
+            {"CONTINUAL_MHA_BUILD_CPU": "no"},
+            "CONTINUAL_MHA_BUILD_CPU is 'no'; choose 0, 1 or auto",
+        ),
+    ],
+)
+def test_asking_for_what_cannot_be_built_is_an_error(
+    environment: dict[str, str], reason: str, tree: Path, tmp_path: Path
+) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        build_wheel(tree, tmp_path / "wheels", CXX=sys.executable, **environment)
-    assert "cannot build the cuda library: no nvcc found" in caught.value.stderr
+        build_wheel(tree, tmp_path / "wheels", PATH=str(tmp_path), **environment)
+    assert reason in caught.value.stderr
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++")

@@ -122,7 +122,7 @@ def test_full_pool_refuses_and_waits():
     third = pool.open(timeout=10)
     closer.join()
     assert third not in (first, second)
-    with pytest.raises(co.UnknownStream):
+    with pytest.raises(co.UnknownStream, match="no open stream"):
         pool.push(first, torch.zeros(EMBED))
 
 

@@ -242,6 +242,19 @@ def test_second_derivatives_and_many_gradients_at_once(dropout: float) -> None:
     assert_many_gradients_at_once(last(*xs), xs)
 
 
+def test_what_was_dropped_stays_so_where_a_transform_surrounds_the_backward() -> None:
+    """Which is computed by plain PyTorch then, from what the forward drew."""
+    module = build(dropout=0.5, dtype=torch.float64).train()
+    x = torch.randn(STREAMS, LENGTH + 3, module.embed_dim, dtype=torch.float64, requires_grad=True)
+    module.start_streams(STREAMS)
+    y = module.forward_steps(x)
+    assert is_one_node(y)
+    (expected,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"embed_dim": 36}, {"embed_dim": 64, "sequence_len": 40}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_as_exact_as_plain_pytorch(

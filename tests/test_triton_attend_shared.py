@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import PTX
+from oracles import assert_as_exact_as_torch
 from torch import Tensor
 from triton_cases import (
     DEVICE,
     DTYPES,
     INTERPRETED,
-    assert_as_exact_as_torch,
     needs_kernels,
     widened,
 )
@@ -78,23 +78,24 @@ def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dt
     results = attend_shared(*args)
     plain, exact = reference.attend_shared(*args), reference.attend_shared(*exact_args)
     for mine, theirs, best in zip(results, plain, exact, strict=True):
-        assert_as_exact_as_torch(mine, theirs, best)
+        assert_as_exact_as_torch(mine, best, theirs, dtype)
     grads = [random(dtype, *results[0].shape), random(wide(dtype), *results[1].shape)]
     backward = attend_shared_backward(*grads, *args, *results)
     plain = reference.attend_shared_backward(*grads, *args, *plain)
     exact = reference.attend_shared_backward(*widened(grads), *exact_args, *exact)
-    assert_gradients(backward, plain, exact)
+    assert_gradients(backward, plain, exact, dtype)
     of_query = attend_shared_query_backward(
         *grads, None, None, *args, None, *results, results[1], 0.0
     )
-    assert_gradients(of_query, plain[::3], exact[::3])
+    assert_gradients(of_query, plain[::3], exact[::3], dtype)
 
 
-def assert_gradients(actual: tuple, plain: tuple, exact: tuple) -> None:
+def assert_gradients(actual: tuple, plain: tuple, exact: tuple, dtype: torch.dtype) -> None:
+    """Some are of sums, which are fp32, of numbers in this dtype."""
     for mine, theirs, best in zip(actual, plain, exact, strict=True):
         assert mine.shape == best.shape
         if best.numel():
-            assert_as_exact_as_torch(mine, theirs, best)
+            assert_as_exact_as_torch(mine, best, theirs, dtype)
 
 
 def seed_of(number: int) -> Tensor:
@@ -112,14 +113,15 @@ def test_dropout_and_weights_equal_the_reference(shape: tuple, dtype: torch.dtyp
     results = attend_shared_full(*args)
     plain, exact = reference.attend_shared_full(*args), reference.attend_shared_full(*exact_args)
     for mine, theirs, best in zip(results, plain, exact, strict=True):
-        assert_as_exact_as_torch(mine, theirs, best)
+        assert_as_exact_as_torch(mine, best, theirs, dtype)
     grads = [random(x.dtype, *x.shape) for x in results]
     seeded = [*args[:6], *results[:3], 0.3]
     backward = attend_shared_full_backward(*grads, *seeded)
     plain = reference.attend_shared_full_backward(*grads, *args[:6], *plain[:3], 0.3)
     exact = reference.attend_shared_full_backward(*widened(grads), *exact_args[:6], *exact[:3], 0.3)
-    assert_gradients(backward, plain, exact)
-    assert_gradients(attend_shared_query_backward(*grads, *seeded), plain[::3], exact[::3])
+    assert_gradients(backward, plain, exact, dtype)
+    of_query = attend_shared_query_backward(*grads, *seeded)
+    assert_gradients(of_query, plain[::3], exact[::3], dtype)
 
 
 def test_a_split_window_drops_what_a_whole_one_drops() -> None:

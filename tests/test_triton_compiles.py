@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from continual_mha.triton_kernels import aot, plan
+from bench import aot
+from continual_mha.triton_kernels import plan
 from continual_mha.triton_kernels.attend_shared import _one_tile_backward_kernel
 from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.input_step import _asked_kernel
@@ -21,9 +22,12 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not co
 HALF, FULL = torch.bfloat16, torch.float32
 # N, E, H, L: with and without programs of the new token's own, and with a split window.
 FUSED = {
-    HALF: [(1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120)],
-    FULL: [(1, 512, 8, 32), (1, 512, 8, 4096)],
-}
+    HALF: [
+        (1, 512, 8, 32), (1, 512, 8, 4096), (10, 512, 8, 32), (8, 192, 16, 120), (1, 320, 4, 64),
+        (4, 160, 1, 250),
+    ],
+    FULL: [(1, 512, 8, 32), (1, 512, 8, 4096), (2, 256, 8, 64)],
+}  # fmt: skip
 GROUPS = [
     (32, 192, 16, 120, HALF, None),
     (64, 256, 8, 64, HALF, None),
@@ -50,6 +54,8 @@ def step_configurations() -> Iterator[tuple[str, list[Launch]]]:
             yield f"ring-D{head_dim}-{codes}", launches
     launches = aot.step_launches(1, 512, 8, 4096, HALF, path="fused", codes=torch.uint8)
     yield "fused-1-512-8-4096-uint8", launches
+    launches = aot.step_launches(100, 80, 1, 64, HALF, path="group", kdim=1024)
+    yield "group-wide-keys", launches
     for N, E, H, L, dtype, codes in GROUPS:
         launches = aot.step_launches(N, E, H, L, dtype, path="group", codes=codes)
         yield f"group-{N}-{E}-{H}-{L}-{dtype}-{codes}", launches
@@ -224,16 +230,17 @@ def tile_bytes(launch: Launch) -> int:
     return given["BLOCK_S"] * given["BLOCK_E"] * tokens.dtype.itemsize
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.in_turn(90, 80, 90, 100)
-@pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capability: int) -> None:
     for launch in CONFIGURATIONS[name]:
         report = aot.compile_launch(launch, capability)
         assert report.spills == 0, report.kernel
-        assert report.resident_programs(plan.SHARED_MEMORY[capability]) >= 1, report.kernel
+        assert report.resident_programs(aot.SHARED_MEMORY[capability]) >= 1, report.kernel
         if name in EVERYWHERE:
-            assert report.resident_programs(min(plan.LITTLE_MEMORY.values())) >= 1, report.kernel
+            assert report.resident_programs(min(aot.LITTLE_MEMORY.values())) >= 1, report.kernel
         reads_ring = report.kernel == "_ring_step_kernel"
         if reads_ring and "fused" not in name:
             loads = report.loads_in_loops()
@@ -259,6 +266,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert report.has_matrix_instructions(), report.kernel
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.in_turn(89, 120)
 @pytest.mark.parametrize("capability", [89, 120])
 @pytest.mark.parametrize("name", LITTLE_CONFIGURATIONS)
@@ -266,7 +274,20 @@ def test_configuration_fits_a_chip_with_little_shared_memory(name: str, capabili
     for launch in LITTLE_CONFIGURATIONS[name]:
         report = aot.compile_launch(launch, capability)
         assert report.spills <= (8 if capability == 120 else 0), report.kernel
-        assert report.resident_programs(plan.LITTLE_MEMORY[capability]) >= 1, report.kernel
+        assert report.resident_programs(aot.LITTLE_MEMORY[capability]) >= 1, report.kernel
+
+
+@pytest.mark.parametrize("fp32_precision", ["tf32"], indirect=True)
+@pytest.mark.usefixtures("fp32_precision")
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_wide_inputs_of_8_bits_fit_little_shared_memory_whatever_multiplies_them(
+    codes: torch.dtype,
+) -> None:
+    with pretended_little_memory():
+        launches = aot.input_step_launches(512, 1024, 8, 250, FULL, codes=codes)
+    for launch in launches:
+        report = aot.compile_launch(launch, 89)
+        assert report.resident_programs(aot.LITTLE_MEMORY[89]) >= 1, report.kernel
 
 
 @pytest.mark.parametrize("fp32_precision", ["ieee"], indirect=True)
@@ -292,8 +313,8 @@ def with_argument(launch: Launch, name: str, value: Any) -> Launch:
     return launch._replace(args=tuple(args))
 
 
-@pytest.mark.in_turn(*plan.SHARED_MEMORY)
-@pytest.mark.parametrize("capability", plan.SHARED_MEMORY)
+@pytest.mark.in_turn(*aot.SHARED_MEMORY)
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
 @pytest.mark.parametrize(
     "name",
     [

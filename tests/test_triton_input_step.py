@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import assert_as_exact_as_torch
 from torch import Tensor
 from triton_cases import (
     DEVICE,
     DTYPES,
     RingCase,
-    assert_as_exact_as_torch,
     needs_kernels,
-    relative_error,
     widened,
 )
 
-from continual_mha import inputs, reference
+from continual_mha import inputs
+from continual_mha.operands import Weights
 from continual_mha.quantized import QuantizedRing
 from continual_mha.triton_kernels import input_step_, ring_step_, why_not
 from continual_mha.triton_kernels.launch import counters, pretended_little_memory
@@ -102,7 +102,7 @@ def check_steps(
         plain = inputs.input_step_(*case.arguments(torch_state, token, **kw))
         args = in_float64(case.arguments(torch_state, token, **kw))
         args[7:9], args[15:] = exact_state[:2], exact_state[2:]
-        assert_as_exact_as_torch(out, plain, inputs.input_step_(*args))
+        assert_as_exact_as_torch(out, inputs.input_step_(*args), plain)
         written = torch.arange(case.L, device=DEVICE) < state[1][:, None]
         assert torch.equal(state[1], torch_state[1])
         for i in range(0, len(state), 2):
@@ -300,6 +300,10 @@ def test_a_token_that_is_not_finite_leaves_with_its_slot(bad: float, codes: torc
         assert out[1].isfinite().all()
 
 
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return ((out.cpu().double() - exact).norm() / exact.norm()).item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_inputs_err_no_more_than_a_fifth_above_keys_and_values(dtype: torch.dtype) -> None:
     """Both Triton kernels on one stream; the interpreter adds up in another order than a GPU."""
@@ -312,7 +316,7 @@ def test_inputs_err_no_more_than_a_fifth_above_keys_and_values(dtype: torch.dtyp
             weight.copy_(torch.randn(weight.shape) * (E**-0.5 if weight.dim() == 2 else 0.2))
             kv.weights[i] = weight
     x = torch.randn(N, L + 3, E, device=DEVICE).to(dtype)
-    weights = reference.Weights(*case.weights)
+    weights = Weights(*case.weights)
     held = inputs.Inputs(x[:, :L].roll(0, 1).contiguous(), torch.full((N,), L, device=DEVICE))
     rings = inputs.projected_rings(held, weights, H, 0)
     for part, value in zip(kv.state, (rings.k, rings.v, rings.q, held.position), strict=True):
@@ -371,7 +375,7 @@ def test_a_step_where_programs_have_little_shared_memory() -> None:
         )
         with pretended_little_memory():
             out = input_step_(*case.arguments(case.state, token))
-        assert_as_exact_as_torch(out, plain, exact)
+        assert_as_exact_as_torch(out, exact, plain)
 
 
 @pytest.mark.usefixtures("products_by_row")
@@ -394,4 +398,13 @@ def test_batch_invariant_steps_give_a_stream_the_same_bits_alone_and_among_other
     )
     assert torch.equal(together[66:67], single)
     assert all(torch.equal(x[66:67], y) for x, y in zip(case.state, alone, strict=True))
-    assert_as_exact_as_torch(together, plain, exact)
+    assert_as_exact_as_torch(together, exact, plain)
+
+
+def test_batch_invariant_steps_have_heads_of_any_size() -> None:
+    case = InputCase(N=2, H=1, D=272, L=3).warm()
+    args = case.arguments(case.copied_state(), case.token()[0])
+    exact = inputs.input_step_(*in_float64(args))
+    plain = inputs.input_step_(*case.arguments(case.copied_state(), args[0]))
+    assert why_not("input_step_", *args) is None
+    assert_as_exact_as_torch(input_step_(*args, batch_invariant=True), exact, plain)

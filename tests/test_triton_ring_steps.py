@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from oracles import assert_as_exact_as_torch
 from triton_cases import (
     DEVICE,
     DTYPES,
     RingCase,
-    assert_as_exact_as_torch,
     needs_kernels,
     widened,
 )
@@ -45,7 +45,7 @@ def check_codes(case: RingCase, state: list, T: int, first: int, zero: bool = Fa
     exact = reference.ring_steps_(*exact_args)
     plain = reference.ring_steps_(*with_scales(clip, case, torch_state, *rest))
     out = ring_steps_(*with_scales(clip, case, state, *rest))
-    assert_as_exact_as_torch(out, plain, exact)
+    assert_as_exact_as_torch(out, exact, plain)
     for mine, theirs in zip(state, torch_state, strict=True):
         assert torch.equal(mine.nan_to_num(77), theirs.nan_to_num(77))
 
@@ -59,7 +59,7 @@ def check_clip(case: RingCase, T: int, first: int, zero: bool = False) -> None:
     plain = reference.ring_steps_(*clip, *case.weights, *torch_state, *rest)
     exact = reference.ring_steps_(*widened(clip), *widened(case.weights), *exact_state, *rest)
     assert out.shape == exact.shape
-    assert_as_exact_as_torch(out, plain, exact)
+    assert_as_exact_as_torch(out, exact, plain)
     for ring, best in zip(state, exact_state, strict=True):
         torch.testing.assert_close(
             ring.cpu().double(), best.double(), equal_nan=True, atol=0.05, rtol=0.05

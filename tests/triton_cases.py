@@ -19,7 +19,6 @@ needs_kernels = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 if INTERPRETED:
     DTYPES.append(torch.float64)
-ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass
@@ -95,22 +94,7 @@ def widened(args: list) -> list:
         if not isinstance(x, Tensor):
             return x
         x = x.detach().cpu()
-        return x.double() if x.is_floating_point() else x.clone()
+        return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
 
     same = {id(x): widen(x) for x in args}
     return [same[id(x)] for x in args]
-
-
-def relative_error(out: Tensor, exact: Tensor) -> float:
-    return ((out.cpu().double() - exact).norm() / exact.norm()).item()
-
-
-def assert_as_exact_as_torch(
-    out: Tensor, torch_out: Tensor, exact: Tensor, rounded: torch.dtype | None = None
-) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, plus a rounding allowance.
-
-    That of the dtype ``rounded``, if what both are computed from was rounded to that before.
-    """
-    bound = 2 * relative_error(torch_out, exact) + ROUNDING[rounded or out.dtype]
-    assert relative_error(out, exact) <= bound

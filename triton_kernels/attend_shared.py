@@ -22,10 +22,13 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    merge_parts,
     not_taken,
+    one_more_slot,
     product,
     products_in_parts,
     scores_in_parts,
+    store_part,
     sum_of_last,
 )
 from .plan import cdiv, next_power_of_2, shared_backward_plan, shared_plan
@@ -97,13 +100,6 @@ def _masked(
             other=0.0,
         ).to(ACC)
     return tl.where(slots < S, scores, float("-inf"))
-
-
-@triton.jit
-def _keep(seed_ptr, stream, heads, slots, dropout_p, ACC: tl.constexpr):
-    """What dropout multiplies the weights of a tile with; `heads` and `slots` span it."""
-    at = slots + heads * 0
-    return keep_scale(seed_ptr, stream, heads + slots * 0, at, at * 0, dropout_p).to(ACC)
 
 
 @triton.jit
@@ -188,7 +184,8 @@ def _attend_shared_kernel(
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            keep = _keep(seed_ptr, stream, offs_h[:, None], offs_s[None, :], dropout_p, ACC)
+            slots, heads = offs_s[None, :], offs_h[:, None]
+            keep = keep_scale(seed_ptr, slots, stream, heads, 0, dropout_p).to(ACC)
             weight = product(weight, keep)
             kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         weight = cast(weight, value_ptr.dtype.element_ty)
@@ -197,14 +194,7 @@ def _attend_shared_kernel(
     if sink_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
         if split == 0:
             sink = tl.load(sink_ptr + stream * H + offs_h, mask=offs_h < H, other=0.0).to(ACC)
-            sink *= log2e
-            m_new = tl.maximum(m_i, sink)
-            shift = finite_or_zero(m_new)
-            alpha = tl.exp2(m_i - shift)
-            l_i = l_i * alpha + tl.exp2(sink - shift)
-            kept_i *= alpha
-            acc *= alpha[:, None]
-            m_i = m_new
+            m_i, l_i, kept_i, acc, _ = one_more_slot(m_i, l_i, kept_i, acc, sink * log2e, 0.0)
 
     out_offsets = offs_h[:, None] * EV + offs_v[None, :]
     mask_out = (offs_h < H)[:, None] & (offs_v < EV)[None, :]
@@ -220,34 +210,13 @@ def _attend_shared_kernel(
     else:
         partial_ptr += stream * SPLITS * (H * EV)
         ml_ptr += (stream * BLOCKS + block) * (SPLITS * 3 * BLOCK_H)
-        tl.store(partial_ptr + split * (H * EV) + out_offsets, acc, mask_out)
-        tl.store(ml_ptr + split * 3 * BLOCK_H + in_block, m_i)
-        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + in_block, l_i)
-        if seed_ptr is not None:
-            tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + in_block, kept_i)
+        store_part(partial_ptr, ml_ptr, split, m_i, l_i, kept_i, acc, out_offsets, mask_out,
+                   in_block, H * EV, seed_ptr is not None, BLOCK_H)  # fmt: skip
         if is_last(counter_ptr + stream * BLOCKS + block, SPLITS):
-            top = tl.full((BLOCK_H,), float("-inf"), ACC)
-            for s in range(SPLITS):
-                top = tl.maximum(
-                    top, tl.load(ml_ptr + s * 3 * BLOCK_H + in_block, cache_modifier=".cg")
-                )
-            shift = finite_or_zero(top)
-            total = tl.zeros((BLOCK_H,), ACC)
-            kept = tl.zeros((BLOCK_H,), ACC)
-            acc = tl.zeros((BLOCK_H, BLOCK_V), ACC)
-            for s in range(SPLITS):
-                m = tl.load(ml_ptr + s * 3 * BLOCK_H + in_block, cache_modifier=".cg")
-                l_sum = tl.load(ml_ptr + (s * 3 + 1) * BLOCK_H + in_block, cache_modifier=".cg")
-                rows = tl.load(
-                    partial_ptr + s * (H * EV) + out_offsets, mask=mask_out, other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-                scale = tl.exp2(m - shift)
-                total += l_sum * scale
-                if seed_ptr is not None:
-                    kept_ptr_s = ml_ptr + (s * 3 + 2) * BLOCK_H
-                    kept += tl.load(kept_ptr_s + in_block, cache_modifier=".cg") * scale
-                acc += rows * scale[:, None]
+            top, total, kept, acc = merge_parts(
+                partial_ptr, ml_ptr, out_offsets, mask_out, in_block, SPLITS, H * EV,
+                seed_ptr is not None, BLOCK_H, BLOCK_V, ACC,
+            )  # fmt: skip
             out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
             tl.store(out_ptr + out_offsets, out, mask_out)
             if v_block == 0:
@@ -285,7 +254,7 @@ def _shared_weights_kernel(
     lse = tl.load(lse_ptr + stream * H + offs_h, mask=mask_h, other=0.0)
     weight = tl.exp2((scores - lse[None, :]) * tl.full((), LOG2E, ACC))
     if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, offs_h[None, :], offs_s[:, None], dropout_p, ACC)
+        keep = keep_scale(seed_ptr, offs_s[:, None], stream, offs_h[None, :], 0, dropout_p).to(ACC)
         weight = product(weight, keep)
     if grad_ptr is None:
         average = tl.sum(tl.where(mask_h[None, :], weight, 0.0), axis=1) / H
@@ -353,7 +322,7 @@ def _score_gradients(
         grad_weight += _of_heads(grad_kept_ptr, stream, heads, H, ACC)
     applied = weight
     if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, heads, slots, dropout_p, ACC)
+        keep = keep_scale(seed_ptr, slots, stream, heads, 0, dropout_p).to(ACC)
         applied = weight * keep
         grad_weight *= keep
     return weight * (grad_weight + shared), applied

@@ -28,9 +28,9 @@ def _tile_gradients(
     grad_weight = dot(grad_left, tl.trans(grad_right), zeros, PRECISION)
     applied = weight
     if seed_ptr is not None:
-        keep = keep_scale(seed_ptr, stream, head, slots + rows * 0, rows + slots * 0, dropout_p)
-        applied = weight * keep.to(ACC)
-        grad_weight *= keep.to(ACC)
+        keep = keep_scale(seed_ptr, slots, stream, head, rows, dropout_p).to(ACC)
+        applied = weight * keep
+        grad_weight *= keep
     return applied, weight * (grad_weight + shared)
 
 

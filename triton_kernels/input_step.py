@@ -24,9 +24,12 @@ from .pieces import (
     finite_or_zero,
     is_last,
     keep_scale,
+    merge_parts,
     not_taken,
+    one_more_slot,
     product,
     scores_in_parts,
+    store_part,
 )
 from .plan import (
     INVARIANT_FEATURES,
@@ -41,23 +44,6 @@ from .plan import (
 )
 from .project import linear as tiled_linear
 from .row_scores import flat, row_scores, spread_features, spread_rows
-
-
-@triton.jit
-def _one_more(m, l_sum, kept, acc, score, keep):
-    """Online softmax over one more slot, whose value is still to be added: its weight too."""
-    m_new = tl.maximum(m, score)
-    shift = finite_or_zero(m_new)
-    alpha = tl.exp2(m - shift)
-    weight = tl.exp2(score - shift)
-    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[:, None], weight * keep
-
-
-@triton.jit
-def _keep(seed_ptr, stream, offs_h, slot, dropout_p, ACC: tl.constexpr):
-    """What dropout multiplies the weights of one slot with  # [BLOCK_H]"""
-    slots = offs_h * 0 + slot
-    return keep_scale(seed_ptr, stream, offs_h, slots, slots * 0, dropout_p).to(ACC)
 
 
 @triton.jit
@@ -145,9 +131,8 @@ def _attend_part(
         m_i = m_new
         l_i = l_i * alpha + tl.sum(weight, axis=1)
         if seed_ptr is not None:
-            at = slots[None, :] + offs_h[:, None] * 0
-            heads = offs_h[:, None] + slots[None, :] * 0
-            keep = keep_scale(seed_ptr, stream, heads, at, at * 0, dropout_p).to(ACC)
+            at, heads = slots[None, :], offs_h[:, None]
+            keep = keep_scale(seed_ptr, at, stream, heads, 0, dropout_p).to(ACC)
             weight = product(weight, keep)
             kept_i = kept_i * alpha + tl.sum(weight, axis=1)
         if x_scale_ptr is not None:
@@ -197,8 +182,8 @@ def _add_token(
     score = tl.sum(products, axis=1) * tl.full((), SCALE * LOG2E, ACC)
     keep = tl.full((BLOCK_H,), 1.0, ACC)
     if seed_ptr is not None:
-        keep = _keep(seed_ptr, stream, offs_h, new_slot, dropout_p, ACC)
-    m, l_sum, kept, acc, weight = _one_more(m, l_sum, kept, acc, score, keep)
+        keep = keep_scale(seed_ptr, new_slot, stream, offs_h, 0, dropout_p).to(ACC)
+    m, l_sum, kept, acc, weight = one_more_slot(m, l_sum, kept, acc, score, keep)
     return m, l_sum, kept + weight, acc + weight[:, None] * token[None, :]
 
 
@@ -219,10 +204,10 @@ def _finish(
         extra_ptr += (stream * H + offs_h) * EXTRA
     if HAS_BIAS_SLOT:
         bias_score = tl.load(extra_ptr, mask=mask_h, other=0.0) * log2e
-        m, l_sum, kept, acc, _ = _one_more(m, l_sum, kept, acc, bias_score, one)
+        m, l_sum, kept, acc, _ = one_more_slot(m, l_sum, kept, acc, bias_score, one)
     if ADD_ZERO_ATTN:
         score = tl.load(extra_ptr + HAS_BIAS_SLOT, mask=mask_h, other=0.0) * log2e
-        m, l_sum, kept, acc, _ = _one_more(m, l_sum, kept, acc, score, one)
+        m, l_sum, kept, acc, _ = one_more_slot(m, l_sum, kept, acc, score, one)
     tl.store(
         out_ptr + rows[:, None] * E + offs_e[None, :],
         cast(acc / l_sum[:, None], out_ptr.dtype.element_ty),
@@ -233,7 +218,7 @@ def _finish(
     if HAS_BIAS_SLOT:
         weight = tl.exp2(bias_score - finite_or_zero(m))
         if seed_ptr is not None:
-            weight *= _keep(seed_ptr, stream, offs_h, L, dropout_p, ACC)
+            weight *= keep_scale(seed_ptr, L, stream, offs_h, 0, dropout_p).to(ACC)
         tl.store(on_bias_ptr + stream * H + offs_h, weight / l_sum, mask=mask_h)
 
 
@@ -304,28 +289,13 @@ def _input_step_kernel(
         partial_ptr += stream * (SPLITS * H * E)
         group = stream * H_BLOCKS + h_block
         ml_ptr += group * (SPLITS * 3 * BLOCK_H)
-        tl.store(partial_ptr + split * (H * E) + offsets, acc, mask=mask)
-        tl.store(ml_ptr + split * 3 * BLOCK_H + in_block, m)
-        tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + in_block, l_sum)
-        tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + in_block, kept)
+        store_part(partial_ptr, ml_ptr, split, m, l_sum, kept, acc, offsets, mask, in_block, H * E,
+                   True, BLOCK_H)  # fmt: skip
         if is_last(counter_ptr + group, SPLITS):
-            # In the order of the parts, whoever finished last: the same bits in every run.
-            top = tl.full((BLOCK_H,), float("-inf"), ACC)
-            for s in range(SPLITS):
-                part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
-                top = tl.maximum(top, tl.load(part_ptr, cache_modifier=".cg"))
-            l_sum = tl.zeros((BLOCK_H,), ACC)
-            kept = tl.zeros((BLOCK_H,), ACC)
-            acc = tl.zeros((BLOCK_H, BLOCK_E), ACC)
-            for s in range(SPLITS):
-                part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
-                weight = tl.exp2(tl.load(part_ptr, cache_modifier=".cg") - finite_or_zero(top))
-                l_sum += tl.load(part_ptr + BLOCK_H, cache_modifier=".cg") * weight
-                kept += tl.load(part_ptr + 2 * BLOCK_H, cache_modifier=".cg") * weight
-                found = tl.load(
-                    partial_ptr + s * (H * E) + offsets, mask=mask, other=0.0, cache_modifier=".cg"
-                )
-                acc += found * weight[:, None]
+            top, l_sum, kept, acc = merge_parts(
+                partial_ptr, ml_ptr, offsets, mask, in_block, SPLITS, H * E, True, BLOCK_H, BLOCK_E,
+                ACC,
+            )  # fmt: skip
             _finish(top, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, rows, share_ptr,
                     on_bias_ptr, stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E,
                     HAS_BIAS_SLOT, ADD_ZERO_ATTN, ACC)  # fmt: skip
@@ -607,8 +577,11 @@ def input_step_(
         on_bias = torch.empty((N, num_heads), dtype=wide, device=query.device)
     seed = dropout_seed(dropout_p, query.device)
     state = (x_ring, x_scale, position, active, seed, extra)
-    # Decoded, a tile leaves no registers for two parts of each number.
+    # Decoded, a tile leaves no registers for two parts of each number; nor a wide one shared memory
+    # for copies in the order of the matrix unit.
     precision = dot_precision(plan.by_rows or x_scale is not None)
+    if little and x_scale is not None and query.element_size() > 2 and plan.block_e >= 1024:
+        precision = "ieee"
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, precision, acc)  # fmt: skip
     sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts)

@@ -23,10 +23,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @cache
 def why_no_launch() -> str | None:
-    """Why Triton runs no kernel here, as where it finds no C compiler, of which it needs one at
-    its first; None if it does."""
+    """Why Triton runs no kernel here; None if it does.
+
+    Before its first launch it builds a library of its own, for which there may be no C compiler.
+    """
     try:
-        triton.runtime.driver.active.utils  # noqa: B018  (which it builds)
+        triton.runtime.driver.active.utils  # noqa: B018  (that library)
     except Exception as error:
         return f"Triton cannot launch kernels here: {type(error).__name__}: {error}"
     return None
@@ -159,19 +161,70 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def keep_scale(seed_ptr, stream, head, slots, rows, dropout_p):
-    """0 where the weight of this slot is dropped, else 1 / (1 - p)  # like slots
+def keep_scale(seed_ptr, slots, stream, head, rows, dropout_p):
+    """0 where the weight of this slot is dropped, else 1 / (1 - p), from counters that broadcast.
 
     Philox keyed by the call's seed and counted by (slot, stream, head, row): independent of the
-    grid. `slots` and `rows` have one shape.
+    grid.
     """
-    zero = slots * 0
-    bits, _, _, _ = tl.philox(
-        tl.load(seed_ptr), slots, zero + stream.to(tl.int32), zero + head, rows
-    )
+    stream = stream.to(tl.int32)
+    zero = (slots + stream + head + rows) * 0
+    counters = (zero + slots, zero + stream, zero + head, zero + rows)
+    bits, _, _, _ = tl.philox(tl.load(seed_ptr), *counters)
     uniform = tl.uint_to_uniform_float(bits)
     p = uniform * 0 + dropout_p
     return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def one_more_slot(m, l_sum, kept, acc, score, keep):
+    """Online softmax over one more slot, whose value is still to be added: its weight too."""
+    m_new = tl.maximum(m, score)
+    shift = finite_or_zero(m_new)
+    alpha = tl.exp2(m - shift)
+    weight = tl.exp2(score - shift)
+    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[:, None], weight * keep
+
+
+@triton.jit
+def store_part(
+    partial_ptr, ml_ptr, split, m, l_sum, kept, acc, offsets, mask, in_block, SIZE: tl.constexpr,
+    HAS_KEPT: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """What one part of a window found, for `merge_parts`: SIZE elements and three statistics."""
+    tl.store(partial_ptr + split * SIZE + offsets, acc, mask=mask)
+    tl.store(ml_ptr + split * 3 * BLOCK_H + in_block, m)
+    tl.store(ml_ptr + (split * 3 + 1) * BLOCK_H + in_block, l_sum)
+    if HAS_KEPT:
+        tl.store(ml_ptr + (split * 3 + 2) * BLOCK_H + in_block, kept)
+
+
+@triton.jit
+def merge_parts(
+    partial_ptr, ml_ptr, offsets, mask, in_block, SPLITS: tl.constexpr, SIZE: tl.constexpr,
+    HAS_KEPT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Maxima, sums and rows of all parts together, for the program that finished last.
+
+    In the order of the parts, whoever that was: the same bits in every run.
+    """
+    top = tl.full((BLOCK_H,), float("-inf"), ACC)
+    for s in range(SPLITS):
+        part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
+        top = tl.maximum(top, tl.load(part_ptr, cache_modifier=".cg"))
+    shift = finite_or_zero(top)
+    l_sum = tl.zeros((BLOCK_H,), ACC)
+    kept = tl.zeros((BLOCK_H,), ACC)
+    acc = tl.zeros((BLOCK_H, BLOCK_E), ACC)
+    for s in range(SPLITS):
+        part_ptr = ml_ptr + s * 3 * BLOCK_H + in_block
+        scale = tl.exp2(tl.load(part_ptr, cache_modifier=".cg") - shift)
+        l_sum += tl.load(part_ptr + BLOCK_H, cache_modifier=".cg") * scale
+        if HAS_KEPT:
+            kept += tl.load(part_ptr + 2 * BLOCK_H, cache_modifier=".cg") * scale
+        rows_ptr = partial_ptr + s * SIZE + offsets
+        acc += tl.load(rows_ptr, mask=mask, other=0.0, cache_modifier=".cg") * scale[:, None]
+    return top, l_sum, kept, acc
 
 
 @triton.jit

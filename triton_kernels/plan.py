@@ -12,9 +12,6 @@ from typing import NamedTuple
 MULTIPROCESSORS = 132
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 1 << 31  # of what offsets of 32 bits reach: a head's ring, or a stream's of inputs
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Where that is less, plans are asked for with `little`.
-LITTLE_MEMORY = {86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}
 
 
 # Triton has both, but a call of them from the host takes microseconds.
@@ -138,7 +135,8 @@ def step_plan(
         ):
             splits *= 2
     slot_itemsize = slot_itemsize or itemsize
-    rows, warps = (RING_TILES_8 if slot_itemsize == 1 else RING_TILES)[block_d]
+    tiles = RING_TILES_8 if slot_itemsize == 1 else RING_TILES
+    rows, warps = tiles[min(block_d, MAX_HEAD_DIM)]  # wider heads are projected alone
     if rule.path == "fused":  # the projections want all eight warps, the ring has few rows
         rows, warps = rows * 4 // warps, 8
     elif rule.path == "group":  # 16 elements per thread; 8 of narrow heads, which have more rows
@@ -152,7 +150,10 @@ def step_plan(
     wide = 4096 // max(itemsize, 2)
     # The product of a group is unrolled, and 256 features of fp32 at once spill.
     features = 64 if rule.path == "group" and itemsize > 2 else 256
-    crowded = little and itemsize > 2 and rule.path == "fused"  # 64 KiB for each block of weights
+    block_k = max(16, min(features, wide * 16 // block_d))
+    # two blocks of weights of 64 KiB, and the tokens, are more than there is
+    block_bytes = block_d * block_k * max(itemsize, 2)
+    crowded = little and rule.path in ONE_LAUNCH and block_bytes >= 1 << 16
     return StepPlan(
         path=rule.path,
         group=group,
@@ -160,7 +161,7 @@ def step_plan(
         spread=rule.path == "fused" and N * H * (splits + 2) <= MULTIPROCESSORS,
         block_l=rows,
         block_d=block_d,
-        block_k=max(16, min(features, wide * 16 // block_d)),
+        block_k=block_k,
         block_e=max(16, min(128, wide * 8 // block_d)),
         num_warps=warps,
         stages=2 if crowded else 3,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
+from ..operands import RepeatedStep, Weights
 from .eight_bits import CODES, decode, decode_words, factor_of, quantise
 from .launch import MOST_REGISTERS, counters, launch, little_memory, record, relaunch
 from .pieces import (
@@ -39,9 +40,6 @@ from .plan import (
     step_plan,
 )
 from .project import ADVANCED, PROJECTED, project, project_rows
-
-if TYPE_CHECKING:
-    from ..repeat import Run
 
 
 @triton.jit
@@ -126,7 +124,7 @@ def _add_extra_slots(
         v_bias = tl.load(bias_v_ptr + head_d, mask=mask_d, other=0.0).to(ACC)
         keep = tl.full((), 1.0, ACC)
         if seed_ptr is not None:
-            keep = keep_scale(seed_ptr, stream, head, slot, slot * 0, dropout_p).to(ACC)
+            keep = keep_scale(seed_ptr, slot, stream, head, 0, dropout_p).to(ACC)
         score = _inner(q, k_bias) * tl.full((), SCALE * LOG2E, ACC)
         m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_bias)
     if ADD_ZERO_ATTN:
@@ -218,9 +216,7 @@ def _attend_ring(
         l_i = l_i * alpha + tl.sum(weight, axis=0)
         weight = tl.reshape(weight, (ROWS,))
         if seed_ptr is not None:
-            weight *= keep_scale(seed_ptr, stream, head, now_slots, now_slots * 0, dropout_p).to(
-                ACC
-            )
+            weight *= keep_scale(seed_ptr, now_slots, stream, head, 0, dropout_p).to(ACC)
         if k_scale_ptr is not None:
             weight *= v_factor
         found = tl.sum(tl.reshape(weight[:, None] * v, (FOLD, GROUPS, BLOCK_D)), axis=0)
@@ -442,7 +438,7 @@ def _ring_step_kernel(
         v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
                       UPDATE, ACC)  # fmt: skip
         if seed_ptr is not None:
-            keep = keep_scale(seed_ptr, stream, head, new_slot, new_slot * 0, dropout_p).to(ACC)
+            keep = keep_scale(seed_ptr, new_slot, stream, head, 0, dropout_p).to(ACC)
         if SPREAD:
             acc = v_new * keep
             l_sum = tl.full((), 1.0, ACC)
@@ -634,7 +630,7 @@ def _group_step_kernel(
     slot = new_slot[:, None]
     keep = tl.full((), 1.0, ACC)
     if seed_ptr is not None:
-        keep = keep_scale(seed_ptr, streams[:, None], head, slot, slot * 0, dropout_p).to(ACC)
+        keep = keep_scale(seed_ptr, slot, streams[:, None], head, 0, dropout_p).to(ACC)
     score = _inner(q, k_new) * tl.full((), SCALE * LOG2E, ACC)
     m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
     m, l_sum, acc = _add_extra_slots(
@@ -659,32 +655,6 @@ def _group_step_kernel(
         if UPDATE:
             tl.debug_barrier()  # all threads have read it
             tl.store(position_ptr + streams, position + advance, mask=there)
-
-
-def project_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    in_proj_weight: Tensor,
-    k_proj_weight: Tensor | None,
-    v_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value projected, each (..., E): one product where the three are one tensor."""
-    if k_proj_weight is None and query is key and key is value:
-        q, k, v = linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
-        return q, k, v
-    if k_proj_weight is None or v_proj_weight is None:
-        q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
-    else:
-        q_weight, k_weight, v_weight = in_proj_weight, k_proj_weight, v_proj_weight
-    q_bias, k_bias, v_bias = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    return (
-        linear(query, q_weight, q_bias),
-        linear(key, k_weight, k_bias),
-        linear(value, v_weight, v_bias),
-    )
 
 
 def uncovered(
@@ -777,9 +747,9 @@ def ring_step_(
         return project(x, weight, bias, plan) if plan.path == "chain" else F.linear(x, weight, bias)
 
     if not fused:
-        query, key, value = project_inputs(
-            query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
-        )
+        given = Weights(in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
+                        out_proj_weight, out_proj_bias, bias_k, bias_v)  # fmt: skip
+        query, key, value = given.project((query, key, value), linear)
     weights: tuple = (in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight,
                       out_proj_bias) if fused else (None,) * 6  # fmt: skip
     out, *scratch = _outputs(query, ready)
@@ -808,7 +778,7 @@ def ring_step_(
 _TOKENS, _ACTIVE, _OUT, _SCRATCH = (0, 1, 2), (17,), (19,), (20, 21)
 
 
-def bind_ring_step_(anew: Run, *args: Any) -> Run | None:
+def bind_ring_step_(anew: RepeatedStep, *args: Any) -> RepeatedStep | None:
     """`ring_step_` for steps after one that took `args`, with other tokens, given once where they
     are one tensor.
 

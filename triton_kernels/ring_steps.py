@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import dropout_seed
+from ..operands import Weights
 from .eight_bits import decode, quantise_tokens, unit_of
 from .launch import constants_of, launch
 from .pieces import (
@@ -22,10 +23,11 @@ from .pieces import (
     dot_precision,
     finite_or_zero,
     keep_scale,
+    one_more_slot,
 )
 from .plan import cdiv, invariant_step_plan, steps_plan
 from .project import linear as tiled_linear
-from .ring_step import project_inputs, uncovered
+from .ring_step import uncovered
 
 
 @triton.jit
@@ -104,9 +106,8 @@ def _attend_tile(
     weight = tl.exp2(scores - shift[:, None])
     l_i = l_i * alpha + tl.sum(weight, axis=1)
     if seed_ptr is not None:
-        row = offs_t[:, None] + keys[None, :] * 0
-        key = keys[None, :] + offs_t[:, None] * 0
-        weight *= keep_scale(seed_ptr, stream, head, key, row, dropout_p).to(ACC)
+        slots, rows = keys[None, :], offs_t[:, None]
+        weight *= keep_scale(seed_ptr, slots, stream, head, rows, dropout_p).to(ACC)
     if v_scale is not None:
         finite = v_scale < float("inf")
         larger = tl.maximum(factor, tl.max(tl.where(finite, v_scale, 0.0), axis=0))
@@ -229,16 +230,11 @@ def _attend_block(
         k_bias = tl.load(bias_k_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
         v_bias = tl.load(bias_v_ptr + head * D + offs_d, mask=mask_d, other=0.0).to(ACC)
         score = tl.sum(q.to(ACC) * k_bias[None, :], axis=1) * scale
-        m_new = tl.maximum(m_i, score)
-        shift = finite_or_zero(m_new)
-        alpha = tl.exp2(m_i - shift)
-        weight = tl.exp2(score - shift)
-        m_i = m_new
-        l_i = l_i * alpha + weight
+        keep = tl.full((), 1.0, ACC)
         if seed_ptr is not None:
-            last = offs_t * 0 + (L + T)
-            weight *= keep_scale(seed_ptr, stream, head, last, offs_t, dropout_p).to(ACC)
-        acc = acc * alpha[:, None] + weight[:, None] * v_bias[None, :]
+            keep = keep_scale(seed_ptr, L + T, stream, head, offs_t, dropout_p).to(ACC)
+        m_i, l_i, _, acc, weight = one_more_slot(m_i, l_i, 0.0, acc, score, keep)
+        acc += weight[:, None] * v_bias[None, :]
     if lse_ptr is not None:
         lse = m_i * tl.full((), LN2, ACC) + tl.log(l_i)
         tl.store(lse_ptr + rows * H + head, lse, mask=mask_t)
@@ -391,9 +387,9 @@ def ring_steps_(
     linear = F.linear
     if batch_invariant:
         linear = partial(tiled_linear, plan=invariant_step_plan(E, H, L, query.element_size()))
-    query, key, value = project_inputs(
-        query, key, value, in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, linear
-    )
+    weights = Weights(in_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias,
+                      out_proj_weight, out_proj_bias, bias_k, bias_v)  # fmt: skip
+    query, key, value = weights.project((query, key, value), linear)
     key_scale = value_scale = None
     if k_scale is not None:
         key, key_scale = quantise_tokens(key, H, k_ring.dtype)

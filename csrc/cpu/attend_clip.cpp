@@ -109,7 +109,7 @@ OptionalTensor shares(const Clip& clip, const OptionalTensor& seed, const Tensor
   const ScalarType dtype = clip.key.scalar_type();
   if (seed) return as_contiguous(torch::stable::to(kept, dtype));  // zeros where there is nothing
   if (!blank) return std::nullopt;
-  Tensor all = torch::stable::new_empty(clip.key, {clip.n, clip.heads}, clip.acc());
+  Tensor all = new_like(clip.key, {clip.n, clip.heads}, clip.acc());
   torch::stable::fill_(all, 1.0);
   char* to = static_cast<char*>(all.mutable_data_ptr());
   const int64_t size = acc_size(clip.dtype);

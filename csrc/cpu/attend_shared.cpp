@@ -67,8 +67,8 @@ SharedResults run_attend_shared(const Tensor& query, const Tensor& key, const Op
   if (mask) mask = torch::stable::to(*mask, acc);
   sink = contiguous_acc(sink, acc);
   AttendSharedParams p = shared_params(keys, values, query.size(1), mask);
-  const Tensor out = torch::stable::new_empty(query, {p.streams, p.num_heads, p.value_dim});
-  const Tensor lse = torch::stable::new_empty(query, {p.streams, p.num_heads}, acc);
+  const Tensor out = new_like(query, {p.streams, p.num_heads, p.value_dim});
+  const Tensor lse = new_like(query, {p.streams, p.num_heads}, acc);
   p.query = head_vectors(queries);
   p.sink = data_or_null(sink);
   p.blank = blank;

@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> attend_window(Tensor query, Tensor key, Tensor value,
   given.put(p, seed, first, dropout_p);
   const int64_t wanted = p.tokens - first;
   const Tensor out = new_like(query, {p.streams, wanted, p.num_heads, p.head_dim});
-  const Tensor lse = new_if(true, query, {p.streams, wanted, p.num_heads}, acc_type(given.dtype));
+  const Tensor lse = new_like(query, {p.streams, wanted, p.num_heads}, acc_type(given.dtype));
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   attend_windows(p, given.dtype, RingDType::kAsTokens);

@@ -36,8 +36,7 @@ Projected project_in_by_gemm(const std::array<const Tensor*, 3>& tokens, const W
   const int64_t e = w.out_proj_weight.size(0);
   Projected result{};
   std::array<const void*, 3> data;
-  if (!w.k_proj_weight && same_tokens(*tokens[0], *tokens[1]) &&
-      same_tokens(*tokens[0], *tokens[2])) {
+  if (!w.k_proj_weight && same_tokens(*tokens[0], *tokens[1], *tokens[2])) {
     result.owners[0] = linear(*tokens[0], w.in_proj_weight, w.in_proj_bias);
     result.stride = 3 * e;
     for (int64_t i = 0; i < 3; ++i)
@@ -284,7 +283,7 @@ Projected project_in(const Tensor& query, const Tensor& key, const Tensor& value
   const int64_t part = e * element_size(dtype);
   const Tensor packed = as_contiguous(w.in_proj_weight);
   const void* bias = data_or_null(w.in_proj_bias);
-  if (!w.k_proj_weight && same_tokens(query, key) && same_tokens(query, value)) {
+  if (!w.k_proj_weight && same_tokens(query, key, value)) {
     project(tokens_of(query, *by, dtype), packed.const_data_ptr(), bias, out, 3 * e, 3 * e);
   } else {
     const std::array<OptionalTensor, 3> separate{packed, w.k_proj_weight, w.v_proj_weight};

@@ -67,7 +67,7 @@ inline OptionalTensor contiguous_acc(const OptionalTensor& x, ScalarType acc) {
 inline Tensor new_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
                      ScalarType dtype) {
   if (!wanted) sizes = {0};
-  return torch::stable::new_empty(like, sizes, dtype);
+  return new_like(like, sizes, dtype);
 }
 
 // The seed (1,) of a call with dropout.

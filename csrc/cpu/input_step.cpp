@@ -30,7 +30,7 @@ struct InputCall {
   bool update;
 };
 
-// All but the tokens' own shape.
+// Checks everything but the shape of the tokens.
 void check(const InputCall& a, const Tensor& query) {
   STD_TORCH_CHECK(a.dropout_p == 0.0, a.op, ": dropout is not covered");
   STD_TORCH_CHECK(a.x_ring.dim() == 3 && a.x_ring.size(1) > 0 && a.x_ring.size(2) > 0, a.op,

@@ -102,8 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> new_ring_steps(
   const int64_t rows = s.streams * clip.wanted();
   const Tensor projected = project_tokens(clip.tokens, w, clip.dtype);
   const Tensor heads = new_like(query, {rows, clip.embed_dim()});
-  const Tensor lse =
-      new_if(true, query, {s.streams, clip.wanted(), s.num_heads}, acc_type(clip.dtype));
+  const Tensor lse = new_like(query, {s.streams, clip.wanted(), s.num_heads}, acc_type(clip.dtype));
   RingStepsParams p{};
   clip.put(p, projected, seed, dropout_p);
   p.out = heads.mutable_data_ptr();

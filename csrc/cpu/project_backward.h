@@ -49,7 +49,8 @@ inline Matrices matrix(const Tensor& x) {
   return Matrices::contiguous(x.const_data_ptr(), columns == 0 ? 0 : x.numel() / columns, columns);
 }
 
-// out = tokens weight for (tokens, inner) and (inner, columns), by whom that is faster.
+// out = tokens weight for (tokens, inner) and (inner, columns), by these kernels or by torch,
+// whichever is faster.
 void multiply_tokens(const Tensor& out, const Tensor& tokens, const Tensor& weight, DType dtype);
 
 // Query, key and value projected, (tokens, 3E).

@@ -42,7 +42,7 @@ Tensor ring_steps(Tensor query, Tensor key, Tensor value, Tensor in_proj_weight,
   Tensor out = new_like(query, {s.streams, count - first, e});
   if (s.streams == 0 || count == 0) return out;
 
-  const bool self = same_tokens(query, key) && same_tokens(query, value);
+  const bool self = same_tokens(query, key, value);
   const Tensor q = flat(query);
   const Tensor k = self ? q : flat(key);
   const Tensor v = self ? q : flat(value);

@@ -89,14 +89,15 @@ bool has_matrix_unit() {
 
 }  // namespace continual_mha::cpu
 
-// For tests and measurements, through ctypes.
 extern "C" {
 
+// Called through ctypes.
 __attribute__((visibility("default"))) const char* continual_mha_cpu_isa() {
   return continual_mha::cpu::current().load()->name;
 }
 
-// Runs the kernels of another instruction set from now on; false if this machine lacks it.
+// Runs the kernels of another instruction set from now on; false if this machine lacks it. For
+// tests and measurements.
 __attribute__((visibility("default"))) bool continual_mha_cpu_use_isa(const char* name) {
   using namespace continual_mha::cpu;
   for (const Isa& isa : kIsas) {

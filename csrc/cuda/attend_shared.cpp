@@ -70,9 +70,9 @@ AttendSharedParams make_params(const AttendArgs& a) {
   return p;
 }
 
-Tensor new_weights(const AttendArgs& a, AttendSharedParams& p) {
-  return torch::stable::new_empty(
-      a.query, {a.query.size(0), head_tiles(p.num_heads), p.rows, kTileHeads}, ScalarType::Float);
+Tensor new_weights(const AttendArgs& a, const AttendSharedParams& p) {
+  return new_like(a.query, {a.query.size(0), head_tiles(p.num_heads), p.rows, kTileHeads},
+                  ScalarType::Float);
 }
 
 template <typename Params>
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor> attend_shared_cuda(Tensor query, Tensor key, Optional
   check_args(a);
   const int64_t N = query.size(0);
   const int64_t H = query.size(1);
-  Tensor out = torch::stable::new_empty(query, {N, H, a.value.size(2)});
-  Tensor lse = torch::stable::new_empty(query, {N, H}, ScalarType::Float);
+  Tensor out = new_like(query, {N, H, a.value.size(2)});
+  Tensor lse = new_like(query, {N, H}, ScalarType::Float);
   if (N == 0) return {out, lse};
   AttendSharedParams p = make_params(a);
   const Tensor weights = new_weights(a, p);
@@ -159,13 +159,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_shared_backward_cuda(
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), a.op,
                   ": out and lse must be contiguous");
   const auto gradient_of = [&query](const Tensor& tensor) {
-    return torch::stable::new_empty(query, tensor.sizes());
+    return new_like(query, tensor.sizes());
   };
   Tensor dquery = gradient_of(query);
   Tensor dkey = gradient_of(key);
-  Tensor dvalue = value ? gradient_of(*value) : torch::stable::new_empty(query, {0});
-  Tensor dsink = sink ? torch::stable::new_empty(query, {N, H}, ScalarType::Float)
-                      : torch::stable::new_empty(query, {0}, ScalarType::Float);
+  Tensor dvalue = value ? gradient_of(*value) : new_like(query, {0});
+  Tensor dsink =
+      sink ? new_like(query, {N, H}, ScalarType::Float) : new_like(query, {0}, ScalarType::Float);
   if (N == 0) return {dquery, dkey, dvalue, dsink};
   AttendSharedParams p = make_params(a);
   const Tensor weights = new_weights(a, p);

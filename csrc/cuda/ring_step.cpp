@@ -160,7 +160,7 @@ unsigned int* find_counters(const StepArgs& a, int count, Tensor& scratch, cudaS
     check_cuda(step_counters_address(&counters), "cudaGetSymbolAddress", where);
     return static_cast<unsigned int*>(counters) + first;
   }
-  scratch = torch::stable::new_empty(a.query, {count}, ScalarType::Int);
+  scratch = new_like(a.query, {count}, ScalarType::Int);
   counters = scratch.data_ptr();
   check_cuda(cudaMemsetAsync(counters, 0, count * sizeof(int), stream), "cudaMemsetAsync", where);
   return static_cast<unsigned int*>(counters);
@@ -241,8 +241,7 @@ bool launch_step(RingStepParams p, const StepArgs& a) {
   Tensor counters = a.query;
   if (!cluster && p.head_groups * p.splits > 1) {
     const ScratchSizes sizes = scratch_sizes(p, teams, streams);
-    scratch = torch::stable::new_empty(a.query, {sizes.partial + sizes.partial_output},
-                                       ScalarType::Float);
+    scratch = new_like(a.query, {sizes.partial + sizes.partial_output}, ScalarType::Float);
     p.partial = static_cast<float*>(scratch.data_ptr());
     p.partial_output = p.partial + sizes.partial;
     p.done = find_counters(a, sizes.counters, counters, stream);
@@ -256,7 +255,7 @@ std::array<Tensor, 3> project_by_gemm(RingStepParams& p, const StepArgs& a) {
   const int64_t E = a.sizes.embed_dim();
   const int64_t bytes = static_cast<int64_t>(a.query.element_size());
   for (StepInput& input : p.inputs) input.size = 0;  // the kernel stages none
-  if (a.packed() && same_tokens(a.key, a.query) && same_tokens(a.value, a.query)) {
+  if (a.packed() && same_tokens(a.query, a.key, a.value)) {
     const Tensor qkv = linear(a.query, a.weights.in_proj_weight, a.weights.in_proj_bias);
     const char* data = static_cast<const char*>(qkv.data_ptr());
     for (int i = 0; i < 3; ++i) p.projected[i] = data + i * E * bytes;

@@ -92,6 +92,13 @@ void declare_memory(const void* data, int64_t bytes) {
   emulation::declare_memory(data, static_cast<size_t>(bytes));
 }
 
+int shared_bytes(int key_dim, int value_dim, int element_size, bool backward) {
+  cuda::AttendSharedParams p{};
+  p.key_dim = key_dim;
+  p.value_dim = value_dim;
+  return cuda::attend_shared_bytes(p, element_size, backward);
+}
+
 // From now on launches are recorded and not run; null ends it.
 void record(Recorder told) { recorder = told; }
 

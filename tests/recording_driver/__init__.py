@@ -22,7 +22,7 @@ import pytest
 import torch
 import triton
 
-from continual_mha.triton_kernels import aot
+from bench import aot
 
 HERE = Path(__file__).resolve().parent
 STREAM = 0x5EED  # the current stream's handle

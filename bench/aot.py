@@ -13,17 +13,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attend_shared import (
+from continual_mha.triton_kernels.attend_shared import (
     attend_shared_full,
     attend_shared_full_backward,
     attend_shared_query_backward,
 )
-from .attend_window import attend_window, attend_window_backward
-from .input_step import input_step_
-from .launch import Launch, little_memory, record, without_spills
-from .plan import input_plan, step_plan
-from .ring_step import ring_step_
-from .ring_steps import ring_steps_
+from continual_mha.triton_kernels.attend_window import attend_window, attend_window_backward
+from continual_mha.triton_kernels.input_step import input_step_
+from continual_mha.triton_kernels.launch import Launch, little_memory, record, without_spills
+from continual_mha.triton_kernels.plan import input_plan, step_plan
+from continual_mha.triton_kernels.ring_step import ring_step_
+from continual_mha.triton_kernels.ring_steps import ring_steps_
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -36,7 +36,10 @@ _TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
-
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Where that is less, plans are asked for with `little`.
+LITTLE_MEMORY = {86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}
 
 _LABEL = re.compile(r"(\$\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
@@ -178,17 +181,22 @@ def step_launches(
     path: str | None = None,
     codes: torch.dtype | None = None,
     full: bool = False,
+    kdim: int | None = None,
 ) -> list[Launch]:
     """Our launches of one step; `path` as in `step_plan`, or "invariant".
 
-    `codes` is the dtype of rings of 8 bits; `full`: a delay, extra slots, paused streams, dropout.
+    `codes` is the dtype of rings of 8 bits; `full`: a delay, extra slots, paused streams, dropout;
+    `kdim`: features of keys and values, which are tokens of their own then.
     """
-    token = _meta(dtype, N, E)
+    token = key = _meta(dtype, N, E)
     invariant, plan = path == "invariant", None
     if not invariant:
         sizes = (N, E, H, L, dtype.itemsize, path, 0, (codes or dtype).itemsize)
         plan = step_plan(*sizes, little=little_memory(token))
     args = _ring_arguments(N, E, H, L, dtype)
+    if kdim is not None:
+        key = _meta(dtype, N, kdim)
+        args[:3] = _meta(dtype, E, E), *(2 * [_meta(dtype, E, kdim)])
     scale = None
     if codes is not None:
         args[8] = args[9] = _meta(codes, N, H, L, E // H)
@@ -199,7 +207,7 @@ def step_launches(
         args[10] = _meta(dtype, N, _DELAY + 1, E)
         options = [_meta(torch.bool, N), True, 0.1]
     with record() as launches:
-        ring_step_(*[token, token, token, *args, *options, True, scale, scale, invariant, plan])
+        ring_step_(*[token, key, key, *args, *options, True, scale, scale, invariant, plan])
     return launches
 
 

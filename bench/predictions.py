@@ -1,6 +1,6 @@
 """Predictions for an H100 from the compiled kernels; nothing here is measured.
 
-``python -m continual_mha.triton_kernels.report`` writes the tables of docs/triton.md anew.
+``python -m bench.predictions`` writes the tables of docs/triton.md anew.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import aot
-from .launch import Launch
-from .plan import (
+from continual_mha.triton_kernels.launch import Launch
+from continual_mha.triton_kernels.plan import (
     MULTIPROCESSORS,
     ONE_LAUNCH,
-    SHARED_MEMORY,
     cdiv,
     input_plan,
     shared_backward_plan,
@@ -24,6 +22,10 @@ from .plan import (
     step_plan,
     steps_plan,
 )
+
+from . import aot
+from .grid import FAMILIES
+from .machine import ROOT
 
 CAPABILITY = 90
 # What the predictions assume of an H100 SXM: seconds, bytes and operations per second.
@@ -46,14 +48,7 @@ FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 5, 14
 STEPS_LAUNCHES = 5  # projection, attention, ring, position, output
 PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, their successors
 CLIP_TOKENS = 256
-SHAPES = (
-    (512, 8, 32),
-    (1024, 8, 64),
-    (192, 16, 120),
-    (512, 8, 250),
-    (512, 8, 1024),
-    (512, 8, 4096),
-)
+SHAPES = tuple(family[1:] for family in FAMILIES)
 STREAMS = (1, 8, 64, 512, 4096)
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -242,7 +237,7 @@ def kernel_rows(name: str, launches: list[Launch], ahead: int = 0) -> list[str]:
     rows = []
     for launch in launches:
         report = aot.compile_launch(launch, CAPABILITY)
-        resident = report.resident_programs(SHARED_MEMORY[CAPABILITY])
+        resident = report.resident_programs(aot.SHARED_MEMORY[CAPABILITY])
         streams = report.kernel in STREAMING and ahead
         in_flight = f"{resident * ahead / 1024:.0f} KiB" if streams else ""
         rows.append(
@@ -331,7 +326,7 @@ def kernel_table(dtype: torch.dtype = torch.bfloat16) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Replace what stands between the markers of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("page", type=Path, nargs="?", default=Path("docs/triton.md"))
+    parser.add_argument("page", type=Path, nargs="?", default=ROOT / "docs" / "triton.md")
     page = parser.parse_args(arguments).page
     before, rest = page.read_text().split(BEGIN)
     after = rest.split(END)[1]
