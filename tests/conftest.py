@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-cases", action="store_true", help="also those that by default others stand for"
     )
+    parser.addoption("--one-in", type=int, default=1, help="of so many cases of every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,10 +84,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.update(item for chip, item in of_case.items() if chip != turn)
     cases: dict[str, list[pytest.Item]] = {}  # of each test
     for item in items:
-        if item.get_closest_marker("sampled") and not ON_GPU and item not in left_out:
+        if item not in left_out:
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for of_test in cases.values():
-        [one_of] = of_test[0].get_closest_marker("sampled").args
+        sampled = None if ON_GPU else of_test[0].get_closest_marker("sampled")
+        one_of = max(config.getoption("--one-in"), *(sampled.args if sampled else ()), 1)
         of_test.sort(key=lambda item: _drawn(item.nodeid))
         left_out.update(of_test[-(-len(of_test) // one_of) :])
     if left_out:

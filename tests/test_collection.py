@@ -9,11 +9,14 @@ import conftest
 import pytest
 
 
-def collected(items: list[Any], all_cases: bool = False) -> tuple[list[str], list[str]]:
+def collected(
+    items: list[Any], all_cases: bool = False, one_in: int = 1
+) -> tuple[list[str], list[str]]:
     """The cases that run, and those that are left out."""
     left_out: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
-    config: Any = SimpleNamespace(getoption=lambda name: all_cases, hook=hook)
+    asked = {"--all-cases": all_cases, "--one-in": one_in}
+    config: Any = SimpleNamespace(getoption=asked.get, hook=hook)
     conftest.pytest_collection_modifyitems(config, items)
     return [item.nodeid for item in items], [item.nodeid for item in left_out]
 
@@ -49,6 +52,12 @@ def test_one_of_so_many_cases_runs_and_the_same_in_every_run(
     assert collected(items[::-1])[0] == run[::-1]
     monkeypatch.setattr(conftest, "ON_GPU", True)
     assert len(collected(list(items))[0]) == 10
+
+
+def test_who_asks_for_fewer_cases_gets_them_of_every_test() -> None:
+    items = cases("test_a") + cases("test_b", pytest.mark.sampled(2).mark)
+    run, _ = collected(items, one_in=4)
+    assert [sum(x.startswith(name) for x in run) for name in ("test_a", "test_b")] == [3, 3]
 
 
 def test_each_case_runs_for_the_chip_whose_turn_it_is() -> None:

@@ -24,7 +24,7 @@ pytestmark = [
 def test_chosen_tests_run_on_devices_that_do_not_mix_and_mistakes_are_found():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "separate_devices", "-p", "no:cacheprovider"]
-    command += ["-q", "--backends", "triton", "-k", "triton and not autocast"]
+    command += ["-q", "--backends", "triton", "-k", "triton and not autocast", "--one-in", "3"]
     files = [MIXUPS, TESTS / "test_repeat.py", TESTS / "test_state.py"]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "CONTINUAL_MHA_BACKEND": "auto"}
