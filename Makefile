@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(INTERPRETED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto $(filter --all-cases,$(ARGS)) $(INTERPRETED)
 
 # The tests of Triton's kernels on what Triton compiles, executed on the CPU: some 10 minutes.
 PTX := $(addprefix tests/test_triton_,$(addsuffix .py,ring_step input_step ring_steps attend_window attend_shared step_gradients)) \

@@ -123,6 +123,9 @@ def test_repr_shows_window_and_query():
     assert "query_index=-3" in text
     assert str(EMBED) in text
     assert "SingleOutputMultiheadAttention" in text
+    assert "formulation" not in text
+    text = repr(build(formulation="kv", batch_invariant=True, cache_dtype=torch.int8))
+    assert "formulation='kv', batch_invariant=True, cache_dtype=torch.int8" in text
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
