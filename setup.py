@@ -33,7 +33,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 KINDS = ("cpu", "cuda")
 STRICT = os.environ.get("CONTINUAL_MHA_WERROR", "0") == "1"
-BUILD = {kind: os.environ.get(f"CONTINUAL_MHA_BUILD_{kind.upper()}", "auto") for kind in KINDS}
+BUILD = {x: os.environ.get(f"CONTINUAL_MHA_BUILD_{x.upper()}") or "auto" for x in KINDS}
 TORCH_ABI = "0x020a000000000000"  # 2.10
 CUDA_ARCHS = ("80", "90", "100")
 # Only these files hold instructions that not every machine of the platform has.

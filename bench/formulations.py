@@ -17,9 +17,9 @@ import torch
 
 from continual_mha import SingleOutputMultiheadAttention
 
+from . import ROOT
 from .arguments import positive
 from .grid import BYTES, FAMILIES, Case, Family, case_of, work
-from .machine import ROOT
 
 PAGE = ROOT / "docs" / "formulations.md"
 STREAMS = (1, 8, 64, 512, 4096)

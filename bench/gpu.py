@@ -29,10 +29,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from . import ROOT
 from .arguments import real
 from .digest import account, passed, without_numbers
 from .lost import LOST
-from .machine import ROOT
 from .ratios import OURS, Results, geometric_mean
 from .records import CHOICES, ROWS, read
 

@@ -16,7 +16,8 @@ import torch
 
 import continual_mha
 
-ROOT = Path(__file__).parent.parent
+from . import ROOT
+
 _CPUINFO = Path("/proc/cpuinfo")
 _GENERATION = {  # its fields on x86, and on Arm
     "cpu family": "family",

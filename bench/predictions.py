@@ -23,9 +23,8 @@ from continual_mha.triton_kernels.plan import (
     steps_plan,
 )
 
-from . import aot
+from . import ROOT, aot
 from .grid import FAMILIES
-from .machine import ROOT
 
 CAPABILITY = 90
 # What the predictions assume of an H100 SXM: seconds, bytes and operations per second.

@@ -15,8 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import paper, records
-from .machine import ROOT
+from . import ROOT, paper, records
 from .ratios import Results
 from .tables import TABLES, caption
 

@@ -21,6 +21,7 @@ from .streams import AUTOCAST_DTYPES, StatefulStreams
 from .tracing import is_transformed, needs_gradient
 
 # Attributes that a step depends on.
+ONE_QUERY = "it attends with one query"  # why no backend has a forward of all queries
 _DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
 _LAYOUT = ("batch_first", "embed_dim_second")
 _DECIDING_CLIPS = (
@@ -490,7 +491,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             TypeError: a dtype does not fit.
         """
         apart, masks = told_apart(query, key, value), (key_padding_mask, attn_mask)
-        if not self.single_output_forward and _is_unbatched(query):
+        if not self.single_output_forward and is_unbatched(query):
             rest = (need_weights, attn_mask, average_attn_weights, is_causal)
             return self._unbatched_forward(apart, key_padding_mask, *rest)
         compiling = torch.compiler.is_compiling()
@@ -897,7 +898,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         *others: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """``torch.nn.MultiheadAttention`` on ``(N, L, E)``, its output in the module's layout."""
-        backends.leave_to_pytorch("a forward of all queries", "it attends with one query")
+        backends.leave_to_pytorch("a forward of all queries", ONE_QUERY)
         clips = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         query, key, value = clips
         out, attn = super().forward(query, key, value, *others)
@@ -909,7 +910,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """The same for clips of one stream, without an axis for it."""
         axis = 0 if self.batch_first else 1
-        made = {id(x): x.unsqueeze(axis) if _is_unbatched(x) else x for x in clips}
+        made = {id(x): x.unsqueeze(axis) if is_unbatched(x) else x for x in clips}
         query, key, value = (made[id(x)] for x in as_tokens(clips))  # one where one was given
         mask = key_padding_mask
         if isinstance(mask, Tensor) and mask.dim() == 1:
@@ -948,7 +949,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         return 3 * tokens * projection + attention + embed_dim * (embed_dim + 1)
 
 
-def _is_unbatched(clip: object) -> bool:
+def is_unbatched(clip: object) -> bool:
     return isinstance(clip, Tensor) and clip.dim() == 2
 
 

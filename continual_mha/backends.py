@@ -218,6 +218,13 @@ def leave_to_pytorch(name: str, reason: str) -> None:
         raise RuntimeError(f"no backend can run {name}; {asked}: {reason}")
 
 
+def left_to_pytorch(query: torch.Tensor, reason: str) -> list[str]:
+    """``reasons`` of what ``leave_to_pytorch`` is said of."""
+    first, asked = order(query.device.type)[0], forced()
+    lines = [] if first == "torch" else [f"{first}: {reason}"]
+    return lines if asked not in (None, "torch") else [*lines, "torch: runs it"]
+
+
 def has_kernel(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a backend other than plain PyTorch runs the operator ``name`` on ``args``."""
     kernels = (backend for backend in order(args[0].device.type) if backend != "torch")

@@ -20,6 +20,7 @@ _CPU_MANY_STREAMS = 64
 # And in training products of so many multiply-adds, or with AMX those of more tokens.
 _CPU_LARGE_PRODUCT = 1 << 24
 _CPU_MOST_TOKENS_OF_UNIT = 512
+_AVERAGES = "it averages the weights over the heads"
 
 
 def input_formulation_is_cheaper(
@@ -63,7 +64,7 @@ class ClipWay(NamedTuple):
         multiplies: whether what attends multiplies by the weights, too.
     """
 
-    run: Callable[[Tokens, Weights, Tensor | None], tuple[Tensor, Tensor | None]]
+    run: partial[tuple[Tensor, Tensor | None]]
     moved: bool
     by: Callable[..., tuple[Tensor, Tensor | None]]
     multiplies: bool
@@ -78,12 +79,11 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     """
     asked, key, value = clips
     query = asked[:, call.query_index]
-    sizes = (key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1])
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
-    moved = kernels or input_formulation_is_cheaper(call.num_heads, *sizes)
+    moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
     if call.need_weights and not call.average:
-        backends.leave_to_pytorch("single_query", "it averages the weights over the heads")
+        backends.leave_to_pytorch("single_query", _AVERAGES)
         return ClipWay(partial(_by_operators, call, moved, None), moved, _by_operators, False)
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = call.need_weights or (mask is not None and not call.blank)
@@ -104,30 +104,40 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
 def explain_clip(
     clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall
 ) -> tuple[str, list[str]]:
-    """The formulation in which ``way_of_clip`` does it, and a line for each backend that is asked.
-
-    Raises:
-        RuntimeError: a backend was forced that cannot do it.
-    """
-    way = way_of_clip(clips, weights, mask, call)
-    formulation = "input" if way.moved else "kv"
+    """The formulation in which ``way_of_clip`` does it; a line for each backend that is asked."""
     asked, key, value = clips
-    first = backends.order(asked.device.type)[0]
-    if way.by is _at_once:
-        return formulation, [f"{first}: runs it, in one operator"]
-    if way.by is _by_node and way.multiplies:
-        return formulation, [f"{first}: runs it, as one node of autograd"]
+    name = attention(call.options.dropout_p, call.need_weights)
+    args = _attended(key, value, mask, call)
     if call.need_weights and not call.average:
-        return formulation, ["torch: runs it, as weights of each head are asked for"]
+        moved = input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
+        return _formulation(moved), backends.left_to_pytorch(asked, _AVERAGES)
+    try:
+        way = way_of_clip(clips, weights, mask, call)
+    except RuntimeError:  # one is forced that cannot
+        return _formulation(True), backends.reasons(name, args)
+    formulation = _formulation(way.moved)
+    if way.by is _at_once:
+        all_of_it = (asked[:, call.query_index], key, value, *weights, mask, *way.run.args[1])
+        return formulation, backends.reasons("single_query", all_of_it)
+    if way.by is _by_node and way.multiplies:
+        first = backends.order(asked.device.type)[0]
+        return formulation, [f"{first}: runs it, as one node of autograd"]
     if not way.moved:
         return formulation, ["torch: runs it, which is cheaper here than what has kernels"]
-    reason = _why_not_fused(key, value, mask, call)
-    if reason is not None:
-        lines = [] if first == "torch" else [f"{first}: {reason}"]
-        return formulation, [*lines, "torch: runs it"]
-    name = attention(call.options.dropout_p, call.need_weights)
-    lines = backends.reasons(name, _attended(key, value, mask, call))
+    if reason := _why_not_fused(key, value, mask, call):
+        return formulation, backends.left_to_pytorch(asked, reason)
+    lines = backends.reasons(name, args)
     return formulation, ["torch: multiplies by the weights; the rest:", *lines]
+
+
+def _formulation(moved: bool) -> str:
+    return "input" if moved else "kv"
+
+
+def _sizes(clips: Tokens) -> tuple[int, int, int, int]:
+    """The clip's length, and the features of query, key and value."""
+    query, key, value = clips
+    return key.shape[1], query.shape[-1], key.shape[-1], value.shape[-1]
 
 
 def _at_once(

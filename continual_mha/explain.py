@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends, checks, functional, ring, steps_node, windows
-from .attention import SingleOutputMultiheadAttention
+from . import backends, checks, functional, mixing, ring, steps_node, windows
+from .attention import ONE_QUERY, SingleOutputMultiheadAttention, is_unbatched
 from .clips import explain_clip
 from .modes import checked_mode
 from .operands import Rings, Tokens, as_tokens, told_apart
-from .ring import RingState, State
+from .ring import InputState, RingState, State
 
 
 def explain(
@@ -21,6 +21,7 @@ def explain(
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
+    is_causal: bool = False,
     *,
     call_mode: str | None = None,
 ) -> str:
@@ -32,10 +33,11 @@ def explain(
         query: as for that call.
         key: as for that call.
         value: as for that call.
-        key_padding_mask: as for ``forward``, like the three that follow; steps have none of them.
+        key_padding_mask: as for ``forward``, like the four that follow; steps have no masks.
         need_weights: whether it computes the attention weights.
         attn_mask: as for ``forward``.
         average_attn_weights: whether it averages them over the heads.
+        is_causal: as for ``forward``.
         call_mode: ``forward``, ``forward_steps`` or ``forward_step``; by default a step if the
             query is of rank 2, and ``forward_steps`` if it is of rank 3.
 
@@ -43,8 +45,8 @@ def explain(
         A few lines: the call, its formulation, then one line for each backend that was asked.
 
     Raises:
-        ValueError: the tokens do not fit the module or the call, or there is no such mode.
-        RuntimeError: a backend is forced that cannot run ``forward``.
+        ValueError: the tokens do not fit the module or the call, there is no such mode, or there
+            are masks for a step.
         TypeError: the tokens do not fit the module, or it is not one of attention, but a model.
     """
     if not isinstance(module, SingleOutputMultiheadAttention):
@@ -54,7 +56,10 @@ def explain(
         )
     if call_mode is not None and checked_mode(call_mode) == "forward":
         tokens, masks = as_tokens(told_apart(query, key, value)), (key_padding_mask, attn_mask)
+        checks.check_causal(is_causal, attn_mask)
         return _explain_clip(module, tokens, masks, need_weights, average_attn_weights)
+    if key_padding_mask is not None or attn_mask is not None:
+        raise ValueError("steps take no masks; call_mode='forward' explains a clip")
     many = isinstance(query, Tensor) and query.dim() == 3
     if call_mode is not None:
         many = checked_mode(call_mode) == "forward_steps"
@@ -86,10 +91,14 @@ def _explain_clip(
     *how: bool,
 ) -> str:
     """What runs ``forward``."""
+    if not module.single_output_forward:
+        axis = 0 if module.batch_first else 1
+        query, key, value = (x.unsqueeze(axis) if is_unbatched(x) else x for x in tokens)
+        checks.check_clips(*module._clips((query, key, value)))
+        lines = backends.left_to_pytorch(query, ONE_QUERY)
+        return "\n".join(["forward: formulation kv", *lines])
     clips = module._clips(tokens)
     checks.check_clips(*clips)
-    if not module.single_output_forward:
-        return "forward: formulation kv\ntorch: runs it, as all queries are asked"
     mask, plan = module._plan_clip(clips, masks, *how)
     formulation, lines = explain_clip(clips, module._weights(), mask, plan)
     return "\n".join([f"forward: formulation {formulation}", *lines])
@@ -115,6 +124,10 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
         return [attends]
     if many and windows.why_not(*(query,) * 5) is None:  # of which class and dtype decide
         return [attends]
+    if isinstance(state, InputState) and not many:
+        moved = state.x[:, :1].expand(-1, call.layout.num_heads, -1)
+        if mixing.why_not_fused(moved, state.x, None, None, call.options.dropout_p) is None:
+            return [attends]
     lines = [] if first == "torch" else [f"{first}: {reason}"]
     if backends.forced() in (None, "torch"):
         lines.append("torch: runs it, because a gradient is needed")

@@ -36,6 +36,8 @@ class UnknownStream(KeyError):  # noqa: N818
     """There is no open stream of this number, or not any more."""
 
     def __str__(self) -> str:  # KeyError would show the number alone
+        if not self.args:
+            return "there is no such open stream"
         return f"there is no open stream {self.args[0]}: it was closed, or is of another pool"
 
 

@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_turn(*chips): each case of the test for one of these compute capabilities"
     )
-    config.addinivalue_line("markers", "sampled(n): one of n cases of the test, drawn by name")
+    config.addinivalue_line("markers", "sampled(n): one in n cases of the test")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,13 +62,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unless all cases were asked for, leave out those that others stand for.
+    """Unless all cases were asked for, or some by name, leave out those that others stand for.
 
     Of a case for several chips there runs that whose turn it is, and of tests with many cases a
     sample, the same in every run; of what a GPU runs itself there runs every one.
     """
-    if config.getoption("--all-cases"):
+    if config.getoption("--all-cases") or any("[" in arg for arg in config.args):
         return
     chips: dict[str, dict[int, pytest.Item]] = {}  # of each case
     for item in items:
@@ -89,11 +90,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for of_test in cases.values():
         sampled = None if ON_GPU else of_test[0].get_closest_marker("sampled")
         one_of = max(config.getoption("--one-in"), *(sampled.args if sampled else ()), 1)
-        of_test.sort(key=lambda item: _drawn(item.nodeid))
-        left_out.update(of_test[-(-len(of_test) // one_of) :])
+        left_out.update(set(of_test) - set(_sample(of_test, one_of)))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _sample(items: list[pytest.Item], one_of: int) -> list[pytest.Item]:
+    """One of so many cases of a test, and as many more as it takes to have every word in them."""
+    items = sorted(items, key=lambda item: _drawn(item.nodeid))
+    words = {item: _words(item) for item in items}
+    missing = set().union(*words.values())
+    chosen: list[pytest.Item] = []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(words[item] & missing)))
+        missing -= words[chosen[-1]]
+    others = [item for item in items if item not in chosen]
+    return chosen + others[: max(0, -(-len(items) // one_of) - len(chosen))]
+
+
+def _words(item: pytest.Item) -> set[str]:
+    """What a case is named by, but for plain numbers."""
+    case = item.nodeid.partition("[")[2].rstrip("]")
+    return {word for word in case.split("-") if any(map(str.isalpha, word))}
 
 
 def _drawn(name: str) -> int:

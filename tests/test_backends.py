@@ -301,7 +301,7 @@ def test_explanation_gives_the_reason_of_every_backend_that_declines():
         (
             {},
             {"average_attn_weights": False},
-            ["input", "torch: runs it, as weights of each head are asked for"],
+            ["input", "cpu: it averages the weights over the heads", "torch: runs it"],
         ),
         (
             {},
@@ -311,7 +311,7 @@ def test_explanation_gives_the_reason_of_every_backend_that_declines():
         (
             {"single_output_forward": False},
             {},
-            ["kv", "torch: runs it, as all queries are asked"],
+            ["kv", "cpu: it attends with one query", "torch: runs it"],
         ),
     ],
 )
@@ -324,20 +324,61 @@ def test_explanation_of_a_clip(
     assert lines == [f"forward: formulation {expected[0]}", *expected[1:]]
 
 
-def test_explanation_of_a_clip_without_a_gradient_and_of_what_is_forced():
+def test_explanation_of_a_clip_without_a_gradient():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]
     with torch.no_grad():
-        said = co.explain(module, query, call_mode="forward")
-        assert said.endswith("\ncpu: runs it, in one operator")
-    with co.use_backend("torch"):
-        assert co.explain(module, query, call_mode="forward").endswith("\ntorch: runs it")
-    with co.use_backend("cuda"), pytest.raises(RuntimeError, match="averages the weights"):
-        co.explain(module, query, call_mode="forward", average_attn_weights=False)
+        assert co.explain(module, query, call_mode="forward").endswith("\ncpu: runs it")
+        with co.use_backend("torch"):
+            assert co.explain(module, query, call_mode="forward").endswith("\ntorch: runs it")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "autocast"),
+    [
+        ({}, {}, True),
+        ({}, {"attn_mask": torch.zeros(1, 3, requires_grad=True)}, False),
+        ({}, {"average_attn_weights": False}, False),
+        ({"single_output_forward": False}, {}, False),
+    ],
+)
+def test_explanation_of_a_clip_says_that_nothing_runs_where_forward_raises(
+    arguments, given, autocast
+):
+    module = build(sequence_len=3, **arguments)
+    query = draw_tokens(module, 2, 3)[0]
+    for name in ("cpu", "cuda"):
+        with co.use_backend(name), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            said = co.explain(module, query, call_mode="forward", **given)
+            assert f"\n{name}: " in said
+            assert "runs it" not in said
+            with pytest.raises(RuntimeError, match="no backend can run"):
+                module(query, **given)
+
+
+def test_explanation_asks_for_a_call_that_there_is():
+    module = build(sequence_len=3)
+    query = draw_tokens(module, 2, 3)[0]
     with pytest.raises(ValueError, match="call_mode must be one of"):
         co.explain(module, query, call_mode="backward")
     with pytest.raises(ValueError, match="query must have the shape"):
         co.explain(module, query, call_mode="forward_step")
+    with pytest.raises(ValueError, match="steps take no masks"):
+        co.explain(module, query, attn_mask=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="is_causal"):
+        co.explain(module, query, is_causal=True, call_mode="forward")
+
+
+def test_explanation_of_a_clip_of_one_stream():
+    module = build(sequence_len=3, single_output_forward=False)
+    query = draw_tokens(module, 2, 3)[0]
+    together, alone = (co.explain(module, x, call_mode="forward") for x in (query, query[0]))
+    assert alone == together
+
+
+def test_explanation_of_a_step_over_inputs_beside_dropout():
+    module = build(sequence_len=3, formulation="input", dropout=0.5)
+    assert "cpu: attends" in co.explain(module, draw_tokens(module, 2, 1)[0][:, 0])
 
 
 def test_explanation_checks_tokens_as_a_step_does():

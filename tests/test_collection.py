@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 
 
 def collected(
-    items: list[Any], all_cases: bool = False, one_in: int = 1
+    items: list[Any], all_cases: bool = False, one_in: int = 1, args: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
     """The cases that run, and those that are left out."""
     left_out: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     asked = {"--all-cases": all_cases, "--one-in": one_in}
-    config: Any = SimpleNamespace(getoption=asked.get, hook=hook)
+    config: Any = SimpleNamespace(getoption=asked.get, hook=hook, args=args)
     conftest.pytest_collection_modifyitems(config, items)
     return [item.nodeid for item in items], [item.nodeid for item in left_out]
 
@@ -70,3 +71,18 @@ def test_each_case_runs_for_the_chip_whose_turn_it_is() -> None:
 def test_who_asks_for_all_cases_gets_them() -> None:
     marks = (pytest.mark.in_turn(0, 1).mark, pytest.mark.sampled(3).mark)
     assert len(collected(cases("test_a", *marks, chips=2), all_cases=True)[0]) == 18
+
+
+def test_who_names_a_case_gets_it() -> None:
+    items = cases("test_a", pytest.mark.sampled(3).mark)
+    assert len(collected(items, args=["test_it.py::test_a[4-0]"])[0]) == 9
+
+
+def test_a_sample_has_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest, "ON_GPU", False)
+    kinds = [{"size": i, "kind": kind} for i in range(8) for kind in ("kv", "input")]
+    rare = [{"size": 1, "kind": kind} for kind in ("delayed", "in 8 bits")]
+    items = [Item("test_a", case, pytest.mark.sampled(6).mark) for case in kinds + rare]
+    run, _ = collected(items)
+    assert len(run) == 4
+    assert {x[:-1].split("-")[1] for x in run} == {"kv", "input", "delayed", "in 8 bits"}

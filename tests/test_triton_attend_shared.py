@@ -78,7 +78,7 @@ def test_outputs_and_gradients_equal_the_reference(shape: tuple, dtype: torch.dt
     results = attend_shared(*args)
     plain, exact = reference.attend_shared(*args), reference.attend_shared(*exact_args)
     for mine, theirs, best in zip(results, plain, exact, strict=True):
-        assert_as_exact_as_torch(mine, best, theirs, dtype)
+        assert_as_exact_as_torch(mine, best, theirs)
     grads = [random(dtype, *results[0].shape), random(wide(dtype), *results[1].shape)]
     backward = attend_shared_backward(*grads, *args, *results)
     plain = reference.attend_shared_backward(*grads, *args, *plain)
@@ -113,7 +113,7 @@ def test_dropout_and_weights_equal_the_reference(shape: tuple, dtype: torch.dtyp
     results = attend_shared_full(*args)
     plain, exact = reference.attend_shared_full(*args), reference.attend_shared_full(*exact_args)
     for mine, theirs, best in zip(results, plain, exact, strict=True):
-        assert_as_exact_as_torch(mine, best, theirs, dtype)
+        assert_as_exact_as_torch(mine, best, theirs)
     grads = [random(x.dtype, *x.shape) for x in results]
     seeded = [*args[:6], *results[:3], 0.3]
     backward = attend_shared_full_backward(*grads, *seeded)

@@ -24,7 +24,6 @@ def by_triton() -> Iterator[None]:
         yield
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "arguments",

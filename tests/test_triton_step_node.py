@@ -49,7 +49,6 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 def test_gradients_flow_through_the_rings_as_in_plain_pytorch(construction: str) -> None:
     module = build(**{**SMALL, **CONSTRUCTIONS[construction]})
@@ -72,7 +71,6 @@ def test_streams_of_different_age() -> None:
     assert_as_plain(module, drawn_calls(module, LENGTH), active=torch.tensor([True, False, True]))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "trained", ["", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
 )
