@@ -39,7 +39,6 @@ def has_little() -> bool:
     """Whether plans here are those for a GPU with little shared memory."""
     if not torch.cuda.is_available():
         return False
-    torch.cuda.init()
     return has_little_memory(torch.device("cuda", torch.cuda.current_device()))
 
 
