@@ -218,8 +218,8 @@ def leave_to_pytorch(name: str, reason: str) -> None:
         raise RuntimeError(f"no backend can run {name}; {asked}: {reason}")
 
 
-def left_to_pytorch(query: torch.Tensor, reason: str) -> list[str]:
-    """``reasons`` of what ``leave_to_pytorch`` is said of."""
+def reasons_to_leave(query: torch.Tensor, reason: str) -> list[str]:
+    """As ``reasons``, where ``leave_to_pytorch`` is called for this one."""
     first, asked = order(query.device.type)[0], forced()
     lines = [] if first == "torch" else [f"{first}: {reason}"]
     return lines if asked not in (None, "torch") else [*lines, "torch: runs it"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,14 +60,10 @@ class ClipWay(NamedTuple):
         run: takes query, key and value as ``(N, S, E*)``, weights and a mask, and returns the
             output ``(N, E)`` and the attention weights.
         moved: whether the projections of keys and values are moved to the query's side.
-        by: the function of this module that ``run`` calls.
-        multiplies: whether what attends multiplies by the weights, too.
     """
 
     run: partial[tuple[Tensor, Tensor | None]]
     moved: bool
-    by: Callable[..., tuple[Tensor, Tensor | None]]
-    multiplies: bool
 
 
 def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: ClipCall) -> ClipWay:
@@ -84,21 +80,20 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
     if call.need_weights and not call.average:
         backends.leave_to_pytorch("single_query", _AVERAGES)
-        return ClipWay(partial(_by_operators, call, moved, None), moved, _by_operators, False)
+        return ClipWay(partial(_by_operators, call, moved, None), moved)
     # the operator for all of it computes weights where NaN is asked for
     as_with_weights = call.need_weights or (mask is not None and not call.blank)
     rest = (call.num_heads, call.options.add_zero_attn, as_with_weights)
     args = (query, key, value, *weights, mask, *rest)
     extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
     if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
-        return ClipWay(partial(_at_once, call, rest), True, _at_once, True)
+        return ClipWay(partial(_at_once, call, rest), True)
     # what is dropped of extra slots cannot be drawn again
     known = not extra_slots or call.options.dropout_p == 0.0
     if moved and known and _is_one_node(args, call):
         node = node_of(query, key, None if value is key else value, mask, weights, call)
-        run = partial(_by_node, node, needs_gradient(args))
-        return ClipWay(run, True, _by_node, node.attend is None)
-    return ClipWay(partial(_by_operators, call, moved, mixing.mix), moved, _by_operators, False)
+        return ClipWay(partial(_by_node, node, needs_gradient(args)), True)
+    return ClipWay(partial(_by_operators, call, moved, mixing.mix), moved)
 
 
 def explain_clip(
@@ -110,22 +105,22 @@ def explain_clip(
     args = _attended(key, value, mask, call)
     if call.need_weights and not call.average:
         moved = input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
-        return _formulation(moved), backends.left_to_pytorch(asked, _AVERAGES)
+        return _formulation(moved), backends.reasons_to_leave(asked, _AVERAGES)
     try:
         way = way_of_clip(clips, weights, mask, call)
     except RuntimeError:  # one is forced that cannot
         return _formulation(True), backends.reasons(name, args)
     formulation = _formulation(way.moved)
-    if way.by is _at_once:
+    if way.run.func is _at_once:
         all_of_it = (asked[:, call.query_index], key, value, *weights, mask, *way.run.args[1])
         return formulation, backends.reasons("single_query", all_of_it)
-    if way.by is _by_node and way.multiplies:
+    if way.run.func is _by_node and way.run.args[0].attend is None:
         first = backends.order(asked.device.type)[0]
         return formulation, [f"{first}: runs it, as one node of autograd"]
     if not way.moved:
         return formulation, ["torch: runs it, which is cheaper here than what has kernels"]
     if reason := _why_not_fused(key, value, mask, call):
-        return formulation, backends.left_to_pytorch(asked, reason)
+        return formulation, backends.reasons_to_leave(asked, reason)
     lines = backends.reasons(name, args)
     return formulation, ["torch: multiplies by the weights; the rest:", *lines]
 

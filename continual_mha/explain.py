@@ -54,21 +54,22 @@ def explain(
             "explain takes a SingleOutputMultiheadAttention and its tokens, but got a "
             f"{type(module).__name__}"
         )
-    if call_mode is not None and checked_mode(call_mode) == "forward":
+    mode = None if call_mode is None else checked_mode(call_mode)
+    if mode == "forward":
         tokens, masks = as_tokens(told_apart(query, key, value)), (key_padding_mask, attn_mask)
         checks.check_causal(is_causal, attn_mask)
         return _explain_clip(module, tokens, masks, need_weights, average_attn_weights)
     if key_padding_mask is not None or attn_mask is not None:
         raise ValueError("steps take no masks; call_mode='forward' explains a clip")
-    many = isinstance(query, Tensor) and query.dim() == 3
-    if call_mode is not None:
-        many = checked_mode(call_mode) == "forward_steps"
+    if mode is None:
+        mode = "forward_steps" if isinstance(query, Tensor) and query.dim() == 3 else "forward_step"
+    many = mode == "forward_steps"
     tokens = (module._many_tokens if many else module._tokens)(query, key, value)
     state, plan = module._plan(tokens, module._state(), update=True)
     kept = plan.layout.formulation
     if module.cache_dtype is not None:
         kept += f", quantised to {module.cache_dtype}"
-    lines = [f"{'forward_steps' if many else 'forward_step'}: formulation {kept}"]
+    lines = [f"{mode}: formulation {kept}"]
     if plan.differentiable:
         return "\n".join([*lines, *_with_gradient(tokens, state, plan)])
     way = functional.way_of_steps(tokens, state, 0, plan) if many else "at once"
@@ -95,7 +96,7 @@ def _explain_clip(
         axis = 0 if module.batch_first else 1
         query, key, value = (x.unsqueeze(axis) if is_unbatched(x) else x for x in tokens)
         checks.check_clips(*module._clips((query, key, value)))
-        lines = backends.left_to_pytorch(query, ONE_QUERY)
+        lines = backends.reasons_to_leave(query, ONE_QUERY)
         return "\n".join(["forward: formulation kv", *lines])
     clips = module._clips(tokens)
     checks.check_clips(*clips)

@@ -177,13 +177,21 @@ def keep_scale(seed_ptr, slots, stream, head, rows, dropout_p):
 
 
 @triton.jit
-def one_more_slot(m, l_sum, kept, acc, score, keep):
-    """Online softmax over one more slot, whose value is still to be added: its weight too."""
+def one_more_score(m, l_sum, score):
+    """Online softmax: maximum and sum with one more score, what the weights of all before are to be
+    multiplied with, and its own."""
     m_new = tl.maximum(m, score)
     shift = finite_or_zero(m_new)
     alpha = tl.exp2(m - shift)
     weight = tl.exp2(score - shift)
-    return m_new, l_sum * alpha + weight, kept * alpha, acc * alpha[:, None], weight * keep
+    return m_new, l_sum * alpha + weight, alpha, weight
+
+
+@triton.jit
+def one_more_slot(m, l_sum, kept, acc, score, keep):
+    """The same of a slot of each head, whose values are still to be added: their weights too."""
+    m, l_sum, alpha, weight = one_more_score(m, l_sum, score)
+    return m, l_sum, kept * alpha, acc * alpha[:, None], weight * keep
 
 
 @triton.jit

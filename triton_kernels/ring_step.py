@@ -26,6 +26,7 @@ from .pieces import (
     is_last,
     keep_scale,
     not_taken,
+    one_more_score,
     product,
     start_after_previous_launch,
 )
@@ -99,11 +100,8 @@ def _token_part(
 @triton.jit
 def _add_slot(m, l_sum, acc, score, keep, value):
     """Online softmax over one more slot: a score and its value, or a column of scores and rows."""
-    m_new = tl.maximum(m, score)
-    shift = finite_or_zero(m_new)
-    alpha = tl.exp2(m - shift)
-    weight = tl.exp2(score - shift)
-    return m_new, l_sum * alpha + weight, acc * alpha + weight * keep * value
+    m, l_sum, alpha, weight = one_more_score(m, l_sum, score)
+    return m, l_sum, acc * alpha + weight * keep * value
 
 
 @triton.jit
