@@ -328,7 +328,8 @@ def test_explanation_of_a_clip_without_a_gradient():
     module = build(sequence_len=3)
     query = draw_tokens(module, 2, 3)[0]
     with torch.no_grad():
-        assert co.explain(module, query, call_mode="forward").endswith("\ncpu: runs it")
+        said = co.explain(module, query, call_mode="forward")
+        assert said == "forward: formulation input\ncpu: runs it"
         with co.use_backend("torch"):
             assert co.explain(module, query, call_mode="forward").endswith("\ntorch: runs it")
 
