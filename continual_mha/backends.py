@@ -19,7 +19,13 @@ import torch
 
 from . import _native, inputs, reference
 from .precision import autocast_dtype, current_autocast_dtype
-from .tracing import constant_while_compiling, is_exporting, is_opaque, is_transformed
+from .tracing import (
+    constant_while_compiling,
+    is_counted,
+    is_exporting,
+    is_opaque,
+    is_transformed,
+)
 
 NAMES = ("triton", "cuda", "cpu", "torch")
 _BY_DEVICE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -38,6 +44,7 @@ _WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided  # every call asks for the
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
 EXPORTED = "an exported program may go to where this package is not"
 _AUTOCAST = "autocast is on, and the kernels run in one dtype"
+_COUNTED = "FlopCounterMode knows only what PyTorch's own operators cost"
 
 
 def _read_environment() -> str | None:
@@ -171,8 +178,8 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     loaded = _load(backend)
     if isinstance(loaded, str):
         return loaded
-    if backend != "torch" and autocast_dtype(args[0].device.type):
-        return _AUTOCAST
+    if backend != "torch" and (reason := _why_torch(args[0].device.type)):
+        return reason
     if backend != "torch":
         if not _PLAIN.issuperset(map(type, args)) and any(map(_computes_itself, args)):
             return "a tensor is of a class that computes in its own way"
@@ -183,6 +190,13 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     return loaded.why_not(name, *args)
 
 
+def _why_torch(device_type: str) -> str | None:
+    """Why only plain PyTorch may run anything now, or None."""
+    if autocast_dtype(device_type):
+        return _AUTOCAST
+    return _COUNTED if is_counted() else None
+
+
 def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     """``why_not``, or where that can be asked only when the operator runs, why it cannot be."""
     return _why_missing_here(backend) if is_opaque(args[0]) else why_not(backend, name, args)
@@ -190,8 +204,8 @@ def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 def why_plain(query: torch.Tensor) -> str | None:
     """Why no fused operator may serve in training or in ``forward``, whatever the backend."""
-    if autocast_dtype(query.device.type):
-        return _AUTOCAST
+    if reason := _why_torch(query.device.type):
+        return reason
     if is_exporting():
         return EXPORTED
     return "torch.func or torch.jit looks into its operators" if is_transformed() else None
@@ -247,6 +261,7 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
     tensors on such a device is what it is now."""
     name, autocast = _forced.get(), autocast_dtype(device_type)
     inference, transformed = torch.is_inference_mode_enabled(), is_transformed()
+    counted = is_counted()
     casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
 
     def unchanged() -> bool:
@@ -254,6 +269,7 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
             _forced.get() == name
             and torch.is_inference_mode_enabled() is inference
             and is_transformed() is transformed
+            and is_counted() is counted
             and (not casts or current_autocast_dtype(device_type) is autocast)
         )
 

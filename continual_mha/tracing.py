@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+_FLOP_COUNTER = "torch.utils.flop_counter"  # which imports Triton, and is not asked for its class
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -45,6 +47,7 @@ def is_exporting() -> bool:
 # Private to torch: where one is not there, operators are taken as they are found.
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
 
 
@@ -58,6 +61,17 @@ def is_transformed() -> bool:
     """
     transformed = forward_ad._current_level >= 0 or _transforms_are_active()
     return transformed or _tracing_state() is not None
+
+
+@constant_while_compiling
+def is_counted() -> bool:
+    """Whether ``torch.utils.flop_counter`` counts, which knows PyTorch's own operators alone.
+
+    ``torch.compile`` does not trace where it does.
+    """
+    if not _dispatch_modes():
+        return False
+    return any(type(x).__module__ == _FLOP_COUNTER for x in _get_current_dispatch_mode_stack())
 
 
 def makes_program() -> bool:

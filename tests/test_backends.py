@@ -12,6 +12,7 @@ import torch
 from conftest import INTERPRETED
 from oracles import LENGTH, build, draw_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import continual_mha as co
 from continual_mha import _native, backends, clip_node, ops
@@ -26,6 +27,49 @@ def test_forward_on_a_forced_backend_that_cannot_run_raises(grad, need_weights):
     expected = pytest.raises(RuntimeError, match=r"attend_shared\w*; triton: .* are on cpu")
     with torch.set_grad_enabled(grad), co.use_backend("triton"), expected:
         mha(torch.randn(1, 4, 8), need_weights=need_weights)
+
+
+def flops_of(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_flop_counter_sees_the_products_of_steps_that_are_repeated_too():
+    N, E, H, L = 3, 16, 2, 5
+    mha = co.SingleOutputMultiheadAttention(E, H, sequence_len=L).eval()
+    tokens = torch.randn(2 * L, N, E)
+    of_step = 2 * N * (4 * E**2 + 2 * L * E)
+    with torch.no_grad():
+        for token in tokens[:L]:
+            mha.forward_step(token)
+        for token in tokens[L:]:
+            expected, found = mha.forward_step(token, update_state=False), []
+            assert flops_of(lambda x=token, to=found: to.append(mha.forward_step(x))) == of_step
+            torch.testing.assert_close(found[0], expected)
+            with FlopCounterMode(display=False):
+                assert "FlopCounterMode" in co.explain(mha, token)
+            assert "FlopCounterMode" not in co.explain(mha, token)
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_steps", "forward_step"])
+def test_flop_counter_sees_gradients_and_changes_no_result(mode):
+    mha = co.SingleOutputMultiheadAttention(16, 2, sequence_len=1, batch_first=True).double()
+    tokens = torch.randn(3, 16) if mode == "forward_step" else torch.randn(3, 1, 16)
+    tokens = tokens.double().requires_grad_()
+
+    def run():
+        tokens.grad, _ = None, mha.clean_state()
+        with co.call_mode(mode):
+            out = mha(tokens)
+        (out[0] if mode == "forward" else out).square().sum().backward()
+        return tokens.grad
+
+    expected = run()
+    forward, backward = 2 * 3 * (4 * 16**2 + 2 * 16), 2
+    more = 0.01 if mode == "forward_steps" else 0.0  # the window before them, masked
+    assert flops_of(run) == pytest.approx((1 + backward) * forward, rel=more)
+    torch.testing.assert_close(tokens.grad, expected)
 
 
 class Operators(TorchDispatchMode):
