@@ -25,6 +25,7 @@ from .tracing import (
     is_exporting,
     is_opaque,
     is_transformed,
+    is_watched,
 )
 
 NAMES = ("triton", "cuda", "cpu", "torch")
@@ -258,10 +259,11 @@ def forced() -> str | None:
 
 def same_surroundings(device_type: str) -> Callable[[], bool]:
     """A function that says whether what decides, besides the arguments, how an operator runs on
-    tensors on such a device is what it is now."""
+    tensors on such a device is what it is now. It denies where operators are watched, for what
+    goes the same way again shows few."""
     name, autocast = _forced.get(), autocast_dtype(device_type)
     inference, transformed = torch.is_inference_mode_enabled(), is_transformed()
-    counted = is_counted()
+    watched = is_watched()
     casts = torch.amp.is_autocast_available(device_type)  # cannot change, and costs to ask
 
     def unchanged() -> bool:
@@ -269,7 +271,7 @@ def same_surroundings(device_type: str) -> Callable[[], bool]:
             _forced.get() == name
             and torch.is_inference_mode_enabled() is inference
             and is_transformed() is transformed
-            and is_counted() is counted
+            and not (watched or is_watched())
             and (not casts or current_autocast_dtype(device_type) is autocast)
         )
 

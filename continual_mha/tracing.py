@@ -63,13 +63,18 @@ def is_transformed() -> bool:
     return transformed or _tracing_state() is not None
 
 
+def is_watched() -> bool:
+    """Whether a ``TorchDispatchMode`` sees the operators that run."""
+    return bool(_dispatch_modes())
+
+
 @constant_while_compiling
 def is_counted() -> bool:
     """Whether ``torch.utils.flop_counter`` counts, which knows PyTorch's own operators alone.
 
     ``torch.compile`` does not trace where it does.
     """
-    if not _dispatch_modes():
+    if not is_watched():
         return False
     return any(type(x).__module__ == _FLOP_COUNTER for x in _get_current_dispatch_mode_stack())
 

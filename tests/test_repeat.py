@@ -15,6 +15,7 @@ import torch
 from oracles import EMBED, HEADS, LENGTH, assert_same_state, build, seeded
 from torch import nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import continual_mha
@@ -554,6 +555,17 @@ def test_another_backend_may_be_forced_between_steps(monkeypatch):
         assert len(ran) == 2
         with pytest.raises(RuntimeError), continual_mha.use_backend("cuda"):
             module.forward_step(torch.randn(N, EMBED))
+
+
+@needs_library
+def test_make_fx_sees_what_a_warm_step_does():
+    module, tokens = warm(), torch.randn(3, N, EMBED)
+    with torch.no_grad():
+        traced = make_fx(lambda x: module.forward_step(x))(tokens[0])  # which is a step as well
+        other = copy.deepcopy(module)
+        expected = [other.forward_step(token) for token in tokens[1:]]
+        assert all(torch.equal(traced(x), y) for x, y in zip(tokens[1:], expected, strict=True))
+    assert torch.equal(module._ring_position, other._ring_position)
 
 
 @pytest.mark.parametrize(
