@@ -557,11 +557,15 @@ def test_another_backend_may_be_forced_between_steps(monkeypatch):
             module.forward_step(torch.randn(N, EMBED))
 
 
+def traced_step(module, token):
+    return make_fx(lambda x: module.forward_step(x))(token)
+
+
 @needs_library
 def test_what_make_fx_sees_of_a_warm_step_outlives_its_module():
     module, tokens = warm(), torch.randn(3, N, EMBED)
     with torch.no_grad():
-        traced = make_fx(lambda x: module.forward_step(x))(tokens[0])  # which is a step as well
+        traced = traced_step(module, tokens[0])  # which is a step as well
         expected = copy.deepcopy(module).forward_steps(tokens[1:].transpose(0, 1)).transpose(0, 1)
         del module
         gc.collect()
