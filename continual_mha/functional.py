@@ -170,10 +170,10 @@ def way_of_steps(tokens: Tokens, state: State, first: int, call: StepCall) -> st
     if isinstance(state, RingState):
         return "at once"
     query = tokens[0]
-    few = call.batch_invariant or moving_is_cheaper(
-        call.layout.num_heads, query.shape[1] - first, query.shape[-1]
-    )
-    if few and not is_opaque(query):
+    steps = query.shape[1] - first  # of which nothing is asked where any number may come
+    if not is_opaque(query) and (
+        call.batch_invariant or moving_is_cheaper(call.layout.num_heads, steps, query.shape[-1])
+    ):
         args = operands(tokens, state, first, call)
         if backends.has_kernel(operator_for(state, many=True), args):
             return "at once"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import autocast_dtype
-from .tracing import is_transformed, needs_gradient
+from .tracing import is_fixed, is_transformed, needs_gradient
 
 Multiply = Callable[..., Tensor]  # as ``multiply``
 
@@ -30,17 +30,10 @@ def _lacking(x: Tensor, features: int) -> int:
     """
     if x.device.type != "cpu" or (autocast_dtype("cpu") or x.dtype) != torch.bfloat16:
         return 0
-    if torch.compiler.is_compiling() and not _is_fixed(features):
+    if not is_fixed(features):
         # never 0, or compiled code would hold for that number or for all others
         return _TILE_FEATURES - features % _TILE_FEATURES
     return -features % (_TILE_FEATURES if features > _TILE_FEATURES else 2)
-
-
-def _is_fixed(size: int) -> bool:
-    """Whether what is compiled is for this size alone."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return has_static_value(size)
 
 
 def _behind(left: Tensor, right: Tensor, columns: int) -> tuple[int, int]:

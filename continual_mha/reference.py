@@ -20,7 +20,7 @@ from .operands import Rings, Tokens, Weights
 from .precision import wide
 from .products import linear, matmul
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
-from .tracing import has_numbers, is_transformed
+from .tracing import has_numbers, is_fixed, is_transformed
 
 _QUERY_BLOCK = 128
 Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
@@ -208,8 +208,7 @@ def attend_in_blocks(
     q, k, v = (split_heads(x, num_heads) for x in clip)
     seen_k, seen_v = as_kept(rings.k, k), as_kept(rings.v, v)
     outs = [clip[0].new_zeros((*clip[0].shape[:1], 0, clip[0].shape[2]))]
-    for start in range(first, q.shape[2], _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, q.shape[2])
+    for start, end in _blocks_of_queries(first, q.shape[2]):
         slots = [_band(seen_k, seen_v, start, end, sequence_len)]
         if start < sequence_len - 1:
             slots.append(
@@ -217,6 +216,14 @@ def attend_in_blocks(
             )
         outs.append(attend(q[:, :, start:end], slots, weights, add_zero_attn, dropout_p))
     return outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)
+
+
+def _blocks_of_queries(first: int, steps: int) -> Iterable[tuple[int, int]]:
+    """Begin and end of each; one of all where an exported program takes any number."""
+    if not is_fixed(steps):
+        return [(first, steps)]
+    starts = range(first, steps, _QUERY_BLOCK)
+    return [(start, min(start + _QUERY_BLOCK, steps)) for start in starts]
 
 
 def _rings(args: tuple[Any, ...]) -> Rings:

@@ -29,6 +29,15 @@ def is_opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
+def is_fixed(size: int) -> bool:
+    """Whether what is compiled, if anything is, is for this size alone."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
 def constant_while_compiling(function: _Function) -> _Function:
     """As ``torch.compiler.assume_constant_result``, which imports all of the compiler for that."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -413,6 +413,27 @@ def test_exported_steps_hold_no_operator_of_this_package(arguments, mode, way, s
     assert own_operators(program.graph) == []
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("least", "most"), [(2, LENGTH), (LENGTH + 1, 1000)], ids=["up to a window", "over a window"]
+)
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_exported_program_takes_any_number_of_tokens(formulation, least, most, strict):
+    module, twin = (build(formulation=formulation) for _ in range(2))
+    with torch.no_grad():
+        for each in (module, twin):
+            each.start_streams(3)
+        x = draw_tokens(module, 3, 400)[0]
+        shapes = ({1: torch.export.Dim("t", min=least, max=most)},)
+        call = Call(module, "forward_steps")
+        run = torch.export.export(
+            call, (x[:, : least + 1].contiguous(),), dynamic_shapes=shapes, strict=strict
+        ).module()
+        for count in (least, min(most, 150), least + 1):  # the second is over a block of queries
+            torch.testing.assert_close(run(x[:, :count]), twin.forward_steps(x[:, :count]))
+            x = x[:, count:]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("trained", [False, True])
 def test_traced_steps_go_on_from_the_streams_that_were_there(trained):
