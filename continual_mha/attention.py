@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, formulations, functional, ring
 from .clips import ClipCall, ClipWay, way_of_clip
@@ -435,9 +436,12 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             return forward(*args, **kwargs)
         own = self.__dict__.get("forward")  # that of who wraps a module's forward in its place
 
+        handle: RemovableHandle | None = None
+
         def give_back(module: nn.Module, args: tuple[Any, ...]) -> None:
             _set_forward(module, own)
-            handle.remove()
+            if handle is not None:  # another thread's call may be here first
+                handle.remove()
 
         # torch's own call looks `forward` up before it runs the first hook, which gives it back
         handle = self.register_forward_pre_hook(give_back, prepend=True)

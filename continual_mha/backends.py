@@ -87,10 +87,10 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of that name.
     """
     global _forced_last
-    before = _forced.get()
-    _forced_last = None if name == "auto" else _checked(name)
-    _forced.set(_forced_last)
-    try:
+    before, asked = _forced.get(), None if name == "auto" else _checked(name)
+    try:  # around all of it, for a signal may come between any two lines
+        _forced_last = asked
+        _forced.set(asked)
         yield
     finally:
         _forced.set(before)

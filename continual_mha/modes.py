@@ -98,9 +98,9 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
     """
     global _active_last
     before = _active.get()
-    _active_last = active
-    _active.set(active)
-    try:
+    try:  # around all of it, for a signal may come between any two lines
+        _active_last = active
+        _active.set(active)
         yield
     finally:
         _active.set(before)

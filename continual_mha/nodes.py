@@ -66,7 +66,11 @@ def gradients_by_operators(
     with torch.enable_grad(), without_autocast(device_type):
         views = [None if x is None else x.view_as(x) for x in given]
         results = zip(run(*views), grads, strict=True)
-        followed = [(x, grad) for x, grad in results if x is not None and grad is not None]
+        followed = [
+            (x, grad)
+            for x, grad in results
+            if x is not None and grad is not None and x.requires_grad  # not all, of frozen weights
+        ]
         if not followed:  # autograd asks even where nothing of the results was used
             return (None,) * len(needed)
         outs, grads_of_outs = zip(*followed, strict=True)

@@ -10,8 +10,10 @@ import math
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +24,9 @@ from .graphs import GraphedStep
 from .modes import active_streams
 from .streams import StatefulStreams, all_or_as_before, stateful_modules
 from .tracing import has_numbers, is_plain, is_transformed
+
+# The pool that a module keeps its streams for: the last one that was given the model.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
 class PoolFull(RuntimeError):  # noqa: N818  (as in queue.Full)
@@ -120,7 +125,8 @@ class StreamPool:
 
     Args:
         model: a module in ``eval()`` mode whose ``forward_step`` takes one tensor
-            ``(N, *token_shape)``. The pool owns its state from now on.
+            ``(N, *token_shape)``. The pool owns its state from now on; one that had the model
+            before raises a RuntimeError in every call that needs it.
         capacity: slots.
         token_shape: shape of one stream's token, such as ``(E,)``.
         queue_size: tokens that may wait in each stream.
@@ -204,6 +210,8 @@ class StreamPool:
             self._slots: _Slots = (
                 _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
             )
+        self._owner = object()  # it stands for the pool, which holds the model, in what must not
+        _OWNERS.update(dict.fromkeys(self._slots.modules.values(), self._owner))
         self.batched = not alone
         # one by one, a stream that is not ready has no output
         self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
@@ -214,7 +222,10 @@ class StreamPool:
         self._stepping = threading.Lock()  # whoever holds it may touch the model; taken first
         self._last_stream: Any = None  # of CUDA, that touched it last: this thread's, for now
         self._follow()
-        self._changed = threading.Condition()  # guards all the books
+        # It guards all the books, and is entered as it is: a signal may come between two lines of
+        # what enters a condition, and leave that locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._times: deque[float] = deque(maxlen=history)
         self._ticks = self._tokens = 0
 
@@ -248,8 +259,8 @@ class StreamPool:
         checks.check_timeout(timeout)
         slot = stream = None
         try:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._free, timeout):
+            with self._lock:
+                if not self._wait_for(lambda: self._free, timeout):
                     raise PoolFull(
                         f"all {self.capacity} slots are taken: close a stream, wait with timeout, "
                         "or make a pool of more capacity"
@@ -257,9 +268,9 @@ class StreamPool:
                 slot = self._free[-1]  # no call until it is taken, so that no signal comes between
                 del self._free[-1]
             with self._stepping:
-                self._follow()
+                self._take_model()
                 prepare(slot)
-            with self._changed:
+            with self._lock:
                 self._next_id += 1
                 stream = self._next_id - 1
                 self._streams[stream] = _Stream(slot, seen)
@@ -271,7 +282,7 @@ class StreamPool:
 
     def _give_back(self, slot: int, stream: int | None) -> None:
         """Free a slot, and end the stream that may have begun in it."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
             self._streams.pop(stream, None)  # type: ignore[arg-type]
             self._free.append(slot)
@@ -282,7 +293,7 @@ class StreamPool:
         Raises:
             UnknownStream: there is no such stream.
         """
-        with self._stepping, self._changed:
+        with self._stepping, self._lock:
             slot = self._existing(stream).slot
             self._changed.notify_all()
             del self._streams[stream]
@@ -298,8 +309,8 @@ class StreamPool:
             UnknownStream: there is no such stream.
         """
         with self._stepping:
-            self._follow()
-            with self._changed:
+            self._take_model()
+            with self._lock:
                 slot = self._existing(stream).slot
             return self._slots.get(slot)
 
@@ -333,14 +344,36 @@ class StreamPool:
             kind = "on the device meta" if token.is_meta else "fake, or one of a transform"
             raise ValueError(f"a token must have elements, but is {kind}")
         waiting = _Waiting.copy_of(token)
-        with self._changed:
+        with self._lock:
             there_is_room = lambda: len(self._existing(stream).queue) < self._queue_size
-            if not self._changed.wait_for(there_is_room, timeout):
+            if not self._wait_for(there_is_room, timeout):
                 raise QueueFull(
                     f"stream {stream} has {self._queue_size} tokens waiting, as many as it may: "
                     "call tick first, wait with timeout, or make a pool of a larger queue_size"
                 )
             self._existing(stream).queue.append(waiting)
+
+    def _wait_for(self, holds: Callable[[], object], timeout: float | None) -> bool:
+        """Whether it holds, at the latest after so many seconds; for whoever has the lock."""
+        if holds():
+            return True
+        if timeout is None:
+            return bool(self._changed.wait_for(holds))
+        seconds = min(timeout, threading.TIMEOUT_MAX)
+        return seconds > 0.0 and bool(self._changed.wait_for(holds, seconds))
+
+    def _take_model(self) -> None:
+        """Before anything is done with the model, by whoever holds ``_stepping``.
+
+        Raises:
+            RuntimeError: another pool was made of it since.
+        """
+        if any(_OWNERS.get(module) is not self._owner for module in self._slots.modules.values()):
+            raise RuntimeError(
+                "another StreamPool was made of this pool's model and has taken its streams; give "
+                "each pool a model of its own, such as copy.deepcopy(model)"
+            )
+        self._follow()
 
     def _follow(self) -> None:
         """Let what this thread's CUDA stream does with the model come after what others did."""
@@ -369,8 +402,8 @@ class StreamPool:
         Whatever it raises, no stream has moved and no token is lost, so that it can be repeated.
         """
         with self._stepping:
-            self._follow()
-            with self._changed:
+            self._take_model()
+            with self._lock:
                 due = {i: s for i, s in self._streams.items() if s.queue}
                 tokens = {s.slot: s.queue[0] for s in due.values()}
                 before = self._books(due)
@@ -401,7 +434,7 @@ class StreamPool:
 
     def _book(self, due: Mapping[int, _Stream], seconds: float) -> None:
         """Take the tokens off the queues and count them."""
-        with self._changed:
+        with self._lock:
             for stream in due.values():
                 stream.queue.popleft()
                 stream.seen += 1
@@ -418,7 +451,7 @@ class StreamPool:
     ) -> None:
         """Undo as much of ``_book`` as was done."""
         self._ticks, self._tokens, seen = before
-        with self._changed:
+        with self._lock:
             for stream, count in zip(due.values(), seen, strict=True):
                 stream.seen = count
                 token = tokens[stream.slot]
@@ -429,7 +462,7 @@ class StreamPool:
 
     def statistics(self) -> Statistics:
         """What the pool has done so far; ``str`` of it is one line."""
-        with self._changed:
+        with self._lock:
             queues = [len(stream.queue) for stream in self._streams.values()]
             times = sorted(self._times)
             counts = (self.capacity, len(queues), sum(queues), max(queues, default=0))
@@ -452,6 +485,10 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 class _Slots(Protocol):
     """The states of a pool's streams by slot, and the model that steps them."""
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        """Those of the model that keep states, by name."""
 
     def begin(self, slot: int) -> None:
         """Let a stream begin in a slot, as one that has seen nothing."""
@@ -477,15 +514,15 @@ class _Batched:
 
     def __init__(self, model: nn.Module, example: Tensor, graph: bool) -> None:
         self._model = model
-        self._modules = stateful_modules(model)
+        self.modules = stateful_modules(model)
         self._tokens = example
         self._run: Callable[[Tensor], Tensor | None]
         if graph:
             graphed = GraphedStep(model, example)
             self._run, self._active = graphed, graphed.active
         else:
-            with all_or_as_before(list(self._modules.values())):
-                for module in self._modules.values():
+            with all_or_as_before(list(self.modules.values())):
+                for module in self.modules.values():
                     module.start_streams(example.shape[0])
             self._run = model.forward_step  # type: ignore[assignment]
             self._active = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
@@ -493,7 +530,7 @@ class _Batched:
     def begin(self, slot: int) -> None:
         mask = torch.zeros_like(self._active)
         mask[slot] = True
-        for module in self._modules.values():
+        for module in self.modules.values():
             module.reset(mask)
         self._tokens[slot].zero_()
 
@@ -504,13 +541,17 @@ class _Batched:
         return storage.export_stream(self._model, slot)
 
     def mark(self) -> list[Any]:
-        return [module.mark() for module in self._modules.values()]
+        return [module.mark() for module in self.modules.values()]
 
     def return_to(self, mark: list[Any]) -> None:
-        for module, before in zip(self._modules.values(), mark, strict=True):
+        for module, before in zip(self.modules.values(), mark, strict=True):
             module.return_to(before)
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        # in a context of its own, or an interrupted one could leave the caller's with its mask
+        return copy_context().run(self._step, tokens)
+
+    def _step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
         slots = _sent(torch.tensor(list(tokens)), self._tokens.device)
         with torch.no_grad(), active_streams(self._active):
             self._tokens.index_copy_(0, slots, _stacked(tokens.values(), self._tokens.device))
@@ -554,17 +595,17 @@ class _OneByOne:
         ours = [name for name, m in model.named_modules() if isinstance(m, StatefulStreams)]
         self._model: Any = model
         self._device = device
-        self._modules: dict[str, Any] = {n: model.get_submodule(n) for n in [*ours, *foreign]}
+        self.modules: dict[str, Any] = {n: model.get_submodule(n) for n in [*ours, *foreign]}
         self._states: dict[int, dict[str, Any]] = {}
 
     def begin(self, slot: int) -> None:
-        self._states[slot] = dict.fromkeys(self._modules)
+        self._states[slot] = dict.fromkeys(self.modules)
 
     def put(self, slot: int, states: Mapping[str, Any]) -> None:
-        storage.check_names(states, self._modules)
+        storage.check_names(states, self.modules)
         ours = {
             name: module
-            for name, module in self._modules.items()
+            for name, module in self.modules.items()
             if isinstance(module, StatefulStreams) and states[name] is not None
         }
         begun = {name: states[name] for name in ours}
@@ -587,12 +628,12 @@ class _OneByOne:
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
         outputs = {}
         for slot, token in tokens.items():
-            for name, module in self._modules.items():
+            for name, module in self.modules.items():
                 state = self._states[slot][name]
                 module.clean_state() if state is None else module.set_state(_copy(state))
             with torch.no_grad():
                 out = self._model.forward_step(token.unsqueeze(0).to(self._device))
-            self._states[slot] = {n: _copy(m.get_state()) for n, m in self._modules.items()}
+            self._states[slot] = {n: _copy(m.get_state()) for n, m in self.modules.items()}
             if out is not None and type(out).__name__ != "TensorPlaceholder":  # that of continual
                 _check_rows(out, 1)
                 outputs[slot] = out[0]
@@ -686,5 +727,9 @@ def _receptive_field(model: nn.Module) -> int:
 def _age(states: Mapping[str, Any]) -> int:
     """Tokens that a stream has seen, as far as its state tells."""
     positions = [getattr(state, "position", None) for state in states.values()]
-    ages = [int(p[0]) for p in positions if isinstance(p, Tensor) and p.dim() == 1 and len(p)]
+    ages = [
+        int(p[0])
+        for p in positions
+        if isinstance(p, Tensor) and p.dim() == 1 and len(p) and has_numbers(p)
+    ]
     return max(ages, default=0)

@@ -7,8 +7,7 @@ Softmax over one query does not depend on the order of the slots, so nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -223,8 +222,7 @@ def forget(state: State, streams: Tensor, in_place: bool) -> Any:
 
 def stream_of(state: State, index: int, sequence_len: int) -> Any:
     """A copy of one stream, as a state of batch size 1 with nothing in it but what it has seen."""
-    one = rebuilt(state, (part[index : index + 1] for part in state[:-1]))
-    copy = snapshot(detach(one))
+    copy = snapshot(detach(_row(state, index)))
     position = int(copy.position)
     for part in rings(copy):
         if part.shape[-2]:  # the next token overwrites this slot before anyone reads it
@@ -232,19 +230,21 @@ def stream_of(state: State, index: int, sequence_len: int) -> Any:
     return copy._replace(clock=new_clock(min(position, sequence_len)))
 
 
-@contextmanager
-def put_stream_(state: State, index: int, stream: State) -> Iterator[None]:
-    """Write a state of one stream to the place ``index``; undone if the block raises."""
-    rows = [part[index] for part in state[:-1]]
-    before = [row.clone() for row in rows]
-    try:
-        for row, part in zip(rows, stream[:-1], strict=True):
-            row.copy_(part[0])
-        yield
-    except BaseException:
-        for row, old in zip(rows, before, strict=True):
-            row.copy_(old)
-        raise
+def _row(state: State, index: int) -> Any:
+    """The part of a state that is one stream's, in the same memory."""
+    return rebuilt(state, (part[index : index + 1] for part in state[:-1]))
+
+
+def row_of(state: State, index: int) -> Any:
+    """A copy of all that lies in the place ``index``, for ``put_stream_`` to put back."""
+    row: State = _row(detach(state), index)
+    return rebuilt(row, (part.clone() for part in row[:-1]))
+
+
+def put_stream_(state: State, index: int, stream: State) -> None:
+    """Write a state of one stream to the place ``index``."""
+    for part, new in zip(state[:-1], stream[:-1], strict=True):
+        part[index].copy_(new[0])
 
 
 def check_state(
@@ -258,7 +258,7 @@ def check_state(
     """
     checked = check_parts(state, layout, dtypes, device)
     _check_clock(checked, layout.sequence_len)
-    return checked
+    return checked._replace(clock=new_clock(checked.clock.shape[0]))  # of which only that counts
 
 
 def check_parts(

@@ -128,7 +128,7 @@ def _on(state: State, device: torch.device | str) -> Any:
 def check_names(states: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
     """Raise a ValueError if these are not the states of modules of these names."""
     if set(states) != set(modules):
-        given, own = sorted(states) or "no module", sorted(modules) or "no module"
+        given, own = sorted(map(str, states)) or "no module", sorted(modules) or "no module"
         raise ValueError(f"the state is that of {given}, but this model keeps it in {own}")
 
 
@@ -220,7 +220,9 @@ def _digest(described: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # contiguous() leaves odd strides of axes of one element, which view refuses
+        plain = tensor.clone(memory_format=torch.contiguous_format)
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple, get_args
 from weakref import WeakKeyDictionary
@@ -45,19 +44,26 @@ class Mark(NamedTuple):
     slots: Sequence[tuple[Tensor, Tensor]] = ()
 
 
-@contextmanager
-def all_or_as_before(modules: Sequence[StatefulStreams]) -> Iterator[None]:
+class all_or_as_before:  # noqa: N801  (called like a function)
     """Inside the block the streams of all modules change or, if something raises, those of none.
 
-    That is for what puts new states in the place of theirs, and at most takes steps from those.
+    That is for what puts new states in the place of theirs, and at most takes steps from those. No
+    generator does it: one that a signal leaves suspended goes on whenever it is dropped, and would
+    undo then what was done since.
     """
-    marks = [module.mark() for module in modules]
-    try:
-        yield
-    except BaseException:
-        for module, mark in zip(modules, marks, strict=True):
+
+    def __init__(self, modules: Sequence[StatefulStreams]) -> None:
+        self._modules = modules
+        self._marks: Sequence[Mark] = []
+
+    def __enter__(self) -> None:
+        self._marks = [module.mark() for module in self._modules]
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None:
+            return
+        for module, mark in zip(self._modules, self._marks, strict=True):
             module.return_to(mark)
-        raise
 
 
 class StatefulStreams(nn.Module):
@@ -136,15 +142,19 @@ class StatefulStreams(nn.Module):
             return
         checked = self._checked(state, self._layout_of_given(state))
         copy = ring.snapshot(checked)
-        with self._or_as_before():
+        mark = self._mark_before(0)
+        try:
             self._store(copy)
             self._rings_are_shared = any(part.requires_grad for part in checked)
+        except BaseException:
+            self.return_to(mark)
+            raise
 
     def clean_state(self) -> None:
         """Forget every stream: the next call starts anew, with any batch size."""
+        self._clock = None  # first: without it there is no state, whatever is left of one
         for name in _ALL_BUFFERS:
             setattr(self, name, None)
-        self._clock = None
         self._begins_in_program = makes_program()
         self._repeat = self._many_repeat = None
         self._rings_are_shared = False
@@ -179,12 +189,16 @@ class StatefulStreams(nn.Module):
             TypeError: it is not an integer.
         """
         checks.check_batch_size(batch_size)
-        with self._or_as_before():
+        mark = self._mark_before(0)
+        try:
             self.clean_state()
             like = self._like()
             layout = self._layout_of_new(batch_size, like)
             state = ring.new_state(layout, batch_size, like)
             self._store(state._replace(clock=ring.new_clock(layout.sequence_len)))
+        except BaseException:
+            self.return_to(mark)
+            raise
 
     def reset(self, streams: Tensor | Sequence[int] | int) -> None:
         """Let some streams start anew, as if they had seen nothing; the others go on.
@@ -244,10 +258,18 @@ class StatefulStreams(nn.Module):
         new = ring.snapshot(ring.detach(new))
         if self._must_copy(existing, differentiable=False):
             existing = ring.snapshot(ring.detach(existing))
-        with torch.no_grad(), self._or_as_before(), ring.put_stream_(existing, index, new):
-            self._store(existing)
-            self._mix_ages()
-            self._rings_are_shared = False
+        mark, before = self._mark_before(0), ring.row_of(existing, index)
+        try:
+            with torch.no_grad():
+                ring.put_stream_(existing, index, new)
+                self._store(existing)
+                self._mix_ages()
+                self._rings_are_shared = False
+        except BaseException:
+            self.return_to(mark)
+            with torch.no_grad():
+                ring.put_stream_(existing, index, before)
+            raise
 
     def mark(self) -> Mark:
         """What ``return_to`` needs to undo the next ``forward_step``; a copy of the positions.
@@ -312,16 +334,6 @@ class StatefulStreams(nn.Module):
                     )
             position = None if together else state.position.clone()
         return Mark(state, self._rings_are_shared, position, slots)
-
-    @contextmanager
-    def _or_as_before(self) -> Iterator[None]:
-        """Inside the block the state changes as a whole or, if something raises, not at all."""
-        mark = self._mark_before(0)
-        try:
-            yield
-        except BaseException:
-            self.return_to(mark)
-            raise
 
     def _checked(self, state: object, layout: ring.Layout) -> Any:
         """``state`` as a state of this module, if it fits; errors are those of ``set_state``."""

@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -239,6 +240,13 @@ inline void check_position(const Tensor& position, int64_t streams, const Tensor
                       position.size(0) == streams && position.is_contiguous(),
                   op, ": position must be (", streams, ",) int64 beside the rings, contiguous");
   check_stored(position, op, "position");
+  if (!position.is_cpu()) return;  // elsewhere that would wait for the device
+  constexpr int64_t kOldest = std::numeric_limits<int64_t>::max() - (int64_t{1} << 40);
+  const auto* at = static_cast<const int64_t*>(position.const_data_ptr());
+  for (int64_t n = 0; n < streams; ++n) {
+    STD_TORCH_CHECK(at[n] >= 0 && at[n] <= kOldest, op, ": position ", at[n], " of stream ", n,
+                    " is negative or too large; a state must come from get_state or a step");
+  }
 }
 
 // Rings of codes have scales, and other rings the dtype of the ring of queries.

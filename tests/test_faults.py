@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,11 +11,12 @@ import timeit
 
 import pytest
 import torch
+from interruptions import interruptions
 from oracles import EMBED, LENGTH, assert_same_state, build, draw_tokens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from continual_mha import backends, functional
+from continual_mha import backends, functional, ring, streams
 
 N = 3
 KINDS = {
@@ -259,6 +261,41 @@ def test_failing_change_of_the_whole_state_changes_nothing(kind, call, when):
     run = lambda module: getattr(module, call)(*arguments)
     for module in each_failure(run, lambda: copy_of(kind, state), "kernel", when):
         assert_same_state(module.get_state(), state)
+
+
+@pytest.mark.parametrize("ages", ["together_cold", "mixed"])
+@pytest.mark.parametrize("call", ["set_stream", "set_state", "start_streams", "clean_state"])
+def test_change_interrupted_anywhere_has_happened_or_not_and_stays_so(call, ages):
+    """Also once the exception is dropped, which a console or a log may keep for long."""
+    state = aged("kv", AGES[ages]).get_state()
+    other = aged("kv", AGES["mixed"])
+    arguments = {
+        "set_stream": (1, other.get_stream(2)),
+        "set_state": (aged("kv", AGES["together_warm"]).get_state(),),
+        "start_streams": (N,),
+    }.get(call, ())
+    run = lambda module: getattr(module, call)(*arguments)
+    changed = copy_of("kv", state)
+    run(changed)
+    endings = [state, changed.get_state()]
+    x = torch.randn(2, N, EMBED)
+    for module, kept in interruptions(lambda: copy_of("kv", state), run, streams, ring):
+        twin = build(**KINDS["kv"])
+        twin.set_state(module.get_state())
+        assert any(same_state(twin.get_state(), ending) for ending in endings)
+        with torch.no_grad():
+            for token in x:
+                module.forward_step(token)
+                twin.forward_step(token)
+            kept.clear()
+            gc.collect()
+            assert same_state(module.get_state(), twin.get_state())
+
+
+def same_state(left, right):
+    if left is None or right is None:
+        return left is right
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

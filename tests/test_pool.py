@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dis
+import gc
 import math
 import random
-import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
+from interruptions import interruptions
 from oracles import EMBED, LENGTH, assert_same_state, build, seeded
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -397,58 +398,6 @@ def test_tick_that_fails_between_layers_has_not_happened():
     assert pool.statistics().tokens == twin.statistics().tokens
 
 
-class Interruption(BaseException):
-    """Stands for a signal."""
-
-
-# After these instructions Python looks for signals.
-LOOKS = ("RESUME", "CALL", "JUMP_BACKWARD")
-
-
-def interrupted(call, at):
-    """Run `call`, interrupted the `at`-th time that a signal could come in the pool's own code.
-
-    Whether that was before its end.
-    """
-    left, last = at, {}
-
-    def trace(frame, kind, argument):
-        nonlocal left
-        if frame.f_code.co_filename != co.pool.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if kind == "opcode":
-            name = last.get(frame, "")
-            last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            left -= name.startswith(LOOKS)
-            if left == 0:
-                left = -1
-                raise Interruption
-        return trace
-
-    before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # or Python 3.12 tells no opcodes of the first frames
-    sys.settrace(trace)
-    try:
-        call()
-    except Interruption:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def interruptions(prepare, call):
-    """For k = 1, 2, ...: what `prepare` made, after `call` of it was interrupted the k-th time."""
-    for at in range(1, 1000):
-        subject = prepare()
-        if not interrupted(lambda: call(subject), at):  # noqa: B023
-            assert at > 5
-            return
-        yield subject
-    raise AssertionError("it never ran to its end")
-
-
 def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none():
     """Wherever a signal comes; and no stream is answered early or late afterwards."""
     x = torch.randn(LENGTH + 3, 2, EMBED)
@@ -470,7 +419,7 @@ def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none(
 
     happened = []
     tick = co.StreamPool.tick
-    for pool in interruptions(one_token_before_the_first_answers, tick):
+    for pool, _ in interruptions(one_token_before_the_first_answers, tick, co.pool):
         happened.append(pool.statistics().tokens > twin.statistics().tokens)
         if happened[-1]:
             twin.tick()
@@ -485,6 +434,76 @@ def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none(
     assert set(happened) == {False, True}
 
 
+def waits_for_nobody(call):
+    """Whether a thread of its own gets through."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pool: pool.push(0, torch.zeros(EMBED)),
+        lambda pool: pool.tick(),
+        lambda pool: pool.statistics(),
+        lambda pool: pool.close(0),
+        lambda pool: pool.open(),
+        lambda pool: pool.export(0),
+    ],
+    ids=["push", "tick", "statistics", "close", "open", "export"],
+)
+def test_other_threads_go_on_however_a_call_is_interrupted(call):
+    def pool_with_a_token():
+        pool = co.StreamPool(build(), 2, (EMBED,))
+        pool.push(pool.open(), torch.zeros(EMBED))
+        return pool
+
+    for pool, _ in interruptions(pool_with_a_token, call, co.pool):
+        assert waits_for_nobody(pool.statistics)
+        assert waits_for_nobody(pool.tick)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_pool_whose_model_went_to_another_one_says_so(alone):
+    model = continual_model("convolution") if alone else Net().eval()
+    first = co.StreamPool(model, 2, (4,))
+    stream, token = first.open(), torch.ones(4)
+    first.push(stream, token)
+    second = co.StreamPool(model, 2, (4,))
+    other = second.open()
+    for call in (first.tick, first.open, lambda: first.export(stream)):
+        with pytest.raises(RuntimeError, match=r"another StreamPool .*deepcopy"):
+            call()
+    first.close(stream)
+    assert first.statistics().open == 0
+    second.push(other, token)
+    assert second.tick() == {}
+    assert second.statistics().tokens == 1
+
+
+def test_model_and_pool_are_freed_together():
+    pool = co.StreamPool(Net(), 2, (4,))
+    model = weakref.ref(pool._slots._model)
+    del pool
+    gc.collect()
+    assert model() is None
+
+
+def test_full_queue_is_told_at_once_and_any_timeout_is_taken():
+    pool = co.StreamPool(build(), 1, (EMBED,), queue_size=1)
+    stream = pool.open()
+    for timeout in (0.0, -1.0):
+        with pytest.raises(co.PoolFull):
+            pool.open(timeout=timeout)
+    pool.push(stream, torch.zeros(EMBED))
+    thread = threading.Timer(0.2, pool.tick)
+    thread.start()
+    pool.push(stream, torch.zeros(EMBED), timeout=math.inf)
+    thread.join()
+
+
 def test_slot_is_never_lost_nor_given_twice_however_open_and_close_are_interrupted():
     def pool_with_a_stream():
         pool = co.StreamPool(build(), 3, (EMBED,))
@@ -492,7 +511,7 @@ def test_slot_is_never_lost_nor_given_twice_however_open_and_close_are_interrupt
         return pool
 
     for call in (co.StreamPool.open, lambda pool: pool.close(0)):
-        for pool in interruptions(pool_with_a_stream, call):
+        for pool, _ in interruptions(pool_with_a_stream, call, co.pool):
             open_now = pool.statistics().open
             assert open_now in (0, 1, 2)
             for _ in range(3 - open_now):
