@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -288,7 +287,6 @@ def test_change_interrupted_anywhere_has_happened_or_not_and_stays_so(call, ages
                 module.forward_step(token)
                 twin.forward_step(token)
             kept.clear()
-            gc.collect()
             assert same_state(module.get_state(), twin.get_state())
 
 
