@@ -55,6 +55,7 @@ def interrupted(call: Callable[[], Any], at: int, *modules: ModuleType) -> Inter
         return error
     finally:
         sys.settrace(tracing)
+        last.clear()  # of frames, which only the collector of garbage would free
     return None
 
 
