@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import ring
 from .ring import InputState, QuantizedInputState, QuantizedRingState, RingState, State
 from .streams import StatefulStreams, all_or_as_before, stateful_modules
+from .tracing import has_numbers
 
 FORMAT = "continual_mha.streams"
 VERSION = 1
@@ -112,7 +113,11 @@ def fitted(
         try:
             if type(states[name]) not in _NAMES:
                 raise TypeError(f"it is no state, but a {type(states[name]).__name__}")
-            state = _on(states[name], module._like().device)
+            device = module._like().device
+            parts = [x for x in states[name] if isinstance(x, Tensor)]
+            if has_numbers(module._like()) and not all(map(has_numbers, parts)):
+                raise ValueError(f"it has no numbers that could be moved to {device}")
+            state = _on(states[name], device)
             checked[name] = module._checked(state, layout_for(module, state))
         except (TypeError, ValueError) as error:
             where = f"module {name!r}" if name else "the module"

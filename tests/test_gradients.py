@@ -234,6 +234,34 @@ def test_one_trainable_weight_is_enough():
     torch.testing.assert_close(module.out_proj.bias.grad, torch.full((WIDTH,), 2.0).double())
 
 
+@pytest.mark.parametrize("way", ["forward", "forward_steps", "forward_step"])
+@pytest.mark.parametrize("trained", ["out_proj.weight", "in_proj_weight", "v_proj_weight"])
+def test_second_derivatives_of_partly_frozen_weights(trained, way):
+    """Rings, and weights that are returned, need no gradient then."""
+    own = {"kdim": 5, "bias": False} if trained == "v_proj_weight" else {}
+    module = build(dtype=torch.float64, batch_first=True, **own)
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(name == trained)
+    clip = draw_tokens(module, 2, LENGTH)
+    taken = [x.unbind(1) for x in clip]
+
+    def second_derivatives():
+        module.clean_state()
+        if way == "forward_step":
+            outs = [[module.forward_step(*x) for x in zip(*taken, strict=True)][-1]]
+        else:
+            out = getattr(module, way)(*clip)
+            outs = out if way == "forward" else [out]
+        total = sum(x.square().sum() for x in outs)
+        (first,) = torch.autograd.grad(total, module.get_parameter(trained), create_graph=True)
+        return torch.autograd.grad(first.square().sum(), module.get_parameter(trained))[0]
+
+    found = second_derivatives()
+    with co.use_backend("torch"):
+        torch.testing.assert_close(found, second_derivatives())
+    assert found.abs().max() > 0
+
+
 def test_nothing_to_differentiate_gives_no_graph():
     module = build(**SMALL).requires_grad_(False)
     x = draw_tokens(module, 2, LENGTH)[0]

@@ -1054,3 +1054,22 @@ def test_sparse_weights_are_left_to_pytorch(formulation: str, gradient: bool) ->
     module.out_proj.weight = torch.nn.Parameter(sparse, requires_grad=False)
     module.in_proj_weight.requires_grad_(gradient)
     torch.testing.assert_close([call() for call in calls_of(module)], expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("position", [-1, -(10**9), 2**63 - 1])
+def test_step_from_positions_that_cannot_be_is_refused(position, formulation, grad):
+    """Where nobody has asked before, or the buffer was written to."""
+    module = build(formulation=formulation)
+    module.start_streams(2)
+    state = module.get_state()._replace(position=torch.tensor([0, position]))
+    expected = pytest.raises(RuntimeError, match=r"position .* stream 1 is negative or too large")
+    with torch.set_grad_enabled(grad):
+        with expected:
+            module._forward_step(torch.randn(2, module.embed_dim), prev_state=state)
+        with torch.no_grad():
+            module._ring_position.copy_(state.position)
+        for call, shape in ((module.forward_step, (2,)), (module.forward_steps, (2, 3))):
+            with pytest.raises(RuntimeError, match="negative or too large"):
+                call(torch.randn(*shape, module.embed_dim))

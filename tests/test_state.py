@@ -276,6 +276,24 @@ def test_saved_state_loads_without_trusting_the_file(kept):
         assert_same_state(other.get_state(), module.get_state())
 
 
+def test_state_of_odd_strides_and_kinds_of_tensor_is_a_state():
+    module = build()
+    module.start_streams(1)
+    module.forward_step(torch.randn(1, module.embed_dim))
+    state = module.get_state()
+    positions = torch.stack([state.position] * 2, dim=1)
+    parts = [nn.Parameter(x, requires_grad=False) for x in state]
+    other = build()
+    other.set_state(type(state)(*parts)._replace(position=positions[:, 0]))
+    assert_same_state(other.get_state(), state)
+    assert other.state_dict().keys() == module.state_dict().keys()
+    module.clean_state()
+    module.start_streams(1)
+    co.stream_from_bytes(module, 0, co.stream_to_bytes(other, 0))
+    x = torch.randn(1, module.embed_dim)
+    assert torch.equal(other.forward_step(x), module.forward_step(x))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("past", [0, 2, LENGTH + 3])

@@ -236,6 +236,18 @@ def test_what_is_no_state_is_refused_and_changes_nothing():
     assert pool.statistics().open == 0
 
 
+def test_names_and_positions_that_are_none_are_refused():
+    pool = co.StreamPool(build(), 1, (EMBED,))
+    states = pool.export(pool.open())
+    pool.close(0)
+    with pytest.raises(ValueError, match="the state is that of"):
+        pool.restore({0: states[""], "a": states[""]})
+    lost = states[""]._replace(position=states[""].position.to("meta"))
+    with pytest.raises(ValueError, match="does not fit"):
+        pool.restore({"": lost})
+    assert pool.statistics().open == 0
+
+
 def test_import_that_fails_in_the_second_module_changes_nothing(monkeypatch):
     stack = stack_after(LENGTH + 1)
     before = [layer.get_state() for layer in stack.layers]
