@@ -100,13 +100,20 @@ def _gradients_by_clip(
     given: Sequence[Any],
     rings: Sequence[Tensor],
     before: Tensor,
-    d_out: Tensor,
+    d_out: Tensor | None,
     d_rings: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """By the node that attends to clips, of which the ring with the token is one."""
     token, x_ring, packed, bias, *others = given
     (kept,), delay, length = rings, sizes.delay, x_ring.shape[1]
+    slot = (before % length)[:, None]
+    if d_out is None:  # nobody used the output, and the ring keeps nothing but tokens
+        (d_after,) = d_rings
+        assert d_after is not None
+        of_token = reference.take(d_after, slot)
+        d_ring = reference.put(d_after, slot, torch.zeros_like(of_token)) if needed[1] else None
+        return [of_token.squeeze(1) if needed[0] else None, d_ring, *[None] * len(needed[2:])]
     asking = reference.token_before(kept, before, delay) if delay else token
     mask = inputs.mask_of_ring(before, length, token.dtype)
     weights = Weights._make((packed, None, None, bias, *others))
@@ -142,7 +149,6 @@ def _gradients_by_clip(
     if of_tokens:
         assert d_asking is not None
         assert d_kept is not None
-        slot = (before % length)[:, None]
         if d_rings[0] is not None:
             d_kept = d_kept + d_rings[0]
         if delay:

@@ -145,7 +145,7 @@ def _gradients_by_library(
     given: Sequence[Any],
     rings: Sequence[Tensor],
     before: Tensor,
-    d_out: Tensor,
+    d_out: Tensor | None,
     d_rings: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Sequence[Tensor | None]:
@@ -159,15 +159,19 @@ def _gradients_by_windows(
     given: Sequence[Any],
     rings: Sequence[Tensor],
     before: Tensor,
-    d_out: Tensor,
+    d_out: Tensor | None,
     d_rings: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     """By the operator that attends to clips, of one token here, and PyTorch's products."""
     found, needs = Given(*given), dict(zip(Given._fields, needed, strict=True))
+    multiply = multiplier(found.query)
+    if d_out is None:
+        grads = _gradients_through_rings(multiply, found, needs, before, d_rings)
+        return [grads.get(name) if need else None for name, need in needs.items()]
     tokens, weights = found.tokens(), found.weights()
     N, H, L, D = found.k_ring.shape
-    scale, multiply = 1.0 / math.sqrt(D), multiplier(found.query)
+    scale = 1.0 / math.sqrt(D)
     query, key, value = (x.view(N, 1, H, D) for x in weights.project(tokens, linear))
     due, waiting = before[:, None], found.q_ring
     if waiting is not None:
@@ -179,7 +183,7 @@ def _gradients_by_windows(
     attended, lse = backends.run_directly("attend_window", *clip, 0, 0.0)
     on_extra = extra_slots.weights_of(extra, lse, 0.0)
     heads = extra_slots.with_bias(attended, on_extra, weights).view(N, H * D)
-    grads: dict[str, Tensor | None] = {}
+    grads = {}
     if needs["out_proj_weight"]:
         d_weight = d_out.new_empty(weights.out_proj_weight.shape)
         sum_over_tokens(d_out.t(), heads, d_weight)
@@ -216,6 +220,30 @@ def _gradients_by_windows(
     d_projected = (d_query, d_key, d_value)
     grads.update(_gradients_of_projection(multiply, found, needs, d_projected))
     return [grads.get(name) if need else None for name, need in needs.items()]
+
+
+def _gradients_through_rings(
+    multiply: Multiply,
+    given: Given,
+    needs: dict[str, bool],
+    before: Tensor,
+    d_rings: Sequence[Tensor | None],
+) -> dict[str, Tensor | None]:
+    """Of a step whose output nobody used: of what its rings keep."""
+    grads: dict[str, Tensor | None] = {}
+    d_projected = {}
+    names = {"k_ring": "key", "v_ring": "value", "q_ring": "query"}
+    for (ring, token), d_after in zip(names.items(), d_rings, strict=False):
+        if d_after is not None:
+            slot = (before % d_after.shape[-2])[:, None]
+            of_token = reference.take(d_after, slot)
+            if needs[ring]:
+                grads[ring] = reference.put(d_after, slot, torch.zeros_like(of_token))
+            d_projected[token] = of_token.flatten(1)
+    none = torch.zeros_like(given.query)
+    ordered = [d_projected.get(token, none) for token in ("query", "key", "value")]
+    grads.update(_gradients_of_projection(multiply, given, needs, ordered))
+    return grads
 
 
 def _of_slot(weights: Tensor, vectors: Tensor) -> Tensor:

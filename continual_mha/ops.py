@@ -102,7 +102,7 @@ _OF_CPU = {
     "cpu_attend_clip_backward": f"(Tensor grad_out, Tensor? grad_attn, {_CLIP_ARGS}, Tensor? seed, "
     "Tensor q, Tensor moved, Tensor mixed, Tensor lse, Tensor kept, Tensor heads, int num_heads, "
     "int query_index, float dropout_p, bool blank, bool[] needed) -> Tensor?[]",
-    "cpu_ring_step_backward": "(Tensor grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
+    "cpu_ring_step_backward": "(Tensor? grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
     f"{_NODE_ARGS}, bool[] needed) -> Tensor?[]",
     "cpu_new_ring_steps": f"({_NODE_ARGS}, Tensor? seed, int first, float dropout_p) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

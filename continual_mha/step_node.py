@@ -23,7 +23,8 @@ from .windows import NO_GRADIENT
 InPlace = Callable[[Sequence[Any], Sequence[Tensor], Tensor, Tensor | None], Tensor]
 # Given and the position before; the output and the new rings.
 Again = Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]
-# Given, new rings, the position before, gradients of output and new rings, who needs one.
+# Given, new rings, the position before, gradients of output and new rings, who needs one. Training
+# on windows uses few outputs; the others have no gradient, and the rings' only passes through.
 Gradients = Callable[..., Sequence[Tensor | None]]
 
 
@@ -74,8 +75,8 @@ class Step(torch.autograd.Function):
             found = gradients_by_operators(run_again, given, grads, needed, device_type)
             return None, None, None, *found
         d_out, *d_rings = grads
-        if d_out is None:
-            d_out = torch.zeros_like(given[0])
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(device_type):
             found = way.gradients(given, rings, before, d_out, d_rings, needed)
         return None, None, None, *found

@@ -121,6 +121,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("every", [3, 100])
+@pytest.mark.parametrize("construction", [*CONSTRUCTIONS, *SPECIAL])
+def test_outputs_that_nobody_uses_let_gradients_through(construction: str, every: int) -> None:
+    module = build(**{**CONSTRUCTIONS, **SPECIAL}[construction], dtype=torch.float64)
+    steps = drawn_calls(module, 2 * LENGTH + 3, "all" if "kdim" in construction else "one")
+    module.start_streams(STREAMS)
+    assert is_step_node(module.forward_step(*steps[0]))
+    assert_as_plain(module, steps, every=every)
+    if construction == "defaults":
+        module.in_proj_weight.requires_grad_(False)
+        for token, *_ in steps[::2]:
+            token.requires_grad_(False)
+        assert_as_plain(module, steps, every=every)
+
+
 @pytest.mark.parametrize("construction", SPECIAL)
 def test_gradients_beside_extra_slots_and_queries_that_wait(construction: str) -> None:
     """Those of the rings too, through a whole window."""

@@ -57,7 +57,7 @@ def test_gradients_flow_through_the_rings_as_in_plain_pytorch(construction: str)
     module.start_streams(STREAMS)
     assert is_step_node(module.forward_step(*steps[0]))
     assert "triton: runs it, and makes new rings" in co.explain(module, *steps[0])
-    assert_as_plain(module, steps)
+    assert_as_plain(module, steps, every=2)  # the others only let theirs through
 
 
 @pytest.mark.parametrize("kind", ["key", "all"])

@@ -34,13 +34,17 @@ def drawn_calls(module: Module, counts: list[int] | int, kind: str = "one") -> l
     return calls
 
 
-def run(module: Module, calls: list[Call], **how: Any) -> list[Tensor | None]:
-    """Outputs of the calls, then gradients of tokens and parameters of a function of them."""
+def run(module: Module, calls: list[Call], every: int = 1, **how: Any) -> list[Tensor | None]:
+    """Outputs of the calls, then gradients of tokens and parameters of a function of them.
+
+    Of each ``every``-th of them, the last among those: nobody uses the others.
+    """
     module.clean_state()
     module.start_streams(STREAMS)
     many = calls[0][0].dim() == 3
     outs = [(module.forward_steps if many else module.forward_step)(*x, **how) for x in calls]
-    total = sum((i + 1) * y.square().sum() for i, y in enumerate(outs) if y is not None)
+    used = list(enumerate(outs))[::-every]
+    total = sum((i + 1) * y.square().sum() for i, y in used if y is not None)
     leaves = [x for given in calls for x in dict.fromkeys(given) if x.requires_grad]
     leaves += [x for x in module.parameters() if x.requires_grad]
     return [*outs, *torch.autograd.grad(total, leaves, allow_unused=True)]
