@@ -203,6 +203,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._lay_out()
         make_known_upstream(type(self))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        make_known_upstream(type(self))  # nothing else tells it of a module that was unpickled
+
     def _lay_out(self) -> None:
         """Know how states and weights look, from what they depend on."""
         sizes = (self.num_heads, self.head_dim, self.sequence_len, self.delay, self.cache_dtype)

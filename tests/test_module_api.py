@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import types
 
@@ -591,6 +592,9 @@ def test_ptflops_counts_modules_made_after_it_was_imported(monkeypatch):
         with torch.no_grad(), co.call_mode("forward_step"):
             module(torch.randn(1, EMBED))
             assert module.__flops__ == module.flops() > 0
+    ptflops.MODULES_MAPPING.clear()
+    module = pickle.loads(pickle.dumps(build()))
+    assert type(module) in ptflops.MODULES_MAPPING
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
