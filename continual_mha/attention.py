@@ -204,7 +204,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         make_known_upstream(type(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         make_known_upstream(type(self))  # nothing else tells it of a module that was unpickled
 
     def _lay_out(self) -> None:
