@@ -38,9 +38,13 @@ def by_triton() -> Iterator[None]:
 def test_they_err_as_much_as_in_plain_pytorch(
     arguments: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """In the root of the mean square: of so few numbers the largest error says little."""
+    """In the root of the mean square: of so few numbers the largest error says little.
+
+    Of tokens that leave every slot a share: where one takes all, as of normal ones here, what is
+    left of the gradients are differences of equal numbers, in which either may be the luckier.
+    """
     module = build(embed_dim=32, num_heads=2, sequence_len=3, dtype=dtype, **arguments)
-    steps = drawn_calls(module, 4)
+    steps = [(given[0].detach().mul(0.3).requires_grad_(),) * 3 for given in drawn_calls(module, 4)]
     assert "triton: runs it, and makes new rings" in co.explain(module, steps[0][0])
     found = run(module, steps)
     with co.use_backend("torch"):
