@@ -82,6 +82,16 @@ def _project_head(
 
 
 @triton.jit
+def _head_part(
+    x_ptr, stride_xe, head, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The head's part of a token that is projected already  # [BLOCK_D]"""
+    offs_d = tl.arange(0, BLOCK_D)
+    offsets = (head * D + offs_d).to(tl.int64) * stride_xe
+    return tl.load(x_ptr + offsets, mask=offs_d < D, other=0.0).to(ACC)
+
+
+@triton.jit
 def _token_part(
     x_ptr, stride_xe, weight_ptr, bias_ptr, head, PROJECT: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,9 +102,7 @@ def _token_part(
         return _project_head(x_ptr, stride_xe, weight_ptr, bias_ptr, head, K, D, BLOCK_D, BLOCK_K,
                              STAGES, USE_DOT, PRECISION, ACC)  # fmt: skip
     else:
-        offs_d = tl.arange(0, BLOCK_D)
-        offsets = (head * D + offs_d).to(tl.int64) * stride_xe
-        return tl.load(x_ptr + offsets, mask=offs_d < D, other=0.0).to(ACC)
+        return _head_part(x_ptr, stride_xe, head, D, BLOCK_D, ACC)
 
 
 @triton.jit
@@ -165,13 +173,20 @@ def _numbers(tile, dtype: tl.constexpr, PER_LOAD: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+def _no_slots(GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Online softmaxes that have seen nothing."""
+    m_i = tl.full((GROUPS,), float("-inf"), ACC)
+    return m_i, tl.zeros((GROUPS,), ACC), tl.zeros((GROUPS, BLOCK_D), ACC)
+
+
+@triton.jit
 def _attend_ring(
     q, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr, v_scale_ptr,
-    seed_ptr, stream, head, first_row, slots, end, new_slot, begin, stop, dropout_p,
+    seed_ptr, stream, head, first_row, slots, end, new_slot, begin, stop, m_i, l_i, acc, dropout_p,
     ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, PER_LOAD: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the slots that a tile passes in steps of BLOCK_L.
+    """Go on with online softmaxes over the slots that a tile passes in steps of BLOCK_L.
 
     Queries are (1, BLOCK_D) or one for every row; so are `first_row` of a row's ring, its `end`,
     and the slot that is left out. The first tile is loaded already, whatever its slots hold.
@@ -181,9 +196,6 @@ def _attend_ring(
     GROUPS: tl.constexpr = ROWS // FOLD
     scale = tl.full((), SCALE * LOG2E, ACC)
     # No exchange between threads in the loop but those that share a row.
-    m_i = tl.full((GROUPS,), float("-inf"), ACC)
-    l_i = tl.zeros((GROUPS,), ACC)
-    acc = tl.zeros((GROUPS, BLOCK_D), ACC)
     valid = (slots < end) & (slots != new_slot)
     if v_scale_ptr is None:  # what is not finite would make NaN of a weight of zero
         v_next = tl.where(valid[:, None], v_next, 0)
@@ -394,6 +406,8 @@ def _ring_step_kernel(
     if k_scale_ptr is not None:
         k_scale_next = _load_scales(k_scale_ptr, slots, slots < L)
         v_scale_next = _load_scales(v_scale_ptr, slots, slots < L)
+    if not PROJECT:
+        tl.debug_barrier()  # without it the assembler asks for some of the tile later
 
     dtype = out_ptr.dtype.element_ty
     q = tl.zeros((BLOCK_D,), ACC)
@@ -411,53 +425,76 @@ def _ring_step_kernel(
 
     new_slot = (position % L).to(tl.int32)
     end = tl.minimum(begin + PART, tl.minimum(position, L - 1).to(tl.int32) + 1)
+    GROUPS: tl.constexpr = BLOCK_L // FOLD
+    m_i, l_i, acc = _no_slots(GROUPS, BLOCK_D, ACC)
+    stop = end
+    if not PROJECT:
+        # The first softmax begins with the new token, which is asked for with the first tile, and
+        # whose score is computed while that is under way.
+        k_new = _head_part(key_ptr + stream * stride_kn, stride_ke, head, D, BLOCK_D, ACC)
+        v_new = _head_part(value_ptr + stream * stride_vn, stride_ve, head, D, BLOCK_D, ACC)
+        if role == 0:
+            k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
+                          UPDATE, ACC)  # fmt: skip
+            v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
+                          UPDATE, ACC)  # fmt: skip
+            if seed_ptr is not None:
+                v_new *= keep_scale(seed_ptr, new_slot, stream, head, 0, dropout_p).to(ACC)
+            is_first = tl.arange(0, GROUPS) == 0
+            m_i = tl.where(is_first, _inner(q, k_new) * scale, m_i)
+            l_i = tl.where(is_first, 1.0, l_i)
+            acc = tl.where(is_first[:, None], v_new[None, :], acc)
+        # Once at least: with a way around the loop the assembler would ask for the first tile at
+        # its head, where the position is known.
+        stop = tl.maximum(end, begin + 1)
     m_i, l_i, acc = _attend_ring(
         q[None, :], k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
-        v_scale_ptr, seed_ptr, stream, head, 0, slots, end, new_slot, begin, end, dropout_p,
-        BLOCK_L, FOLD, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+        v_scale_ptr, seed_ptr, stream, head, 0, slots, end, new_slot, begin, stop, m_i, l_i, acc,
+        dropout_p, BLOCK_L, FOLD, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
     )  # fmt: skip
     m = tl.max(m_i, axis=0)
     row_scale = tl.exp2(m_i - finite_or_zero(m))
     l_sum = tl.sum(product(l_i, row_scale), axis=0)
     acc = tl.sum(product(acc, row_scale[:, None]), axis=0)
 
-    keep = tl.full((), 1.0, ACC)
-    v_new = tl.zeros((BLOCK_D,), ACC)
-    if role == VALUE_ROLE:
-        v_part_ptr = v_weight_ptr
-        if PROJECT and v_weight_ptr is None:
-            v_part_ptr = q_weight_ptr + 2 * E * E
-        v_bias_ptr = in_bias_ptr
-        if in_bias_ptr is not None:
-            v_bias_ptr = in_bias_ptr + 2 * E
-        v_new = _token_part(value_ptr + stream * stride_vn, stride_ve, v_part_ptr, v_bias_ptr,
-                            head, PROJECT, EV, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
-                            ACC)  # fmt: skip
-        v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
-                      UPDATE, ACC)  # fmt: skip
-        if seed_ptr is not None:
-            keep = keep_scale(seed_ptr, new_slot, stream, head, 0, dropout_p).to(ACC)
-        if SPREAD:
-            acc = v_new * keep
-            l_sum = tl.full((), 1.0, ACC)
-    if role == KEY_ROLE:
-        k_part_ptr = k_weight_ptr
-        if PROJECT and k_weight_ptr is None:
-            k_part_ptr = q_weight_ptr + E * E
-        k_bias_ptr = in_bias_ptr
-        if in_bias_ptr is not None:
-            k_bias_ptr = in_bias_ptr + E
-        k_new = _token_part(key_ptr + stream * stride_kn, stride_ke, k_part_ptr, k_bias_ptr, head,
-                            PROJECT, EK, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
-                            ACC)  # fmt: skip
-        k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
-                      UPDATE, ACC)  # fmt: skip
-        score = _inner(q, k_new) * scale
-        if SPREAD:
-            m = score
-            l_sum = tl.full((), 1.0, ACC)
-        else:
-            m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
+    if PROJECT:
+        keep = tl.full((), 1.0, ACC)
+        v_new = tl.zeros((BLOCK_D,), ACC)
+        if role == VALUE_ROLE:
+            v_part_ptr = v_weight_ptr
+            if v_weight_ptr is None:
+                v_part_ptr = q_weight_ptr + 2 * E * E
+            v_bias_ptr = in_bias_ptr
+            if in_bias_ptr is not None:
+                v_bias_ptr = in_bias_ptr + 2 * E
+            v_new = _project_head(value_ptr + stream * stride_vn, stride_ve, v_part_ptr, v_bias_ptr,
+                                  head, EV, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
+                                  ACC)  # fmt: skip
+            v_new = _hold(v_new, v_ring_ptr, v_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
+                          UPDATE, ACC)  # fmt: skip
+            if seed_ptr is not None:
+                keep = keep_scale(seed_ptr, new_slot, stream, head, 0, dropout_p).to(ACC)
+            if SPREAD:
+                acc = v_new * keep
+                l_sum = tl.full((), 1.0, ACC)
+        if role == KEY_ROLE:
+            k_part_ptr = k_weight_ptr
+            if k_weight_ptr is None:
+                k_part_ptr = q_weight_ptr + E * E
+            k_bias_ptr = in_bias_ptr
+            if in_bias_ptr is not None:
+                k_bias_ptr = in_bias_ptr + E
+            k_new = _project_head(key_ptr + stream * stride_kn, stride_ke, k_part_ptr, k_bias_ptr,
+                                  head, EK, D, BLOCK_D, BLOCK_K, STAGES, USE_DOT, PRECISION,
+                                  ACC)  # fmt: skip
+            k_new = _hold(k_new, k_ring_ptr, k_scale_ptr, new_slot, None, offs_d, mask_d, dtype, D,
+                          UPDATE, ACC)  # fmt: skip
+            score = _inner(q, k_new) * scale
+            if SPREAD:
+                m = score
+                l_sum = tl.full((), 1.0, ACC)
+            else:
+                m, l_sum, acc = _add_slot(m, l_sum, acc, score, keep, v_new)
     if role == 0:
         m, l_sum, acc = _add_extra_slots(
             m, l_sum, acc, q, bias_k_ptr, bias_v_ptr, seed_ptr, stream, head, new_slot * 0 + L,
@@ -608,10 +645,12 @@ def _group_step_kernel(
     end = tl.where(there, tl.minimum(position, L - 1).to(tl.int32) + 1, 0)
     end_of = _by_row(end[:, None], GROUP, BLOCK_L)
     new_of = _by_row(new_slot[:, None], GROUP, BLOCK_L)
+    m_i, l_i, acc = _no_slots(ROWS, BLOCK_D, ACC)
     m_i, l_i, acc = _attend_ring(
         q_of, k_next, v_next, k_scale_next, v_scale_next, k_ring_ptr, v_ring_ptr, k_scale_ptr,
         v_scale_ptr, seed_ptr, stream_of, head, row_of, slots, end_of, new_of, 0,
-        tl.max(end, axis=0), dropout_p, ROWS, 1, D, BLOCK_L, BLOCK_D, PER_LOAD, SCALE, ACC,
+        tl.max(end, axis=0), m_i, l_i, acc, dropout_p, ROWS, 1, D, BLOCK_L, BLOCK_D, PER_LOAD,
+        SCALE, ACC,
     )  # fmt: skip
     m_i = tl.reshape(m_i, (GROUP, BLOCK_L))
     m = tl.max(m_i, axis=1, keep_dims=True)
