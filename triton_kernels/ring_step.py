@@ -300,6 +300,9 @@ def _merge_parts(
                 cache_modifier=".cg",
             )  # [ROWS, BLOCK_W]
             if ml_ptr is not None:
+                # Without it the assembler asks for the shares first, and for some of the rows and
+                # the bias when those have come, in the same registers.
+                tl.debug_barrier()
                 m = tl.load(
                     ml_ptr + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
                 )
