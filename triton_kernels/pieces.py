@@ -113,6 +113,12 @@ def sum_of_last(x, SIZE: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(x):
+    """Sum over the first axis, which is that of `products_in_parts`."""
+    return tl.reshape(sum_of_last(tl.permute(x, (1, 2, 0)), x.shape[0]), (x.shape[1], x.shape[2]))
+
+
+@triton.jit
 def products_in_parts(both, tile, acc, PRECISION: tl.constexpr):
     """acc + products of `both` and a tile over each of as many parts of the features as acc has."""
     PARTS: tl.constexpr = acc.shape[0]
@@ -134,9 +140,7 @@ def scores_in_parts(query, tile, PARTS: tl.constexpr, PRECISION: tl.constexpr, A
         return dot(query, tl.trans(tile), zeros, PRECISION)
     else:
         scores = tl.zeros((PARTS, query.shape[0], tile.shape[0]), ACC)
-        scores = products_in_parts(query, tile, scores, PRECISION)
-        scores = sum_of_last(tl.permute(scores, (1, 2, 0)), PARTS)
-        return tl.reshape(scores, (query.shape[0], tile.shape[0]))
+        return sum_of_parts(products_in_parts(query, tile, scores, PRECISION))
 
 
 @triton.jit

@@ -13,20 +13,30 @@ from .pieces import (
     dot,
     dot_precision,
     features_at_once,
+    products_in_parts,
     start_after_previous_launch,
+    sum_of_parts,
 )
 from .plan import StepPlan, cdiv
+
+_WARPS = 4
 
 
 @triton.jit
 def project_rows(
     x_ptr, stride_xn, stride_xk, weight_ptr, bias_ptr, offs_n, mask_n, offs_o, mask_o,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Rows of x times rows of the weight, plus bias  # [BLOCK_N, BLOCK_O]"""
+    """Rows of x times rows of the weight, plus bias  # [BLOCK_N, BLOCK_O]
+
+    The warps divide the features into PARTS, so that fewer products wait for one another.
+    """
     offs_k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
+    if PARTS > 1:
+        acc = tl.zeros((PARTS, BLOCK_N, BLOCK_O), ACC)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_O), ACC)
     bias = tl.zeros((BLOCK_O,), ACC)
     if bias_ptr is not None:  # ahead of the loop, behind which it would be a round trip more
         bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)
@@ -42,7 +52,12 @@ def project_rows(
             mask=mask_o[:, None] & mask_k[None, :],
             other=0.0,
         )  # [BLOCK_O, BLOCK_K]
-        acc = dot(x, tl.trans(weight), acc, PRECISION)
+        if PARTS > 1:
+            acc = products_in_parts(x, weight, acc, PRECISION)
+        else:
+            acc = dot(x, tl.trans(weight), acc, PRECISION)
+    if PARTS > 1:
+        acc = sum_of_parts(acc)
     return acc + bias[None, :]
 
 
@@ -51,7 +66,8 @@ def _project_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, position_ptr, active_ptr,
     N, OUTPUTS, stride_xn, stride_xk, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_O output features of BLOCK_N tokens; the first also advances positions.
 
@@ -71,7 +87,8 @@ def _project_kernel(
         if active_ptr is not None:
             step = tl.load(active_ptr + offs_n, mask=mask_p, other=0).to(tl.int64)
     acc = project_rows(x_ptr, stride_xn, stride_xk, weight_ptr, bias_ptr, offs_n, mask_n, offs_o,
-                       mask_o, K, BLOCK_N, BLOCK_O, BLOCK_K, STAGES, PRECISION, ACC)  # fmt: skip
+                       mask_o, K, BLOCK_N, BLOCK_O, BLOCK_K, STAGES, PRECISION, ACC,
+                       PARTS)  # fmt: skip
     tl.store(
         out_ptr + offs_n[:, None] * OUTPUTS + offs_o[None, :],
         cast(acc, out_ptr.dtype.element_ty),
@@ -103,11 +120,14 @@ def project(
     args = (x, weight, bias, out, position, active, tokens, outputs, *x.stride())
     block_k = features_at_once(features, x.element_size(), 8 * 1024 // plan.block_n)
     stages = 3 if x.element_size() == 2 else 4
+    # 16 tokens and outputs are one product of the matrix unit, which every warp would repeat.
+    alone = x.element_size() == 2 and plan.block_n == plan.block_o == 16
+    parts = min(_WARPS, block_k // 16) if alone else 1
     constants = constants_of(
-        features, plan.block_n, plan.block_o, block_k, stages, plan.pdl, dot_precision(), acc
+        features, plan.block_n, plan.block_o, block_k, stages, parts, plan.pdl, dot_precision(), acc
     )
     grid = (cdiv(tokens, plan.block_n), cdiv(outputs, plan.block_o), 1)
-    launch(_project_kernel, grid, args, constants, num_warps=4, pdl=plan.pdl)
+    launch(_project_kernel, grid, args, constants, num_warps=_WARPS, pdl=plan.pdl)
     return out
 
 
