@@ -218,12 +218,49 @@ def test_positions_of_a_long_life(position: int) -> None:
     check_steps(case, "gemm", 1, steps=2)
 
 
-def test_inputs_of_any_stride() -> None:
-    case = InputCase().warm()
-    token, state = case.token()[0], case.copied_state()
-    strided = torch.empty(case.H * case.D, 7, case.N, device=DEVICE)[:, 3].T.copy_(token)
-    out = step(case, case.state, token, "gemm", 1)
-    assert torch.equal(out, step(case, state, strided, "gemm", 1))
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize(("path", "splits"), [("gemm", 1), WIDE[1]])
+def test_inputs_of_any_stride(path: str, splits: int, update: bool) -> None:
+    """Every other number, and rows that do not begin where 16 bytes do."""
+    case = InputCase(H=9, L=20).warm()
+    (N, E), token = (case.N, case.H * case.D), case.token()[0]
+    of_columns = torch.empty(E, 7, N, device=DEVICE)[:, 3].T
+    odd_rows = torch.empty(N, E + 3, device=DEVICE)[:, 1:-2]
+    expected = step(case, case.copied_state(), token, path, splits, update=update)
+    for strided in (of_columns, odd_rows):
+        out = step(case, case.copied_state(), strided.copy_(token), path, splits, update=update)
+        torch.testing.assert_close(out, expected)  # torch adds up in another order, too
+
+
+@pytest.mark.parametrize(("path", "splits"), [("gemm", 1), WIDE[1]])
+def test_a_ring_may_begin_anywhere(path: str, splits: int) -> None:
+    case = InputCase(N=2, H=9, D=8, L=20).warm()
+    ring = torch.empty(case.state[0].numel() + 1, device=DEVICE)[1:].view(case.state[0].shape)
+    case.state[0] = ring.copy_(case.state[0])
+    check_steps(case, path, splits, steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize(("path", "splits"), [*PATHS, *WIDE])
+def test_what_the_new_token_overwrites_is_seen_by_no_program(
+    path: str, splits: int, update: bool, dtype: torch.dtype
+) -> None:
+    """In whichever part of the window it lies, and in streams that pause."""
+    case = InputCase(N=3, H=9, L=40, dtype=dtype).warm()
+    case.state[1].copy_(torch.tensor([41, 60, 79]))
+    kw = {"active": torch.tensor([True, False, True], device=DEVICE), "update": update}
+    token, state, before = case.token()[0], case.copied_state(), case.copied_state()
+    new = torch.arange(case.N), case.state[1].cpu() % case.L
+    state[0][new] = float("nan")
+    out = step(case, case.state, token, path, splits, **kw)
+    assert out.isfinite().all()
+    assert torch.equal(out, step(case, state, token, path, splits, **kw))
+    if update:
+        before[0][new] = token
+        before[1] += torch.tensor([1, 0, 1], device=DEVICE)
+        assert torch.equal(state[0], before[0])
+    assert torch.equal(state[1], before[1])
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -57,10 +57,25 @@ def _load_query(query_ptr, stride_qh, offs_h, offs_e, H: tl.constexpr, E: tl.con
 
 
 @triton.jit
-def _load_tile(x_ring_ptr, slots, valid, offs_e, E: tl.constexpr):
+def _rows(x_ring_ptr, beside_ptr, slots, new_slot, E: tl.constexpr, UNIT: tl.constexpr):
+    """Where the tokens of these slots begin, seen from a ring; the new one at `beside_ptr` if any.
+
+    All begin at multiples of UNIT numbers, which the compiler could not see of a difference.
+    """
+    if beside_ptr is None:
+        return slots * E
+    else:
+        BYTES: tl.constexpr = x_ring_ptr.dtype.element_ty.primitive_bitwidth // 8
+        apart = (beside_ptr.to(tl.int64) - x_ring_ptr.to(tl.int64)) // BYTES
+        rows = tl.where(slots == new_slot, apart, slots.to(tl.int64) * E)
+        return tl.multiple_of(rows, [UNIT] * len(rows.shape))
+
+
+@triton.jit
+def _load_tile(x_ring_ptr, rows, valid, offs_e, E: tl.constexpr):
     """Tokens of a ring; other slots are not read.  # [BLOCK_S, BLOCK_E]"""
     return tl.load(
-        x_ring_ptr + slots[:, None] * E + offs_e[None, :],
+        x_ring_ptr + rows[:, None] + offs_e[None, :],
         mask=valid[:, None] & (offs_e < E)[None, :],
         other=0,
     )
@@ -68,14 +83,15 @@ def _load_tile(x_ring_ptr, slots, valid, offs_e, E: tl.constexpr):
 
 @triton.jit
 def _attend_part(
-    query_ptr, stride_qh, x_ring_ptr, x_scale_ptr, seed_ptr, stream, first, begin, end, new_slot,
-    dropout_p, dtype: tl.constexpr,
+    query_ptr, stride_qh, beside_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream, first, begin, end,
+    new_slot, dropout_p, dtype: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the slots `begin .. end - 1` of a ring but the new token's own.
+    """Online softmax over the slots `begin .. end - 1` of a ring.
 
+    The new token is read from its slot, or where `beside_ptr` says; of codes it is left out.
     A tile is the right operand of both products; where it is the left one of either, Triton copies
     no tile ahead. Of tokens STAGES - 1 tiles are under way into shared memory, of codes
     one into registers. The scales go into the weights over the largest one seen, so that no weight
@@ -97,16 +113,20 @@ def _attend_part(
     if x_scale_ptr is not None:
         slots = begin + tl.arange(0, BLOCK_S)
         valid = (slots < end) & (slots != new_slot)
-        next_codes = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
+        next_codes = _load_tile(x_ring_ptr, slots * E, valid, offs_e, E)
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_S)
-        valid = (slots < end) & (slots != new_slot)
+        valid = slots < end
+        if x_scale_ptr is not None:
+            valid &= slots != new_slot
         if GROUPS > 0:
             at = start + in_tile
-            mask = (at < end) & (at != new_slot) & (features < E)
-            tile = tl.load(x_ring_ptr + at * E + features, mask=mask, other=0.0)
+            rows = _rows(x_ring_ptr, beside_ptr, at, new_slot, E, UNIT)
+            mask = (at < end) & (features < E)
+            tile = tl.load(x_ring_ptr + rows + features, mask=mask, other=0.0)
         elif x_scale_ptr is None:
-            tile = _load_tile(x_ring_ptr, slots, valid, offs_e, E)
+            rows = _rows(x_ring_ptr, beside_ptr, slots, new_slot, E, UNIT)
+            tile = _load_tile(x_ring_ptr, rows, valid, offs_e, E)
         else:
             tile = decode(next_codes, dtype)
             by_slot = tl.load(x_scale_ptr + slots, mask=valid, other=0.0)
@@ -122,7 +142,7 @@ def _attend_part(
             scores *= by_slot.to(ACC)[None, :]
             after = slots + BLOCK_S
             there = (after < end) & (after != new_slot)
-            next_codes = _load_tile(x_ring_ptr, after, there, offs_e, E)
+            next_codes = _load_tile(x_ring_ptr, after * E, there, offs_e, E)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         shift = finite_or_zero(m_new)
@@ -155,7 +175,7 @@ def _add_token(
     dropout_p, m, l_sum, kept, acc, write, H: tl.constexpr, E: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The new token: from registers, and as the ring will hold it; stored there if `write`.
+    """The new token as a ring of codes will hold it; stored there if `write`.
 
     Its scores need no matrix unit, but as many queries in registers as BLOCK_Q features have.
     """
@@ -163,21 +183,17 @@ def _add_token(
     mask_e = offs_e < E
     codes: tl.constexpr = x_ring_ptr.dtype.element_ty
     token = tl.load(token_ptr + offs_e, mask=mask_e, other=0.0)
-    if x_scale_ptr is not None:
-        size = scale_of(token, codes)
-        token = encode(token, size, codes)
-        tl.store(x_scale_ptr + new_slot, size, mask=write)
+    size = scale_of(token, codes)
+    token = encode(token, size, codes)
+    tl.store(x_scale_ptr + new_slot, size, mask=write)
     tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=offs_e < tl.where(write, E, 0))
-    if x_scale_ptr is not None:
-        token = decode(token, tl.float32) * (size * unit_of(codes))
-    token = token.to(ACC)
+    token = (decode(token, tl.float32) * (size * unit_of(codes))).to(ACC)
     products = tl.zeros((BLOCK_H, BLOCK_Q), ACC)
     for q in range(0, E, BLOCK_Q):
         offs_q = q + tl.arange(0, BLOCK_Q)
         query = _load_query(query_ptr, stride_qh, offs_h, offs_q, H, E)
         part = tl.load(token_ptr + offs_q, mask=offs_q < E, other=0.0)
-        if x_scale_ptr is not None:
-            part = decode(encode(part, size, codes), tl.float32) * (size * unit_of(codes))
+        part = decode(encode(part, size, codes), tl.float32) * (size * unit_of(codes))
         products += query.to(ACC) * part.to(ACC)[None, :]
     score = tl.sum(products, axis=1) * tl.full((), SCALE * LOG2E, ACC)
     keep = tl.full((BLOCK_H,), 1.0, ACC)
@@ -185,6 +201,16 @@ def _add_token(
         keep = keep_scale(seed_ptr, new_slot, stream, offs_h, 0, dropout_p).to(ACC)
     m, l_sum, kept, acc, weight = one_more_slot(m, l_sum, kept, acc, score, keep)
     return m, l_sum, kept + weight, acc + weight[:, None] * token[None, :]
+
+
+@triton.jit
+def _store_token(
+    token_ptr, x_ring_ptr, new_slot, write, E: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """The new token to its slot, if `write`; it is asked for before that is known."""
+    offs_e = tl.arange(0, BLOCK_E)
+    token = tl.load(token_ptr + offs_e, mask=offs_e < E, other=0.0)
+    tl.store(x_ring_ptr + new_slot * E + offs_e, token, mask=offs_e < tl.where(write, E, 0))
 
 
 @triton.jit
@@ -237,7 +263,7 @@ def _input_step_kernel(
     out_ptr, share_ptr, on_bias_ptr, partial_ptr, ml_ptr, counter_ptr, N, stride_tn, dropout_p,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUPS: tl.constexpr, PARTS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
     HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
     STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -264,17 +290,26 @@ def _input_step_kernel(
         x_scale_ptr += stream * L
     stride_h = tl.cast(N, tl.int64) * E
     PART: tl.constexpr = ((L + SPLITS - 1) // SPLITS + BLOCK_S - 1) // BLOCK_S * BLOCK_S
+    token_ptr += stream * stride_tn
+    beside_ptr = token_ptr
+    if UPDATE and x_scale_ptr is None:
+        owns_slot = (new_slot // PART == split) & (h_block == 0)
+        _store_token(token_ptr, x_ring_ptr, new_slot, owns_slot, E, BLOCK_E)
+        if H_BLOCKS == 1:  # otherwise programs that do not wait for the store need the token, too
+            tl.debug_barrier()  # of the program's threads: one reads what others stored
+            beside_ptr = None
     m, l_sum, kept, acc = _attend_part(
-        query_ptr, stride_h, x_ring_ptr, x_scale_ptr, seed_ptr, stream, h_block * BLOCK_H,
-        split * PART, tl.minimum(split * PART + PART, end), new_slot, dropout_p, dtype, H, E,
-        BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, PARTS, STAGES, SCALE, PRECISION, ACC,
+        query_ptr, stride_h, beside_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream,
+        h_block * BLOCK_H, split * PART, tl.minimum(split * PART + PART, end), new_slot, dropout_p,
+        dtype, H, E, BLOCK_H, BLOCK_S, BLOCK_E, GROUPS, PARTS, UNIT, STAGES, SCALE, PRECISION, ACC,
     )  # fmt: skip
-    if split == 0:
-        m, l_sum, kept, acc = _add_token(
-            query_ptr, stride_h, token_ptr + stream * stride_tn, x_ring_ptr, x_scale_ptr, seed_ptr,
-            stream, offs_h, new_slot, dropout_p, m, l_sum, kept, acc, UPDATE and h_block == 0, H, E,
-            BLOCK_H, BLOCK_E, BLOCK_Q, SCALE, ACC,
-        )  # fmt: skip
+    if x_scale_ptr is not None:  # noqa: SIM102 (one is known at compile time, one is not)
+        if split == 0:
+            m, l_sum, kept, acc = _add_token(
+                query_ptr, stride_h, token_ptr, x_ring_ptr, x_scale_ptr, seed_ptr, stream, offs_h,
+                new_slot, dropout_p, m, l_sum, kept, acc, UPDATE and h_block == 0, H, E, BLOCK_H,
+                BLOCK_E, BLOCK_Q, SCALE, ACC,
+            )  # fmt: skip
     rows = offs_h.to(tl.int64) * N + stream
     if SPLITS == 1:
         _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, out_ptr, rows, share_ptr,
@@ -310,8 +345,9 @@ def _input_group_kernel(
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr, UPDATE: tl.constexpr,
-    STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, HAS_BIAS_SLOT: tl.constexpr, ADD_ZERO_ATTN: tl.constexpr,
+    UPDATE: tl.constexpr, STAGES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N streams from their queries (N, E) to their heads' outputs (N, E).
 
@@ -351,7 +387,6 @@ def _input_group_kernel(
                 mask=mask_n[:, None] & mask_c[None, :],
             )
     for n in range(tl.minimum(N - first, BLOCK_N).to(tl.int32)):
-        tl.debug_barrier()  # of the program's threads: one reads what others stored
         stream = first + n
         position = tl.load(position_ptr + stream)
         new_slot = (position % L).to(tl.int32)
@@ -360,16 +395,22 @@ def _input_group_kernel(
         if x_scale_ptr is not None:
             scale_ptr = x_scale_ptr + stream * L
         rows_ptr = scratch_ptr + n * (H * E)
+        now_ptr = token_ptr + stream * stride_tn
+        beside_ptr = now_ptr
+        if UPDATE and x_scale_ptr is None:
+            _store_token(now_ptr, ring_ptr, new_slot, True, E, BLOCK_E)
+            beside_ptr = None
+        tl.debug_barrier()  # of the program's threads: one reads what others stored
         m, l_sum, kept, acc = _attend_part(
-            rows_ptr, E, ring_ptr, scale_ptr, seed_ptr, stream, 0, 0,
+            rows_ptr, E, beside_ptr, ring_ptr, scale_ptr, seed_ptr, stream, 0, 0,
             tl.minimum(position + 1, L).to(tl.int32), new_slot, dropout_p, dtype, H, E, BLOCK_H,
-            BLOCK_S, BLOCK_E, GROUPS, PARTS, STAGES, SCALE, PRECISION, ACC,
+            BLOCK_S, BLOCK_E, GROUPS, PARTS, UNIT, STAGES, SCALE, PRECISION, ACC,
         )  # fmt: skip
-        m, l_sum, kept, acc = _add_token(
-            rows_ptr, E, token_ptr + stream * stride_tn, ring_ptr, scale_ptr, seed_ptr, stream,
-            offs_h, new_slot, dropout_p, m, l_sum, kept, acc, UPDATE, H, E, BLOCK_H, BLOCK_E,
-            BLOCK_Q, SCALE, ACC,
-        )  # fmt: skip
+        if x_scale_ptr is not None:
+            m, l_sum, kept, acc = _add_token(
+                rows_ptr, E, now_ptr, ring_ptr, scale_ptr, seed_ptr, stream, offs_h, new_slot,
+                dropout_p, m, l_sum, kept, acc, UPDATE, H, E, BLOCK_H, BLOCK_E, BLOCK_Q, SCALE, ACC,
+            )  # fmt: skip
         tl.debug_barrier()  # all have read the queries that the results overwrite
         _finish(m, l_sum, kept, acc, extra_ptr, seed_ptr, rows_ptr, offs_h, share_ptr, on_bias_ptr,
                 stream, offs_h, dropout_p, H, E, L, BLOCK_H, BLOCK_E, HAS_BIAS_SLOT,
@@ -584,7 +625,11 @@ def input_step_(
         precision = "ieee"
     options = (bias_k is not None, bool(add_zero_attn), bool(update), plan.stages,
                (E // num_heads) ** -0.5, precision, acc)  # fmt: skip
-    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts)
+    unit = 1
+    # Where not every program that needs the new token stores it, it is read beside the ring.
+    if x_scale is None and not (update and num_heads <= plan.block_h):
+        query, unit = _beside(query, x_ring)
+    sizes = (plan.block_q, plan.block_h, plan.block_s, plan.block_e, plan.groups, plan.parts, unit)
     if plan.path == "fused":
         scratch, out = query.new_empty((N, num_heads, E)), query.new_empty((N, E))
         args = (q, k_weight, v_weight, v_bias, bias_v, query, *state, scratch, share, on_bias, out,
@@ -631,6 +676,16 @@ def input_step_(
     if update and groups > N:  # no program of a stream knows when the others have read it
         position.add_(1 if active is None else active)
     return out
+
+
+def _beside(token: Tensor, x_ring: Tensor) -> tuple[Tensor, int]:
+    """The token where it can be read as rows of the ring are, and by how many numbers at once."""
+    packed = 16 // token.element_size()
+    if token.shape[1] % packed or x_ring.data_ptr() % 16:
+        return token, 1
+    if token.data_ptr() % 16 or token.stride(0) % packed:
+        token = token.clone(memory_format=torch.contiguous_format)
+    return token, packed
 
 
 def _extra_scores(
