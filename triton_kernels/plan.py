@@ -214,7 +214,7 @@ class SharedPlan(NamedTuple):
 
 
 # Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
-# beside the queries and what parts add up; three times of 1024 features, once of the widest.
+# beside the queries and what parts add up; once of the widest.
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16, 2048: 16}
 LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
@@ -223,6 +223,7 @@ SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
 # Each reads all queries and adds up all scores, so that more of them do more.
 ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 8}
 # Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
+SHARED_REGISTERS = {1024: 128}
 ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
 
@@ -234,13 +235,21 @@ def tile_rows(itemsize: int, little: bool = False) -> dict[int, int]:
     return LITTLE_SHARED_ROWS if little else SHARED_ROWS
 
 
-def _stages(itemsize: int, width: int, little: bool) -> int:
-    """Such tiles in shared memory, under way and worked on."""
+def _stages(itemsize: int, width: int, little: bool, tiles: int = 2) -> int:
+    """Such tiles in shared memory, under way and worked on, of a program that has so many or more.
+
+    Of 1024 features in 16 bits, two programs with two tiles under way fit onto a multiprocessor.
+    """
     if itemsize == 2:
-        if width == 2048:
-            return 2
-        return 4 if width == 1024 and not little else 3
+        return 2 if width == 2048 or tiles == 1 else 3
     return 1 if little and width == 1024 else 2
+
+
+def _registers(itemsize: int, width: int, little: bool) -> int | None:
+    """Of a thread that works on such tiles, where the assembler's choice is not the best."""
+    if itemsize == 2:
+        return None if little else SHARED_REGISTERS.get(width)
+    return ROW_REGISTERS.get(width)
 
 
 @lru_cache(maxsize=1024)
@@ -277,8 +286,9 @@ def shared_plan(
     block_s = max(16, min(block_s, next_power_of_2(S)))
     blocks = N * cdiv(EV, block_v) * cdiv(H, block_h)
     splits = _splits(blocks, S, block_s)
-    stages = _stages(itemsize, width, little) if one_tile else 2
-    registers = ROW_REGISTERS.get(width) if by_rows else None
+    tiles = cdiv(cdiv(S, splits), block_s)
+    stages = _stages(itemsize, width, little, tiles) if one_tile else 2
+    registers = _registers(itemsize, width, little) if one_tile else None
     parts = _parts(width, warps, little) if one_tile and itemsize == 2 else 1
     block_e = 64 if itemsize == 2 else 32
     return SharedPlan(
@@ -451,7 +461,8 @@ def input_plan(
         splits = 1
     splits = splits or _splits(N * cdiv(H, block_h), L, block_s)
     block_d = max(16, next_power_of_2(E // H))
-    stages = 1 if codes else _stages(itemsize, block_e, little)
+    tiles = cdiv(cdiv(L, splits), block_s)
+    stages = 1 if codes else _stages(itemsize, block_e, little, tiles)
     fused = rule.path == "fused"
     # Decoded tiles of the widest fill shared memory, and there is no room for what parts add up.
     divided = itemsize == 2 and not fused and not (codes and block_e == 2048)
@@ -474,7 +485,7 @@ def input_plan(
         by_rows=by_rows,
         num_warps=warps,
         stages=stages,
-        registers=ROW_REGISTERS.get(block_e) if by_rows and rule.path == "gemm" else None,
+        registers=None if fused or codes else _registers(itemsize, block_e, little),
         parts=_parts(block_e, warps, little) if divided else 1,
     )
 
