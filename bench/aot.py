@@ -220,10 +220,11 @@ def input_step_launches(
     path: str | None = None,
     codes: torch.dtype | None = None,
     full: bool = False,
+    update: bool = True,
 ) -> list[Launch]:
     """Our launches of one step over inputs; `codes` is the dtype of a ring of 8 bits.
 
-    `path` as in `input_plan`, or "invariant"; `full` as in `step_launches`.
+    `path` as in `input_plan`, or "invariant"; `full` as in `step_launches`; `update` of the state.
     """
     ring, scale = _meta(codes or dtype, N, L, E), None
     if codes is not None:
@@ -239,7 +240,7 @@ def input_step_launches(
         sizes = (N, E, H, L, dtype.itemsize, codes is not None, path)
         plan = input_plan(*sizes, little=little_memory(ring))
     with record() as launches:
-        input_step_(*[*args, *options, True, scale, invariant, plan])
+        input_step_(*[*args, *options, update, scale, invariant, plan])
     return launches
 
 

@@ -95,9 +95,12 @@ def input_configurations(little: bool = False) -> Iterator[tuple[str, list[Launc
     for E, dtype in ((widest, HALF), (1024, FULL)):
         launches = aot.input_step_launches(4096, E, 8, 4096, dtype, codes=torch.int8)
         yield f"inputs-E{E}-{dtype}-int8", launches
-    for E, H in ((512, 32), (widest, 32)):  # as many heads as a program may have, and more of them
-        yield f"inputs-E{E}-H{H}", aot.input_step_launches(512, E, H, 250, HALF)
+    for E in sorted({512, 1024, widest}):  # as many heads as a program may have, and more of them
+        yield f"inputs-E{E}-H32", aot.input_step_launches(512, E, 32, 250, HALF)
     yield "inputs-H16-float32", aot.input_step_launches(512, 512, 16, 250, FULL)
+    for E, dtype in ((1024, HALF), (512, FULL)):
+        launches = aot.input_step_launches(512, E, 8, 250, dtype, update=False)
+        yield f"inputs-preview-{dtype}", launches
     yield "inputs-invariant", aot.input_step_launches(64, 512, 8, 4096, HALF, path="invariant")
     for dtype in (HALF, FULL):
         yield f"inputs-split-{dtype}", aot.input_step_launches(16, 512, 8, 4096, dtype)
@@ -223,9 +226,14 @@ for name in EVERYWHERE:
     del LITTLE_CONFIGURATIONS[name]
 
 
+def arguments_of(launch: Launch) -> dict[str, Any]:
+    """By name."""
+    return dict(zip((x.name for x in launch.kernel.params), launch.args, strict=True))
+
+
 def tile_bytes(launch: Launch) -> int:
     """Bytes of a tile of the ring in a step over inputs, or of the clip in a backward."""
-    given = dict(zip((x.name for x in launch.kernel.params), launch.args, strict=True))
+    given = arguments_of(launch)
     tokens = given.get("x_ring_ptr", given.get("key_ptr"))
     return given["BLOCK_S"] * given["BLOCK_E"] * tokens.dtype.itemsize
 
@@ -261,7 +269,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert copies.count(128) * 16 * report.threads == tile_bytes(launch)
         without = ("_write_rings_kernel", "_quantise_tokens_kernel", "_shared_gradient_kernel")
         multiplies = report.kernel not in without and not (reads_ring and "fused" not in name)
-        given = dict(zip((x.name for x in launch.kernel.params), launch.args, strict=True))
+        given = arguments_of(launch)
         if multiplies and given["PRECISION"] != "ieee" and given.get("USE_DOT", True):
             assert report.has_matrix_instructions(), report.kernel
 
@@ -349,6 +357,46 @@ def test_a_program_merges_what_all_threads_of_the_others_stored(name: str, capab
     loads = [access for access in after if access.startswith(("ld", "cp"))]
     assert loads
     assert all(access.startswith("ld.global.cg") for access in loads)
+
+
+@pytest.mark.in_turn(*aot.SHARED_MEMORY)
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+def test_first_tile_of_a_ring_is_asked_for_before_anything_is_waited_for(capability: int) -> None:
+    (launch,) = CONFIGURATIONS[f"ring-D64-{HALF}"]
+    report, given = aot.compile_launch(launch, capability), arguments_of(launch)
+    loads = []
+    for operation in re.findall(r"\b(?:LDG|STG|BAR|BRA|SHFL)\S*", report.sass):
+        if not operation.startswith("LDG"):
+            break
+        loads.append(operation)
+    keys_and_values = 2 * given["BLOCK_L"] * given["BLOCK_D"] * HALF.itemsize
+    assert sum(".128" in load for load in loads) * 16 * report.threads == keys_and_values
+
+
+@pytest.mark.in_turn(*aot.SHARED_MEMORY)
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+def test_rows_are_asked_for_before_what_they_weigh_where_parts_are_merged(capability: int) -> None:
+    (launch,) = CONFIGURATIONS[f"fused-1-512-8-32-{HALF}"]
+    sass = aot.compile_launch(launch, capability).sass
+    loads = re.findall(r"\bLDG\S*STRONG\S*", sass[sass.index("ATOM") :])
+    wide = [".128" in load for load in loads]
+    assert any(wide)
+    assert wide == sorted(wide, reverse=True)
+
+
+@pytest.mark.in_turn(*aot.SHARED_MEMORY)
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+def test_warps_repeat_no_product_where_few_tokens_are_projected(capability: int) -> None:
+    launch = CONFIGURATIONS[f"chain-{HALF}"][0]
+    report, given = aot.compile_launch(launch, capability), arguments_of(launch)
+    products = given["BLOCK_N"] * given["BLOCK_O"] * given["BLOCK_K"] // (16 * 8 * 16)
+    assert report.ptx.count("mma.sync") == products // (report.threads // 32)
+
+
+@pytest.mark.parametrize("name", [f"inputs-E1024-{HALF}", "shared-E1024"])
+def test_two_programs_of_1024_features_share_a_multiprocessor(name: str) -> None:
+    report = aot.compile_launch(CONFIGURATIONS[name][0], 90)
+    assert report.resident_programs(aot.SHARED_MEMORY[90]) == 2
 
 
 def test_a_kernel_that_starts_early_touches_no_memory_before_the_one_before_has_ended() -> None:

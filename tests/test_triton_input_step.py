@@ -164,6 +164,12 @@ def test_a_plan_divides_what_registers_do_not_hold() -> None:
         assert input_plan(1, 512, 2, 64, itemsize).block_h == rows
 
 
+def test_a_window_of_one_tile_has_no_room_for_a_third() -> None:
+    stages = [input_plan(512, 512, 8, L, 2).stages for L in (32, 33, 250)]
+    assert stages == [2, 3, 3]
+    assert input_plan(1, 512, 8, 64, 2).stages == 2  # in two parts
+
+
 @pytest.mark.parametrize(("L", "splits"), [(1, 1), (2, 1), (63, 2), (64, 1), (120, 4)])
 def test_window_lengths_around_the_block_size(L: int, splits: int) -> None:
     case = InputCase(N=2, L=L, bias=False).warm()
