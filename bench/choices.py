@@ -2,7 +2,8 @@
 
 The tables of ``triton_kernels/plan.py`` choose by shape, and nothing tunes itself at run time. On a
 GPU this measures, for every step of the grid, what a table could have chosen: other paths, other
-divisions of the window, other tiles, dependent launch. Kernels are compiled by all cores first.
+divisions of the window, other tiles, as many registers as one or two programs of a multiprocessor
+may have, dependent launch. Kernels are compiled by all cores first.
 Rows go to ``choices.jsonl`` beside the benchmark's. Printed is, for every shape, the way that the
 tables choose now, the fastest one, and their ratio; with ``--report`` that alone, on any machine.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from continual_mha import triton_kernels as kernels
-from continual_mha.triton_kernels.launch import record
+from continual_mha.triton_kernels.launch import MOST_REGISTERS, REGISTERS, record
 from continual_mha.triton_kernels.plan import InputPlan, StepPlan, input_plan, step_plan
 
 from . import ahead, grid, machine, records
@@ -82,6 +83,8 @@ def ways(case: grid.Case, formulation: str) -> list[Plan]:
             found += [usual._replace(pdl=not usual.pdl)] if path == "chain" else []
             found += [usual._replace(spread=not usual.spread)] if path == "fused" else []
             found += _with_other_groups(usual)
+        elif path == "gemm":
+            found += _with_other_depths(usual)
     return list(dict.fromkeys(found))
 
 
@@ -95,6 +98,15 @@ def _with_other_tiles(plan: Plan) -> Iterator[Plan]:
     for warps in (plan.num_warps // 2, 2 * plan.num_warps):
         if 1 <= warps <= 8:
             yield plan._replace(num_warps=warps)
+
+
+def _with_other_depths(plan: InputPlan) -> Iterator[InputPlan]:
+    """A tile less and one more under way, with the registers of one program and of two."""
+    of_two = REGISTERS // (2 * 32 * plan.num_warps)
+    for stages in (plan.stages - 1, plan.stages, plan.stages + 1):
+        for registers in (None, of_two) if of_two < MOST_REGISTERS else (plan.registers,):
+            if stages > 1:
+                yield plan._replace(stages=stages, registers=registers)
 
 
 def _with_other_groups(plan: StepPlan) -> Iterator[StepPlan]:
@@ -249,6 +261,7 @@ class Choice(NamedTuple):
 def _words(plan: dict[str, Any]) -> str:
     tile = f"{plan.get('block_l', plan.get('block_s'))} slots, {plan['num_warps']} warps"
     more = [name for name in ("spread", "pdl") if plan.get(name)]
+    more += [f"{plan[name]} {name}" for name in ("stages", "registers") if plan.get(name)]
     group = [f"{plan['group']} streams"] if plan.get("group", 1) > 1 else []
     return ", ".join([f"{plan['path']} in {plan['splits']} parts", tile, *group, *more])
 

@@ -137,7 +137,7 @@ _STEP_POINTS: dict[str, dict[str, list[tuple[Family, tuple[int, ...]]]]] = {
     "cuda": {
         "quick": [(EXAMPLE, (1, 4096)), (DETECTION, (512,)), (AUDIO, (64,))],
         "standard": [
-            (EXAMPLE, (1, 8, 10, 64, 512, 4096)),
+            (EXAMPLE, (1, 8, 10, 64, 128, 512, 4096)),
             (DETECTION, (1, 8, 64, 512, 4096)),
             (AUDIO, (1, 64, 4096)),
             (SPEECH, (1, 64, 512, 4096)),

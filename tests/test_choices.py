@@ -53,6 +53,24 @@ def test_every_path_is_tried_somewhere():
         assert tried == {rule.path for rule in rules}
 
 
+def test_our_own_projections_are_tried_beside_torchs_where_the_tables_change_over():
+    for n in (64, 128):
+        (case,) = [x for x in CASES if (x.family, x.batch_size) == (grid.EXAMPLE.name, n)]
+        assert {"chain", "gemm"} <= {way.path for way in choices.ways(case, "kv")}
+
+
+def test_tiles_under_way_and_registers_of_a_step_over_inputs_are_tried():
+    case = Case("wide", 512, 1024, 8, 64, 1, "bfloat16", "step")
+    ways = choices.ways(case, "input")
+    usual = ways[0]
+    assert (usual.path, usual.stages, usual.registers) == ("gemm", 3, 128)
+    deep = [usual._replace(stages=n, registers=most) for n in (2, 3, 4) for most in (None, 128)]
+    assert set(deep) <= set(ways)
+    assert [way.stages for way in ways if way.stages < 2] == []
+    lines = {choices.Choice(case, "input", None, row(way, 1.0, case, "input")).line for way in deep}
+    assert len(lines) == len(deep)
+
+
 # -- what the rows say -----------------------------------------------------------------------------
 
 

@@ -145,7 +145,7 @@ def launch(
     known[0][grid](*args, *constants)
 
 
-_REGISTERS = 1 << 16  # of a multiprocessor
+REGISTERS = 1 << 16  # of a multiprocessor
 MOST_REGISTERS = 255  # of a thread
 
 
@@ -162,8 +162,8 @@ def without_spills(
     threads = 32 * options["num_warps"]
     while least:
         # the most programs whose threads can have more, which they get by eights
-        programs = max(_REGISTERS // ((registers // 8 * 8 + 8) * threads), 1)
-        more = min(_REGISTERS // (programs * threads) // 8 * 8, MOST_REGISTERS)
+        programs = max(REGISTERS // ((registers // 8 * 8 + 8) * threads), 1)
+        more = min(REGISTERS // (programs * threads) // 8 * 8, MOST_REGISTERS)
         if more <= registers:
             break
         registers = more
