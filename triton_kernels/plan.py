@@ -363,7 +363,7 @@ class InputPlan(NamedTuple):
 
     path: "gemm", matrix products per head around the kernel; "fused", in it, by groups of streams.
     block_c: features of the weights that "fused" takes at a time.
-    block_q: features of the queries that are in registers for the new token's scores.
+    block_q: features of the queries that are in registers for the scores of a new token in codes.
     block_h: heads of a program; of more, each block is a program.
     by_rows: scores are those of `row_scores`, not a `tl.dot`.
     registers: that a thread may have, where the assembler's choice is not the best.
