@@ -938,7 +938,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         Counted as ``continual-inference`` does, so that published figures compare: projections of
         one token (of every token if not ``single_output_forward``), attention over the window, and
         the output projection. ``torch.utils.flop_counter.FlopCounterMode`` counts products, two
-        operations for each multiplication, of any call inside it, which plain PyTorch then runs.
+        operations for each multiplication, of any call inside it, which plain PyTorch then runs:
+        not where another backend is forced, or ``batch_invariant`` asks for kernels.
 
         Args:
             include_muls: count multiplications.

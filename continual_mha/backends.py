@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -70,8 +70,7 @@ _forced: ContextVar[str | None] = ContextVar("continual_mha_backend", default=_a
 _forced_last = _asked_for  # in whichever context came last, for torch.compile while it traces
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(ContextDecorator):  # noqa: N801  (a function to its users)
     """Run every attention in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
     A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
@@ -86,23 +85,37 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no backend of that name.
     """
+
+    # No generator: one that a signal leaves suspended would force a backend whenever it is dropped.
+
+    def __init__(self, name: str) -> None:
+        self._name = None if name == "auto" else _checked(name)
+        self._before: list[str | None] = []  # as often as the block is entered
+
+    def __enter__(self) -> None:
+        self._before.append(_forced.get())
+        _force(self._name)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _force(self._before[-1])
+        self._before.pop()
+
+    def _recreate_cm(self) -> use_backend:
+        """For each call of a function that it decorates."""
+        return use_backend(self._name or "auto")
+
+
+def _force(name: str | None) -> None:
     global _forced_last
-    before, asked = _forced.get(), None if name == "auto" else _checked(name)
-    try:  # around all of it, for a signal may come between any two lines
-        _forced_last = asked
-        _forced.set(asked)
-        yield
-    finally:
-        _forced.set(before)
-        _forced_last = before
+    _forced_last = name
+    _forced.set(name)
 
 
-@contextmanager
-def forcing(name: str | None) -> Iterator[None]:
-    """As where ``forced`` was this, on whatever thread."""
+def run_forcing(name: str | None, function: Callable[..., Any], *args: Any) -> Any:
+    """A function as where ``forced`` was this, on whatever thread."""
     token = _forced.set(name)
     try:
-        yield
+        return function(*args)
     finally:
         _forced.reset(token)
 
@@ -179,23 +192,24 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
     loaded = _load(backend)
     if isinstance(loaded, str):
         return loaded
-    if backend != "torch" and (reason := _why_torch(args[0].device.type)):
+    invariant = _asks_for_invariance(name, args)
+    if backend != "torch" and (reason := _why_torch(args[0].device.type, invariant)):
         return reason
     if backend != "torch":
         if not _PLAIN.issuperset(map(type, args)) and any(map(_computes_itself, args)):
             return "a tensor is of a class that computes in its own way"
         if any(x.layout is not _STRIDED for x in args if type(x) is _WEIGHT):
             return "a weight is sparse"
-    if backend in _ROUNDS_BY_BATCH and _asks_for_invariance(name, args):
+    if backend in _ROUNDS_BY_BATCH and invariant:
         return "its rounding depends on the number of streams"
     return loaded.why_not(name, *args)
 
 
-def _why_torch(device_type: str) -> str | None:
-    """Why only plain PyTorch may run anything now, or None."""
+def _why_torch(device_type: str, invariant: bool = False) -> str | None:
+    """Why only plain PyTorch may run anything now, or None: not to be counted, where it cannot."""
     if autocast_dtype(device_type):
         return _AUTOCAST
-    return _COUNTED if is_counted() else None
+    return _COUNTED if not invariant and is_counted() and forced() is None else None
 
 
 def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABCMeta
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any
 
@@ -83,8 +82,7 @@ _active: ContextVar[Tensor | None] = ContextVar("continual_mha_active", default=
 _active_last: Tensor | None = None  # in whichever context came last, for compiled code
 
 
-@contextmanager
-def active_streams(active: Tensor | None) -> Iterator[None]:
+class active_streams(ContextDecorator):  # noqa: N801  (a function to its users)
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
     For models whose inner modules cannot be handed the ``active`` of ``forward_step``;
@@ -96,15 +94,35 @@ def active_streams(active: Tensor | None) -> Iterator[None]:
     Args:
         active: bool ``(N,)`` on the state's device; None for all.
     """
+
+    # No generator: one that a signal leaves suspended would set a mask whenever it is dropped.
+
+    def __init__(self, active: Tensor | None) -> None:
+        self._mask = active
+        self._before: list[Tensor | None] = []  # as often as the block is entered
+
+    def __enter__(self) -> None:
+        self._before.append(_active.get())
+        _surround(self._mask)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _surround(self._before[-1])
+        self._before.pop()
+
+    def leave(self) -> None:
+        """Undo what is left where a signal came between entering or leaving and the block."""
+        while self._before:
+            self.__exit__()
+
+    def _recreate_cm(self) -> active_streams:
+        """For each call of a function that it decorates."""
+        return active_streams(self._mask)
+
+
+def _surround(active: Tensor | None) -> None:
     global _active_last
-    before = _active.get()
-    try:  # around all of it, for a signal may come between any two lines
-        _active_last = active
-        _active.set(active)
-        yield
-    finally:
-        _active.set(before)
-        _active_last = before
+    _active_last = active
+    _active.set(active)
 
 
 def surrounding_active(compiling: bool) -> Tensor | None:

@@ -32,8 +32,7 @@ def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if backends.forced() == ctx.forced:
             return backward(ctx, *grads)
-        with backends.forcing(ctx.forced):
-            return backward(ctx, *grads)
+        return backends.run_forcing(ctx.forced, backward, ctx, *grads)
 
     return run
 

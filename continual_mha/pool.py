@@ -13,7 +13,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import copy_context
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -202,6 +201,8 @@ class StreamPool:
             raise ValueError(f"{mixing}, of which a pool serves each alone")
         if alone and graph:
             raise ValueError(f"no graph of a model that is stepped stream by stream: {alone[0]}")
+        # one by one, a stream that is not ready has no output
+        self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
         # what inference mode makes could be written to in inference mode only
         with torch.inference_mode(False), torch.no_grad():
             shape = (capacity, *token_shape)
@@ -210,11 +211,7 @@ class StreamPool:
             self._slots: _Slots = (
                 _OneByOne(model, alone, self._device) if alone else _Batched(model, example, graph)
             )
-        self._owner = object()  # it stands for the pool, which holds the model, in what must not
-        _OWNERS.update(dict.fromkeys(self._slots.modules.values(), self._owner))
         self.batched = not alone
-        # one by one, a stream that is not ready has no output
-        self.receptive_field = receptive_field or (0 if alone else _receptive_field(model))
         self.capacity = capacity
         self._free = list(range(capacity - 1, -1, -1))
         self._streams: dict[int, _Stream] = {}
@@ -228,6 +225,8 @@ class StreamPool:
         self._changed = threading.Condition(self._lock)
         self._times: deque[float] = deque(maxlen=history)
         self._ticks = self._tokens = 0
+        self._owner = object()  # it stands for the pool, which holds the model, in what must not
+        _OWNERS.update(dict.fromkeys(self._slots.modules.values(), self._owner))
 
     # -- streams that come and go ----------------------------------------------------------------
 
@@ -548,12 +547,16 @@ class _Batched:
             module.return_to(before)
 
     def step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        # in a context of its own, or an interrupted one could leave the caller's with its mask
-        return copy_context().run(self._step, tokens)
+        alone = active_streams(self._active)
+        try:
+            return self._step(tokens, alone)
+        except BaseException:
+            alone.leave()
+            raise
 
-    def _step(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def _step(self, tokens: Mapping[int, Tensor], alone: active_streams) -> dict[int, Tensor]:
         slots = _sent(torch.tensor(list(tokens)), self._tokens.device)
-        with torch.no_grad(), active_streams(self._active):
+        with torch.no_grad(), alone:
             self._tokens.index_copy_(0, slots, _stacked(tokens.values(), self._tokens.device))
             self._active.zero_().index_fill_(0, slots, True)
             out = self._run(self._tokens)

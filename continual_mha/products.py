@@ -44,6 +44,11 @@ def _behind(left: Tensor, right: Tensor, columns: int) -> tuple[int, int]:
     return inner, outer
 
 
+def _cut(found: Tensor, columns: int) -> Tensor:
+    """Its first columns; itself if that is all, for batched gradients refuse a slice of that."""
+    return found if found.shape[-1] == columns else found[..., :columns].contiguous()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, in which, and in whose gradient, no row of ``x`` reaches another."""
     columns = weight.shape[0]
@@ -52,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     bias = None if bias is None else F.pad(bias, (0, outer))
     found = F.linear(F.pad(x, (0, inner)), F.pad(weight, (0, inner, 0, outer)), bias)
-    return found[..., :columns].contiguous()
+    return _cut(found, columns)
 
 
 def multiply(
@@ -80,7 +85,7 @@ def multiply(
         return product(left, right, bias, scale)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
     bias = None if bias is None else F.pad(bias, (0, outer))
-    return product(left, right, bias, scale)[..., :columns].contiguous()
+    return _cut(product(left, right, bias, scale), columns)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if inner == 0 and outer == 0:
         return torch.matmul(left, right)
     left, right = F.pad(left, (0, inner)), F.pad(right, (0, outer, 0, inner))
-    return torch.matmul(left, right)[..., :columns].contiguous()
+    return _cut(torch.matmul(left, right), columns)
 
 
 def multiplier(tokens: Tensor) -> Multiply:

@@ -20,7 +20,7 @@ from .operands import Rings, Tokens, Weights
 from .precision import wide
 from .products import linear, matmul
 from .quantized import QuantizedRing, Ring, as_kept, shape_of, tensors
-from .tracing import has_numbers, is_fixed, is_transformed
+from .tracing import has_numbers, is_exporting, is_fixed, is_transformed
 
 _QUERY_BLOCK = 128
 Attending = Callable[..., Tensor]  # as ``attend_in_blocks``
@@ -220,7 +220,7 @@ def attend_in_blocks(
 
 def _blocks_of_queries(first: int, steps: int) -> Iterable[tuple[int, int]]:
     """Begin and end of each; one of all where an exported program takes any number."""
-    if not is_fixed(steps):
+    if is_exporting() and not is_fixed(steps):
         return [(first, steps)]
     starts = range(first, steps, _QUERY_BLOCK)
     return [(start, min(start + _QUERY_BLOCK, steps)) for start in starts]

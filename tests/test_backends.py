@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import INTERPRETED
+from interruptions import interruptions
 from oracles import LENGTH, build, draw_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +71,36 @@ def test_flop_counter_sees_gradients_and_changes_no_result(mode):
     more = 0.01 if mode == "forward_steps" else 0.0  # the window before them, masked
     assert flops_of(run) == pytest.approx((1 + backward) * forward, rel=more)
     torch.testing.assert_close(tokens.grad, expected)
+
+
+def test_no_backend_is_forced_when_an_interrupted_block_is_dropped():
+    def block(_):
+        with co.use_backend("torch"):
+            pass
+
+    with co.use_backend("cpu"):
+        inside = False
+        for _, kept in interruptions(lambda: None, block, backends):
+            with co.use_backend("triton"):
+                kept.clear()
+                inside = inside or backends.forced() == "triton"
+                assert backends.forced() == "triton"
+            backends._force("cpu")
+    assert inside
+
+
+@pytest.mark.skipif("cpu" not in co.backends.available(), reason="no CPU library")
+def test_flop_counter_refuses_no_call_that_plain_pytorch_may_not_run():
+    token = torch.randn(3, 16)
+    for invariant, name in ((True, "auto"), (False, "cpu")):
+        mha = co.SingleOutputMultiheadAttention(
+            16, 2, sequence_len=1, batch_invariant=invariant
+        ).eval()
+        with torch.no_grad(), co.use_backend(name):
+            expected = mha.forward_step(token, update_state=False)
+            with FlopCounterMode(display=False):
+                found = mha.forward_step(token, update_state=False)
+        assert torch.equal(found, expected)
 
 
 class Operators(TorchDispatchMode):

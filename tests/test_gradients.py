@@ -763,3 +763,17 @@ def test_gradcheck_of_attention_over_a_shared_tile(with_mask, with_sink):
         )
     else:
         assert gradcheck(lambda *given: attend(*given, mask, None), (query, key, value))
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_many_gradients_at_once_of_widths_that_are_padded(formulation):
+    module = build(
+        embed_dim=3, num_heads=1, dtype=torch.bfloat16, formulation=formulation, batch_first=True
+    )
+    x = draw_tokens(module, 2, LENGTH)[0].requires_grad_()
+    out = [module.forward_step(token) for token in x.unbind(1)][-1]
+    seeds = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    how = {"retain_graph": True}
+    (found,) = torch.autograd.grad(out, x, seeds, is_grads_batched=True, **how)
+    singly = torch.stack([torch.autograd.grad(out, x, seed, **how)[0] for seed in seeds])
+    assert torch.dist(found, singly) < 5e-2 * singly.norm()

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 import weakref
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -463,6 +464,61 @@ def test_other_threads_go_on_however_a_call_is_interrupted(call):
     for pool, _ in interruptions(pool_with_a_token, call, co.pool):
         assert waits_for_nobody(pool.statistics)
         assert waits_for_nobody(pool.tick)
+
+
+def test_no_mask_is_left_in_effect_however_a_tick_is_interrupted():
+    """Nor comes one back when the exception is dropped."""
+
+    def pool_with_a_token():
+        pool = co.StreamPool(build(), 2, (EMBED,))
+        pool.push(pool.open(), torch.zeros(EMBED))
+        return pool
+
+    mask = torch.tensor([True, False])
+    for _, kept in interruptions(pool_with_a_token, co.StreamPool.tick, co.pool, co.modes):
+        assert co.modes.surrounding_active(False) is None
+        assert co.modes.surrounding_active(True) is None
+        with co.active_streams(mask):
+            kept.clear()
+            assert co.modes.surrounding_active(False) is mask
+        assert co.modes.surrounding_active(False) is None
+
+
+class Remembers(nn.Module):
+    """Gives back in each call what it set in a context variable in the one before."""
+
+    seen = ContextVar("seen")
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.token = build(), None
+
+    def forward_step(self, x):
+        if self.token is not None:
+            self.seen.reset(self.token)
+        self.token = self.seen.set(x)
+        return self.attention.forward_step(x)
+
+
+def test_model_may_keep_context_variables_from_tick_to_tick():
+    pool = co.StreamPool(Remembers().eval(), 1, (EMBED,))
+    stream = pool.open()
+    for _ in range(3):
+        pool.push(stream, torch.zeros(EMBED))
+        pool.tick()
+    assert pool.statistics().ticks == 3
+
+
+def test_pool_that_cannot_be_made_takes_no_model_from_another():
+    model = Net().eval()
+    pool = co.StreamPool(model, 1, (4,))
+    model.receptive_field = torch.ones(3)
+    with pytest.raises(ValueError, match="one element"):
+        co.StreamPool(model, 1, (4,))
+    stream = pool.open()
+    pool.push(stream, torch.ones(4))
+    pool.tick()
+    assert pool.statistics().tokens == 1
 
 
 @pytest.mark.parametrize("alone", [False, True])
