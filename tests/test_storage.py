@@ -371,3 +371,14 @@ def test_model_without_streams_is_refused():
         co.export_state(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"torch.nn.Module, but got NoneType"):
         co.export_state(None)
+
+
+def test_positions_of_odd_strides_are_stored():
+    module, other = build(), build()
+    for each in (module, other):
+        each.start_streams(1)
+    state = module.get_state()
+    positions = torch.stack([state.position] * 2, dim=1)
+    module.set_state(state._replace(position=positions[:, 0]))
+    co.stream_from_bytes(other, 0, co.stream_to_bytes(module, 0))
+    assert_same_state(other.get_state(), module.get_state())
