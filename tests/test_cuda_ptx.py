@@ -54,14 +54,14 @@ def test_step_cold_and_warm_in_every_order_of_blocks(case: Case, capability: int
     check(case, POSITIONS, [PtxDevice(capability), PtxDevice(capability, one_by_one=True)])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("case", "capability"), TEAMS)
 def test_step_of_16_bit_numbers(case: Case, capability: int, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype), POSITIONS, [PtxDevice(capability)])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("merge", "capability"), [("counter", 80), ("cluster", 90)])
 def test_step_options(option: str, merge: str, capability: int) -> None:
@@ -69,7 +69,7 @@ def test_step_options(option: str, merge: str, capability: int) -> None:
     check(Case(N=5, **OPTIONS[option], **launch), POSITIONS, [PtxDevice(capability)])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(("cluster", "capability"), [(False, 80), (True, 90)])
 def test_step_shapes(name: str, cluster: bool, capability: int) -> None:
@@ -98,7 +98,7 @@ def test_step_of_projected_tokens(dtype: torch.dtype, capability: int) -> None:
         check(replace(case, head_groups=groups), [0, 8, 9, 100, 3], [PtxDevice(capability)])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @in_turn
 @pytest.mark.parametrize("capability", ARCHS)
 @pytest.mark.parametrize("name", SHARED_CASES)

@@ -163,7 +163,7 @@ def check_failing_call(kind, call, ages, gradients, when):
         assert_same_outputs(next_outputs(module, x[:, 8:12]), expected[ahead.pop()])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("ages", AGES)
 @pytest.mark.parametrize("call", CALLS)
@@ -178,7 +178,7 @@ class TestFailingCall:
         check_failing_call(kind, call, ages, True, when)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("ages", AGES)
 @pytest.mark.parametrize("kind", EIGHT_BITS)

@@ -238,7 +238,7 @@ def tile_bytes(launch: Launch) -> int:
     return given["BLOCK_S"] * given["BLOCK_E"] * tokens.dtype.itemsize
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.in_turn(90, 80, 90, 100)
 @pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -274,7 +274,7 @@ def test_configuration_fits_the_chip_and_uses_its_wide_paths(name: str, capabili
             assert report.has_matrix_instructions(), report.kernel
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.in_turn(89, 120)
 @pytest.mark.parametrize("capability", [89, 120])
 @pytest.mark.parametrize("name", LITTLE_CONFIGURATIONS)

@@ -85,7 +85,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @in_turn
 @pytest.mark.parametrize("case", STEPS, ids=lambda x: "-".join(map(str, x)))
 def test_step(case: tuple, capability: int) -> None:
@@ -127,7 +127,7 @@ INPUT_STEPS = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @in_turn
 @pytest.mark.parametrize("case", INPUT_STEPS, ids=lambda x: "-".join(map(str, x)))
 def test_step_over_inputs(case: tuple, capability: int) -> None:
@@ -196,7 +196,7 @@ def test_projections_of_fp32_add_up_often_enough(capability: int) -> None:
     assert (out - exact).abs().max() < 5e-7 * exact.abs().max()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @in_turn
 @pytest.mark.parametrize(
     ("dtype", "D", "T", "fp32_precision"),
@@ -229,7 +229,7 @@ def assert_as_exact(
             assert_as_exact_as_torch(ours, best, theirs, rounded, in_mean=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @in_turn
 @pytest.mark.parametrize(
     ("dtype", "shape"),
@@ -260,7 +260,7 @@ def test_window_and_its_gradients(dtype: torch.dtype, shape: tuple, capability: 
     assert_as_exact(mine, exact_back, plain_back, dtype)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @in_turn
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
