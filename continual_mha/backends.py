@@ -10,8 +10,6 @@ import importlib
 import os
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from contextlib import ContextDecorator
-from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import torch
 
 from . import _native, inputs, reference
 from .precision import autocast_dtype, current_autocast_dtype
+from .surroundings import Block, Surrounding
 from .tracing import (
     constant_while_compiling,
     is_counted,
@@ -65,12 +64,10 @@ def _checked(name: str) -> str:
     return name
 
 
-_asked_for = _read_environment()
-_forced: ContextVar[str | None] = ContextVar("continual_mha_backend", default=_asked_for)
-_forced_last = _asked_for  # in whichever context came last, for torch.compile while it traces
+_forced: Surrounding[str | None] = Surrounding("backend", _read_environment())
 
 
-class use_backend(ContextDecorator):  # noqa: N801  (a function to its users)
+class use_backend(Block[str | None]):  # noqa: N801  (a function to its users)
     """Run every attention in the ``with`` block on the backend ``name``; ``auto`` is no force.
 
     A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
@@ -86,38 +83,13 @@ class use_backend(ContextDecorator):  # noqa: N801  (a function to its users)
         ValueError: there is no backend of that name.
     """
 
-    # No generator: one that a signal leaves suspended would force a backend whenever it is dropped.
-
     def __init__(self, name: str) -> None:
-        self._name = None if name == "auto" else _checked(name)
-        self._before: list[str | None] = []  # as often as the block is entered
-
-    def __enter__(self) -> None:
-        self._before.append(_forced.get())
-        _force(self._name)
-
-    def __exit__(self, *exc_info: object) -> None:
-        _force(self._before[-1])
-        self._before.pop()
-
-    def _recreate_cm(self) -> use_backend:
-        """For each call of a function that it decorates."""
-        return use_backend(self._name or "auto")
-
-
-def _force(name: str | None) -> None:
-    global _forced_last
-    _forced_last = name
-    _forced.set(name)
+        super().__init__(_forced, None if name == "auto" else _checked(name))
 
 
 def run_forcing(name: str | None, function: Callable[..., Any], *args: Any) -> Any:
     """A function as where ``forced`` was this, on whatever thread."""
-    token = _forced.set(name)
-    try:
-        return function(*args)
-    finally:
-        _forced.reset(token)
+    return _forced.run_with(name, function, *args)
 
 
 class _Operators(NamedTuple):
@@ -268,7 +240,7 @@ def order(device_type: str) -> tuple[str, ...]:
 
 def forced() -> str | None:
     """The backend that ``use_backend`` or the environment forces, or None."""
-    return _forced_last if torch.compiler.is_compiling() else _forced.get()
+    return _forced.last if torch.compiler.is_compiling() else _forced.get()
 
 
 def same_surroundings(device_type: str) -> Callable[[], bool]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from abc import ABCMeta
-from contextlib import ContextDecorator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .surroundings import Block, Surrounding
 
 CALL_MODES = ("forward", "forward_steps", "forward_step")
 
@@ -78,11 +78,10 @@ def _count_for_ptflops(module: Any, args: object, output: object) -> None:
     module.__flops__ += module.flops()
 
 
-_active: ContextVar[Tensor | None] = ContextVar("continual_mha_active", default=None)
-_active_last: Tensor | None = None  # in whichever context came last, for compiled code
+_active: Surrounding[Tensor | None] = Surrounding("active", None)
 
 
-class active_streams(ContextDecorator):  # noqa: N801  (a function to its users)
+class active_streams(Block[Tensor | None]):  # noqa: N801  (a function to its users)
     """Inside ``with active_streams(mask):``, steps of any module advance these streams only.
 
     For models whose inner modules cannot be handed the ``active`` of ``forward_step``;
@@ -95,36 +94,10 @@ class active_streams(ContextDecorator):  # noqa: N801  (a function to its users)
         active: bool ``(N,)`` on the state's device; None for all.
     """
 
-    # No generator: one that a signal leaves suspended would set a mask whenever it is dropped.
-
     def __init__(self, active: Tensor | None) -> None:
-        self._mask = active
-        self._before: list[Tensor | None] = []  # as often as the block is entered
-
-    def __enter__(self) -> None:
-        self._before.append(_active.get())
-        _surround(self._mask)
-
-    def __exit__(self, *exc_info: object) -> None:
-        _surround(self._before[-1])
-        self._before.pop()
-
-    def leave(self) -> None:
-        """Undo what is left where a signal came between entering or leaving and the block."""
-        while self._before:
-            self.__exit__()
-
-    def _recreate_cm(self) -> active_streams:
-        """For each call of a function that it decorates."""
-        return active_streams(self._mask)
-
-
-def _surround(active: Tensor | None) -> None:
-    global _active_last
-    _active_last = active
-    _active.set(active)
+        super().__init__(_active, active)
 
 
 def surrounding_active(compiling: bool) -> Tensor | None:
     """The mask of the innermost ``active_streams`` block, or None, for a call that is compiling."""
-    return _active_last if compiling else _active.get()
+    return _active.last if compiling else _active.get()

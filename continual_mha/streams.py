@@ -44,26 +44,31 @@ class Mark(NamedTuple):
     slots: Sequence[tuple[Tensor, Tensor]] = ()
 
 
-class all_or_as_before:  # noqa: N801  (called like a function)
-    """Inside the block the streams of all modules change or, if something raises, those of none.
+class OrAsBefore:
+    """Inside the block modules' streams change or, if something raises, return to these marks.
 
-    That is for what puts new states in the place of theirs, and at most takes steps from those. No
-    generator does it: one that a signal leaves suspended goes on whenever it is dropped, and would
-    undo then what was done since.
+    No generator does it: one that a signal leaves suspended goes on whenever it is dropped, and
+    would undo then what was done since.
     """
 
-    def __init__(self, modules: Sequence[StatefulStreams]) -> None:
-        self._modules = modules
-        self._marks: Sequence[Mark] = []
+    def __init__(self, *marked: tuple[StatefulStreams, Mark]) -> None:
+        self._marked = marked
 
     def __enter__(self) -> None:
-        self._marks = [module.mark() for module in self._modules]
+        pass
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        if kind is None:
-            return
-        for module, mark in zip(self._modules, self._marks, strict=True):
-            module.return_to(mark)
+        if kind is not None:
+            for module, mark in self._marked:
+                module.return_to(mark)
+
+
+def all_or_as_before(modules: Sequence[StatefulStreams]) -> OrAsBefore:
+    """A block in which the streams of all modules change or, if something raises, those of none.
+
+    That is for what puts new states in the place of theirs, and at most takes steps from those.
+    """
+    return OrAsBefore(*((module, module.mark()) for module in modules))
 
 
 class StatefulStreams(nn.Module):
@@ -142,13 +147,9 @@ class StatefulStreams(nn.Module):
             return
         checked = self._checked(state, self._layout_of_given(state))
         copy = ring.snapshot(checked)
-        mark = self._mark_before(0)
-        try:
+        with OrAsBefore((self, self._mark_before(0))):
             self._store(copy)
             self._rings_are_shared = any(part.requires_grad for part in checked)
-        except BaseException:
-            self.return_to(mark)
-            raise
 
     def clean_state(self) -> None:
         """Forget every stream: the next call starts anew, with any batch size."""
@@ -189,16 +190,12 @@ class StatefulStreams(nn.Module):
             TypeError: it is not an integer.
         """
         checks.check_batch_size(batch_size)
-        mark = self._mark_before(0)
-        try:
+        with OrAsBefore((self, self._mark_before(0))):
             self.clean_state()
             like = self._like()
             layout = self._layout_of_new(batch_size, like)
             state = ring.new_state(layout, batch_size, like)
             self._store(state._replace(clock=ring.new_clock(layout.sequence_len)))
-        except BaseException:
-            self.return_to(mark)
-            raise
 
     def reset(self, streams: Tensor | Sequence[int] | int) -> None:
         """Let some streams start anew, as if they had seen nothing; the others go on.

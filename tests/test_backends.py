@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import continual_mha as co
-from continual_mha import _native, backends, clip_node, ops
+from continual_mha import _native, backends, clip_node, ops, surroundings
 
 
 @pytest.mark.skipif("triton" not in co.backends.available(), reason="Triton is not installed")
@@ -80,12 +80,12 @@ def test_no_backend_is_forced_when_an_interrupted_block_is_dropped():
 
     with co.use_backend("cpu"):
         inside = False
-        for _, kept in interruptions(lambda: None, block, backends):
+        for _, kept in interruptions(lambda: None, block, backends, surroundings):
             with co.use_backend("triton"):
                 kept.clear()
                 inside = inside or backends.forced() == "triton"
                 assert backends.forced() == "triton"
-            backends._force("cpu")
+            backends._forced.set("cpu")
     assert inside
 
 

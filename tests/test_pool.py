@@ -475,7 +475,7 @@ def test_no_mask_is_left_in_effect_however_a_tick_is_interrupted():
         return pool
 
     mask = torch.tensor([True, False])
-    for _, kept in interruptions(pool_with_a_token, co.StreamPool.tick, co.pool, co.modes):
+    for _, kept in interruptions(pool_with_a_token, co.StreamPool.tick, co.pool, co.surroundings):
         assert co.modes.surrounding_active(False) is None
         assert co.modes.surrounding_active(True) is None
         with co.active_streams(mask):
