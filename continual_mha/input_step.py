@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import backends, inputs, mixing, reference
@@ -111,8 +110,7 @@ def _gradients_by_clip(
     if d_out is None:  # nobody used the output, and the ring keeps nothing but tokens
         (d_after,) = d_rings
         assert d_after is not None
-        of_token = reference.take(d_after, slot)
-        d_ring = reference.put(d_after, slot, torch.zeros_like(of_token)) if needed[1] else None
+        of_token, d_ring = reference.split_off(d_after, slot, needed[1])
         return [of_token.squeeze(1) if needed[0] else None, d_ring, *[None] * len(needed[2:])]
     asking = reference.token_before(kept, before, delay) if delay else token
     mask = inputs.mask_of_ring(before, length, token.dtype)
@@ -156,9 +154,7 @@ def _gradients_by_clip(
             of_asked = d_asking.unsqueeze(1).masked_fill((asked_at < 0).unsqueeze(-1), 0)
             slots = (asked_at % length).unsqueeze(-1).expand(of_asked.shape)
             d_kept = d_kept.scatter_add(1, slots, of_asked)
-        of_token = reference.take(d_kept, slot)
+        of_token, d_ring = reference.split_off(d_kept, slot, needed[1])
         d_token = of_token.squeeze(1) if delay else of_token.squeeze(1) + d_asking
-        if needed[1]:
-            d_ring = reference.put(d_kept, slot, torch.zeros_like(of_token))
     found = (d_token, d_ring, d_packed, *d_others)
     return [x if need else None for x, need in zip(found, needed, strict=True)]

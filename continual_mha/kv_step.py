@@ -236,9 +236,7 @@ def _gradients_through_rings(
     for (ring, token), d_after in zip(names.items(), d_rings, strict=False):
         if d_after is not None:
             slot = (before % d_after.shape[-2])[:, None]
-            of_token = reference.take(d_after, slot)
-            if needs[ring]:
-                grads[ring] = reference.put(d_after, slot, torch.zeros_like(of_token))
+            of_token, grads[ring] = reference.split_off(d_after, slot, needs[ring])
             d_projected[token] = of_token.flatten(1)
     none = torch.zeros_like(given.query)
     ordered = [d_projected.get(token, none) for token in ("query", "key", "value")]
@@ -267,9 +265,9 @@ def _through_ring(
             assert d_before is not None
             d_token = d_before.new_zeros(d_before.shape[0], d_before.shape[2])
         return d_token, d_before
-    of_token = reference.take(d_after, slot)
-    if d_before is not None:
-        d_before = d_before + reference.put(d_after, slot, torch.zeros_like(of_token))
+    of_token, rest = reference.split_off(d_after, slot, d_before is not None)
+    if d_before is not None and rest is not None:
+        d_before = d_before + rest
     of_token = of_token.flatten(1)
     return of_token if d_token is None else d_token + of_token, d_before
 

@@ -108,6 +108,12 @@ def take(ring: Tensor, slot: Tensor) -> Tensor:
     return ring.gather(-2, _slot_index(ring, slot))
 
 
+def split_off(ring: Tensor, slot: Tensor, rest: bool) -> tuple[Tensor, Tensor | None]:
+    """What is in the slots ``(N, T)`` of a ring and, if ``rest``, a ring with zeros there."""
+    taken = take(ring, slot)
+    return taken, put(ring, slot, torch.zeros_like(taken)) if rest else None
+
+
 def token_before(ring: Tensor, position: Tensor, steps: int) -> Tensor:
     """The token ``(N, E)`` that came ``steps`` before that at ``position``; zero if none did."""
     at = (position - steps)[:, None]
