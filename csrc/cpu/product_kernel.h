@@ -68,11 +68,16 @@ CMHA_INLINE void copy_factors(const ProductParams& p, const S* left, int64_t row
   }
 }
 
-// Whether rows of the right should be copied next to each other: where they lie a large power of
-// two apart, few of them fit into the first-level cache at once.
+// Whether rows so many elements apart take turns in few places of the first-level cache.
 template <class S>
-CMHA_INLINE bool packs(const ProductParams& p, const ProductBlock& task, int64_t rows) {
-  return rows > task.rows / 2 && p.right_row * int64_t{sizeof(S)} % 2048 == 0;
+CMHA_INLINE bool takes_turns(int64_t row) {
+  return row * int64_t{sizeof(S)} % 2048 == 0;
+}
+
+// Whether rows of the right that take turns should be copied next to each other, for so many of the
+// left.
+CMHA_INLINE bool repays_packing(const ProductBlock& task, int64_t rows) {
+  return rows > (kTileVectors == 16 ? task.rows / 2 : 8);
 }
 
 template <class X>
@@ -80,7 +85,26 @@ struct Factors {
   const X* data;
   int64_t row;   // elements from one row of the output to the next
   int64_t step;  // alike, of what is summed up; 1 unless X are acc
+
+  Factors from(int64_t r, int64_t k) const { return {data + r * row + k * step, row, step}; }
 };
+
+// `rows` rows of the left: as they lie, or in `copy` where something is to be done to them, or what
+// is summed up takes turns in the cache.
+template <class S, class X>
+CMHA_INLINE Factors<X> factors_of(const ProductParams& p, const S* left, int64_t rows, X* copy) {
+  if constexpr (std::is_same_v<S, X>) {
+    if (p.scale == 1) {
+      if (p.left_row != 1 || !takes_turns<S>(p.left_inner)) return {left, p.left_row, p.left_inner};
+      for (int64_t k = 0; k < p.inner; ++k) {
+        copy_row(left + k * p.left_inner, rows, copy + k * rows);
+      }
+      return {copy, 1, rows};
+    }
+  }
+  copy_factors(p, left, rows, copy);
+  return {copy, p.inner, 1};
+}
 
 template <int kCount, bool kAdd, class S, class X, class A>
 CMHA_INLINE void add_rows(const Factors<X>& factors, const S* block, int64_t block_row,
@@ -124,23 +148,13 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
         copy_row(out + r * p.out_row, columns, sums + r * stride);
       }
     }
-    // as they lie where nothing is to be done to them
-    const X* factors = scratch.factors;
-    int64_t factor_row = p.inner;
-    int64_t factor_step = 1;
-    if (std::is_same_v<S, A> && p.scale == 1) {
-      factors = reinterpret_cast<const X*>(left);
-      factor_row = p.left_row;
-      factor_step = p.left_inner;
-    } else {
-      copy_factors(p, left, rows, scratch.factors);
-    }
+    const Factors<X> factors = factors_of(p, left, rows, scratch.factors);
     int64_t k = 0;
     do {  // sums of nothing are zeros
       const int64_t inner = min_of(inner_of<S>(block_of_task), p.inner - k);
       const S* block = right + k * p.right_row;
       int64_t block_row = p.right_row;
-      if (packs<S>(p, block_of_task, rows)) {
+      if (takes_turns<S>(p.right_row) && repays_packing(block_of_task, rows)) {
         for (int64_t i = 0; i < inner; ++i) {
           copy_row(block + i * p.right_row, columns, scratch.block + i * columns);
         }
@@ -149,7 +163,7 @@ void multiply(const ProductParams& p, void* memory, int64_t begin, int64_t end) 
       }
       by_fours(0, rows, [&](int64_t r, auto tag) __attribute__((always_inline)) {
         constexpr int kCount = decltype(tag)::value;
-        const Factors<X> those{factors + r * factor_row + k * factor_step, factor_row, factor_step};
+        const Factors<X> those = factors.from(r, k);
         A* to = sums + r * stride;
         if (p.add || k > 0) {
           add_rows<kCount, true>(those, block, block_row, inner, columns, to, stride);
