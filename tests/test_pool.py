@@ -420,7 +420,7 @@ def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none(
 
     happened = []
     tick = co.StreamPool.tick
-    for pool, _ in interruptions(one_token_before_the_first_answers, tick, co.pool):
+    for pool, _ in interruptions(one_token_before_the_first_answers, tick, co.pool, co.pool_slots):
         happened.append(pool.statistics().tokens > twin.statistics().tokens)
         if happened[-1]:
             twin.tick()
@@ -433,6 +433,12 @@ def test_tick_interrupted_anywhere_has_happened_for_all_its_streams_or_for_none(
             assert all(torch.equal(expected[i], got[i]) for i in expected)
         assert pool.statistics()[:6] == twin.statistics()[:6]
     assert set(happened) == {False, True}
+
+
+def pool_with_a_token():
+    pool = co.StreamPool(build(), 2, (EMBED,))
+    pool.push(pool.open(), torch.zeros(EMBED))
+    return pool
 
 
 def waits_for_nobody(call):
@@ -456,26 +462,16 @@ def waits_for_nobody(call):
     ids=["push", "tick", "statistics", "close", "open", "export"],
 )
 def test_other_threads_go_on_however_a_call_is_interrupted(call):
-    def pool_with_a_token():
-        pool = co.StreamPool(build(), 2, (EMBED,))
-        pool.push(pool.open(), torch.zeros(EMBED))
-        return pool
-
-    for pool, _ in interruptions(pool_with_a_token, call, co.pool):
+    for pool, _ in interruptions(pool_with_a_token, call, co.pool, co.pool_slots):
         assert waits_for_nobody(pool.statistics)
         assert waits_for_nobody(pool.tick)
 
 
 def test_no_mask_is_left_in_effect_however_a_tick_is_interrupted():
     """Nor comes one back when the exception is dropped."""
-
-    def pool_with_a_token():
-        pool = co.StreamPool(build(), 2, (EMBED,))
-        pool.push(pool.open(), torch.zeros(EMBED))
-        return pool
-
     mask = torch.tensor([True, False])
-    for _, kept in interruptions(pool_with_a_token, co.StreamPool.tick, co.pool, co.surroundings):
+    looked_at = (co.pool, co.pool_slots, co.surroundings)
+    for _, kept in interruptions(pool_with_a_token, co.StreamPool.tick, *looked_at):
         assert co.modes.surrounding_active(False) is None
         assert co.modes.surrounding_active(True) is None
         with co.active_streams(mask):
@@ -567,7 +563,7 @@ def test_slot_is_never_lost_nor_given_twice_however_open_and_close_are_interrupt
         return pool
 
     for call in (co.StreamPool.open, lambda pool: pool.close(0)):
-        for pool, _ in interruptions(pool_with_a_stream, call, co.pool):
+        for pool, _ in interruptions(pool_with_a_stream, call, co.pool, co.pool_slots):
             open_now = pool.statistics().open
             assert open_now in (0, 1, 2)
             for _ in range(3 - open_now):
