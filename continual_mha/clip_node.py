@@ -21,8 +21,8 @@ class Node(NamedTuple):
     """What ``AttendClip`` is told besides tensors.
 
     Attributes:
-        attend: the function that runs ``attention`` on such tensors; None for the CPU library's
-            operator for all of it, products included, which knows no extra slots.
+        attend: the function that runs ``mixing.operator_for`` on such tensors; None for the CPU
+            library's operator for all of it, products included, which knows no extra slots.
     """
 
     num_heads: int
@@ -124,12 +124,6 @@ def _attend_by_library(
     return out, attn, _Found(seed, *found)
 
 
-def attention(dropout_p: float, need_weights: bool) -> str:
-    """The operator of which a node makes attention."""
-    plain = mixing.needs_output_alone(dropout_p, need_weights)
-    return "attend_shared" if plain else "attend_shared_full"
-
-
 def _attend(
     attend: Callable[..., Any], node: Node, given: tuple[Any, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor, _Found]:
@@ -144,20 +138,9 @@ def _attend(
     q = projected.view(N, H, D)
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
     extra = extra_slots.moved_scores_of(q, weights, b_k, node.add_zero_attn)
-    operands = (moved, key, value, mask, extra_slots.sink(extra))
-    if mixing.needs_output_alone(node.dropout_p, node.need_weights):
-        mixed, lse = attend(*operands)
-        kept = attn = lse.new_empty(0)
-    else:
-        how = (seed, node.dropout_p, node.need_weights)
-        mixed, lse, kept, attn = attend(*operands, *how)
-    share = None if seed is None else kept.unsqueeze(-1)
-    on_extra = extra_slots.weights_of(extra, lse, 0.0)
-    if on_extra is not None:  # where they are, nothing is dropped
-        share = 1.0 - on_extra.sum(-1, keepdim=True)
-        attn = torch.cat([attn, on_extra.mean(1)], dim=-1) if node.need_weights else attn
-    elif mask is not None and node.blank:
-        mixed, share = mixing.blanked(mixed, share, lse)
+    options = (node.dropout_p, node.need_weights, node.blank)
+    mix, lse, kept = mixing.mix_by(attend, moved, key, value, mask, extra, *options, seed)
+    mixed, share, on_extra, attn = mix
     by_value = w_v.view(H, D, -1).transpose(1, 2)
     bias = None if b_v is None else b_v.view(H, D)
     if bias is None or share is None:
@@ -168,7 +151,7 @@ def _attend(
     heads = extra_slots.with_bias(heads, on_extra, weights).view(N, E)
     out = multiply(heads, weights.out_proj_weight.t(), weights.out_proj_bias)
     found = _Found(seed, q, moved, mixed, lse, kept, heads, share, extra, on_extra)
-    return out, attn, found
+    return out, lse.new_empty(0) if attn is None else attn, found
 
 
 def _by_head(

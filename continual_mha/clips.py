@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, inputs, mixing
-from .clip_node import AttendClip, Node, attention
+from .clip_node import AttendClip, Node
 from .inputs import Mixing
 from .operands import Options, Tokens, Weights, has_extra_slots
 from .tracing import is_opaque, needs_gradient
@@ -101,7 +101,7 @@ def explain_clip(
 ) -> tuple[str, list[str]]:
     """The formulation in which ``way_of_clip`` does it; a line for each backend that is asked."""
     asked, key, value = clips
-    name = attention(call.options.dropout_p, call.need_weights)
+    name = mixing.operator_for(call.options.dropout_p, call.need_weights)
     args = _attended(key, value, mask, call)
     if call.need_weights and not call.average:
         moved = input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
@@ -232,7 +232,7 @@ def node_of(
     add_zero_attn = call.options.add_zero_attn
     function, extra_slots = None, has_extra_slots(weights, add_zero_attn)
     if extra_slots or not _library_multiplies(query, weights[:6]):
-        function = backends.choose(attention(*how), _attended(key, value, mask, call))
+        function = backends.choose(mixing.operator_for(*how), _attended(key, value, mask, call))
     return Node(call.num_heads, call.query_index, *how, call.blank, add_zero_attn, function)
 
 
@@ -246,9 +246,9 @@ def _why_not_fused(key: Tensor, value: Tensor, mask: Tensor | None, call: ClipCa
 def _attended(
     key: Tensor, value: Tensor | None, mask: Tensor | None, call: ClipCall
 ) -> tuple[Any, ...]:
-    """What ``attention`` is given, as far as that decides who runs it."""
+    """What the operator for attention is given, as far as that decides who runs it."""
     how = (call.options.dropout_p, call.need_weights)
-    rest = () if attention(*how) == "attend_shared" else (None, *how)
+    rest = () if mixing.operator_for(*how) == "attend_shared" else (None, *how)
     own = None if value is key else value
     return (_as_moved(key, call.num_heads), key, own, mask, None, *rest)
 

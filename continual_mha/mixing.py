@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -40,32 +43,55 @@ def fused_mix(
     blank: bool,
     seed: Tensor | None,
 ) -> Mix:
-    """The same by the fused operators: what they return tells the extra slots' weights too."""
-    args = (moved, key, None if value is key else value, mask, extra_slots.sink(extra))
-    if needs_output_alone(dropout_p, need_weights):
-        (mixed, lse), share, attn = ops.call("attend_shared", *args), None, None
+    """The same by the fused operator, as autograd knows it."""
+    attend = partial(ops.call, operator_for(dropout_p, need_weights))
+    own = None if value is key else value
+    return mix_by(attend, moved, key, own, mask, extra, dropout_p, need_weights, blank, seed)[0]
+
+
+def operator_for(dropout_p: float, need_weights: bool) -> str:
+    """The operator that gives what is asked for, and no more."""
+    plain = dropout_p == 0.0 and not need_weights
+    return "attend_shared" if plain else "attend_shared_full"
+
+
+def mix_by(
+    attend: Callable[..., tuple[Tensor, ...]],
+    moved: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    extra: Tensor | None,
+    dropout_p: float,
+    need_weights: bool,
+    blank: bool,
+    seed: Tensor | None,
+) -> tuple[Mix, Tensor, Tensor]:
+    """``inputs.plain_mix`` by a function that runs ``operator_for`` these options.
+
+    Returns:
+        The mix, with the weights of the extra slots, which the logarithm of the denominator tells;
+        and for the gradients that logarithm and ``kept``, as ``attend_shared_full`` gives them.
+    """
+    operands = (moved, key, value, mask, extra_slots.sink(extra))
+    attn = None
+    if operator_for(dropout_p, need_weights) == "attend_shared":
+        mixed, lse = attend(*operands)
+        kept = lse.new_empty(0)
     else:
-        how = (seed, dropout_p, need_weights)
-        mixed, lse, kept, attn = ops.call("attend_shared_full", *args, *how)
-        share = None if seed is None else kept.unsqueeze(-1)
+        mixed, lse, kept, average = attend(*operands, seed, dropout_p, need_weights)
+        attn = average if need_weights else None
+    share = None if seed is None else kept.unsqueeze(-1)
     on_extra = extra_slots.weights_of(extra, lse, dropout_p)
-    if on_extra is not None and share is None:
-        share = 1.0 - on_extra.sum(-1, keepdim=True)
-    if not need_weights:
-        attn = None
-    elif on_extra is not None and attn is not None:
-        attn = torch.cat([attn, on_extra.mean(1)], dim=-1)
-    if mask is not None and extra is None and blank:
-        mixed, share = blanked(mixed, share, lse)
-    return Mix(mixed, share, on_extra, attn)
+    if on_extra is not None:
+        share = 1.0 - on_extra.sum(-1, keepdim=True) if share is None else share
+        attn = None if attn is None else torch.cat([attn, on_extra.mean(1)], dim=-1)
+    elif mask is not None and blank:
+        mixed, share = _blanked(mixed, share, lse)
+    return Mix(mixed, share, on_extra, attn), lse, kept
 
 
-def needs_output_alone(dropout_p: float, need_weights: bool) -> bool:
-    """Whether ``attend_shared`` will do, without what ``attend_shared_full`` does besides."""
-    return dropout_p == 0.0 and not need_weights
-
-
-def blanked(mixed: Tensor, share: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _blanked(mixed: Tensor, share: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed inputs and shares with zeros for the heads to which a mask leaves nothing."""
     hidden = torch.isneginf(lse).unsqueeze(-1)
     mixed = mixed.masked_fill(hidden, 0.0)
@@ -86,12 +112,12 @@ def why_not_fused(
         reason = "the mask needs a gradient"
     if reason is not None:
         return reason
-    plain = needs_output_alone(dropout_p, need_weights)
+    plain = operator_for(dropout_p, need_weights) == "attend_shared"
     first = backends.order(query.device.type)[0]
     own = None if value is key else value
     asked = (query, key, own, mask, None, None, dropout_p, need_weights)
     if first == "triton":
-        # what is plain, every backend of a GPU is asked for when the operator runs
+        # all backends of a GPU have the plain one, and are asked when it runs
         return None if plain else backends.why_not_triton("attend_shared_full", *asked)
     if first == "cuda" and plain:
         return None
