@@ -96,9 +96,9 @@ class AttendClip(torch.autograd.Function):
         grads = (grad_out, grad_attn if ctx.node.need_weights else None)
         needed = Needed(*ctx.needs_input_grad[1:])
         if is_followed(grads):
-            run_again = partial(_attend_by_operators, ctx.node, found.seed)
+            attend = partial(_attend_by_operators, ctx.node, found.seed)
             device = grad_out.device.type
-            return None, *gradients_by_operators(run_again, given, grads, needed, device)
+            return None, *gradients_by_operators(attend, given, grads, needed, device)
         with without_autocast(grad_out.device.type):
             return None, *_gradients(ctx.node, given, found, grads, needed)
 
@@ -318,5 +318,5 @@ def _attend_by_operators(
     tokens = (node.asking(query, key), key, key if value is None else value)
     options = Options(node.add_zero_attn, node.dropout_p)
     how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
-    again = None if seed is None else partial(mixing.fused_mix, seed=seed)
-    return inputs.attend_clip(tokens, Weights._make(params), *how, again)
+    mix = None if seed is None else partial(mixing.fused_mix, seed=seed)
+    return inputs.attend_clip(tokens, Weights._make(params), *how, mix)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, input_step, inputs, kv_step, mixing, reference, ring, steps_node, windows
+from . import backends, input_node, inputs, kv_node, mixing, reference, ring, steps_node, windows
 from .inputs import Inputs
 from .operands import Options, RepeatedStep, Rings, Tokens, Weights, as_tokens
 from .quantized import QuantizedRing
@@ -129,12 +129,12 @@ def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> Node
 
     def over_keys(apart: Sequence[Tensor], parts: Sequence[Tensor], active: Tensor | None) -> Parts:
         tokens = as_tokens(apart)
-        return kv_step.step(tokens, Rings._make(parts), active, weights, add_zero_attn)
+        return kv_node.step(tokens, Rings._make(parts), active, weights, add_zero_attn)
 
     def over_inputs(
         apart: Sequence[Tensor], parts: Sequence[Tensor], active: Tensor | None
     ) -> Parts:
-        return input_step.step(apart[0], Inputs._make(parts), active, weights, sizes)
+        return input_node.step(apart[0], Inputs._make(parts), active, weights, sizes)
 
     return over_inputs if isinstance(state, INPUT_STATES) else over_keys
 
@@ -223,14 +223,14 @@ def _differentiable_step(
     if isinstance(state, INPUT_STATES):
         sizes, kept = _sizes(call), _inputs(state)
         if reason is None:
-            return input_step.step(tokens[0], kept, active, weights, sizes)
+            return input_node.step(tokens[0], kept, active, weights, sizes)
         how = (*sizes[:2], active, add_zero_attn, dropout_p)
         return inputs.input_step(tokens[0], weights, kept, *how, mixing=mixing.mix)
     rings = _rings(state)
     if reason is None:
-        return kv_step.step(tokens, rings, active, weights, add_zero_attn)
+        return kv_node.step(tokens, rings, active, weights, add_zero_attn)
     if backends.order(tokens[0].device.type)[0] == "triton":
-        return kv_step.step_by_windows(tokens, rings, active, weights, call.options)
+        return kv_node.step_by_windows(tokens, rings, active, weights, call.options)
     backends.leave_to_pytorch("ring_step_", reason)
     return reference.ring_step(*tokens, weights, rings, active, *call.options)
 
@@ -241,13 +241,13 @@ def why_not_one_node(
     """Why a differentiable ``step`` is not one node of autograd; None if it is."""
     if isinstance(state, INPUT_STATES):
         given = (tokens[0], _inputs(state), active, call.weights, _sizes(call))
-        return input_step.why_not(*given, call.options.dropout_p)
-    return kv_step.why_not(tokens, _rings(state), active, call.weights, call.options)
+        return input_node.why_not(*given, call.options.dropout_p)
+    return kv_node.why_not(tokens, _rings(state), active, call.weights, call.options)
 
 
-def _sizes(call: StepCall) -> input_step.Sizes:
+def _sizes(call: StepCall) -> input_node.Sizes:
     layout = call.layout
-    return input_step.Sizes(layout.num_heads, layout.delay, call.options.add_zero_attn)
+    return input_node.Sizes(layout.num_heads, layout.delay, call.options.add_zero_attn)
 
 
 def take_slots(

@@ -19,12 +19,13 @@ from .nodes import as_in_forward, gradients_by_operators, is_followed, without_a
 from .tracing import is_opaque
 from .windows import NO_GRADIENT
 
-# The step in place: given, copies of the rings, position and who is active; the output.
+# The step in place, from what is given, copies of the rings, position and mask to the output.
 InPlace = Callable[[Sequence[Any], Sequence[Tensor], Tensor, Tensor | None], Tensor]
-# Given and the position before; the output and the new rings.
-Again = Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]
-# Given, new rings, the position before, gradients of output and new rings, who needs one. Training
-# on windows uses few outputs; the others have no gradient, and the rings' only passes through.
+# From what is given and the position before, to the output and the new rings.
+ByOperators = Callable[[Sequence[Any], Tensor], tuple[Tensor, ...]]
+# From what is given, the new rings, the position before, the gradients of output and new rings, and
+# who needs one. That of the output is None where nobody used it, as of most in training on windows;
+# those of the rings then pass through.
 Gradients = Callable[..., Sequence[Tensor | None]]
 
 
@@ -32,17 +33,17 @@ class StepWay(NamedTuple):
     """How a node steps.
 
     Attributes:
-        rings: where they are among what is given.
-        kept: where that is of which they keep something.
-        run: by the operator for inference.
-        again: by operators that autograd knows.
-        gradients: by kernels, but not to be followed themselves.
+        rings: the places of the rings among what is given.
+        kept: the places of all of which the new rings hold something.
+        run: takes the step by the operator for inference.
+        by_operators: takes it by operators that autograd knows.
+        gradients: computes them by kernels, which cannot be differentiated once more.
     """
 
     rings: tuple[int, ...]
     kept: tuple[int, ...]
     run: InPlace
-    again: Again
+    by_operators: ByOperators
     gradients: Gradients
 
 
@@ -71,8 +72,8 @@ class Step(torch.autograd.Function):
         rings, given = saved[: len(way.rings)], saved[len(way.rings) :]
         device_type = before.device.type
         if is_followed(grads):
-            run_again = partial(_again, way.again, before)
-            found = gradients_by_operators(run_again, given, grads, needed, device_type)
+            step = partial(_step_by_operators, way, before)
+            found = gradients_by_operators(step, given, grads, needed, device_type)
             return None, None, None, *found
         d_out, *d_rings = grads
         if all(grad is None for grad in grads):
@@ -82,8 +83,8 @@ class Step(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _again(again: Again, before: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return again(given, before)
+def _step_by_operators(way: StepWay, before: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return way.by_operators(given, before)
 
 
 def why_no_node(query: Tensor, known: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _native, backends, reference, windows
 from .dropout import dropout_seed
-from .kv_step import KEPT, Given
+from .kv_node import KEPT, Given
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
 from .operands import Options, Rings, Tokens, Weights, has_extra_slots
 from .step_node import why_no_node
@@ -64,8 +64,8 @@ class _Steps(torch.autograd.Function):
         before, given = kept[:5], kept[5:]  # position and seed, and what the forward found
         needed = ctx.needs_input_grad[4:]
         if is_followed(grads):
-            run_again = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
-            return *(None,) * 4, *gradients_by_operators(run_again, given, grads, needed, "cpu")
+            steps = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
+            return *(None,) * 4, *gradients_by_operators(steps, given, grads, needed, "cpu")
         d_out, *d_rings = grads
         if d_out is None:
             batch, count, embed_dim = given[0].shape

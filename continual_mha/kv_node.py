@@ -53,7 +53,7 @@ class Given(NamedTuple):
         return cls._make((query, *others, *rings[:2], *weights, waiting))
 
 
-# All that the rings keep something of: tokens, rings, and what projects them.
+# The places of tokens, rings and in-projection in `Given`: new rings hold something of all of them.
 KEPT = (*range(9), 13)
 
 
@@ -83,12 +83,12 @@ def _way(given: Given, add_zero_attn: bool) -> StepWay:
     by_windows = partial(_gradients_by_windows, add_zero_attn)
     gradients = _gradients_by_library if simple and not triton else by_windows
     rings = (3, 4) if given.q_ring is None else (3, 4, 13)
-    run = partial(_run_over_keys, backend, add_zero_attn)
-    again = partial(_again, triton, add_zero_attn)
-    return StepWay(rings, KEPT, run, again, gradients)
+    run = partial(_run_in_place, backend, add_zero_attn)
+    by_operators = partial(_step_by_operators, triton, add_zero_attn)
+    return StepWay(rings, KEPT, run, by_operators, gradients)
 
 
-def _run_over_keys(
+def _run_in_place(
     backend: str,
     add_zero_attn: bool,
     given: Sequence[Any],
@@ -114,7 +114,7 @@ def _rings_before(given: Given, position: Tensor) -> Rings:
     return Rings(given.k_ring, given.v_ring, waiting, position)
 
 
-def _again(
+def _step_by_operators(
     by_windows: bool, add_zero_attn: bool, given: Sequence[Any], position: Tensor
 ) -> tuple[Tensor, ...]:
     found, options = Given(*given), Options(add_zero_attn, 0.0)

@@ -30,9 +30,9 @@ def step(
     """``inputs.input_step`` by the operator for inference, where nothing speaks against it."""
     position = kept.position.clone()
     backend = backends.order(token.device.type)[0]
-    run = partial(_run_over_inputs, backend, sizes)
-    again = partial(_again_over_inputs, sizes)
-    way = StepWay((1,), (0, 1), run, again, partial(_gradients_by_clip, sizes))
+    run = partial(_run_in_place, backend, sizes)
+    by_operators = partial(_step_by_operators, sizes)
+    way = StepWay((1,), (0, 1), run, by_operators, partial(_gradients_by_clip, sizes))
     given = (token, kept.x, *_of_inputs(weights))
     out, x = Step.apply(way, active, position, *given)
     return out, Inputs(x, position)
@@ -71,7 +71,7 @@ def _input_args(
     return (token, *weights, *state, active, sizes.add_zero_attn, 0.0, True)
 
 
-def _run_over_inputs(
+def _run_in_place(
     backend: str,
     sizes: Sizes,
     given: Sequence[Any],
@@ -84,7 +84,7 @@ def _run_over_inputs(
     return out
 
 
-def _again_over_inputs(sizes: Sizes, given: Sequence[Any], position: Tensor) -> tuple[Tensor, ...]:
+def _step_by_operators(sizes: Sizes, given: Sequence[Any], position: Tensor) -> tuple[Tensor, ...]:
     token, x_ring, packed, bias, *others = given
     weights = Weights(packed, None, None, bias, *others)
     how = (sizes.num_heads, sizes.delay, None, sizes.add_zero_attn)
