@@ -9,6 +9,17 @@ from . import attend_window as _attend_window
 from . import input_step as _input_step
 from . import ring_step as _ring_step
 from . import ring_steps as _ring_steps
+from .attend_shared import (
+    attend_shared,
+    attend_shared_backward,
+    attend_shared_full,
+    attend_shared_full_backward,
+    attend_shared_query_backward,
+)
+from .attend_window import attend_window, attend_window_backward
+from .input_step import input_step_
+from .ring_step import bind_ring_step_, ring_step_
+from .ring_steps import ring_steps_
 
 __all__ = [
     "attend_shared",
@@ -39,18 +50,6 @@ _MODULES: dict[str, tuple[Any, int]] = {
     "attend_window": (_attend_window, 0),
     "attend_window_backward": (_attend_window, 2),
 }
-
-bind_ring_step_ = _ring_step.bind_ring_step_
-input_step_ = _input_step.input_step_
-ring_step_ = _ring_step.ring_step_
-ring_steps_ = _ring_steps.ring_steps_
-attend_shared = _attend_shared.attend_shared
-attend_shared_backward = _attend_shared.attend_shared_backward
-attend_shared_full = _attend_shared.attend_shared_full
-attend_shared_full_backward = _attend_shared.attend_shared_full_backward
-attend_shared_query_backward = _attend_shared.attend_shared_query_backward
-attend_window = _attend_window.attend_window
-attend_window_backward = _attend_window.attend_window_backward
 
 
 def why_not(name: str, *args: Any) -> str | None:

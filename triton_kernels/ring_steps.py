@@ -302,6 +302,11 @@ def ring_steps_kernel(
             )  # fmt: skip
 
 
+# What one program of it copies.
+WRITE_TOKENS = 16
+WRITE_FEATURES = 128
+
+
 @triton.jit
 def _write_rings_kernel(
     query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, k_ring_ptr, v_ring_ptr,
@@ -419,7 +424,3 @@ def ring_steps_(
         launch(_write_rings_kernel, grid, args, constants, num_warps=4)
         position.add_(T)
     return out
-
-
-WRITE_TOKENS = 16
-WRITE_FEATURES = 128
