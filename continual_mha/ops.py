@@ -86,10 +86,11 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
-# Of the CPU library alone, for callers that are not compiled: a step as these arguments describe it
-# is kept under a number, and runs for any token and mask. It writes to the rings behind the number,
-# of which torch is told nothing. What the nodes of autograd do in one call each way; the product of
-# which they are made, for who looks at it alone; and `reference.take_slots` in one call.
+# Operators of the CPU library alone, for callers that are not compiled. `cpu_bind_*` keeps a step's
+# arguments under a number, and `cpu_bound_step_` takes the step for any token and mask; torch is
+# not told of the rings to which it writes. `cpu_attend_clip`, `cpu_ring_step_backward` and
+# `cpu_new_ring_steps` are what the nodes of autograd do in one call each way, `cpu_product_` is the
+# product of which they are made, for tests, and `cpu_take_slots` is `reference.take_slots`.
 _OF_CPU = {
     **{
         f"cpu_bind_{n}": SCHEMAS[n].replace("-> Tensor", "-> int")
@@ -265,14 +266,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-Run = Callable[..., Any]  # as ``_by_name``
+Run = Callable[..., Any]  # takes an operator's name and arguments, as ``_by_name``
 
 
 def _by_name(name: str, *args: Any) -> Any:
     return getattr(torch.ops.continual_mha, name)(*args)
 
 
-def _directly(name: str, *args: Any) -> Any:
+def _by_name_if_opaque(name: str, *args: Any) -> Any:
     return (_by_name if is_opaque(args[0]) else backends.run_directly)(name, *args)
 
 
@@ -283,12 +284,11 @@ def _run_backward(run: Run, name: str, *args: Any) -> Any:
 
 
 def shared_gradients(
-    run: Callable[..., Any], of_tiles: bool, *args: Any
+    run: Run, of_tiles: bool, *args: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Gradients of query, key, value and sink of ``attend_shared`` and ``attend_shared_full``.
 
     Args:
-        run: runs the operator that is named first.
         of_tiles: whether key or value needs one; if not, both get None.
         args: those of ``attend_shared_full_backward``.
     """
@@ -396,7 +396,7 @@ def _function_of(name: str) -> type[torch.autograd.Function]:
             ctx.forced = backends.forced()
             return output
 
-        backward = staticmethod(as_in_forward(partial(differentiate, _directly)))
+        backward = staticmethod(as_in_forward(partial(differentiate, _by_name_if_opaque)))
 
     return Operator
 
@@ -410,7 +410,7 @@ def call(name: str, *args: Any) -> Any:
     By name autograd takes 40 µs more on a CPU, a sixth of a small call forward.
     """
     if is_opaque(args[0]):
-        return getattr(torch.ops.continual_mha, name)(*args)
+        return _by_name(name, *args)
     return _FUNCTIONS[name].apply(*args)
 
 
