@@ -287,11 +287,11 @@ def cpu_function(name: str) -> Callable[..., Any]:
 
 
 def bind_cpu_step(name: str, anew: RepeatedStep, *args: Any) -> RepeatedStep | None:
-    """The step ``name`` for a token and a mask; the library holds ``args``, as long as it lives.
+    """The step ``name`` of a token and a mask; the library holds the other ``args`` while it lives.
 
-    It is never another step that must be decided ``anew``: the library asks as in every call. None
-    where query, key and value are not one token, or it would hold a copy of a weight with its sign
-    yet to be changed, and not see it change.
+    It has no need of ``anew``: the library checks what it holds in every call. None where query,
+    key and value are not one token, or where a weight is a view whose sign is yet to be changed: of
+    that the library would hold a copy, and not see it change.
     """
     if name == "ring_step_" and not is_shared(args[:3]):
         return None

@@ -21,8 +21,9 @@ from .ring import INPUT_STATES, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
 from .tracing import is_transformed, needs_gradient
 
-# Attributes that a step depends on.
 ONE_QUERY = "it attends with one query"  # why no backend has a forward of all queries
+# Attributes on which it depends how a step is taken; those that say how clips are laid out; and
+# those on which it depends how a clip is attended to.
 _DECIDING = ("training", "_dropout", "add_zero_attn", "batch_invariant")
 _LAYOUT = ("batch_first", "embed_dim_second")
 _DECIDING_CLIPS = (
@@ -554,7 +555,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     def _remember_clip(
         self, kind: tuple[Any, ...], way: ClipWay, given: Sequence[Tensor], weights: Weights
     ) -> None:
-        """Keep how clips are attended to for the next ones, if the weights stay in place."""
+        """Keep how clips are attended to for calls that repeat this one, if the weights stay where
+        they are."""
         found = self._where_weights_are(weights)
         if found is None or any(type(x) is not Tensor for x in given):
             return
@@ -754,8 +756,8 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         active: Tensor | None,
         call: functional.StepCall,
     ) -> None:
-        """Keep how tokens ``(N, E*)`` or clips ``(N, T, E*)`` were taken for the next ones, if
-        those can be without asking again."""
+        """Keep how tokens ``(N, E*)`` or clips ``(N, T, E*)`` were taken for calls that repeat
+        this one, if weights and state stay where they are."""
         settled = state.clock is self._clock and all(type(x) is Tensor for x in apart)
         if not settled or torch.compiler.is_compiling():
             return
@@ -783,7 +785,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         self._repeat = None if prepare is None else Repeat(prepare, found, apart, call.weights)
 
     def _going_on(
-        self, kind: type, weights: Weights, node: functional.NodeAgain
+        self, kind: type, weights: Weights, node: functional.RepeatedNode
     ) -> Callable[..., RepeatedStep]:
         """What prepares steps by ``node``, from whatever parts the state has to new ones."""
         go_on, shapes = self._stepping(kind, node), self._weight_shapes

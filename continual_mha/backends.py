@@ -36,9 +36,9 @@ _BATCH_INVARIANT = {
     "input_step_": slice(16, 17),
     "input_steps_": slice(16, 17),
 }
-# Who cannot be: it has products of a library only, or divides the work by the number of streams.
+# Backends that cannot be that: they multiply by a library, or divide work by the number of streams.
 _ROUNDS_BY_BATCH = ("cuda", "torch")
-# Of most of an operator's arguments: known at a glance not to compute in a way of their own.
+# Types of most arguments, known at a glance not to compute in a way of their own.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float})
 _WEIGHT, _STRIDED = torch.nn.Parameter, torch.strided  # every call asks for them
 _PLAIN_PYTORCH: Mapping[str, Any] = ChainMap(vars(reference), vars(inputs))
@@ -178,14 +178,14 @@ def why_not(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _why_torch(device_type: str, invariant: bool = False) -> str | None:
-    """Why only plain PyTorch may run anything now, or None: not to be counted, where it cannot."""
+    """Why only plain PyTorch may run now, or None. To be counted is no reason where it cannot."""
     if autocast_dtype(device_type):
         return _AUTOCAST
     return _COUNTED if not invariant and is_counted() and forced() is None else None
 
 
 def why_not_later(backend: str, name: str, args: tuple[Any, ...]) -> str | None:
-    """``why_not``, or where that can be asked only when the operator runs, why it cannot be."""
+    """``why_not``; where only the running operator can ask that, why the backend does not load."""
     return _why_missing_here(backend) if is_opaque(args[0]) else why_not(backend, name, args)
 
 
@@ -220,7 +220,7 @@ def leave_to_pytorch(name: str, reason: str) -> None:
 
 
 def reasons_to_leave(query: torch.Tensor, reason: str) -> list[str]:
-    """As ``reasons``, where ``leave_to_pytorch`` is called for this one."""
+    """As ``reasons``, of a call that ``leave_to_pytorch`` leaves for this reason."""
     first, asked = order(query.device.type)[0], forced()
     lines = [] if first == "torch" else [f"{first}: {reason}"]
     return lines if asked not in (None, "torch") else [*lines, "torch: runs it"]
@@ -244,9 +244,9 @@ def forced() -> str | None:
 
 
 def same_surroundings(device_type: str) -> Callable[[], bool]:
-    """A function that says whether what decides, besides the arguments, how an operator runs on
-    tensors on such a device is what it is now. It denies where operators are watched, for what
-    goes the same way again shows few."""
+    """A function that says whether all that decides how an operator runs on such a device, besides
+    its arguments, is as it is now. Where a ``TorchDispatchMode`` watches it says no: to that a
+    repeated call shows few operators."""
     name, autocast = _forced.get(), autocast_dtype(device_type)
     inference, transformed = torch.is_inference_mode_enabled(), is_transformed()
     watched = is_watched()
@@ -319,10 +319,10 @@ def choose(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 def choose_again(
     name: str, args: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """``choose`` for calls after one with ``args``, and how the backend binds what stays the same.
+    """``choose`` for steps that repeat one with ``args``, and the backend's binder of what stays.
 
-    The binder, None where a backend has none, takes a ``RepeatedStep`` that decides anew, for what
-    turns out to be another step, and ``args``; what it returns, unless None, is a ``RepeatedStep``.
+    The binder, None where a backend has none, takes a ``RepeatedStep`` that decides anew, to fall
+    back on, and ``args``. It returns a ``RepeatedStep``, or None where it cannot bind these.
 
     Raises:
         RuntimeError: a backend was forced that cannot run it.

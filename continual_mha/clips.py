@@ -17,7 +17,7 @@ from .tracing import is_opaque, needs_gradient
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-# And in training products of so many multiply-adds, or with AMX those of more tokens.
+# In training also products of so many multiply-adds, or with AMX those of more tokens than this.
 _CPU_LARGE_PRODUCT = 1 << 24
 _CPU_MOST_TOKENS_OF_UNIT = 512
 _AVERAGES = "it averages the weights over the heads"

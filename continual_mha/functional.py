@@ -24,10 +24,10 @@ from .ring import (
 )
 from .tracing import is_opaque
 
-# An output, and the parts of a state but for its clock.
+# An output, and all parts of the state after it but the clock.
 Parts = tuple[Tensor, tuple[Tensor, ...]]
-# A step: its tokens, the parts before, and who is active.
-NodeAgain = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Parts]
+# A step from tokens, as ``told_apart`` returns them, the parts before, and who is active.
+RepeatedNode = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Parts]
 
 
 class StepCall(NamedTuple):
@@ -63,9 +63,8 @@ def step(tokens: Tokens, state: State, active: Tensor | None, call: StepCall) ->
 def repeated_step(
     apart: Sequence[Tensor], state: State, active: Tensor | None, call: StepCall
 ) -> Callable[..., RepeatedStep] | None:
-    """What prepares ``step``, given tokens, for those after one with these arguments, all but
-    tokens and mask decided. Tokens are as ``operands.told_apart`` returns them, here and in all
-    that goes again.
+    """What prepares ``step`` for calls that repeat one with these arguments, but for tokens and
+    mask. Tokens are as ``operands.told_apart`` returns them, here and in the calls.
 
     None if such a step is not one operator that writes to the rings.
     """
@@ -91,14 +90,14 @@ def repeated_step(
 
 
 def _times(apart: Sequence[Tensor], state: State) -> int:
-    """How many operands of the operators for steps each of such tokens is."""
+    """How many operands of the operators for steps each of these tokens stands for."""
     return 1 if isinstance(state, INPUT_STATES) or len(apart) == 3 else 3
 
 
 def repeated_steps(
     apart: Sequence[Tensor], state: State, call: StepCall
 ) -> Callable[..., Tensor] | None:
-    """``steps`` after one with such clips in warm streams, all else decided.
+    """``steps`` for calls that repeat one with these arguments in warm streams, but for the clips.
 
     None if such steps are not one operator that writes to the rings.
     """
@@ -117,8 +116,8 @@ def repeated_steps(
     return run
 
 
-def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> NodeAgain | None:
-    """The same for a ``step`` that makes rings of its own, for any parts of such a state.
+def repeated_node(apart: Sequence[Tensor], state: State, call: StepCall) -> RepeatedNode | None:
+    """The same of a ``step`` that makes rings of its own, from any parts of such a state.
 
     None if such a step is not one node of autograd.
     """

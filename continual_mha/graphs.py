@@ -15,12 +15,12 @@ from .streams import all_or_as_before, stateful_modules
 from .tracing import is_plain
 
 _WARM_UP_RUNS = 3
-_capturing = threading.Lock()  # torch waits for the device first, which no capture there bears
+_capturing = threading.Lock()  # torch first waits for the device, which breaks other captures
 
 
 def _parts_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int | None]]:
-    """What a stateful module has: the namespace where it is, its name, itself, and for a weight the
-    memory, which may become another behind the parameter."""
+    """Each part of a stateful module: the namespace that holds it, its name, itself, and for a
+    weight its address, which may become another behind the parameter."""
     for owner in module.modules():
         for parts in (owner._modules, owner._buffers, owner._parameters):
             for name, part in parts.items():

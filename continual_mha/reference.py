@@ -329,7 +329,7 @@ def _band(k: Tensor, v: Tensor, start: int, end: int, sequence_len: int) -> _Slo
 
 
 def _held(k: Ring, v: Ring, visible: Tensor | None) -> _Slots:
-    """Those of rings, from which no gradient gets what nobody sees."""
+    """Keys and values of rings; where there are gradients, without what no query sees."""
     tensors = isinstance(k, Tensor) and isinstance(v, Tensor)
     if tensors and visible is not None and torch.is_grad_enabled():
         k, v = _without_unseen(k, v, visible)

@@ -1,8 +1,8 @@
-"""Going the same way again: what one call decided, kept for those that follow it.
+"""What one call decided, kept for the calls that repeat it.
 
-In a small call most of the time went into asking the same questions again: whether the tokens fit,
-which tensors the weights are, which backend serves. The answers hold as long as everything that
-was asked is what it was, and that is cheaper to see.
+Most of a small call's time went into asking the same questions again: whether the tokens fit, which
+tensors the weights are, which backend serves. The answers hold as long as all that was looked at is
+what it was, and that is cheaper to see.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Repeat:
     """A call that has been decided.
 
     Args:
-        prepare: makes the function ``run`` that does it, for any tensors like those. It is given
-            the first such tensors when they are here, so that an error in it comes before their
-            call, and none are kept for it.
+        prepare: makes the function ``run`` that does it, for any tensors like ``given``. It is
+            called with those of the first call that repeats this one: none are kept for it, and its
+            errors come before anything has run.
         found: all that was looked at to decide, besides the tensors and what surrounds the call.
         given: tokens, and masks, of the kind that ``run`` takes.
         weights: those of the call, which may need a gradient.
@@ -46,7 +46,7 @@ class Repeat:
         given: Sequence[Tensor],
         weights: Iterable[Tensor | None],
     ) -> None:
-        self.run: Any = None  # until such tensors are here
+        self.run: Any = None  # until a call repeats this one
         self._prepare: Callable[..., Callable[..., Any]] | None = prepare
         found = tuple(found)
         self._own = tuple((name, thing) for where, name, thing in found if where is None)

@@ -64,8 +64,8 @@ class _Steps(torch.autograd.Function):
         before, given = kept[:5], kept[5:]  # position and seed, and what the forward found
         needed = ctx.needs_input_grad[4:]
         if is_followed(grads):
-            steps = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
-            return *(None,) * 4, *gradients_by_operators(steps, given, grads, needed, "cpu")
+            by_operators = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
+            return *(None,) * 4, *gradients_by_operators(by_operators, given, grads, needed, "cpu")
         d_out, *d_rings = grads
         if d_out is None:
             batch, count, embed_dim = given[0].shape

@@ -34,8 +34,8 @@ class Mark(NamedTuple):
         state: the module's own tensors, not copies; None before the first step.
         shared: whether someone else needs them as they are, so that nobody writes to them.
         position: a copy of the positions, or None where the clock tells them.
-        slots: rings, each with a copy of what will be overwritten and is still needed: the slots
-            from that after the next on.
+        slots: rings, each with a copy of the slots that will be overwritten and are still needed,
+            which are all from the second on: the first holds nothing that the next token sees.
     """
 
     state: State | None
@@ -307,13 +307,13 @@ class StatefulStreams(nn.Module):
                 reference.put_slots_(part, state.position, 1, old)
 
     def _mark_before(self, tokens: int) -> Mark:
-        """A mark before so many tokens are written in place; it costs nothing for none of them.
+        """A mark before so many tokens are written in place; with ``tokens=0`` it costs nothing.
 
-        None stands for one step, too: the slot that it writes is that which the next step
-        overwrites unread, so that only the position tells whether it happened. Operators advance
-        that last. Once streams differ in age an interrupted step may therefore have happened, for
-        all of them, or not. Many tokens overwrite what is still needed, unless the streams march
-        together and their rings have room.
+        That serves before one step, too: the slot which it writes is overwritten by the next step
+        before anyone reads it, so that only the position tells whether it happened. Operators
+        advance that last. Once streams differ in age an interrupted step may therefore have
+        happened, for all of them, or not. Many tokens overwrite what is still needed, unless the
+        streams march together and their rings have room.
         """
         state = self._state()
         if tokens == 0 or state is None:

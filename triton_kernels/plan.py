@@ -192,7 +192,7 @@ class SharedPlan(NamedTuple):
 
     one_tile: one load serves both products.
     by_rows, registers: as of `InputPlan`.
-    parts: of the features, among which warps divide the first product of one tile.
+    parts: parts of the features, among which warps divide the first product of one tile.
     """
 
     splits: int
@@ -213,30 +213,32 @@ class SharedPlan(NamedTuple):
         return self.num_warps if self.by_rows else 0
 
 
-# Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice,
-# beside the queries and what parts add up; once of the widest.
+# Slots of a tile by padded embed_dim, for 16-bit elements: what fits into shared memory twice, and
+# of the widest once, beside the queries and the sums of the parts.
 SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16, 2048: 16}
 LITTLE_SHARED_ROWS = {64: 128, 128: 64, 256: 64, 512: 32, 1024: 16}
 # The same for fp32, whose scores are computed from registers: what fits there beside the sums.
 SHARED_ROWS_32 = {64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
-# Warps, which divide the features: 32 or more for each, or a thread would have fewer than four.
-# Each reads all queries and adds up all scores, so that more of them do more.
+# Warps of a program with `row_scores`, by padded embed_dim. They divide the features, 32 or more
+# for each, or a thread would have fewer than four; but each reads all queries and adds up all
+# scores, so that more warps have more to do.
 ROW_WARPS = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 8}
-# Of a thread: what lets two programs share a multiprocessor, where the assembler takes more.
+# Registers of a thread, by padded embed_dim, with which two programs share a multiprocessor, where
+# the assembler would take more: for tiles of 16 bits, and with `row_scores`.
 SHARED_REGISTERS = {1024: 128}
 ROW_REGISTERS = {512: 128}
 ROW_HEADS = 8  # of a program with `row_scores`
 
 
 def tile_rows(itemsize: int, little: bool = False) -> dict[int, int]:
-    """Slots of a tile that one load brings for two products, by padded embed_dim."""
+    """Slots of a tile of which one load serves both products, by padded embed_dim."""
     if itemsize > 2:
         return SHARED_ROWS_32
     return LITTLE_SHARED_ROWS if little else SHARED_ROWS
 
 
 def _stages(itemsize: int, width: int, little: bool, tiles: int = 2) -> int:
-    """Such tiles in shared memory, under way and worked on, of a program that has so many or more.
+    """How many of the tiles of a program that has so many are in shared memory at a time.
 
     Of 1024 features in 16 bits, two programs with two tiles under way fit onto a multiprocessor.
     """
@@ -246,7 +248,7 @@ def _stages(itemsize: int, width: int, little: bool, tiles: int = 2) -> int:
 
 
 def _registers(itemsize: int, width: int, little: bool) -> int | None:
-    """Of a thread that works on such tiles, where the assembler's choice is not the best."""
+    """Registers of a thread that works on such tiles; None where the assembler chooses best."""
     if itemsize == 2:
         return None if little else SHARED_REGISTERS.get(width)
     return ROW_REGISTERS.get(width)
@@ -298,19 +300,19 @@ def shared_plan(
 
 
 def _parts(width: int, warps: int, little: bool) -> int:
-    """Of the features, among which warps divide the first product of a 16-bit tile.
+    """Parts of the features, among which warps divide the first product of a 16-bit tile.
 
-    Of narrower tiles no warp repeats another's product, and few wait for one another.
+    In narrower tiles no warp repeats another's product, and few products wait for one another.
     """
     return warps if width >= 512 and not little else 1
 
 
-# Of one tensor, the backward keeps a tile in shared memory for all its products. Read again from
-# the second-level cache, as with two tensors, not every tile would still be there: with 64 slots of
-# 1024 features the resident programs have 69 MB, and write as much. Each of them also has a part of
-# the query's gradient in fp32, which comes to a quarter of the bytes of the clip and its gradient.
-# Two tiles are under way while one is worked on, in every resident program. Here are the 16-bit
-# accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16 slots.
+# Accumulators, heads * padded embed_dim, that registers hold beside the gradient of 16 slots, in 16
+# bits. Up to these, the backward of one tensor keeps a tile in shared memory for all its products,
+# with two more under way. Read again from the second-level cache, as those of two tensors are, not
+# every tile would still be there: with 64 slots of 1024 features the resident programs have 69 MB,
+# and write as much. Each also has a part of the query's gradient in fp32, which comes to a quarter
+# of the bytes of the clip and its gradient.
 MAX_BACKWARD_ACCUMULATORS = 8192
 
 
@@ -413,7 +415,7 @@ INPUT_RULES = (
 # Slots of a tile by padded embed_dim where they are of 8 bits and tokens of 16: what fits decoded
 # into registers.
 INPUT_ROWS_8 = {64: 64, 128: 64, 256: 64, 512: 16, 1024: 16, 2048: 16}
-# Accumulators of a program, heads * padded embed_dim, and heads: of more, each block is a program.
+# Accumulators of a program, heads * padded embed_dim, and heads; of more, each block is a program.
 # The matrix unit has 16 rows, which fewer heads do not fill; fp32 is not multiplied there.
 MAX_INPUT_ACCUMULATORS_16 = 16384
 MAX_INPUT_ACCUMULATORS_32 = 8192
