@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from continual_mha.triton_kernels.attend_shared import (
-    attend_shared_full,
+from continual_mha.triton_kernels.attend_shared import attend_shared_full
+from continual_mha.triton_kernels.attend_shared_backward import (
     attend_shared_full_backward,
     attend_shared_query_backward,
 )

@@ -12,7 +12,7 @@ import torch
 
 from bench import aot
 from continual_mha.triton_kernels import plan
-from continual_mha.triton_kernels.attend_shared import _one_tile_backward_kernel
+from continual_mha.triton_kernels.attend_shared_backward import _one_tile_backward_kernel
 from continual_mha.triton_kernels.eight_bits import CODES
 from continual_mha.triton_kernels.input_step import _asked_kernel
 from continual_mha.triton_kernels.launch import INTERPRETED, Launch, pretended_little_memory

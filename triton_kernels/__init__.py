@@ -9,10 +9,9 @@ from . import attend_window as _attend_window
 from . import input_step as _input_step
 from . import ring_step as _ring_step
 from . import ring_steps as _ring_steps
-from .attend_shared import (
-    attend_shared,
+from .attend_shared import attend_shared, attend_shared_full
+from .attend_shared_backward import (
     attend_shared_backward,
-    attend_shared_full,
     attend_shared_full_backward,
     attend_shared_query_backward,
 )
