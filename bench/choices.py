@@ -74,7 +74,7 @@ def ways(case: grid.Case, formulation: str) -> list[Plan]:
     for path in _paths(case, formulation):
         usual = plan_of(case, formulation, path)
         found.append(usual)
-        if path not in ("group", "fused") or (path == "fused" and formulation == "kv"):
+        if path in ("chain", "gemm") or (path == "fused" and formulation == "kv"):
             for splits in {usual.splits // 2, 2 * usual.splits} - {0}:
                 if case.sequence_len >= 16 * splits:
                     found.append(plan_of(case, formulation, path, splits))

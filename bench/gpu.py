@@ -100,10 +100,9 @@ def _build_environment() -> dict[str, str]:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         found = []
-    numbers = [
-        word for word in found if re.fullmatch(r"\d+\.\d+", word)
-    ]  # not what it says of a failure
-    served = [capability for capability in numbers if float(capability) >= 8.0]
+    # the words of a failure are no numbers
+    capabilities = [word for word in found if re.fullmatch(r"\d+\.\d+", word)]
+    served = [capability for capability in capabilities if float(capability) >= 8.0]
     return chosen | ({"CONTINUAL_MHA_CUDA_ARCHS": ";".join(served)} if served else {})
 
 
