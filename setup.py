@@ -1,15 +1,8 @@
 """The native libraries, and nothing else: everything about the package stands in pyproject.toml.
 
 They use LibTorch's stable ABI and no Python at all, so one build serves every torch from 2.10 on
-and every Python. What cannot be built here is left out, and one line says why. The environment:
-
-CONTINUAL_MHA_BUILD_CPU    1 builds csrc/cpu or fails, 0 leaves it out, auto (the default) builds
-                           it if it can be built
-CONTINUAL_MHA_BUILD_CUDA   the same of csrc/cuda; auto also asks that nvcc fits the installed torch
-CONTINUAL_MHA_CUDA_ARCHS   compute capabilities, by default "80;90;100" as far as nvcc knows them
-CONTINUAL_MHA_WERROR       1 makes warnings and failed builds errors
-CXX, CXXFLAGS, LDFLAGS     compiler and further arguments, as everywhere
-MAX_JOBS                   compilers at once, by default as many as there are cores
+and every Python. What cannot be built here is left out, and one line says why. The table of
+environment variables is in README.md; CXX, CXXFLAGS and LDFLAGS count as everywhere.
 """
 
 from __future__ import annotations
