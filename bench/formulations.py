@@ -8,7 +8,6 @@ markers of docs/formulations.md with ``--write``.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +16,13 @@ import torch
 
 from continual_mha import SingleOutputMultiheadAttention
 
-from . import ROOT
+from . import ROOT, marked
 from .arguments import positive
 from .grid import BYTES, FAMILIES, Case, Family, case_of, work
 
 PAGE = ROOT / "docs" / "formulations.md"
 STREAMS = (1, 8, 64, 512, 4096)
 FORMULATIONS = ("kv", "input")
-_MARKED = re.compile(r"(<!-- formulations -->\n).*?(<!-- /formulations -->)", re.S)
 _ROUNDS = 8
 _LARGEST_TIMED = 1 << 24  # elements of a key-value ring
 
@@ -98,8 +96,7 @@ def _timed(case: Case) -> list[str]:
 
 def write(text: str) -> None:
     """Put ``text`` between the markers of the page."""
-    page = PAGE.read_text()
-    PAGE.write_text(_MARKED.sub(lambda found: found[1] + text + "\n" + found[2], page))
+    PAGE.write_text(marked.replaced(PAGE.read_text(), {"formulations": text}.get))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from continual_mha.triton_kernels.plan import (
     steps_plan,
 )
 
-from . import ROOT, aot
+from . import ROOT, aot, marked
 from .grid import FAMILIES
 
 CAPABILITY = 90
@@ -49,7 +49,6 @@ PER_LAUNCH = 2  # accesses of a launch that wait for one another: its operands, 
 CLIP_TOKENS = 256
 SHAPES = tuple(family[1:] for family in FAMILIES)
 STREAMS = (1, 8, 64, 512, 4096)
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 class Prediction(NamedTuple):
@@ -327,10 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path, nargs="?", default=ROOT / "docs" / "triton.md")
     page = parser.parse_args(arguments).page
-    before, rest = page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
     tables = "".join(
-        f"\n\n### {title}\n\n{table}"
+        f"\n### {title}\n\n{table}\n"
         for title, table in (
             ("Kernels, bf16, sm_90", kernel_table()),
             ("Scores in fp32, sm_90", fp32_table()),
@@ -339,8 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
             ("Clips, bf16", clip_table()),
         )
     )
-    tables += "\n\n"
-    page.write_text(before + BEGIN + tables + END + after)
+    page.write_text(marked.replaced(page.read_text(), {"predictions": tables}.get))
 
 
 if __name__ == "__main__":

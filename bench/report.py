@@ -12,17 +12,16 @@ which link the plots from a file in docs; and ``paper``.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from . import ROOT, paper, records
+from . import ROOT, marked, paper, records
 from .ratios import Results
 from .tables import TABLES, caption
 
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PICTURES = ROOT / "docs" / "benchmarks"
 _KINDS = {"cpu": "cpu", "gpu": "cuda"}
-_MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.S)
+_PREFIX = "bench:"  # markers that begin so name a table
 
 
 def load(folder: Path = records.RESULTS) -> dict[str, list[Results]]:
@@ -56,7 +55,11 @@ def table(name: str, data: dict[str, list[Results]]) -> str:
 
 def render(text: str, data: dict[str, list[Results]]) -> str:
     """``text`` with every table between markers made anew; text without markers as it is."""
-    return _MARKED.sub(lambda m: f"{m[1]}{table(m[2], data)}\n{m[3]}", text)
+
+    def text_of(marker: str) -> str | None:
+        return table(marker.removeprefix(_PREFIX), data) if marker.startswith(_PREFIX) else None
+
+    return marked.replaced(text, text_of)
 
 
 def main(arguments: list[str] | None = None) -> None:
