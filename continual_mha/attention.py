@@ -13,7 +13,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, formulations, functional, ring
-from .clips import ClipCall, ClipWay, way_of_clip
+from .clip_node import ClipCall
+from .clips import ClipWay, way_of_clip
 from .modes import checked_mode, make_known_upstream, surrounding_active, surrounding_mode
 from .operands import Options, RepeatedStep, Tokens, Weights, as_tokens, is_shared, told_apart
 from .repeat import Found, Repeat

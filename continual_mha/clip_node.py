@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,29 +13,107 @@ from torch import Tensor
 from . import _native, backends, extra_slots, inputs, mixing, ops
 from .dropout import dropout_seed
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
-from .operands import Options, Weights
+from .operands import Options, Weights, has_extra_slots
 from .products import Multiply, multiplier, sum_over_tokens
+
+# In training torch is faster from products of so many multiply-adds on, or with AMX above so many
+# tokens: see docs/cpu.md.
+_CPU_LARGE_PRODUCT = 1 << 24
+_CPU_MOST_TOKENS_OF_UNIT = 512
+
+
+class ClipCall(NamedTuple):
+    """What is asked of a clip, besides its tensors.
+
+    Attributes:
+        query_index: the token that asks.
+        blank: whether a query to which the mask leaves nothing gets zeros, and not NaN.
+        average: whether to average the weights over the heads.
+    """
+
+    num_heads: int
+    query_index: int
+    options: Options
+    need_weights: bool
+    blank: bool
+    average: bool
 
 
 class Node(NamedTuple):
     """What ``AttendClip`` is told besides tensors.
 
     Attributes:
+        call: what is asked, which are no weights of single heads.
         attend: the function that runs ``mixing.operator_for`` on such tensors; None for the CPU
             library's operator for all of it, products included, which knows no extra slots.
     """
 
-    num_heads: int
-    query_index: int
-    dropout_p: float
-    need_weights: bool
-    blank: bool
-    add_zero_attn: bool
+    call: ClipCall
     attend: Callable[..., Any] | None
 
     def asking(self, query: Tensor | None, key: Tensor) -> Tensor:
         """The queries' tokens ``(N, E)``."""
-        return key[:, self.query_index] if query is None else query
+        return key[:, self.call.query_index] if query is None else query
+
+
+def node_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    weights: Weights,
+    call: ClipCall,
+) -> Node:
+    """The node for a query ``(N, E)``, keys ``(N, S, Ek)`` and values, None for the keys.
+
+    Raises:
+        RuntimeError: a backend was forced that cannot run it.
+    """
+    attend = None
+    add_zero_attn, dropout_p = call.options
+    if has_extra_slots(weights, add_zero_attn) or not _library_multiplies(query, weights[:6]):
+        operator = mixing.operator_for(dropout_p, call.need_weights)
+        attend = backends.choose(operator, attended(key, value, mask, call))
+    return Node(call, attend)
+
+
+def as_moved(key: Tensor, num_heads: int) -> Tensor:
+    """Like moved queries in shape and dtype, which is all that decides."""
+    return key[:, :1].expand(-1, num_heads, -1)
+
+
+def attended(
+    key: Tensor, value: Tensor | None, mask: Tensor | None, call: ClipCall
+) -> tuple[Any, ...]:
+    """What the operator for attention is given, as far as that decides who runs it."""
+    how = (call.options.dropout_p, call.need_weights)
+    rest = () if mixing.operator_for(*how) == "attend_shared" else (None, *how)
+    own = None if value is key else value
+    return (as_moved(key, call.num_heads), key, own, mask, None, *rest)
+
+
+def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
+    """Whether a node is the CPU library's with its products of tokens ``(N, E)`` and weights: where
+    those were faster than torch's in docs/cpu.md."""
+    if backends.order(tokens.device.type)[0] != "cpu":
+        return False
+    if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
+        return False
+    isa, bfloat16 = _native.cpu_isa(), tokens.dtype == torch.bfloat16
+    if isa == "baseline":
+        return False
+    if bfloat16 and isa == "amx":
+        return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
+    wide = tokens.dtype in (torch.float32, torch.float64)
+    if (bfloat16 and isa == "avx512_bf16") or (wide and isa == "avx2"):
+        return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
+    return True
+
+
+def unit_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
+    """Whether it does so by the processor's matrix unit, which is faster in inference as well."""
+    bfloat16 = tokens.dtype == torch.bfloat16
+    return bfloat16 and _library_multiplies(tokens, params) and _native.cpu_isa() == "amx"
 
 
 class _Found(NamedTuple):
@@ -93,7 +171,7 @@ class AttendClip(torch.autograd.Function):
         given, found = saved[:_GIVEN], _Found(*saved[_GIVEN:])
         if grad_out is None:
             grad_out = torch.zeros_like(found.heads)
-        grads = (grad_out, grad_attn if ctx.node.need_weights else None)
+        grads = (grad_out, grad_attn if ctx.node.call.need_weights else None)
         needed = Needed(*ctx.needs_input_grad[1:])
         if is_followed(grads):
             attend = partial(_attend_by_operators, ctx.node, found.seed)
@@ -113,13 +191,14 @@ def gradients_of_output(
 
 def _run(node: Node, given: tuple[Any, ...]) -> tuple[Tensor, Tensor, _Found]:
     run = _attend_by_library if node.attend is None else partial(_attend, node.attend)
-    return run(node, given, dropout_seed(node.dropout_p, given[1].device))
+    return run(node, given, dropout_seed(node.call.options.dropout_p, given[1].device))
 
 
 def _attend_by_library(
     node: Node, given: tuple[Any, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor, _Found]:
-    how = (node.num_heads, node.query_index, node.dropout_p, node.need_weights, node.blank)
+    num_heads, query_index, (_, dropout_p), need_weights, blank, _ = node.call
+    how = (num_heads, query_index, dropout_p, need_weights, blank)
     out, attn, *found = _native.cpu_function("attend_clip")(*given[:10], seed, *how)
     return out, attn, _Found(seed, *found)
 
@@ -131,14 +210,15 @@ def _attend(
     query, key, value, mask, *params = given
     weights = Weights._make(params)
     (w_q, w_k, w_v), (b_q, b_k, b_v) = weights.split(), weights.split_bias()
-    multiply, H = multiplier(key), node.num_heads
+    multiply, H = multiplier(key), node.call.num_heads
+    add_zero_attn, dropout_p = node.call.options
     projected = multiply(node.asking(query, key), w_q.t(), b_q)
     N, E = projected.shape
     D = E // H
     q = projected.view(N, H, D)
     moved = _by_head(multiply, q, w_k.view(H, D, -1), scale=1.0 / math.sqrt(D))
-    extra = extra_slots.moved_scores_of(q, weights, b_k, node.add_zero_attn)
-    options = (node.dropout_p, node.need_weights, node.blank)
+    extra = extra_slots.moved_scores_of(q, weights, b_k, add_zero_attn)
+    options = (dropout_p, node.call.need_weights, node.call.blank)
     mix, lse, kept = mixing.mix_by(attend, moved, key, value, mask, extra, *options, seed)
     mixed, share, on_extra, attn = mix
     by_value = w_v.view(H, D, -1).transpose(1, 2)
@@ -200,7 +280,8 @@ def _gradients_by_library(
     needed: Needed,
 ) -> tuple[Tensor | None, ...]:
     function = _native.cpu_function("attend_clip_backward")
-    how = (node.num_heads, node.query_index, node.dropout_p, node.blank)
+    num_heads, query_index, (_, dropout_p), _, blank, _ = node.call
+    how = (num_heads, query_index, dropout_p, blank)
     grads_of = function(*grads, *given[:10], *found[:7], *how, needed[:10])
     return *grads_of, None, None
 
@@ -259,12 +340,13 @@ def _gradients_by_products(
             d_lse = -d_extra.sum(-1)
         if seed is not None and b_v is not None:
             d_kept = (d_heads * b_v.view(H, D)).sum(-1).to(kept.dtype)
-        if mask is not None and node.blank and extra is None:
+        if mask is not None and node.call.blank and extra is None:
             hidden = torch.isneginf(lse)
             d_mixed = d_mixed.masked_fill(hidden.unsqueeze(-1), 0.0)
             d_kept = None if d_kept is None else d_kept.masked_fill(hidden, 0.0)
         sink = extra_slots.sink(extra)
-        operands = (moved, key, value, mask, sink, seed, mixed, lse, kept, node.dropout_p)
+        dropout_p = node.call.options.dropout_p
+        operands = (moved, key, value, mask, sink, seed, mixed, lse, kept, dropout_p)
         of_tiles = needed.key or needed.value
         d_moved, d_key, d_value, d_sink = ops.shared_gradients(
             backends.run_directly, of_tiles, d_mixed, d_lse, d_kept, d_attn, *operands
@@ -295,7 +377,7 @@ def _gradients_by_products(
             d_query = multiply(d_q, w_q)
         if asking_in_clip:
             assert d_key is not None
-            multiply(d_q, w_q, out=d_key[:, node.query_index], add=True)
+            multiply(d_q, w_q, out=d_key[:, node.call.query_index], add=True)
     gradients = (d_query, d_key, d_value, None, *d_params)
     return tuple(x if need else None for x, need in zip(gradients, needed, strict=True))
 
@@ -316,7 +398,7 @@ def _attend_by_operators(
 ) -> tuple[Tensor, Tensor | None]:
     """The node's results by operators that autograd knows."""
     tokens = (node.asking(query, key), key, key if value is None else value)
-    options = Options(node.add_zero_attn, node.dropout_p)
-    how = (node.num_heads, options, mask, node.need_weights, node.blank, True)
+    call = node.call
+    how = (call.num_heads, call.options, mask, call.need_weights, call.blank, True)
     mix = None if seed is None else partial(mixing.fused_mix, seed=seed)
     return inputs.attend_clip(tokens, Weights._make(params), *how, mix)

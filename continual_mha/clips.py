@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,16 +9,21 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, inputs, mixing
-from .clip_node import AttendClip, Node
+from .clip_node import (
+    AttendClip,
+    ClipCall,
+    Node,
+    as_moved,
+    attended,
+    node_of,
+    unit_multiplies,
+)
 from .inputs import Mixing
-from .operands import Options, Tokens, Weights, has_extra_slots
+from .operands import Tokens, Weights, has_extra_slots
 from .tracing import is_opaque, needs_gradient
 
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
-# In training also products of so many multiply-adds, or with AMX those of more tokens than this.
-_CPU_LARGE_PRODUCT = 1 << 24
-_CPU_MOST_TOKENS_OF_UNIT = 512
 _AVERAGES = "it averages the weights over the heads"
 
 
@@ -34,23 +38,6 @@ def input_formulation_is_cheaper(
     projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
     moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
     return moved < projected
-
-
-class ClipCall(NamedTuple):
-    """What is asked of a clip, besides its tensors.
-
-    Attributes:
-        query_index: the token that asks.
-        blank: whether a query to which the mask leaves nothing gets zeros, and not NaN.
-        average: whether to average the weights over the heads.
-    """
-
-    num_heads: int
-    query_index: int
-    options: Options
-    need_weights: bool
-    blank: bool
-    average: bool
 
 
 class ClipWay(NamedTuple):
@@ -102,7 +89,7 @@ def explain_clip(
     """The formulation in which ``way_of_clip`` does it; a line for each backend that is asked."""
     asked, key, value = clips
     name = mixing.operator_for(call.options.dropout_p, call.need_weights)
-    args = _attended(key, value, mask, call)
+    args = attended(key, value, mask, call)
     if call.need_weights and not call.average:
         moved = input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
         return _formulation(moved), backends.reasons_to_leave(asked, _AVERAGES)
@@ -149,10 +136,10 @@ def _by_node(
     node: Node, trains: bool, clips: Tokens, weights: Weights, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     asked, key, value = clips
-    query = None if asked is key else asked[:, node.query_index]
+    query = None if asked is key else asked[:, node.call.query_index]
     given = (query, key, None if value is key else value, mask, *weights)
     out, attn = AttendClip.apply(node, *given) if trains else AttendClip.results(node, given)
-    return out, attn if node.need_weights else None
+    return out, attn if node.call.need_weights else None
 
 
 def _by_operators(
@@ -181,7 +168,7 @@ def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
         return True  # or it says why not
     if query.shape[0] >= _CPU_MANY_STREAMS and _torch_may_be_faster(query):
         projections_dominate = num_heads * key.shape[1] < 2 * query.shape[1]
-        by_node = not extra_slots and _unit_multiplies(query, args[3:9])
+        by_node = not extra_slots and unit_multiplies(query, args[3:9])
         if projections_dominate or by_node:
             return False
     return backends.why_not_later("cpu", "single_query", args) is None
@@ -205,73 +192,12 @@ def _is_one_node(args: tuple[Any, ...], call: ClipCall) -> bool:
     if is_opaque(query):
         return False
     faster = backends.order(query.device.type)[0] == "triton"
-    if not (faster or needs_gradient(args) or _unit_multiplies(query, args[3:9])):
+    if not (faster or needs_gradient(args) or unit_multiplies(query, args[3:9])):
         return False
     return _why_not_fused(key, value, mask, call) is None
 
 
-def _as_moved(key: Tensor, num_heads: int) -> Tensor:
-    """Like moved queries in shape and dtype, which is all that decides."""
-    return key[:, :1].expand(-1, num_heads, -1)
-
-
-def node_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    mask: Tensor | None,
-    weights: Weights,
-    call: ClipCall,
-) -> Node:
-    """The node for a query ``(N, E)``, keys ``(N, S, Ek)`` and values, None for the keys.
-
-    Raises:
-        RuntimeError: a backend was forced that cannot run it.
-    """
-    how = (call.options.dropout_p, call.need_weights)
-    add_zero_attn = call.options.add_zero_attn
-    function, extra_slots = None, has_extra_slots(weights, add_zero_attn)
-    if extra_slots or not _library_multiplies(query, weights[:6]):
-        function = backends.choose(mixing.operator_for(*how), _attended(key, value, mask, call))
-    return Node(call.num_heads, call.query_index, *how, call.blank, add_zero_attn, function)
-
-
 def _why_not_fused(key: Tensor, value: Tensor, mask: Tensor | None, call: ClipCall) -> str | None:
     """``mixing.why_not_fused`` of the queries with moved projections."""
-    as_moved = _as_moved(key, call.num_heads)
     how = (call.options.dropout_p, call.need_weights)
-    return mixing.why_not_fused(as_moved, key, value, mask, *how)
-
-
-def _attended(
-    key: Tensor, value: Tensor | None, mask: Tensor | None, call: ClipCall
-) -> tuple[Any, ...]:
-    """What the operator for attention is given, as far as that decides who runs it."""
-    how = (call.options.dropout_p, call.need_weights)
-    rest = () if mixing.operator_for(*how) == "attend_shared" else (None, *how)
-    own = None if value is key else value
-    return (_as_moved(key, call.num_heads), key, own, mask, None, *rest)
-
-
-def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
-    """Whether a node is the CPU library's with its products of tokens ``(N, E)`` and weights: where
-    those were faster than torch's in docs/cpu.md."""
-    if backends.order(tokens.device.type)[0] != "cpu":
-        return False
-    if backends.why_not("cpu", "product_", (tokens, *params)) is not None:
-        return False
-    isa, bfloat16 = _native.cpu_isa(), tokens.dtype == torch.bfloat16
-    if isa == "baseline":
-        return False
-    if bfloat16 and isa == "amx":
-        return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
-    wide = tokens.dtype in (torch.float32, torch.float64)
-    if (bfloat16 and isa == "avx512_bf16") or (wide and isa == "avx2"):
-        return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
-    return True
-
-
-def _unit_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:
-    """Whether it does so by the processor's matrix unit, which is faster in inference as well."""
-    bfloat16 = tokens.dtype == torch.bfloat16
-    return bfloat16 and _library_multiplies(tokens, params) and _native.cpu_isa() == "amx"
+    return mixing.why_not_fused(as_moved(key, call.num_heads), key, value, mask, *how)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import backends, checks, functional, mixing, ring, steps_node, windows
 from .attention import ONE_QUERY, SingleOutputMultiheadAttention, is_unbatched
+from .clip_node import as_moved
 from .clips import explain_clip
 from .modes import checked_mode
 from .operands import Rings, Tokens, as_tokens, told_apart
@@ -75,7 +76,7 @@ def explain(
     way = functional.way_of_steps(tokens, state, 0, plan) if many else "at once"
     if way == "projected":
         layout = plan.layout._replace(formulation="kv", cache_dtype=None)
-        state = ring.new_state(layout, query.shape[0], tokens[0])
+        state = ring.new_state(layout, tokens[0].shape[0], tokens[0])
         lines.append("the ring is projected to keys and values first")
     if way == "singly":
         query, key, value = (x[:, 0] for x in tokens)
@@ -126,7 +127,7 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
     if many and windows.why_not(*(query,) * 5) is None:  # of which class and dtype decide
         return [attends]
     if isinstance(state, InputState) and not many:
-        moved = state.x[:, :1].expand(-1, call.layout.num_heads, -1)
+        moved = as_moved(state.x, call.layout.num_heads)
         if mixing.why_not_fused(moved, state.x, None, None, call.options.dropout_p) is None:
             return [attends]
     lines = [] if first == "torch" else [f"{first}: {reason}"]

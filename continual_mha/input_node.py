@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import backends, inputs, mixing, reference
-from .clip_node import Needed, gradients_of_output
-from .clips import ClipCall, node_of
+from .clip_node import ClipCall, Needed, gradients_of_output, node_of
 from .inputs import Inputs
 from .operands import Options, Weights
 from .step_node import Step, StepWay, why_no_step_node

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import continual_mha as co
-from continual_mha import SingleOutputMultiheadAttention, backends, clip_node, clips
+from continual_mha import SingleOutputMultiheadAttention, backends, clip_node
 
 pytestmark = pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
 
@@ -27,7 +27,7 @@ STREAMS = 3
 def multiplying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who multiplies with weights in a node, whatever the CPU."""
     who: str = request.param
-    monkeypatch.setattr(clips, "_library_multiplies", lambda *args: who == "library")
+    monkeypatch.setattr(clip_node, "_library_multiplies", lambda *args: who == "library")
     return who
 
 
