@@ -1,5 +1,6 @@
 """What is built and installed, and what the README and docstrings tell people to type."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -134,6 +135,24 @@ def test_package_runs_from_the_unpacked_wheel_and_from_the_bare_tree(place, whee
     subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT.anchor, env=environment, check=True
     )
+
+
+def test_modules_import_from_their_own_group_of_the_map_or_from_those_below():
+    rows = (ROOT / "docs" / "code.md").read_text().partition("|---|---|\n")[2].partition("\n\n")[0]
+    known = {path.stem: path for path in (ROOT / "continual_mha").glob("*.py")}
+    del known["__init__"]
+    group = {
+        name: number
+        for number, row in enumerate(rows.splitlines())
+        for name in re.findall(r"`(\w+)`", row.split("|")[2])
+        if name in known
+    }
+    assert group.keys() == known.keys()
+    for name, path in known.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                found = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(group[x] >= group[name] for x in found), f"{name} imports {found}"
 
 
 def test_changelog_and_citation_name_the_version():
