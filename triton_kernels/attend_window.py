@@ -13,7 +13,13 @@ from .launch import constants_of, launch
 from .pieces import LOG2E, accumulators, cast, dot, dot_precision, keep_scale
 from .plan import StepsPlan, cdiv, steps_plan
 from .ring_step import uncovered
-from .ring_steps import clip_tile, ring_steps_kernel, ring_tile, token_in_slot
+from .ring_steps import (
+    clip_tile,
+    oldest_in_ring,
+    ring_steps_kernel,
+    ring_tile,
+    token_in_slot,
+)
 
 
 @triton.jit
@@ -92,14 +98,13 @@ def _window_query_gradient_kernel(
         tl.store(grad_sink_ptr + at, grad_sink, mask=mask_t)
 
     grad_q = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-    ring_end = tl.where(begin < L - 1, L, 0)
     newest = ((position + L - 1) % L).to(tl.int32)
-    seen = tl.minimum(position, L).to(tl.int32)
-    for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
-        k, v, visible, keys, _ = ring_tile(
-            k_ring_ptr, v_ring_ptr, start + offs_s, offs_t, offs_d, mask_d, begin, newest, seen, L,
-            D,
-        )  # fmt: skip
+    oldest = oldest_in_ring(position, begin, L)
+    for start in tl.range(oldest, 0, BLOCK_S, num_stages=STAGES):
+        keys = start + offs_s
+        k, v, visible, _, _ = ring_tile(
+            k_ring_ptr, v_ring_ptr, keys, offs_t, offs_d, mask_d, newest, L, D
+        )
         _, grad_score = _tile_gradients(
             q, k, grad_out, v, visible, lse[:, None], shared[:, None], scale,
             (keys + L)[None, :], offs_t[:, None], seed_ptr, stream, head, dropout_p, PRECISION, ACC,

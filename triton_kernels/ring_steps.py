@@ -38,21 +38,30 @@ def token_in_slot(slots, newest, L: tl.constexpr):
 
 
 @triton.jit
-def ring_tile(
-    k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen,
-    L: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of a ring's slots, who sees them [BLOCK_T, BLOCK_S], their tokens, and
-    which slots were read [BLOCK_S].
+def oldest_in_ring(position, begin, L: tl.constexpr):
+    """The first of a ring's tokens that tokens from `begin` on see, counted as in `token_in_slot`.
+
+    All later ones are seen as well; 0 or more where none is.
     """
-    keys = token_in_slot(slots, newest, L)
-    there = (slots < L) & (keys >= -seen) & (keys > begin - L)
+    return tl.maximum(-tl.minimum(position, L).to(tl.int32), begin - L + 1)
+
+
+@triton.jit
+def ring_tile(
+    k_ring_ptr, v_ring_ptr, keys, offs_t, offs_d, mask_d, newest, L: tl.constexpr, D: tl.constexpr
+):
+    """Keys and values of tokens of the ring, who sees them [BLOCK_T, BLOCK_S], their slots, and
+    which slots were read [BLOCK_S]: tokens are taken in order, for slots of others cost a tile.
+    """
+    there = keys < 0
+    slots = newest + 1 + keys
+    slots = tl.where(slots < 0, slots + L, slots)
     visible = there[None, :] & (keys[None, :] > offs_t[:, None] - L)
     offsets = slots[:, None] * D + offs_d[None, :]
     mask = there[:, None] & mask_d[None, :]
     k = tl.load(k_ring_ptr + offsets, mask=mask, other=0)
     v = tl.load(v_ring_ptr + offsets, mask=mask, other=0)
-    return k, v, visible, keys, there
+    return k, v, visible, slots, there
 
 
 @triton.jit
@@ -186,13 +195,12 @@ def _attend_block(
         m_i *= tl.full((), LOG2E, ACC)
     acc = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     factor = tl.full((), 0.0, tl.float32)
-    ring_end = tl.where(begin < L - 1, L, 0)
     newest = ((position + L - 1) % L).to(tl.int32)
-    seen = tl.minimum(position, L).to(tl.int32)
-    for start in tl.range(0, ring_end, BLOCK_S, num_stages=STAGES):
-        slots = start + offs_s
-        k, v, visible, keys, there = ring_tile(
-            k_ring_ptr, v_ring_ptr, slots, offs_t, offs_d, mask_d, begin, newest, seen, L, D
+    oldest = oldest_in_ring(position, begin, L)
+    for start in tl.range(oldest, 0, BLOCK_S, num_stages=STAGES):
+        keys = start + offs_s
+        k, v, visible, slots, there = ring_tile(
+            k_ring_ptr, v_ring_ptr, keys, offs_t, offs_d, mask_d, newest, L, D
         )
         k_scale = None
         v_scale = None
