@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import constants_of, launch
+from .launch import constants_of, launch, little_memory
 from .pieces import LOG2E, accumulators, cast, dot, dot_precision, keep_scale
 from .plan import StepsPlan, cdiv, steps_plan
 from .ring_step import uncovered
@@ -258,7 +258,8 @@ def attend_window(
     """
     (N, T, H, D), L = query.shape, k_ring.shape[2]
     query, key, value = _packed(query), _packed(key), _packed(value)
-    plan = steps_plan(T - first, D, query.element_size(), seed is not None)
+    little = little_memory(query)
+    plan = steps_plan(T - first, D, query.element_size(), seed is not None, little=little)
     out = query.new_empty((N, T - first, H, D))
     wide, _ = accumulators(query.dtype)
     lse = torch.empty((N, T - first, H), dtype=wide, device=query.device)
@@ -300,7 +301,8 @@ def attend_window_backward(
     """
     (N, T, H, D), L = query.shape, k_ring.shape[2]
     query, key, value = _packed(query), _packed(key), _packed(value)
-    plan = steps_plan(T - first, D, query.element_size(), seed is not None, backward=True)
+    sizes = (T - first, D, query.element_size())
+    plan = steps_plan(*sizes, seed is not None, backward=True, little=little_memory(query))
     block_t, block_s, block_d, stages, precision, acc = _constants(plan, query.dtype)
     shape = (N, T, H, D)
     grad_query = query.new_zeros(shape) if first else query.new_empty(shape)
@@ -327,9 +329,9 @@ def attend_window_backward(
         grad_value, grad_k_ring, grad_v_ring, *strides, T, first, dropout_p,
     )  # fmt: skip
     constants = constants_of(
-        H, D, L, rings, block_t, block_s, block_d, stages, precision, D**-0.5, acc
+        H, D, L, rings, plan.key_t, plan.key_s, block_d, stages, precision, D**-0.5, acc
     )
-    blocks = cdiv(T, block_s) + (cdiv(L, block_s) if rings else 0)
+    blocks = cdiv(T, plan.key_s) + (cdiv(L, plan.key_s) if rings else 0)
     launch(
         _window_key_gradient_kernel, (N * H * blocks, 1, 1), args, constants,
         num_warps=plan.num_warps,

@@ -507,6 +507,7 @@ class StepsPlan(NamedTuple):
     """Blocks of tokens, of keys and of features in the many-token kernel.
 
     block_one: keys of a tile that a single token has to itself.
+    key_t, key_s: tokens and keys of a program that computes gradients of keys.
     whole: fp32 is multiplied as it is, since registers have no room for two parts of each number.
     """
 
@@ -517,11 +518,16 @@ class StepsPlan(NamedTuple):
     num_warps: int
     stages: int
     whole: bool
+    key_t: int
+    key_s: int
 
 
 # (tokens, keys, warps) by padded head_dim, for 16-bit elements and for fp32, of which a thread has
-# two parts of each number in registers.
-STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
+# two parts of each number in registers. Four warps and 64 tokens, or in the keys' kernel 64 keys,
+# are what sm_90 multiplies out of shared memory. Of fewer each warp reads operands for itself: for
+# 64 tokens and 32 keys of 128 features 1340 cycles of shared memory, counted in the compiled code,
+# in place of 380, and three times as many in the backward's kernels, too.
+STEPS_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 4),
                    256: (32, 32, 8)}  # fmt: skip
 STEPS_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 16, 4),
                    256: (16, 16, 8)}  # fmt: skip
@@ -531,7 +537,7 @@ ONE_TOKEN_BLOCKS = {16: 32, 32: 16, 64: 32, 128: 4, 256: 8}
 
 
 # The backward holds two tiles of accumulators where the forward holds one.
-WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (32, 32, 4),
+WINDOW_BACKWARD_BLOCKS_16 = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 4),
                              256: (32, 32, 8)}  # fmt: skip
 WINDOW_BACKWARD_BLOCKS_32 = {16: (32, 32, 4), 32: (32, 16, 4), 64: (16, 32, 4), 128: (16, 16, 8),
                              256: (16, 16, 8)}  # fmt: skip
@@ -545,6 +551,8 @@ def steps_plan(
     dropout: bool,
     backward: bool = False,
     codes: bool = False,
+    *,
+    little: bool = False,
 ) -> StepsPlan:
     """The plan of `ring_steps_`, `attend_window` or its backward for `tokens` outputs a stream.
 
@@ -556,6 +564,9 @@ def steps_plan(
         table = STEPS_BLOCKS_16 if itemsize == 2 else STEPS_BLOCKS_32
     block_d = max(16, next_power_of_2(head_dim))
     block_t, block_s, warps = table[block_d]
+    wide = itemsize == 2 and block_d == 128
+    if wide and little:  # a program of 64 tokens would be alone on a multiprocessor
+        block_t = 32
     of_few_weights = block_d == 256 and codes and itemsize == 2  # eight warps share them
     if dropout and not (backward and itemsize > 2) and not of_few_weights:
         block_t = max(16, block_t // 2)  # Philox keeps five numbers per weight
@@ -570,6 +581,12 @@ def steps_plan(
     # Decoded tiles take registers beside Philox's numbers, and those of 64 features without them.
     if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
         block_s //= 2
-    block_t = max(16, min(block_t, next_power_of_2(max(tokens, 1))))
+    key_t, key_s = block_t, block_s
+    if wide and not little:  # Philox and masks of other widths take the registers of more keys
+        key_t, key_s = (16 if dropout else 32), (64 if head_dim == 128 and not dropout else 32)
+    least = next_power_of_2(max(tokens, 16))
     whole = itemsize > 2 and block_d == 256
-    return StepsPlan(block_t, block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages, whole)
+    return StepsPlan(
+        min(block_t, least), block_s, block_d, ONE_TOKEN_BLOCKS[block_d], warps, stages, whole,
+        min(key_t, least), key_s,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dropout import dropout_seed
 from ..operands import Weights
 from .eight_bits import decode, quantise_tokens, unit_of
-from .launch import constants_of, launch
+from .launch import constants_of, launch, little_memory
 from .pieces import (
     LN2,
     LOG2E,
@@ -409,7 +409,8 @@ def ring_steps_(
         value, value_scale = quantise_tokens(value, H, v_ring.dtype)
     clip, rings = (key, value, key_scale, value_scale), (k_ring, v_ring, k_scale, v_scale)
     sizes = (T - first, D, query.element_size())
-    plan = steps_plan(*sizes, dropout_p > 0.0, codes=k_scale is not None)
+    little = little_memory(query)
+    plan = steps_plan(*sizes, dropout_p > 0.0, codes=k_scale is not None, little=little)
     out = query.new_empty((N, T - first, E))
     _, acc = accumulators(query.dtype)
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
