@@ -106,7 +106,7 @@ void launch_outer_product(const OuterProduct& first, const OuterProduct& second,
   p.cols = static_cast<int>(gradient.size(2));
   p.threads = gradient.size(0) * divide_up(p.rows, kTileRows) * divide_up(p.cols, kPack);
   p.aligned = aligned16(first.vectors, p.cols * static_cast<int64_t>(gradient.element_size())) &&
-              aligned16(second.vectors);
+              aligned16(second.vectors) && aligned16(p.gradient);
   launch_blocks(outer_product_kernel_for(element_of(gradient, a.op)),
                 (p.threads + kThreads - 1) / kThreads, 0, p, a);
 }

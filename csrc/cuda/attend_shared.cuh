@@ -44,6 +44,29 @@ __device__ __forceinline__ Pack<T> load_columns(const T* row, int col, int cols,
   return pack;
 }
 
+// Writes kPack elements of a row from `col` on, none past its end. One by one, each would cost the
+// second-level cache a write of its own.
+template <typename T>
+__device__ __forceinline__ void store_columns(const float (&value)[kPack], T* row, int col,
+                                              int cols, bool aligned) {
+  T element[kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) element[i] = static_cast<T>(value[i]);
+  if (aligned && col + kPack <= cols) {
+    Pack<T> pack;
+    memcpy(pack.piece, element, sizeof(element));
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) {
+      store16(reinterpret_cast<uint4*>(row + col) + i, pack.piece[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (col + i < cols) row[col + i] = element[i];
+  }
+}
+
 template <typename T>
 struct AttendSharedBlock {
   const AttendSharedParams& p;
@@ -342,10 +365,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int r = 0; r < kTileRows; ++r) {
     if (first + r >= p.rows) continue;
     T* out = static_cast<T*>(p.gradient) + (stream * p.rows + first + r) * p.cols;
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      if (col + i < p.cols) out[col + i] = static_cast<T>(sum[r][i]);
-    }
+    store_columns(sum[r], out, col, p.cols, p.aligned);
   }
 }
 

@@ -23,6 +23,10 @@ __device__ __forceinline__ uint4 load16(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
+__device__ __forceinline__ void store16(void* address, const uint4& bytes) {
+  *static_cast<uint4*>(address) = bytes;
+}
+
 // Starts copying 16 bytes to shared memory; the bytes become zeros, and the source is not touched,
 // when `valid` is false.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool valid) {

@@ -258,6 +258,11 @@ inline uint4 load16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 
+inline void store16(void* address, const uint4& bytes) {
+  emulation::check_global(address);
+  *static_cast<uint4*>(address) = bytes;
+}
+
 inline void copy_async16(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("unaligned shared copy");
   if (valid) emulation::check_global(global);
