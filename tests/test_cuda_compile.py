@@ -26,8 +26,8 @@ TORCH = Path(torch.__file__).parent
 ARCHS = (80, 90, 100)
 DTYPES = ("float", "Half", "BFloat16")
 # kThreads * registers may not exceed the 64 Ki of a multiprocessor; a step wants two blocks there,
-# an outer product three.
-MAX_REGISTERS = {"ring_step_kernel": 128, "attend_shared": 255, "outer_product_kernel": 80}
+# as does attention over a clip below sm_100, an outer product three.
+MAX_REGISTERS = {"ring_step_kernel": 128, "attend_shared": 128, "outer_product_kernel": 80}
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,8 @@ def test_no_kernel_spills_or_uses_local_memory() -> None:
 def test_registers_and_static_shared_memory_stay_within_the_design() -> None:
     for kernel in kernels():
         limit = next(v for name, v in MAX_REGISTERS.items() if kernel.name.startswith(name))
+        if kernel.name.startswith("attend_shared") and kernel.arch >= 100:
+            limit = 255
         assert kernel.registers <= limit, kernel
         # all of it is dynamic, and planned by the host, but for what the system takes of a block
         assert kernel.static_shared == (1024 if kernel.arch >= 90 else 0), kernel
