@@ -145,12 +145,16 @@ struct RingStepBlock {
   }
 
   // Every block reads the positions here, before the barrier or the counter after which one of
-  // them writes the new ones.
-  __device__ __forceinline__ void load_state() {
+  // them writes the new ones. They are asked for first and awaited last, with the tokens between.
+  __device__ __forceinline__ int64_t load_position() const {
+    return thread < kStreams && exists(thread) ? p.position[first_stream + thread] : 0;
+  }
+
+  __device__ __forceinline__ void store_state(int64_t position) {
     if (thread >= kStreams) return;
     StreamState s{};
     if (exists(thread)) {
-      s.position = p.position[first_stream + thread];
+      s.position = position;
       s.slot = static_cast<int>(s.position % p.sequence_len);
       s.rows = static_cast<int>(s.position < p.sequence_len ? s.position + 1 : p.sequence_len);
       if (p.query_slots > 0) {
@@ -167,15 +171,33 @@ struct RingStepBlock {
     if (p.active == nullptr || p.active[n]) p.position[n] = state[thread].position + 1;
   }
 
+  // What a thread copies it asks for at once, up to kTurns elements of a row: one after the other,
+  // each would wait for memory.
   __device__ __forceinline__ void stage_inputs() {
+    constexpr int kTurns = kStreams == 1 ? 4 : 2;
     for (const StepInput& input : p.inputs) {
       if (!input.staged) continue;
-      const T* data = static_cast<const T*>(input.data);
-      for (int g = 0; g < kStreams; ++g) {
-        T* row = x + input.x_offset + g * input.x_stride;
-        const int64_t start = (first_stream + g) * input.stride_n;
-        for (int e = thread; e < input.size; e += kThreads) {
-          row[e] = exists(g) ? data[start + e * input.stride_e] : static_cast<T>(0.0f);
+      const T* data = static_cast<const T*>(input.data) + first_stream * input.stride_n;
+      for (int first = thread; first < input.size; first += kTurns * kThreads) {
+        T element[kStreams][kTurns];
+#pragma unroll
+        for (int g = 0; g < kStreams; ++g) {
+#pragma unroll
+          for (int i = 0; i < kTurns; ++i) {
+            const int e = first + i * kThreads;
+            element[g][i] = static_cast<T>(0.0f);
+            if (e < input.size && exists(g)) {
+              element[g][i] = data[g * input.stride_n + e * input.stride_e];
+            }
+          }
+        }
+#pragma unroll
+        for (int g = 0; g < kStreams; ++g) {
+#pragma unroll
+          for (int i = 0; i < kTurns; ++i) {
+            const int e = first + i * kThreads;
+            if (e < input.size) x[input.x_offset + g * input.x_stride + e] = element[g][i];
+          }
         }
       }
     }
@@ -244,13 +266,29 @@ struct RingStepBlock {
     }
   }
 
+  // At once as well, of all three.
   __device__ __forceinline__ void load_projected() {
-    for (int part = 0; part < 3; ++part) {
-      const T* data = static_cast<const T*>(p.projected[part]);
-      for (int g = 0; g < kStreams; ++g) {
-        const int64_t start = (first_stream + g) * p.projected_stride + first_channel;
-        for (int c = thread; c < group_dim; c += kThreads) {
-          if (exists(g)) qkv_row(part, g)[c] = static_cast<float>(data[start + c]);
+    constexpr int kTurns = 4;
+    for (int g = 0; g < kStreams && exists(g); ++g) {
+      const int64_t start = (first_stream + g) * p.projected_stride + first_channel;
+      for (int first = thread; first < group_dim; first += kTurns * kThreads) {
+        T element[3][kTurns];
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+          const T* data = static_cast<const T*>(p.projected[part]) + start;
+#pragma unroll
+          for (int i = 0; i < kTurns; ++i) {
+            const int c = first + i * kThreads;
+            element[part][i] = c < group_dim ? data[c] : static_cast<T>(0.0f);
+          }
+        }
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+#pragma unroll
+          for (int i = 0; i < kTurns; ++i) {
+            const int c = first + i * kThreads;
+            if (c < group_dim) qkv_row(part, g)[c] = static_cast<float>(element[part][i]);
+          }
         }
       }
     }
@@ -686,12 +724,13 @@ struct RingStepBlock {
   __device__ __forceinline__ void run() {
     const bool share = kMerge == Merge::kCluster && p.splits > 1;
     if (share) cluster_arrive_relaxed();
-    load_state();
+    const int64_t position = load_position();
     if (projected()) {
       load_projected();
     } else {
       stage_inputs();
     }
+    store_state(position);
     __syncthreads();
     // The ring does not wait for the query: its first copies travel during the projection.
     const RingTask<T> first = warp < tasks() ? ring_task(warp) : RingTask<T>{};
