@@ -777,3 +777,25 @@ def test_many_gradients_at_once_of_widths_that_are_padded(formulation):
     (found,) = torch.autograd.grad(out, x, seeds, is_grads_batched=True, **how)
     singly = torch.stack([torch.autograd.grad(out, x, seed, **how)[0] for seed in seeds])
     assert torch.dist(found, singly) < 5e-2 * singly.norm()
+
+
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("query_index", [-1, -2])
+@pytest.mark.parametrize("call", ["forward", "forward_step", "forward_steps"])
+def test_outputs_that_need_a_gradient_may_be_written_to(call, query_index, formulation, backend):
+    """As by ``nn.ReLU(inplace=True)`` behind the attention, or ``+=``."""
+    module = build(query_index=query_index, formulation=formulation)
+    x = draw_tokens(module, 2, 2 * LENGTH)[0]
+    grads = []
+    for written in (True, False):
+        module.zero_grad()
+        module.clean_state()
+        module.forward_steps(x[:, :LENGTH])
+        later = x[:, LENGTH] if call == "forward_step" else x[:, LENGTH:]
+        out = getattr(module, call)(later)
+        out = out[0] if call == "forward" else out
+        out = out.mul_(2).relu_() if written else out.mul(2).relu()
+        (out * torch.arange(out.shape[-1], device=out.device)).sum().backward()
+        grads.append([weight.grad.clone() for weight in module.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -88,6 +88,16 @@ struct Clip {
   }
 };
 
+// The same numbers in another shape, and to autograd no view of them: what a node returns could not
+// be written to in place if it were one.
+Tensor reshaped(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(sizes)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Output, rings with the tokens, and what the gradients take: projected tokens (N T, 3E), the
 // heads' outputs (N (T - first), E), and the logarithm of the softmax's denominator.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> new_ring_steps(
@@ -110,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> new_ring_steps(
   attend_windows(p, clip.dtype, RingDType::kAsTokens);
   const Tensor k_after = clip.with_tokens(clip.k_ring, p.keys);
   const Tensor v_after = clip.with_tokens(clip.v_ring, p.values);
-  const Tensor out = torch::stable::view(project_out(heads, w, clip.dtype),
-                                         {s.streams, clip.wanted(), clip.embed_dim()});
+  const Tensor out =
+      reshaped(project_out(heads, w, clip.dtype), {s.streams, clip.wanted(), clip.embed_dim()});
   return {out, k_after, v_after, projected, heads, lse};
 }
 
