@@ -17,6 +17,7 @@ from .clip_node import ClipCall
 from .clips import ClipWay, way_of_clip
 from .modes import checked_mode, make_known_upstream, surrounding_active, surrounding_mode
 from .operands import Options, RepeatedStep, Tokens, Weights, as_tokens, is_shared, told_apart
+from .precision import autocast_dtype
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, State
 from .streams import AUTOCAST_DTYPES, StatefulStreams
@@ -715,14 +716,14 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             layout, weight = self._layout_of_given(state), checks.out_weight(self)
             dtypes = {weight.dtype, *AUTOCAST_DTYPES}
             state = ring.check_parts(state, layout, dtypes, weight.device)
-        state, call = self._plan(tokens, state, update=True)
+        tokens, state, call = self._plan(tokens, state, update=True)
         if not call.differentiable or self._must_copy(state, differentiable=True):
             state = ring.snapshot(state)
         return self._advance(tokens, state, active, call)
 
     def _go_on(self, tokens: Tokens, update: bool, active: Tensor | None = None) -> Tensor | None:
         """Take tokens from the module's state; if that raises, the streams are where they were."""
-        state, call = self._plan(tokens, self._state(), update)
+        tokens, state, call = self._plan(tokens, self._state(), update)
         if torch.compiler.is_compiling():
             return self._take(tokens, state, active, call)
         in_place = tokens[0].dim() == 3 and update and not call.differentiable
@@ -799,14 +800,16 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _plan(
         self, tokens: Tokens, state: State | None, update: bool
-    ) -> tuple[State, functional.StepCall]:
-        """The state to go on from, a new one for None, and how. Nothing changes yet."""
+    ) -> tuple[Tokens, State, functional.StepCall]:
+        """Tokens as the state keeps them, the state to go on from, a new one for None, and how.
+        Nothing changes yet."""
         query = tokens[0]
         if state is None:
             layout = self._layout_of_new(query.shape[0], query, is_shared(tokens))
             state = ring.new_state(layout, query.shape[0], query)
         else:
             layout = self._layout_with("input" if isinstance(state, INPUT_STATES) else "kv")
+            tokens = _as_kept(tokens, state)
         checks.check_continues(state, tokens, layout)
         weights = self._weights()
         differentiable = self._needs_grad(tokens, state, weights)
@@ -820,7 +823,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
         call = functional.StepCall(
             weights, layout, self._options(), update, differentiable, self.batch_invariant
         )
-        return state, call
+        return tokens, state, call
 
     def _advance(
         self, tokens: Tokens, state: State, active: Tensor | None, call: functional.StepCall
@@ -969,6 +972,18 @@ def is_unbatched(clip: object) -> bool:
 def _which_are_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[bool, ...]:
     """Whether key and value are the query, and value the key."""
     return key is query, value is query, value is key
+
+
+def _as_kept(tokens: Tokens, state: State) -> Tokens:
+    """Tokens in the dtype of the state where autocast surrounds the call, which takes any."""
+    query, key, value = tokens
+    kept = ring.like_tokens(state)
+    if kept is None or query.dtype == kept.dtype or autocast_dtype(query.device.type) is None:
+        return tokens
+    asked = query.to(kept.dtype)
+    seen = asked if key is query else key.to(kept.dtype)  # what is one tensor stays one
+    said = asked if value is query else seen if value is key else value.to(kept.dtype)
+    return asked, seen, said
 
 
 # Private to torch: where it is not there, every call takes the way that serves hooks.

@@ -66,7 +66,7 @@ def explain(
         mode = "forward_steps" if isinstance(query, Tensor) and query.dim() == 3 else "forward_step"
     many = mode == "forward_steps"
     tokens = (module._many_tokens if many else module._tokens)(query, key, value)
-    state, plan = module._plan(tokens, module._state(), update=True)
+    tokens, state, plan = module._plan(tokens, module._state(), update=True)
     kept = plan.layout.formulation
     if module.cache_dtype is not None:
         kept += f", quantised to {module.cache_dtype}"

@@ -531,8 +531,11 @@ def test_what_surrounds_a_step_is_seen(backend):
             module.forward_step(token)
         before = module._ring_position.clone()
         assert before.tolist() == [LENGTH + 2, LENGTH + 3, LENGTH + 3]
-        with torch.autocast(token.device.type, torch.bfloat16), pytest.raises(TypeError):
-            module.forward_step(token.bfloat16())  # the state is float32
+        with torch.autocast(token.device.type, torch.bfloat16):
+            for given in (token, token.bfloat16()):
+                assert module.forward_step(given, update_state=False).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"the state|the module's"):
+            module.forward_step(token.bfloat16())  # both are float32
         module.forward_step(token, update_state=False)
         assert torch.equal(module._ring_position, before)
     assert module.forward_step(token).requires_grad

@@ -428,6 +428,42 @@ def test_autocast_may_begin_and_end_in_mid_stream():
     assert module.get_state().k.dtype == torch.float32
 
 
+BEGINNINGS = {
+    "a step": lambda module, x: module.forward_step(x[:, 0]),
+    "a step of half precision": lambda module, x: module.forward_step(x[:, 0].bfloat16()),
+    "room": lambda module, x: module.start_streams(x.shape[0]),
+    "zeros": lambda module, x: module.warm_up((x.shape[0], x.shape[2])),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("query_index", [-1, -2])
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_autocast_takes_tokens_of_any_dtype_in_every_stream(
+    beginning, formulation, query_index, mode
+):
+    """As they come from what autocast casts to, a linear layer, and what it casts from, a norm."""
+    module, twin = (build(query_index=query_index, formulation=formulation) for _ in range(2))
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    clips = [x[:, : LENGTH + 1], x[:, LENGTH + 1 :].bfloat16(), x[:, 1 : LENGTH + 1]]
+    outputs = []
+    for each, same_dtype in ((module, False), (twin, True)):
+        outputs.append([])
+        with mode(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+            BEGINNINGS[beginning](each, x)
+            kept = each.get_state()[0].dtype
+            assert kept == (torch.bfloat16 if "half" in beginning else torch.float32)
+            for clip in clips:
+                clip = clip.to(kept) if same_dtype else clip
+                outputs[-1] += [each.forward_step(token) for token in clip.unbind(1)]
+                outputs[-1].append(each.forward_steps(clip))
+            assert each.get_state()[0].dtype == kept
+    for got, expected in zip(*outputs, strict=True):
+        assert got is expected is None or torch.equal(got, expected)
+    assert_same_state(module.get_state(), twin.get_state())
+
+
 def test_state_of_half_tokens_under_autocast_can_be_set_again():
     """Its dtype is that of the tokens and not of the weights, in a fresh module too."""
     module = build()
