@@ -53,11 +53,16 @@ class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
 
 def surrounding_mode() -> str | None:
     """The mode of the innermost ``call_mode`` block, ours or that of an imported ``continual``."""
-    if call_mode.current is not None or torch.compiler.is_compiling():
+    if call_mode.current is not None:
         return call_mode.current
-    upstream = getattr(sys.modules.get("continual.module"), "call_mode", None)
+    module: Any = sys.modules.get("continual.module")
+    upstream = getattr(module, "call_mode", None)
     if upstream is None or upstream.prev is None:
         return None
+    if torch.compiler.is_compiling():  # which would not read the number in a tensor
+        for name, tensor in module.CALL_MODES.items():
+            if upstream.cur is tensor:
+                return str(name)
     return checked_mode(upstream.cur)
 
 

@@ -19,7 +19,9 @@ from oracles import (
     to_layout,
 )
 from torch._dynamo.testing import CompileCounter
+from upstream import continual
 
+import continual_mha as co
 from continual_mha import backends, tracing
 
 pytestmark = pytest.mark.usefixtures("_fresh_compiler")
@@ -198,6 +200,23 @@ def test_compiled_call_follows_the_call_mode():
         expected = step_through(twin, x)
     assert outputs[:-1] == [None] * (LENGTH - 1)
     torch.testing.assert_close(outputs[-1], expected[-1])
+
+
+@pytest.mark.parametrize("surrounding", [co.call_mode, "of continual"])
+def test_compiled_call_follows_the_surrounding_call_mode_too(surrounding):
+    surrounding = continual.call_mode if surrounding == "of continual" else surrounding
+    module, twin = build(), build()
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    call = torch.compile(module, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for each in (module, twin):
+            each.forward_steps(x)
+        for mode in 2 * ["forward", "forward_steps", "forward_step"]:
+            given = x[:, 0] if mode == "forward_step" else x
+            with surrounding(mode):
+                got = call(given)
+            torch.testing.assert_close(got, getattr(twin, mode)(given))
+            torch.testing.assert_close(call(x), twin.forward(x))
 
 
 @pytest.mark.parametrize("way", WAYS)
