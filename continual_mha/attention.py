@@ -120,7 +120,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
     ``cache_dtype``, on which the shape of the state depends, may be set while there is none, as
     before the first step or after ``clean_state``; what the weights fix may not be set.
     ``out_proj`` may be another ``torch.nn.Linear``: its weight and bias are read, and its forward
-    is not called.
+    is not called. It may have an adapter, as of ``peft``, that is merged into them or switched off.
 
     Raises:
         ValueError: a size or an index is out of its range.

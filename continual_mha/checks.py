@@ -84,13 +84,19 @@ def out_weight(module: nn.MultiheadAttention) -> Tensor:
         TypeError: ``out_proj`` computes something else than ``torch.nn.Linear`` does.
     """
     projection = module.out_proj
-    if getattr(type(projection), "forward", None) is not nn.Linear.forward:
+    computes = getattr(type(projection), "forward", None)
+    if computes is not nn.Linear.forward and not _adds_nothing(projection):
         raise TypeError(
             "out_proj must compute what torch.nn.Linear does, for its weight and bias are read and "
             f"its forward is not called, but got {type(projection).__name__}; merge what it adds "
             "into the weight, or let torch.nn.utils.parametrize compute the weight"
         )
     return projection.weight
+
+
+def _adds_nothing(projection: nn.Module) -> bool:
+    """Whether an adapter, as those of ``peft``, is in the weight or switched off."""
+    return any(getattr(projection, name, False) is True for name in ("merged", "disable_adapters"))
 
 
 def shapes_of_weights(width: int, kdim: int, vdim: int) -> Shapes:

@@ -155,6 +155,54 @@ def test_build_from_copies_arguments_and_weights(construction, backend):
         assert_equals_window(stack(step_through(module, *tokens), module), module, *tokens)
 
 
+class Adapted(nn.Module):
+    """A linear layer with an adapter, in the way of `peft`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.merged, self.disable_adapters = linear, False, False
+        self.added = nn.Parameter(torch.randn_like(linear.weight))
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x):
+        out = self.base_layer(x)
+        return out if self.merged or self.disable_adapters else out + x @ self.added.t()
+
+    def merge(self):
+        merged = self.weight.detach() + self.added
+        del self.base_layer.weight
+        self.base_layer.weight, self.merged = merged, True
+
+
+def test_output_projection_may_have_an_adapter_that_is_merged_or_off(backend):
+    module, expected = build(), build()
+    adapted = module.out_proj = Adapted(module.out_proj)
+    x = draw_tokens(module, 2, 3 * LENGTH)[0]
+    with pytest.raises(TypeError, match=r"out_proj.*merge"):
+        module(x)
+    adapted.disable_adapters = True
+    for merged in (False, True):
+        if merged:
+            adapted.disable_adapters = False
+            adapted.merge()
+            with torch.no_grad():
+                expected.out_proj.weight += adapted.added
+        for grad in (False, True):
+            outputs = []
+            for each in (module, expected):
+                each.clean_state()
+                with torch.set_grad_enabled(grad):
+                    steps = stack(step_through(each, x[:, : 2 * LENGTH]), each)
+                    outputs.append((each(x)[0], steps, each.forward_steps(x[:, 2 * LENGTH :])))
+            torch.testing.assert_close(*outputs)
+    sum(out.square().sum() for out in outputs[0]).backward()
+    sum(out.square().sum() for out in outputs[1]).backward()
+    torch.testing.assert_close(adapted.added.grad, expected.out_proj.weight.grad)
+    torch.testing.assert_close(module.in_proj_weight.grad, expected.in_proj_weight.grad)
+
+
 class Further(nn.MultiheadAttention):
     """With a weight of which nobody else knows what it does."""
 
