@@ -29,7 +29,10 @@ def checked_mode(mode: Any) -> str:
 
 
 class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
-    """Inside ``with call_mode("forward_step"):``, calling any module makes a step.
+    """Inside ``with call_mode("forward_step"):``, calling any module of this package makes a step.
+
+    Those of ``continual``, its containers among them, follow the block of the same name that is
+    theirs, and so do those of this package inside it.
 
     In every thread, as in ``continual``: where several run, set ``module.call_mode`` instead.
 

@@ -145,7 +145,7 @@ class OneByOne:
             if isinstance(module, StatefulStreams) and states[name] is not None
         }
         begun = {name: states[name] for name in ours}
-        storage.fitted(ours, begun, lambda module, state: module._layout_of_given(state))
+        storage.fitted(ours, begun)
         for name, state in begun.items():
             if state.position.shape[0] != 1:
                 streams = f"{state.position.shape[0]} streams, and not of one"

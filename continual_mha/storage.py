@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def import_stream(model: nn.Module, index: int, states: States) -> None:
     """
     check_states(states)
     modules = stateful_modules(model)
-    checked = fitted(modules, states, lambda module, state: module._layout())
+    checked = fitted(modules, states, joins=True)
     before = {name: module.get_stream(index) for name, module in modules.items()}
     marks = {name: module.mark() for name, module in modules.items()}
     try:
@@ -91,18 +91,19 @@ def import_state(model: nn.Module, states: States) -> None:
     check_states(states)
     modules = stateful_modules(model)
     named = {name: module for name, module in modules.items() if name in states}
-    checked = fitted(named, states, lambda module, state: module._layout_of_given(state))
+    checked = fitted(named, states)
     with all_or_as_before(list(modules.values())):
         for name, module in modules.items():
             module.set_state(checked.get(name))
 
 
 def fitted(
-    modules: Mapping[str, StatefulStreams],
-    states: States,
-    layout_for: Callable[[StatefulStreams, State], ring.Layout],
+    modules: Mapping[str, StatefulStreams], states: States, joins: bool = False
 ) -> dict[str, State]:
     """``states`` on the devices of ``modules``, once they are known to have the right layouts.
+
+    Args:
+        joins: whether each goes in among the streams there are, and not in their place.
 
     Raises:
         ValueError: a name or a state does not fit.
@@ -118,7 +119,7 @@ def fitted(
             if has_numbers(module._like()) and not all(map(has_numbers, parts)):
                 raise ValueError(f"it has no numbers that could be moved to {device}")
             state = _on(states[name], device)
-            checked[name] = module._checked(state, layout_for(module, state))
+            checked[name] = module._checked(state, joins)
         except (TypeError, ValueError) as error:
             where = f"module {name!r}" if name else "the module"
             raise ValueError(f"the state of {where} does not fit: {error}") from error

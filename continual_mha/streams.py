@@ -145,7 +145,7 @@ class StatefulStreams(nn.Module):
         if state is None:
             self.clean_state()
             return
-        checked = self._checked(state, self._layout_of_given(state))
+        checked = self._checked(state)
         copy = ring.snapshot(checked)
         with OrAsBefore((self, self._mark_before(0))):
             self._store(copy)
@@ -249,7 +249,7 @@ class StatefulStreams(nn.Module):
         """
         existing = self._existing_state()
         checks.check_stream_index(index, existing)
-        new = self._checked(state, self._layout())
+        new = self._checked(state, joins=True)
         if new.position.shape[0] != 1:
             raise ValueError(f"one stream has batch size 1, but got {new.position.shape[0]}")
         new = ring.snapshot(ring.detach(new))
@@ -332,10 +332,16 @@ class StatefulStreams(nn.Module):
             position = None if together else state.position.clone()
         return Mark(state, self._rings_are_shared, position, slots)
 
-    def _checked(self, state: object, layout: ring.Layout) -> Any:
-        """``state`` as a state of this module, if it fits; errors are those of ``set_state``."""
+    def _checked(self, state: object, joins: bool = False) -> Any:
+        """``state`` as a state of this module, if it fits; errors are those of ``set_state``.
+
+        Args:
+            joins: whether it goes in among the streams there are, and must be kept as they are.
+        """
         like = self._like()
-        dtypes = {like.dtype} if self._clock is not None else {like.dtype, *AUTOCAST_DTYPES}
+        layout = self._layout() if joins else self._layout_of_given(state)
+        among = joins and self._clock is not None
+        dtypes = {like.dtype} if among else {like.dtype, *AUTOCAST_DTYPES}
         return ring.check_state(state, layout, dtypes, like.device)
 
     def _existing_state(self) -> State:

@@ -476,6 +476,14 @@ def test_state_of_half_tokens_under_autocast_can_be_set_again():
         module.clean_state()
         module.set_state(state)
         assert torch.equal(module.forward_step(x[:, -1]), expected)
+        others = build()
+        others.forward_step(x[:, 0].float())  # whose streams give way to it, and are in float32
+        others.set_state(state)
+        assert torch.equal(others.forward_step(x[:, -1]), expected)
+        others.clean_state()
+        others.forward_step(x[:, 0].float())
+        with pytest.raises(TypeError, match=r"state.k must be torch.float32"):
+            others.set_stream(0, module.get_stream(0))
 
 
 def test_factory_arguments_reach_parameters_and_state():
