@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_FLOP_COUNTER = "torch.utils.flop_counter"  # which imports Triton, and is not asked for its class
+# Where a FlopCounterMode is from: not asked for the class, for torch's imports Triton.
+_FLOP_COUNTERS = ("torch.utils.flop_counter", "ptflops.aten_engine")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -79,13 +80,14 @@ def is_watched() -> bool:
 
 @constant_while_compiling
 def is_counted() -> bool:
-    """Whether ``torch.utils.flop_counter`` counts, which knows PyTorch's own operators alone.
+    """Whether ``torch.utils.flop_counter``, or ``ptflops`` by such a mode, counts, which knows
+    PyTorch's own operators alone.
 
     ``torch.compile`` does not trace where it does.
     """
     if not is_watched():
         return False
-    return any(type(x).__module__ == _FLOP_COUNTER for x in _get_current_dispatch_mode_stack())
+    return any(type(x).__module__ in _FLOP_COUNTERS for x in _get_current_dispatch_mode_stack())
 
 
 def makes_program() -> bool:

@@ -73,6 +73,30 @@ def test_flop_counter_sees_gradients_and_changes_no_result(mode):
     torch.testing.assert_close(tokens.grad, expected)
 
 
+class OfPtflops(TorchDispatchMode):
+    """In the way of `ptflops` with its backend `aten`: the products that it sees."""
+
+    __module__ = "ptflops.aten_engine"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_steps", "forward_step"])
+def test_ptflops_sees_products(mode):
+    mha = co.SingleOutputMultiheadAttention(16, 2, sequence_len=1).eval()
+    tokens = torch.randn(3, 16) if mode == "forward_step" else torch.randn(3, 1, 16)
+    for _ in range(3):
+        with torch.no_grad(), OfPtflops() as counter:
+            getattr(mha, mode)(tokens)
+        assert counter.seen & {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
+
+
 def test_no_backend_is_forced_when_an_interrupted_block_is_dropped():
     def block(_):
         with co.use_backend("torch"):
