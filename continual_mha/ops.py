@@ -107,9 +107,9 @@ _OF_CPU = {
     f"{_NODE_ARGS}, bool[] needed) -> Tensor?[]",
     "cpu_new_ring_steps": f"({_NODE_ARGS}, Tensor? seed, int first, float dropout_p) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cpu_new_ring_steps_backward": "(Tensor grad_out, Tensor? grad_k_ring, Tensor? grad_v_ring, "
-    f"{_NODE_ARGS}, Tensor? seed, Tensor projected, Tensor heads, Tensor lse, int first, "
-    "float dropout_p, bool[] needed) -> Tensor?[]",
+    "cpu_new_ring_steps_backward": "(Tensor? grad_out, Tensor? grad_k_ring, "
+    f"Tensor? grad_v_ring, {_NODE_ARGS}, Tensor? seed, Tensor projected, Tensor heads, Tensor lse, "
+    "int first, float dropout_p, bool[] needed) -> Tensor?[]",
     "cpu_product_": "(Tensor(a!) out, Tensor left, Tensor right, Tensor? bias, float scale, "
     "bool add) -> ()",
     "cpu_take_slots": "(Tensor ring, Tensor position, int first, int count) -> Tensor",

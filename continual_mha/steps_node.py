@@ -66,13 +66,9 @@ class _Steps(torch.autograd.Function):
         if is_followed(grads):
             by_operators = partial(_steps_by_operators, *ctx.how, q_ring, *before[:2])
             return *(None,) * 4, *gradients_by_operators(by_operators, given, grads, needed, "cpu")
-        d_out, *d_rings = grads
-        if d_out is None:
-            batch, count, embed_dim = given[0].shape
-            d_out = given[0].new_zeros(batch, count - ctx.how[0], embed_dim)
         with without_autocast("cpu"):
             function = _native.cpu_function("new_ring_steps_backward")
-            found = function(d_out, *d_rings, *given, *before, *ctx.how, needed)
+            found = function(*grads, *given, *before, *ctx.how, needed)
         return *(None,) * 4, *found
 
 

@@ -55,6 +55,15 @@ def test_gradients_flow_through_the_rings_as_in_plain_pytorch(
     assert is_one_node(module.forward_steps(*calls[-1]))
 
 
+@pytest.mark.parametrize("construction", ["defaults", "kdim and vdim", "window of one"])
+@pytest.mark.parametrize("chunks", ["through the rings", "longer than the window", "many"])
+def test_whole_outputs_that_nobody_uses(construction: str, chunks: str) -> None:
+    """Of whose calls only the rings have a gradient."""
+    module = build(**CONSTRUCTIONS[construction], dtype=torch.float64)
+    calls = drawn_calls(module, CHUNKS[chunks], "all" if "kdim" in construction else "one")
+    assert_as_plain(module, calls, every=len(calls))
+
+
 @pytest.mark.parametrize("chunks", ["through the rings", "many"])
 @pytest.mark.parametrize("kind", ["key", "all"])
 def test_tokens_of_their_own_have_gradients_of_their_own(kind: str, chunks: str) -> None:

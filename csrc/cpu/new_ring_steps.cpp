@@ -125,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> new_ring_steps(
   return {out, k_after, v_after, projected, heads, lse};
 }
 
-// `grad_k_ring` and `grad_v_ring` are of the rings with the tokens, null for zeros. Those given are
-// the rings without.
-Gradients new_ring_steps_backward(Tensor grad_out, OptionalTensor grad_k_ring,
+// `grad_k_ring` and `grad_v_ring` are of the rings with the tokens. Those given are the rings
+// without. Gradients of null are none.
+Gradients new_ring_steps_backward(OptionalTensor grad_out, OptionalTensor grad_k_ring,
                                   OptionalTensor grad_v_ring, Tensor query, OptionalTensor key,
                                   OptionalTensor value, Tensor k_ring, Tensor v_ring,
                                   Tensor in_proj_weight, OptionalTensor k_proj_weight,
@@ -138,12 +138,14 @@ Gradients new_ring_steps_backward(Tensor grad_out, OptionalTensor grad_k_ring,
                                   std::vector<bool> needed) {
   const Weights w{in_proj_weight,  k_proj_weight, v_proj_weight, in_proj_bias,
                   out_proj_weight, out_proj_bias, std::nullopt,  std::nullopt};
-  const Clip clip(query, key, value, k_ring, v_ring, position, w, first);
+  Clip clip(query, key, value, k_ring, v_ring, position, w, first);
   const auto& s = clip.s;
   const int64_t rows = s.streams * clip.wanted();
   const int64_t e = clip.embed_dim();
-  check_like(grad_out, query, kOp, "grad_out");
-  check_shape(grad_out, {s.streams, clip.wanted(), e}, kOp, "grad_out");
+  if (grad_out) {
+    check_like(*grad_out, query, kOp, "grad_out");
+    check_shape(*grad_out, {s.streams, clip.wanted(), e}, kOp, "grad_out");
+  }
   check_matrix(projected, s.streams * clip.count, 3 * e, query, kOp, "projected");
   check_matrix(heads, rows, e, query, kOp, "heads");
   check_shape(lse, {s.streams, clip.wanted(), s.num_heads}, kOp, "lse");
@@ -157,15 +159,22 @@ Gradients new_ring_steps_backward(Tensor grad_out, OptionalTensor grad_k_ring,
   const OptionalTensor given[] = {
       query,         key,           value,        k_ring,          v_ring,       in_proj_weight,
       k_proj_weight, v_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
+  if (!grad_out) {  // as if no output were wanted: the projection of none has no gradient
+    clip.first = clip.count;
+    for (size_t i = kOutWeight; i < needed.size(); ++i) needed[i] = false;
+  }
   const Gradients grads = new_gradients(given, needed, kOp);
-  const Tensor d_out = as_contiguous(flat(grad_out));
-  project_out_backward(d_out, heads, clip.dtype, grads);
+  OptionalTensor d_out;
+  if (grad_out) {
+    d_out = as_contiguous(flat(*grad_out));
+    project_out_backward(*d_out, heads, clip.dtype, grads);
+  }
   bool of_attention = false;
   for (int i = kQuery; i < kOutWeight; ++i) of_attention = of_attention || grads[i];
   if (!of_attention) return grads;
 
-  const Tensor d_heads = new_like(query, {rows, e});
-  multiply_tokens(d_heads, d_out, as_contiguous(out_proj_weight), clip.dtype);
+  const Tensor d_heads = new_like(query, {s.streams * clip.wanted(), e});
+  if (d_out) multiply_tokens(d_heads, *d_out, as_contiguous(out_proj_weight), clip.dtype);
   const Tensor d_projected = new_like(query, {s.streams * clip.count, 3 * e});
   if (grad_k_ring) grad_k_ring = as_contiguous(*grad_k_ring);
   if (grad_v_ring) grad_v_ring = as_contiguous(*grad_v_ring);
