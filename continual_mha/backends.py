@@ -72,12 +72,13 @@ class use_backend(Block[str | None]):  # noqa: N801  (a function to its users)
 
     A forced backend that cannot run a call raises a RuntimeError that says why. That is so in
     training, too, where products with weights are PyTorch's in all but ``cpu``: ``triton`` has
-    kernels for the gradients of all three forwards, ``cpu`` but for dropout in ``forward_step``,
-    ``cuda`` for that of ``forward`` without returned weights and dropout. Attention of all queries,
-    as with ``single_output_forward=False``, and weights that are not averaged over the heads have
-    ``torch`` only. A backward goes by what surrounded its forward, on whatever thread it runs.
-    Other threads and asynchronous tasks see nothing of it. Nor do they where compiled modules run;
-    but while ``torch.compile`` traces a call, only one thread at a time may be inside such a block.
+    kernels for the gradients of all three forwards, ``cpu`` but for dropout in ``forward_step``
+    beside extra slots or queries that wait, ``cuda`` for that of ``forward`` without returned
+    weights and dropout. Attention of all queries, as with ``single_output_forward=False``, and
+    weights that are not averaged over the heads have ``torch`` only. A backward goes by what
+    surrounded its forward, on whatever thread it runs. Other threads and asynchronous tasks see
+    nothing of it. Nor do they where compiled modules run; but while ``torch.compile`` traces a
+    call, only one thread at a time may be inside such a block.
 
     Raises:
         ValueError: there is no backend of that name.

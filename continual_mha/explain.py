@@ -117,9 +117,10 @@ def _with_gradient(tokens: Tokens, state: State, call: functional.StepCall) -> l
     reason: str | None = windows.NO_GRADIENT
     if not many:
         reason = functional.why_not_one_node(tokens, state, None, call)
-    elif isinstance(state, RingState):
+    if reason is not None and isinstance(state, RingState):  # a step may be a clip of one token
         rings = Rings(*state[:-1])
-        reason = steps_node.why_not(tokens, rings, 0, call.weights, call.options)
+        by_steps = steps_node.why_not(tokens, rings, 0, call.weights, call.options)
+        reason = by_steps if many or by_steps is None else reason
     if reason is None:
         return [f"{first}: runs it, and makes new rings, because a gradient is needed"]
     if first == "triton":

@@ -230,6 +230,8 @@ def _differentiable_step(
         return kv_node.step(tokens, rings, active, weights, add_zero_attn)
     if backends.order(tokens[0].device.type)[0] == "triton":
         return kv_node.step_by_windows(tokens, rings, active, weights, call.options)
+    if steps_node.why_not(tokens, rings, 0, weights, call.options) is None:
+        return steps_node.step(tokens, rings, active, weights, dropout_p)
     backends.leave_to_pytorch("ring_step_", reason)
     return reference.ring_step(*tokens, weights, rings, active, *call.options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,12 +130,24 @@ def step_by_windows(
     tokens: Tokens, rings: Rings, active: Tensor | None, weights: Weights, options: Options
 ) -> tuple[Tensor, Rings]:
     """``reference.ring_step`` as a clip of one token, by the operator that attends to clips."""
+
+    def steps(clips: Tokens, rings: Rings) -> tuple[Tensor, Rings]:
+        return reference.ring_steps(*clips, weights, rings, 0, *options, attending=windows.attend)
+
+    return as_clip(steps, tokens, rings, active)
+
+
+def as_clip(
+    steps: Callable[[Tokens, Rings], tuple[Tensor, Rings]],
+    tokens: Tokens,
+    rings: Rings,
+    active: Tensor | None,
+) -> tuple[Tensor, Rings]:
+    """A step as a clip of one token, by what takes clips."""
     query, key, value = (x.unsqueeze(1) for x in tokens)
     if is_shared(tokens):  # keep it one tensor for those who ask
         key = value = query
-    out, after = reference.ring_steps(
-        query, key, value, weights, rings, 0, *options, attending=windows.attend
-    )
+    out, after = steps((query, key, value), rings)
     if active is not None:
         after = after._replace(position=rings.position + active.to(torch.int64))
     return out.squeeze(1), after

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _native, backends, reference, windows
 from .dropout import dropout_seed
-from .kv_node import KEPT, Given
+from .kv_node import KEPT, Given, as_clip
 from .nodes import as_in_forward, gradients_by_operators, is_followed, without_autocast
 from .operands import Options, Rings, Tokens, Weights, has_extra_slots
 from .step_node import why_no_node
@@ -38,6 +38,17 @@ def why_not(
         return f"{NO_GRADIENT} beside extra slots or queries that wait"
     args = (*tokens, *weights, *rings, first, False, 0.0, True)
     return backends.why_not("cpu", "ring_steps_", args)
+
+
+def step(
+    tokens: Tokens, rings: Rings, active: Tensor | None, weights: Weights, dropout_p: float
+) -> tuple[Tensor, Rings]:
+    """``reference.ring_step`` as a clip of one token, where nothing speaks against that."""
+
+    def take(clip: Tokens, rings: Rings) -> tuple[Tensor, Rings]:
+        return steps(clip, rings, 0, weights, dropout_p)
+
+    return as_clip(take, tokens, rings, active)
 
 
 class _Steps(torch.autograd.Function):

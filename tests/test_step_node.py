@@ -151,10 +151,18 @@ def test_gradients_beside_extra_slots_and_queries_that_wait(construction: str) -
 
 
 @pytest.mark.parametrize(
-    ("formulation", "said"), [("kv", "torch: runs it"), ("input", "cpu: attends")]
+    ("arguments", "said"),
+    [
+        ({"add_bias_kv": True}, "torch: runs it"),
+        ({"query_index": 0}, "torch: runs it"),
+        ({"formulation": "input"}, "cpu: attends"),
+    ],
+    ids=str,
 )
-def test_dropout_is_left_to_operators_that_autograd_knows(formulation: str, said: str) -> None:
-    module = build(dropout=0.5, formulation=formulation)
+def test_dropout_is_left_to_operators_that_autograd_knows(
+    arguments: dict[str, Any], said: str
+) -> None:
+    module = build(dropout=0.5, **arguments)
     (x, *_), *_ = drawn_calls(module, 1)
     module.start_streams(STREAMS)
     for _ in range(2 * LENGTH):
@@ -164,8 +172,46 @@ def test_dropout_is_left_to_operators_that_autograd_knows(formulation: str, said
     assert said in co.explain(module, x)
 
 
+@pytest.mark.parametrize("active", [None, [True, False, True]])
+def test_a_step_with_dropout_is_a_clip_of_one_token(active: list[bool] | None) -> None:
+    module = build(dropout=0.5, dtype=torch.float64)
+    (x, *_), (y, *_) = drawn_calls(module, 2)
+    seen = torch.randn(STREAMS, LENGTH + 1, module.embed_dim, dtype=torch.float64)
+    leaves = [x, y, *module.parameters()]
+    mask = None if active is None else torch.tensor(active)
+    found = []
+    for by_steps in (False, True):
+        torch.manual_seed(5)
+        module.start_streams(STREAMS)
+        with torch.no_grad():
+            module.eval().forward_steps(seen)
+        module.train()
+        outs = []
+        for token in (x, y):
+            if by_steps:
+                before = module.get_state()
+                out = module.forward_steps(token[:, None])
+                if mask is not None:
+                    state = module.get_state()
+                    assert state is not None
+                    assert before is not None
+                    at = torch.where(mask, state.position, before.position)
+                    module.set_state(state._replace(position=at))
+                assert out is not None
+                outs.append(out[:, 0])
+            else:
+                outs.append(module.forward_step(token, active=mask))
+        total = outs[0].square().sum() + outs[1].sum()
+        found.append([*outs, *torch.autograd.grad(total, leaves)])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+    assert "cpu: runs it, and makes new rings" in co.explain(module, x)
+    with co.use_backend("cpu"):
+        assert module.forward_step(x).requires_grad
+
+
 def test_who_forces_it_is_told_that_dropout_has_no_kernel() -> None:
-    module = build(dropout=0.5)
+    module = build(dropout=0.5, add_bias_kv=True)
     (x, *_), *_ = drawn_calls(module, 1)
     with co.use_backend("cpu"):
         with pytest.raises(RuntimeError, match="cpu: a gradient is needed"):
