@@ -25,19 +25,23 @@ from .tracing import is_opaque, needs_gradient
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
 _AVERAGES = "it averages the weights over the heads"
+# What share of multiply-adds more kernels are worth: as many as moving the projections of a clip of
+# one token adds, where heads have eight features or more.
+_WORTH_OF_KERNELS = 1 / 8
 
 
 def input_formulation_is_cheaper(
-    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int
+    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int, spare: float = 0.0
 ) -> bool:
-    """Whether moving the key and value projections to the query's side saves multiply-adds.
+    """Whether moving the key and value projections to the query's side saves multiply-adds, or adds
+    less than the share ``spare`` of them.
 
     Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, and the attention ``2 S E``. Moving
     the projections costs ``E (Ek + Ev)`` once, and the attention over inputs ``H S (Ek + Ev)``.
     """
     projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
     moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
-    return moved < projected
+    return moved < (1.0 + spare) * projected
 
 
 class ClipWay(NamedTuple):
@@ -64,8 +68,11 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     query = asked[:, call.query_index]
     # all kernels are for moved projections: who forces them means them whatever they cost
     kernels = backends.forced() not in (None, "torch")
-    moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips))
-    if call.need_weights and not call.average:
+    averages = call.average or not call.need_weights
+    may_run = averages and backends.order(query.device.type)[0] != "torch"
+    spare = _WORTH_OF_KERNELS if may_run else 0.0
+    moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips), spare)
+    if not averages:
         backends.leave_to_pytorch("single_query", _AVERAGES)
         return ClipWay(partial(_by_operators, call, moved, None), moved)
     # the operator for all of it computes weights where NaN is asked for

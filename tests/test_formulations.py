@@ -180,6 +180,17 @@ def test_cost_rule_chooses_as_counted_multiplications_do(sizes, monkeypatch):
         assert rule(heads, clip, embed_dim, kdim, vdim) == (clip > longest)
 
 
+def test_kernels_are_worth_some_multiplications():
+    """Of a clip of one token too, unless its heads are narrow."""
+    for heads, moves in ((1, True), (2, True), (16, False)):
+        assert clips.input_formulation_is_cheaper(heads, 1, 16, 16, 16, spare=1 / 8) == moves
+        assert not clips.input_formulation_is_cheaper(heads, 1, 16, 16, 16)
+        module = build(embed_dim=16, num_heads=heads, sequence_len=1)
+        x = torch.zeros(2, 1, 16)
+        said = continual_mha.explain(module, x, call_mode="forward")
+        assert said.startswith(f"forward: formulation {'input' if moves else 'kv'}")
+
+
 @continual_mha.use_backend("torch")  # whose operators the counter knows
 def test_forward_takes_the_cheaper_formulation(monkeypatch):
     module = build(embed_dim=12, num_heads=12, sequence_len=12)
