@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     args = (query, key, value, *weights, mask, *rest)
     extra_slots = has_extra_slots(weights, call.options.add_zero_attn)
     if moved and call.options.dropout_p == 0.0 and _cpu_runs_at_once(args, extra_slots):
-        return ClipWay(partial(_at_once, call, rest), True)
+        run = None if is_opaque(query) else backends.choose("single_query", args)
+        return ClipWay(partial(_at_once, call, rest, run), True)
     # what is dropped of extra slots cannot be drawn again
     known = not extra_slots or call.options.dropout_p == 0.0
     if moved and known and _is_one_node(args, call):
@@ -130,12 +132,17 @@ def _sizes(clips: Tokens) -> tuple[int, int, int, int]:
 
 
 def _at_once(
-    call: ClipCall, rest: tuple[Any, ...], clips: Tokens, weights: Weights, mask: Tensor | None
+    call: ClipCall,
+    rest: tuple[Any, ...],
+    run: Callable[..., tuple[Tensor, Tensor]] | None,
+    clips: Tokens,
+    weights: Weights,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """By the operator for all of it."""
+    """By the operator for all of it, as it was chosen, or by its name where it is opaque."""
     asked, key, value = clips
-    query = asked[:, call.query_index]
-    out, attn = backends.run("single_query", (query, key, value, *weights, mask, *rest))
+    args = (asked[:, call.query_index], key, value, *weights, mask, *rest)
+    out, attn = backends.run("single_query", args) if run is None else run(*args)
     return out, attn if call.need_weights else None
 
 

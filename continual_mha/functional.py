@@ -108,9 +108,10 @@ def repeated_steps(
     name = operator_for(state, many=True)
     times = _times(apart, state)
     kept = before[times * len(apart) :]
+    function = backends.choose(name, (*before, 0, *after))
 
     def run(*apart: Tensor) -> Tensor:
-        out: Tensor = backends.run_directly(name, *apart * times, *kept, 0, *after)
+        out: Tensor = function(*apart * times, *kept, 0, *after)
         return out
 
     return run
