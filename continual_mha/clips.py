@@ -71,6 +71,7 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     kernels = backends.forced() not in (None, "torch")
     averages = call.average or not call.need_weights
     may_run = averages and backends.order(query.device.type)[0] != "torch"
+    may_run = may_run and backends.why_plain(query) is None
     spare = _WORTH_OF_KERNELS if may_run else 0.0
     moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips), spare)
     if not averages:
