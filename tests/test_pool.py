@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from contextvars import ContextVar
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,25 @@ def test_a_time_to_wait_that_is_no_number_is_refused():
         with pytest.raises(ValueError, match="timeout"):
             call()
     assert pool.statistics().open == 1
+
+
+def test_who_waits_for_a_slot_gets_the_one_of_a_stream_that_could_not_begin(monkeypatch):
+    pool, got = co.StreamPool(build(), 1, (EMBED,)), []
+    waiting, changed = threading.Event(), pool._changed
+    wait_for = changed.wait_for
+    monkeypatch.setattr(changed, "wait_for", lambda *args: waiting.set() or wait_for(*args))
+    waiter = threading.Thread(target=lambda: got.append(pool.open(timeout=None)), daemon=True)
+
+    def fails(slot, states):
+        waiter.start()
+        assert waiting.wait(20)
+        raise MemoryError
+
+    monkeypatch.setattr(pool._slots, "put", fails)
+    with pytest.raises(MemoryError):
+        pool.restore({})
+    waiter.join(20)
+    assert got == [0]
 
 
 def test_full_queue_refuses_and_waits():
@@ -305,6 +325,23 @@ def test_pushed_token_is_a_copy():
     assert pool.tick()[stream].isfinite().all()
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_no_graph_is_kept_of_weights_and_tokens_that_train(together):
+    """Which would grow with every tick, and take all tokens along."""
+    attention = build(sequence_len=2)
+    assert attention.in_proj_weight.requires_grad
+    pool = co.StreamPool(attention if together else wrapped(attention), 1, (EMBED,))
+    if not together:
+        attention.requires_grad_()
+    stream, tokens = pool.open(), torch.ones(3, EMBED, requires_grad=True).exp()
+    for token in tokens:
+        pool.push(stream, token)
+    assert not any(x.token.requires_grad for x in pool._streams[stream].queue)
+    outputs = [pool.tick() for _ in tokens]
+    assert not outputs[-1][stream].requires_grad
+    assert not any(part.requires_grad for part in attention.get_state())
+
+
 @pytest.mark.parametrize("stored", [False, True], ids=["as_it_is", "as_bytes"])
 @pytest.mark.parametrize("past", [0, 3, 20])
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,6 +365,22 @@ def test_exported_stream_goes_on_in_another_pool(kind, past, stored):
         assert (moved in outputs) == (count in expected)
         if count in expected:
             torch.testing.assert_close(outputs[moved], expected[count], rtol=1e-4, atol=1e-5)
+
+
+def test_stream_of_a_model_that_is_in_no_pool_goes_on_in_one_at_its_age():
+    """Of whose layers the first has seen more tokens than those behind it, which got no input."""
+    model = Net()
+    x = tokens(READY + 2)
+    for token in x[: LENGTH + 2]:
+        model.forward_step(token[None])
+    pool = co.StreamPool(copy.deepcopy(model), 2, (4,))
+    stream = pool.restore(co.export_stream(model, 0))
+    for count, token in enumerate(x[LENGTH + 2 :], LENGTH + 3):
+        pool.push(stream, token)
+        output, expected = pool.tick(), model.forward_step(token[None])
+        assert (stream in output) == (expected is not None) == (count >= READY)
+        if expected is not None:
+            torch.testing.assert_close(output[stream], expected[0], rtol=1e-4, atol=1e-5)
 
 
 def test_state_that_does_not_fit_takes_no_slot():
@@ -478,6 +531,43 @@ def test_no_mask_is_left_in_effect_however_a_tick_is_interrupted():
             kept.clear()
             assert co.modes.surrounding_active(False) is mask
         assert co.modes.surrounding_active(False) is None
+
+
+class Waits(nn.Module):
+    """Its step ends when it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.stepping, self.may_end = build(), threading.Event(), threading.Event()
+
+    def forward_step(self, x):
+        self.stepping.set()
+        assert self.may_end.wait(20)
+        return self.attention.forward_step(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [co.StreamPool.open, lambda pool: pool.restore(pool.state), lambda pool: pool.export(0)],
+    ids=["open", "restore", "export"],
+)
+def test_whoever_needs_the_model_waits_for_the_tick_that_has_it(call):
+    pool = co.StreamPool(Waits(), 2, (EMBED,))
+    stream, model = pool.open(), pool._slots._model
+    pool.state = pool.export(stream)
+    pool.push(stream, torch.zeros(EMBED))
+    ticker = threading.Thread(target=pool.tick, daemon=True)
+    other = threading.Thread(target=call, args=(pool,), daemon=True)
+    ticker.start()
+    assert model.stepping.wait(20)
+    other.start()
+    other.join(0.1)
+    waits = other.is_alive()
+    model.may_end.set()
+    for thread in (ticker, other):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert waits
 
 
 class Remembers(nn.Module):
@@ -652,14 +742,55 @@ def test_statistics_count_and_fit_on_a_line():
     streams = [pool.open(), pool.open()]
     for _ in range(3):
         pool.push(streams[0], torch.zeros(EMBED))
-    pool.push(streams[1], torch.zeros(EMBED))
+    for _ in range(2):
+        pool.push(streams[1], torch.zeros(EMBED))
     pool.tick()
     found = pool.statistics()
-    assert (found.capacity, found.open, found.waiting, found.longest_queue) == (3, 2, 2, 2)
+    assert (found.capacity, found.open, found.waiting, found.longest_queue) == (3, 2, 3, 2)
     assert (found.ticks, found.tokens) == (1, 2)
     assert 0 < found.p50 <= found.p99 <= found.p999
     assert "2/3 streams" in pool.progress()
     assert "\n" not in pool.progress()
+
+
+def test_times_are_those_of_the_last_ticks(monkeypatch):
+    """The share of a quantile is not exceeded by its own value, which was measured."""
+    pool = co.StreamPool(build(), 1, (EMBED,), history=10)
+    stream, now = pool.open(), [0.0]
+    for seconds in (100.0, *range(10, 0, -1)):
+        ends = iter((now[0], now[0] + seconds))
+        monkeypatch.setattr(co.pool, "time", SimpleNamespace(perf_counter=lambda e=ends: next(e)))
+        now[0] += seconds
+        pool.push(stream, torch.zeros(EMBED))
+        pool.tick()
+    found = pool.statistics()
+    assert found.ticks == 11
+    assert (found.p50, found.p99, found.p999) == (5.0, 10.0, 10.0)
+
+
+class Casts(nn.Module):
+    """An attention whose tokens come in another dtype than that of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = build()
+
+    def forward_step(self, x):
+        return self.attention.forward_step(x.float())
+
+
+def test_tokens_may_be_of_another_dtype_than_the_first_weight():
+    pool = co.StreamPool(Casts(), 1, (EMBED,), dtype=torch.float64, receptive_field=2)
+    stream, twin = pool.open(), build().requires_grad_(False)
+    twin.start_streams(1)
+    assert pool.receptive_field == 2
+    for count, token in enumerate(torch.randn(3, EMBED, dtype=torch.float64), 1):
+        pool.push(stream, token)
+        expected, outputs = twin.forward_step(token[None].float()), pool.tick()
+        assert list(outputs) == ([stream] if count >= 2 else [])
+        assert all(torch.equal(row, expected[0]) for row in outputs.values())
+    with pytest.raises(TypeError, match="float64"):
+        pool.push(stream, torch.zeros(EMBED))
 
 
 # -- modules that know only one clock for the whole batch ------------------------------------------
@@ -787,6 +918,27 @@ def test_state_of_a_module_around_ours_is_kept_apart_too():
     torch.testing.assert_close(pool_of_one.tick()[again], expected[len(x)])
 
 
+def test_state_that_a_module_sets_or_cleans_in_place_is_kept_apart_too():
+    def set_state(self, state):
+        if self.seen is None:
+            self.seen = torch.empty_like(state["seen"])
+        self.seen.copy_(state["seen"])
+
+    def clean_state(self):
+        if self.seen is not None:
+            self.seen.zero_()
+
+    model = wrapped(build(sequence_len=1), set_state=set_state, clean_state=clean_state)
+    pool = co.StreamPool(model, 2, (EMBED,))
+    x = tokens(4).repeat(1, EMBED)[:, :EMBED]
+    expected = list(alone(model, x).values())
+    first, second = pool.open(), pool.open()
+    for token, answer in zip(x, expected, strict=True):
+        pool.push(first, token)
+        pool.push(second, -token)
+        torch.testing.assert_close(pool.tick()[first], answer)
+
+
 def test_restored_state_goes_where_the_model_is():
     pool = co.StreamPool(wrapped(build()), 1, (EMBED,))
     pool._slots._device = torch.device("meta")
@@ -820,6 +972,13 @@ def test_output_of_a_module_with_one_clock_that_is_no_row_is_named():
     with pytest.raises(TypeError, match=r"shape \(1, \.\.\.\), but returned tuple"):
         pool.tick()
     assert pool.statistics().waiting == 1
+
+
+def test_no_graph_is_made_of_a_model_that_is_stepped_stream_by_stream():
+    model = wrapped(build())
+    with pytest.raises(ValueError, match="stepped stream by stream"):
+        co.StreamPool(model, 1, (EMBED,), graph=True)
+    assert co.StreamPool(model, 1, (EMBED,)).open() == 0
 
 
 def test_residual_around_our_module_is_still_batched():
