@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import struct
@@ -111,6 +112,38 @@ def test_bytes_may_come_in_any_buffer_and_nothing_else_is_taken_for_them():
     for other in (None, "stream", 3):
         with pytest.raises(TypeError, match=f"bytes, but got {type(other).__name__}"):
             co.stream_from_bytes(module, 0, other)
+
+
+def test_checksum_is_the_documented_one_and_that_of_older_files():
+    """Of which any other would call all of them damaged."""
+    k = torch.arange(8.0).view(1, 1, 4, 2)
+    state = co.RingState(k, -k, k.new_zeros(1, 0, 2), torch.tensor([3]), torch.empty(3, 0))
+    data = co.states_to_bytes({"layer": state})
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    digest = hashlib.sha256(metadata["states"].encode())
+    for name, part in sorted(zip(("0.k", "0.v", "0.q", "0.position"), state, strict=False)):
+        digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
+        digest.update(part.contiguous().numpy().tobytes())
+    assert metadata["digest"] == digest.hexdigest()
+    assert metadata["digest"].startswith("fd42c9da62e57945")
+
+
+def test_description_that_was_changed_is_damage():
+    module = streaming()
+    data = co.stream_to_bytes(module, 1)
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    (entry,) = json.loads(metadata["states"])
+    for changes in ({"clock": LENGTH - 1}, {"module": "other"}):
+        described = json.dumps([{**entry, **changes}], sort_keys=True)
+        assert_refused(module, with_metadata(data, states=described), "checksum")
+
+
+def test_state_of_streams_that_train_is_stored_without_their_graph():
+    module = build()
+    module.forward_step(draw_tokens(module, N, 1)[0][:, 0])
+    assert module.get_state().k.requires_grad
+    for exported in (co.export_state(module), co.export_stream(module, 1)):
+        assert not any(part.requires_grad for part in exported[""])
 
 
 def with_metadata(data, **changes):
@@ -366,6 +399,16 @@ def test_without_safetensors_nothing_is_called_damaged(monkeypatch):
             call()
 
 
+def test_file_for_which_there_is_no_memory_is_not_called_damaged(monkeypatch):
+    def load(data):
+        raise MemoryError
+
+    data = co.stream_to_bytes(streaming(), 0)
+    monkeypatch.setattr("safetensors.torch.load", load)
+    with pytest.raises(MemoryError):
+        co.states_from_bytes(data)
+
+
 def test_model_without_streams_is_refused():
     with pytest.raises(ValueError, match="no module that keeps streams"):
         co.export_state(nn.Linear(2, 2))
@@ -382,3 +425,12 @@ def test_positions_of_odd_strides_are_stored():
     module.set_state(state._replace(position=positions[:, 0]))
     co.stream_from_bytes(other, 0, co.stream_to_bytes(module, 0))
     assert_same_state(other.get_state(), module.get_state())
+
+
+def test_rings_of_odd_strides_are_stored():
+    module, other = streaming(), streaming(seed=1)
+    state = module.get_state()
+    odd = state._replace(k=state.k.mT.contiguous().mT)
+    assert not odd.k.is_contiguous()
+    co.import_state(other, co.states_from_bytes(co.states_to_bytes({"": odd})))
+    assert_same_state(other.get_state(), state)
