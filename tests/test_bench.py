@@ -108,6 +108,17 @@ def test_least_work_is_that_of_the_formulas():
     assert kv.flops == 2 * 3 * (4 * 64 + 2 * 5 * 8)
     assert inputs.bytes == 4 * (4 * 64 + 3 * (5 * 8 + 8 + 2 * 8))
     assert inputs.flops == 2 * 3 * (4 * 64 + 2 * 2 * 5 * 8)
+    steps = grid.work(case._replace(mode="steps", tokens=7), "kv")  # of which the ring keeps five
+    assert steps.bytes == 4 * (4 * 64 + 3 * (2 * 5 * 8 + 2 * 5 * 8 + 7 * 2 * 8))
+    assert steps.flops == 7 * kv.flops
+    clip = grid.work(case._replace(mode="forward"))
+    assert clip.bytes == 4 * (4 * 64 + 3 * (5 * 8 + 8))
+    assert clip.flops == 2 * 3 * (2 * 64 + 2 * 64 + 2 * 2 * 5 * 8)  # projections are moved
+    few = grid.work(case._replace(mode="forward", sequence_len=1, num_heads=8))
+    assert few.flops == 2 * 3 * (2 * 64 + 2 * 64 + 2 * 8)
+    for mode, forward in (("forward_backward", clip), ("steps_backward", steps)):
+        trained = grid.work(case._replace(mode=mode, tokens=7))
+        assert trained == tuple(3 * x for x in forward)
 
 
 # -- implementations -------------------------------------------------------------------------------
@@ -343,6 +354,21 @@ def test_generations_of_one_model_name_are_kept_apart(tmp_path, monkeypatch):
     assert machine.cpu_name() == machine.platform.machine()
 
 
+def test_sources_are_told_apart_by_their_names_and_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    found = set()
+    for name, text in (("a", "x"), ("a", "y"), ("b", "x")):
+        for path in (tmp_path / "continual_mha").glob("*"):
+            path.unlink()
+        (tmp_path / "continual_mha").mkdir(exist_ok=True)
+        (tmp_path / "continual_mha" / f"{name}.py").write_text(text)
+        found.add(machine.source_digest())
+        (tmp_path / "continual_mha" / "lib.so").write_text(text)
+        (tmp_path / "README.md").write_text(text)
+        found.add(machine.source_digest())  # of which neither is a source
+    assert len(found) == 3
+
+
 def test_copy_of_a_tree_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("COMMIT", "0123456789ab")
     monkeypatch.setattr(machine, "_output", lambda *command: "fedcba987654")
@@ -399,6 +425,7 @@ def test_a_run_goes_on_with_implementations_that_another_left_out(tiny_grid, tmp
     [
         (command, "--budget", "0"),
         (command, "--budget", "nan"),
+        (command, "--budget", "inf"),
         (command, "--limit", "nan"),
         (load, "--seconds", "0"),
         (load, "--seconds", "0.9"),
@@ -552,6 +579,10 @@ def test_graph_times_are_not_compared_with_eager_ones():
     rows.append(_row("continual-inference", case, 100.0, timer="eager"))
     ratio = ratios.Results(rows).ratio(case, "continual-inference")
     assert (ratio.value, ratio.timer) == (5.0, "eager")
+    rows.append(_row("continual-inference", case, 40.0, timer="graph"))
+    ratio = ratios.Results(rows).ratio(case, "continual-inference")
+    assert (ratio.value, ratio.timer) == (8.0, "graph")
+    assert ratio.noise == pytest.approx(math.hypot(0.02, 0.02))
 
 
 def test_times_of_two_runs_are_not_divided_by_each_other():
@@ -565,6 +596,8 @@ def test_times_of_two_runs_are_not_divided_by_each_other():
     assert results.ratio(case, "continual").value == 2.0
     assert results.ratio(case, "torch", "continual") is None
     assert results.best_rival(case)[0] == "torch"
+    again = ratios.Results([*rows, end, _row("ours", case, 40.0), _row("torch", case, 120.0)])
+    assert again.ratio(case, "torch").value == 3.0
 
 
 @pytest.mark.parametrize("changed", [{"sources": "new"}, {"versions": {}}, {"threads": 1}], ids=str)
@@ -621,6 +654,18 @@ def test_the_comparison_fails_on_a_slowdown(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "old"), str(tmp_path / "new")])
     assert "SLOWER  2.00x the time" in capsys.readouterr().out
+    compare.main([str(tmp_path / "new"), str(tmp_path / "old")])
+    said = capsys.readouterr().out
+    assert "faster  0.50x the time" in said
+    assert "0 slower, 3 faster" in said
+
+
+def test_a_comparison_of_nothing_is_no_success(tmp_path, capsys):
+    records.append(tmp_path / "old", _fixture())
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(tmp_path / "old"), str(tmp_path / "nowhere")])
+    assert ended.value.code == 1
+    assert "0 times compared" in capsys.readouterr().out
 
 
 # -- the paper's figures ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -61,6 +62,33 @@ class _Server:
         return self.seconds
 
 
+@pytest.mark.parametrize("most", [1, 5, 40, 10_000])
+@pytest.mark.parametrize("fitting", [1, 2, 7, 100, 5000])
+def test_search_finds_about_how_many_streams_fit(fitting, most, monkeypatch):
+    """A tick of so many takes 80 % of its time; of none that is tried there is no room for."""
+    tried = []
+
+    def serve(server, slots, ticks, real_time):
+        tried.append(slots)
+        assert (server, ticks, real_time) == (slots, 15, False)
+        p50_ms = 32.0 * slots / (fitting + 0.5)
+        return load.Load(slots, ticks, 0, 1.0, 0, 0, p50_ms, p50_ms, p50_ms)
+
+    monkeypatch.setattr(load, "serve", serve)
+    found, best = load.find(lambda slots: slots, most, 15), min(fitting, most)
+    assert best - max(1, best // 15) < found <= best
+    assert max(tried, default=0) <= most
+    assert len(tried) < 25
+
+
+def test_rings_take_half_of_the_memory(monkeypatch):
+    monkeypatch.setattr(load.machine, "free_memory", lambda device: 10_000)
+    family, cpu = grid.Family("small", 16, 2, 4), torch.device("cpu")
+    assert load._room(family, cpu, torch.float32) == 5_000 // (2 * 4 * 16 * 4)
+    assert load._room(family, cpu, torch.bfloat16) == 5_000 // (2 * 4 * 16 * 2)
+    assert load._room(grid.LONG_4096, cpu, torch.float32) == 1
+
+
 def test_streams_are_served_at_their_full_age():
     """Young ones have few slots to attend to: a short search would find room for too many."""
     server = _Server(3, 1e-6)
@@ -79,12 +107,22 @@ def test_a_run_that_has_failed_ends_at_once_and_fewer_streams_are_tried(monkeypa
     monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
     assert load.serve(serve(8), 8, 1500, True).ticks == 2
     assert load.serve(serve(7), 7, 1500, True).ticks == 1500
+    assert gc.get_freeze_count() == 0
     monkeypatch.setattr(load, "find", lambda *args, **kwargs: 8)
     monkeypatch.setitem(load.SERVERS, "module", lambda module, slots: serve(slots))
     monkeypatch.setattr(load, "LATE", 0.1)
     found = load.measure(load.FAMILIES["speech"], "module", torch.device("cpu"), torch.float32, 1)
     assert (found.slots, found.late, tried[2:]) == (7, 0, [8, 7])
     assert "8 streams: 3 late in 3 ticks" in capsys.readouterr().out
+    assert load.serve(serve(8), 8, 10, True).ticks == 2  # of which one may be late
+
+
+def test_a_single_stream_that_is_late_is_the_result(monkeypatch):
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(load, "find", lambda *args, **kwargs: 1)
+    monkeypatch.setitem(load.SERVERS, "module", lambda module, slots: _Server(slots, 0.05))
+    found = load.measure(load.FAMILIES["speech"], "module", torch.device("cpu"), torch.float32, 1)
+    assert (found.slots, found.late) == (1, 1)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, [60.0] * 4), (36.0, [3.0] * 4), (2.0, [])])
