@@ -124,13 +124,15 @@ def test_graphed_step_equals_the_eager_step_across_the_rings_end(formulation, ar
     x = draw_tokens(module, 3, 3 * LENGTH + 2)[0]
     graphed = co.GraphedStep(module, x[:, 0])
     other.start_streams(3)
+    active = torch.ones(3, dtype=torch.bool)
+    assert torch.equal(graphed.active, active)
     for t, token in enumerate(x.unbind(1)):
         if t == LENGTH + 3:
             module.reset(torch.tensor([True, False, False]))
             other.reset(torch.tensor([True, False, False]))
         if t == LENGTH + 5:
-            graphed.active[1] = False
-        expected = other.forward_step(token, active=graphed.active.clone())
+            graphed.active[1] = active[1] = False
+        expected = other.forward_step(token, active=active)
         assert torch.equal(graphed(token), expected)
     assert torch.equal(module._ring_position, other._ring_position)
     module.clean_state()
@@ -180,7 +182,8 @@ def test_memory_of_a_step_that_fails_is_freed_when_its_stream_is_done_with_it(cu
     assert waits == [("side", "current"), ("current", "side")]
 
 
-def test_autocast_keeps_no_copies_of_weights_for_a_graph_to_read(kernels, monkeypatch):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_keeps_no_copies_of_weights_for_a_graph_to_read(enabled, kernels, monkeypatch):
     """They are freed with its block, and the graph would read what comes after them."""
     module, _ = modules("kv")
     tokens = draw_tokens(module, 3, 1)[0][:, 0]
@@ -190,9 +193,14 @@ def test_autocast_keeps_no_copies_of_weights_for_a_graph_to_read(kernels, monkey
         "forward_step",
         lambda x: seen.append(torch.is_autocast_cache_enabled()) or step(x),
     )
-    co.GraphedStep(module, tokens)
+    torch.set_autocast_cache_enabled(enabled)
+    try:
+        co.GraphedStep(module, tokens)
+        assert torch.is_autocast_cache_enabled() == enabled
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    assert seen
     assert not any(seen)
-    assert torch.is_autocast_cache_enabled()
 
 
 MOVES = {
