@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -121,6 +122,27 @@ def test_a_launch_like_an_earlier_one_skips_the_binder(kernel: StandIn) -> None:
     assert kernel.calls == ["compile", "run", "run", "compile", "run", "run"]
 
 
+def test_constants_of_another_type_are_others() -> None:
+    """As code for a number and for a truth value may be."""
+    assert constants_of(1, 2) is constants_of(1, 2)
+    assert constants_of(1, 2) is not constants_of(True, 2)
+    assert constants_of(1, 2) is not constants_of(1.0, 2)
+
+
+def test_constants_that_stand_for_compiled_code_live_as_long_as_that(kernel: StandIn) -> None:
+    """Or others could get their identity, and with it their code."""
+
+    class Constant:
+        pass
+
+    constant = Constant()
+    alive = weakref.ref(constant)
+    launch(kernel, (1, 1, 1), (torch.zeros(4),), (constant,), num_warps=4)
+    kernel.args, kernel.last = (), ()
+    del constant
+    assert alive() is not None
+
+
 @pytest.mark.parametrize("change", ["dtype", "constants", "none", "warps"])
 def test_whatever_changes_the_machine_code_is_compiled(kernel: StandIn, change: str) -> None:
     x = torch.zeros(4)
@@ -180,6 +202,17 @@ def test_a_launch_is_not_repeated_for_a_tensor_that_lies_in_another_way(kernel: 
     weight.data = weight.data.t()
     assert not again(token)
     assert kernel.calls == ["compile", "run", "run"]
+
+
+def test_a_launch_that_can_be_repeated_keeps_nothing_of_the_first_call(kernel: StandIn) -> None:
+    token = torch.zeros(4)
+    alive = weakref.ref(token)
+    again = launched(kernel, torch.zeros(4, 4), token)
+    kernel.args, kernel.last = (), ()
+    del token
+    assert alive() is None
+    kernel.args = (None,) * 3
+    assert again(torch.zeros(4))
 
 
 def test_a_launch_is_not_repeated_with_a_tensor_of_another_shape(kernel: StandIn) -> None:
@@ -272,6 +305,23 @@ def test_an_empty_grid_and_a_recorded_launch_run_nothing(kernel: StandIn) -> Non
         launch(kernel, (2, 1, 1), (1,), constants_of(7), num_warps=4, pdl=True)
     assert kernel.calls == []
     assert [(x.args, x.options["launch_pdl"]) for x in launches] == [((1, 7), True)]
+
+
+def test_what_is_recorded_or_pretended_around_a_block_goes_on_behind_it(kernel: StandIn) -> None:
+    launch_one = lambda: launch(kernel, (1, 1, 1), (1,), constants_of(), num_warps=4)
+    with record() as outer:
+        with record() as inner:
+            launch_one()
+        launch_one()
+        assert module.recording()
+    assert not module.recording()
+    assert (len(inner), len(outer)) == (1, 1)
+    x = torch.zeros(1)
+    with module.pretended_little_memory():
+        with module.pretended_little_memory():
+            assert module.little_memory(x)
+        assert module.little_memory(x)
+    assert not module.little_memory(x)
 
 
 def test_a_thread_that_records_takes_no_launch_of_another(kernel: StandIn) -> None:
@@ -435,6 +485,15 @@ def test_each_captured_call_has_counters_of_its_own(capture: list[int]) -> None:
     assert len(pointers) == 4
     assert all((x.data_ptr() - captured[0].data_ptr()) % 16 == 0 for x in captured)
     assert all(abs(x - y) >= 28 for x in pointers for y in pointers if x != y)
+
+
+def test_each_stream_has_counters_of_its_own(capture: list[int]) -> None:
+    """For kernels of two streams may overlap."""
+    stream: Any = torch.cuda.current_stream(torch.device("cuda"))
+    taken = []
+    for stream.cuda_stream in (7, 9, 7):
+        taken.append(counters(OnDevice, 8).data_ptr())  # type: ignore[arg-type]
+    assert taken[0] == taken[2] != taken[1]
 
 
 def test_a_handle_that_is_another_stream_in_every_thread_has_no_counters_of_its_own(
