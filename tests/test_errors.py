@@ -610,7 +610,7 @@ def test_clock_ahead_of_the_positions_only_for_streams_of_different_age():
     assert_refused(lambda: module.set_state(uneven), ValueError, ["clock", "position"])
 
 
-@pytest.mark.parametrize("mode", ["backward", "", 7, None])
+@pytest.mark.parametrize("mode", ["backward", "", 7, -1, None])
 def test_unknown_call_mode_is_refused(mode):
     module = build()
     with pytest.raises((ValueError, TypeError)):

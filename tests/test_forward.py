@@ -48,6 +48,7 @@ def assert_forward_equals_torch(module, tokens, all_queries=False, **masks):
         assert weights is None
     else:
         assert_as_exact_as_torch(weights, exact_weights, plain_weights)
+        assert weights.dtype == plain_weights.dtype
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -520,6 +520,23 @@ def test_hook_may_replace_the_output_of_a_step():
     assert not (module(x) == 0).all()
 
 
+def test_hook_that_raises_before_all_others_leaves_nothing_behind():
+    module = build(sequence_len=1)
+    module.call_mode = "forward_step"
+
+    def fails(module, args):
+        raise MemoryError
+
+    handle = nn.modules.module.register_module_forward_pre_hook(fails)
+    try:
+        with pytest.raises(MemoryError):
+            module(torch.zeros(2, EMBED))
+    finally:
+        handle.remove()
+    assert not module._forward_pre_hooks
+    assert "forward" not in vars(module)
+
+
 def test_backward_hooks_fire_in_steps():
     module = build(sequence_len=1)
     module.call_mode = "forward_step"
@@ -597,6 +614,13 @@ def test_warm_up_makes_the_next_token_answer(construction, backend):
     assert_equals_window(outputs, module, *padded)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_warm_up_leaves_no_graph_and_needs_none(cache_dtype):
+    module = build(cache_dtype=cache_dtype)
+    module.warm_up((3, EMBED))
+    assert not any(part.requires_grad for part in module.get_state())
+
+
 def test_warm_up_of_a_window_of_one_token():
     module = build(sequence_len=1)
     module.warm_up((3, EMBED))
@@ -640,8 +664,9 @@ def test_ptflops_counts_modules_made_after_it_was_imported(monkeypatch):
         with torch.no_grad(), co.call_mode("forward_step"):
             module(torch.randn(1, EMBED))
             assert module.__flops__ == module.flops() > 0
+    pickled = pickle.dumps(build())
     ptflops.MODULES_MAPPING.clear()
-    module = pickle.loads(pickle.dumps(build()))
+    module = pickle.loads(pickled)
     assert type(module) in ptflops.MODULES_MAPPING
 
 
