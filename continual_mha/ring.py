@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .pages import zeros
 from .quantized import STORED_AS
-from .tracing import has_numbers, how_stored, is_plain, is_transformed
+from .tracing import has_numbers, how_stored, is_opaque, is_plain, is_transformed
 
 # A state set from outside may not be older than this: kernels find slots by positions and trust
 # them not to pass 2**63 - 1, for which it leaves years of steps to every stream.
@@ -214,10 +214,19 @@ def forget(state: State, streams: Tensor, in_place: bool) -> Any:
     cleared = {"q", "x", "x_scale"} & set(state._fields)
     fill = torch.Tensor.masked_fill_ if in_place else torch.Tensor.masked_fill
     parts = {}
+    if in_place and _tells_which(streams):  # a mask would go through the rings of all streams
+        which = streams.nonzero().view(-1)
+        parts = {name: getattr(state, name).index_fill_(0, which, 0) for name in cleared}
+        cleared = set()
     for name in cleared:
         part = getattr(state, name)
         parts[name] = fill(part, streams.view(-1, *(1,) * (part.dim() - 1)), 0)
     return state._replace(**parts, position=fill(state.position, streams, 0))
+
+
+def _tells_which(streams: Tensor) -> bool:
+    """Whether a mask can be read without waiting for a device, or for numbers that are not there."""
+    return streams.device.type == "cpu" and not (is_opaque(streams) or is_transformed())
 
 
 def stream_of(state: State, index: int, sequence_len: int) -> Any:
