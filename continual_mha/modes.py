@@ -28,6 +28,11 @@ def checked_mode(mode: Any) -> str:
     return str(name)
 
 
+# That of the innermost `call_mode` block. Compiled calls ask for a global anew: what is a class's,
+# torch 2.10 takes for constant.
+_surrounding: str | None = None
+
+
 class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
     """Inside ``with call_mode("forward_step"):``, calling any module of this package makes a step.
 
@@ -40,24 +45,24 @@ class call_mode:  # noqa: N801  (a function to its users, as in `continual`)
         ValueError: there is no such mode.
     """
 
-    current: str | None = None
-
     def __init__(self, mode: Any) -> None:
         self.mode = checked_mode(mode)
         self._before: list[str | None] = []  # as often as the block is entered
 
     def __enter__(self) -> None:
-        self._before.append(call_mode.current)
-        call_mode.current = self.mode
+        global _surrounding
+        self._before.append(_surrounding)
+        _surrounding = self.mode
 
     def __exit__(self, *exc_info: object) -> None:
-        call_mode.current = self._before.pop()
+        global _surrounding
+        _surrounding = self._before.pop()
 
 
 def surrounding_mode() -> str | None:
     """The mode of the innermost ``call_mode`` block, ours or that of an imported ``continual``."""
-    if call_mode.current is not None:
-        return call_mode.current
+    if _surrounding is not None:
+        return _surrounding
     module: Any = sys.modules.get("continual.module")
     upstream = getattr(module, "call_mode", None)
     if upstream is None or upstream.prev is None:

@@ -225,7 +225,7 @@ def forget(state: State, streams: Tensor, in_place: bool) -> Any:
 
 
 def _tells_which(streams: Tensor) -> bool:
-    """Whether a mask can be read without waiting for a device, or for numbers that are not there."""
+    """Whether a mask can be read: it waits for no device, and has numbers."""
     return streams.device.type == "cpu" and not (is_opaque(streams) or is_transformed())
 
 
