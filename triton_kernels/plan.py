@@ -578,8 +578,8 @@ def steps_plan(
     if codes and itemsize > 2 and block_d >= 64:  # decoded tiles are in registers whole
         block_t, warps = max(16, block_t // 2), 8
         stages = 1 if block_d > 128 else 2  # two such tiles at once are too many
-    # Decoded tiles take registers beside Philox's numbers, and those of 64 features without them.
-    if codes and itemsize == 2 and (block_d == 64 or (dropout and block_d < 64)):
+    # Decoded tiles take registers beside what it takes to find their slots.
+    if codes and itemsize == 2 and block_d <= 64:
         block_s //= 2
     key_t, key_s = block_t, block_s
     if wide and not little:  # Philox and masks of other widths take the registers of more keys
