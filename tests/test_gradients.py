@@ -363,6 +363,25 @@ def test_steps_after_detach_state_keep_what_the_earlier_graph_needs(mode):
     torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize("formulation", ["kv", "input"])
+def test_step_without_a_gradient_cuts_the_graph_of_a_state_that_was_set_as_of_its_own(formulation):
+    """Or a slot's gradient would go to the token before that which is there."""
+    grads = []
+    for moved in (False, True):
+        module = build(**SMALL, formulation=formulation)
+        x = leaves(module, 2, LENGTH + 2)[0]
+        step_through(module, x[:, :LENGTH])
+        if moved:
+            module.set_state(module.get_state())
+        with torch.no_grad():
+            module.forward_step(x[:, LENGTH])
+        output = module.forward_step(x[:, LENGTH + 1])
+        grads.append(torch.autograd.grad(output.sum(), x)[0])
+    torch.testing.assert_close(*grads)
+    assert not grads[0][:, : LENGTH + 1].any()
+    assert grads[0][:, LENGTH + 1].any()
+
+
 def test_detach_state_before_any_step_is_no_error():
     module = build(**SMALL)
     module.detach_state()

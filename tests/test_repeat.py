@@ -328,6 +328,25 @@ def test_many_steps_like_those_before_are_undone_if_they_fail(error, monkeypatch
             assert torch.equal(module.forward_step(token), twin.forward_step(token))
 
 
+def test_memory_that_runs_out_behind_a_step_lets_it_happen_once(backend):
+    """As on a GPU, whose streams have advanced by then."""
+    module = warm()
+    token = torch.randn(N, EMBED)
+    with torch.no_grad():
+        module.forward_step(token)
+        run = module._repeat.run
+
+        def runs_out(*args):
+            run(*args)
+            raise torch.OutOfMemoryError
+
+        module._repeat.run = runs_out
+        before = module._ring_position.clone()
+        with pytest.raises(torch.OutOfMemoryError):
+            module.forward_step(token)
+    assert torch.equal(module._ring_position, before + 1)
+
+
 def test_weights_may_be_swapped_between_warm_steps():
     """As torch swaps them if it is told to, of which it says that others must hold none."""
     module = warm()
