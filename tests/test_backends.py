@@ -312,6 +312,30 @@ def test_backward_on_another_thread_is_by_the_backend_of_the_forward(call, monke
     assert x.grad is not None
 
 
+def test_function_that_forces_gives_every_thread_back_what_it_had():
+    """Also where one is called while another thread is in it."""
+    found = []
+
+    @co.use_backend("torch")
+    def forced(here, until):
+        here.set()
+        assert until.wait(20)
+
+    def call(around, here, until, back):
+        with co.use_backend(around):
+            forced(here, until)
+            found.append((around, backends.forced()))
+        back.set()
+
+    first, second, back = (threading.Event() for _ in range(3))
+    other = threading.Thread(target=call, args=("cpu", first, second, back), daemon=True)
+    other.start()
+    assert first.wait(20)
+    call("cuda", second, back, threading.Event())
+    other.join(20)
+    assert sorted(found) == [("cpu", "cpu"), ("cuda", "cuda")]
+
+
 def test_forcing_is_seen_by_no_other_task():
     async def order_inside(name):
         with co.use_backend(name):
