@@ -26,23 +26,23 @@ from .tracing import is_opaque, needs_gradient
 # From so many streams on torch multiplies bfloat16 faster than the CPU kernels: see docs/cpu.md.
 _CPU_MANY_STREAMS = 64
 _AVERAGES = "it averages the weights over the heads"
-# What share of multiply-adds more kernels are worth: as many as moving the projections of a clip of
-# one token adds, where heads have eight features or more.
-_WORTH_OF_KERNELS = 1 / 8
+# How many eighths of multiply-adds more kernels are worth: as many as moving the projections of a
+# clip of one token adds, where heads have eight features or more.
+_WORTH_OF_KERNELS = 1
 
 
 def input_formulation_is_cheaper(
-    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int, spare: float = 0.0
+    num_heads: int, clip_len: int, embed_dim: int, kdim: int, vdim: int, eighths: int = 0
 ) -> bool:
     """Whether moving the key and value projections to the query's side saves multiply-adds, or adds
-    less than the share ``spare`` of them.
+    less than so many eighths of them: in whole numbers, which ``torch.export`` can solve for.
 
     Projecting a clip of ``S`` tokens costs ``S E (Ek + Ev)``, and the attention ``2 S E``. Moving
     the projections costs ``E (Ek + Ev)`` once, and the attention over inputs ``H S (Ek + Ev)``.
     """
     projected = clip_len * embed_dim * (kdim + vdim) + 2 * clip_len * embed_dim
     moved = (embed_dim + num_heads * clip_len) * (kdim + vdim)
-    return moved < (1.0 + spare) * projected
+    return 8 * moved < (8 + eighths) * projected
 
 
 class ClipWay(NamedTuple):
@@ -72,8 +72,8 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     averages = call.average or not call.need_weights
     may_run = averages and backends.order(query.device.type)[0] != "torch"
     may_run = may_run and backends.why_plain(query) is None
-    spare = _WORTH_OF_KERNELS if may_run else 0.0
-    moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips), spare)
+    eighths = _WORTH_OF_KERNELS if may_run else 0
+    moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips), eighths)
     if not averages:
         backends.leave_to_pytorch("single_query", _AVERAGES)
         return ClipWay(partial(_by_operators, call, moved, None), moved)

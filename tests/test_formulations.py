@@ -183,7 +183,7 @@ def test_cost_rule_chooses_as_counted_multiplications_do(sizes, monkeypatch):
 def test_kernels_are_worth_some_multiplications():
     """Of a clip of one token too, unless its heads are narrow."""
     for heads, moves in ((1, True), (2, True), (16, False)):
-        assert clips.input_formulation_is_cheaper(heads, 1, 16, 16, 16, spare=1 / 8) == moves
+        assert clips.input_formulation_is_cheaper(heads, 1, 16, 16, 16, eighths=1) == moves
         assert not clips.input_formulation_is_cheaper(heads, 1, 16, 16, 16)
         module = build(embed_dim=16, num_heads=heads, sequence_len=1)
         x = torch.zeros(2, 1, 16)
