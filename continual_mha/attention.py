@@ -574,8 +574,10 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
 
     def _where_weights_are(self, weights: Weights) -> list[Found] | None:
         """What the weights are and where they were found; None if they may be others in every call,
-        as those that are parametrised or pruned."""
+        as those that are parametrised or pruned, or an adapter may not be merged into them."""
         own, out = self._parameters, self.out_proj
+        if not checks.is_linear(out):
+            return None
         held = {id(weight) for weight in (*own.values(), *out._parameters.values())}
         if any(x is not None and not (x.is_leaf and id(x) in held) for x in weights):
             return None

@@ -84,8 +84,7 @@ def out_weight(module: nn.MultiheadAttention) -> Tensor:
         TypeError: ``out_proj`` computes something else than ``torch.nn.Linear`` does.
     """
     projection = module.out_proj
-    computes = getattr(type(projection), "forward", None)
-    if computes is not nn.Linear.forward and not _adds_nothing(projection):
+    if not is_linear(projection) and not _adds_nothing(projection):
         raise TypeError(
             "out_proj must compute what torch.nn.Linear does, for its weight and bias are read and "
             f"its forward is not called, but got {type(projection).__name__}; merge what it adds "
@@ -94,9 +93,17 @@ def out_weight(module: nn.MultiheadAttention) -> Tensor:
     return projection.weight
 
 
+def is_linear(projection: nn.Module) -> bool:
+    """Whether nothing but its weight and bias decides what it computes, as in a linear layer."""
+    return getattr(type(projection), "forward", None) is nn.Linear.forward
+
+
 def _adds_nothing(projection: nn.Module) -> bool:
-    """Whether an adapter, as those of ``peft``, is in the weight or switched off."""
-    return any(getattr(projection, name, False) is True for name in ("merged", "disable_adapters"))
+    """Whether an adapter, as those of ``peft``, is in the weight of a linear layer or switched off:
+    not both, for then the weight holds what is switched off."""
+    merged, off = (getattr(projection, n, False) is True for n in ("merged", "disable_adapters"))
+    base = getattr(projection, "base_layer", None)  # none where it is the linear layer itself
+    return merged is not off and (base is None or is_linear(base) or _adds_nothing(base))
 
 
 def shapes_of_weights(width: int, kdim: int, vdim: int) -> Shapes:

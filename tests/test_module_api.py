@@ -203,6 +203,57 @@ def test_output_projection_may_have_an_adapter_that_is_merged_or_off(backend):
     torch.testing.assert_close(module.in_proj_weight.grad, expected.in_proj_weight.grad)
 
 
+class AdaptedItself(nn.Linear):
+    """In the way of `loralib`: the weight into which the adapter is merged is its own."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.merged, self.added = True, torch.randn_like(linear.weight)
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.added.t()
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_step", "forward_steps"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_repeated_calls_see_that_an_adapter_is_not_merged_any_more(mode, grad, backend):
+    module = build()
+    adapted = module.out_proj = AdaptedItself(module.out_proj)
+    x = draw_tokens(module, 2, LENGTH)[0]
+    given = x[:, 0] if mode == "forward_step" else x
+    with torch.set_grad_enabled(grad):
+        module.forward_steps(x)
+        for _ in range(3):
+            getattr(module, mode)(given)
+        adapted.merged = False
+        with pytest.raises(TypeError, match=r"out_proj.*merge"):
+            getattr(module, mode)(given)
+
+
+def test_output_projection_may_not_have_what_its_weight_does_not_say():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = build()
+    x = draw_tokens(module, 2, LENGTH)[0]
+    linear = module.out_proj
+    adapted = module.out_proj = Adapted(linear)
+    adapted.merge()
+    module(x)
+    adapted.disable_adapters = True  # of which the weight still has what was merged
+    with pytest.raises(TypeError, match=r"out_proj.*merge"):
+        module(x)
+    module.out_proj = Adapted(Doubled(EMBED, EMBED))
+    module.out_proj.disable_adapters = True
+    with pytest.raises(TypeError, match=r"out_proj.*merge"):
+        module(x)
+    module.out_proj = Adapted(Adapted(build().out_proj))
+    module.out_proj.disable_adapters = module.out_proj.base_layer.disable_adapters = True
+    module(x)
+
+
 class Further(nn.MultiheadAttention):
     """With a weight of which nobody else knows what it does."""
 
