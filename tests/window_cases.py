@@ -19,18 +19,20 @@ def window_arguments(
     extra: bool,
     device: str = "cpu",
 ) -> list[Any]:
-    """The tensors, of streams at 0, L + 3, ...: NaN where no token was; `extra`: sink and seed."""
+    """The tensors, of streams at 0, L + 3, ...: NaN where no token was, or one that no query sees,
+    as is left by a paused stream; `extra`: sink and seed."""
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device).mul_(0.5).to(kind)
 
     clip = [random(N, T, H * D).unflatten(-1, (H, D)) for _ in range(3)]
     rings = [random(N, H, L, D) for _ in range(2)]
+    position = torch.arange(N, device=device) * (L + 3)
     for ring in rings:
         ring[:1] = float("nan")
+        ring[torch.arange(N, device=device), :, position % L] = float("nan")
     wide = torch.promote_types(dtype, torch.float32)
     options = [random(N, T - first, H, kind=wide), torch.tensor([1 << 50], device=device)]
-    position = torch.arange(N, device=device) * (L + 3)
     return [*clip, *rings, position, *(options if extra else [None, None]), first]
 
 

@@ -180,7 +180,8 @@ def _window_key_gradient_kernel(
         if in_ring:
             newest = ((position + L - 1) % L).to(tl.int32)
             keys = token_in_slot(slots, newest, L)
-            there = (slots < L) & (keys >= -tl.minimum(position, L).to(tl.int32))
+            seen = tl.minimum(position, L - 1).to(tl.int32)  # no query sees the token before them
+            there = (slots < L) & (keys >= -seen)
             mask = there[:, None] & mask_d[None, :]
             k = tl.load(k_ring_ptr + ring_offsets, mask=mask, other=0.0)
             v = tl.load(v_ring_ptr + ring_offsets, mask=mask, other=0.0)
