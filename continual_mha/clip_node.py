@@ -104,10 +104,16 @@ def _library_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool
         return False
     if bfloat16 and isa == "amx":
         return tokens.shape[0] <= _CPU_MOST_TOKENS_OF_UNIT
-    wide = tokens.dtype in (torch.float32, torch.float64)
-    if (bfloat16 and isa == "avx512_bf16") or (wide and isa == "avx2"):
-        return tokens.numel() * tokens.shape[1] < _CPU_LARGE_PRODUCT
-    return True
+    return not is_large_product(tokens)
+
+
+def is_large_product(tokens: Tensor) -> bool:
+    """Whether torch multiplies tokens ``(N, E)`` and a weight faster than the CPU library, which is
+    loaded, because they are so many."""
+    isa = _native.cpu_isa()
+    wide = isa == "avx2" and tokens.dtype in (torch.float32, torch.float64)
+    by_unit = isa == "avx512_bf16" and tokens.dtype == torch.bfloat16
+    return (wide or by_unit) and tokens.numel() * tokens.shape[1] >= _CPU_LARGE_PRODUCT
 
 
 def unit_multiplies(tokens: Tensor, params: Sequence[Tensor | None]) -> bool:

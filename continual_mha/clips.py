@@ -16,6 +16,7 @@ from .clip_node import (
     Node,
     as_moved,
     attended,
+    is_large_product,
     node_of,
     unit_multiplies,
 )
@@ -71,7 +72,7 @@ def way_of_clip(clips: Tokens, weights: Weights, mask: Tensor | None, call: Clip
     kernels = backends.forced() not in (None, "torch")
     averages = call.average or not call.need_weights
     may_run = averages and backends.order(query.device.type)[0] != "torch"
-    may_run = may_run and backends.why_plain(query) is None
+    may_run = may_run and backends.why_plain(query) is None and not _is_for_torch(query)
     eighths = _WORTH_OF_KERNELS if may_run else 0
     moved = kernels or input_formulation_is_cheaper(call.num_heads, *_sizes(clips), eighths)
     if not averages:
@@ -187,6 +188,13 @@ def _cpu_runs_at_once(args: tuple[Any, ...], extra_slots: bool) -> bool:
         if projections_dominate or by_node:
             return False
     return backends.why_not_later("cpu", "single_query", args) is None
+
+
+def _is_for_torch(query: Tensor) -> bool:
+    """Whether torch's products are known to be faster than CPU kernels."""
+    if backends.order(query.device.type)[0] != "cpu" or is_opaque(query):
+        return False
+    return backends.why_missing("cpu") is None and is_large_product(query)
 
 
 def _torch_may_be_faster(query: Tensor) -> bool:

@@ -191,6 +191,19 @@ def test_kernels_are_worth_some_multiplications():
         assert said.startswith(f"forward: formulation {'input' if moves else 'kv'}")
 
 
+@pytest.mark.skipif("cpu" not in backends.available(), reason="plain PyTorch runs")
+@pytest.mark.parametrize("grad", [False, True])
+def test_kernels_are_worth_nothing_where_torch_multiplies_faster(grad, monkeypatch):
+    monkeypatch.setattr("continual_mha._native.cpu_isa", lambda: "avx2")
+    monkeypatch.setattr("continual_mha.clip_node._CPU_LARGE_PRODUCT", 4 * 16 * 16)
+    module = build(embed_dim=16, num_heads=2, sequence_len=1)
+    with torch.set_grad_enabled(grad):
+        for streams, formulation in ((3, "input"), (4, "kv")):
+            x = torch.zeros(streams, 1, 16)
+            said = continual_mha.explain(module, x, call_mode="forward")
+            assert said.startswith(f"forward: formulation {formulation}")
+
+
 @continual_mha.use_backend("torch")  # whose operators the counter knows
 def test_forward_takes_the_cheaper_formulation(monkeypatch):
     module = build(embed_dim=12, num_heads=12, sequence_len=12)
