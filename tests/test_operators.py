@@ -21,7 +21,7 @@ def step_operands(steps=None, **arguments):
     module.forward_steps(*(x[:, :6] for x in given))
     now = tuple(x[:, 6] if steps is None else x[:, 6:] for x in tokens)
     now = now if module.formulation != "input" else (now[0],) * 3
-    state, call = module._plan(now, module._state(), update=True)
+    now, state, call = module._plan(now, module._state(), update=True)
     return functional.operands(now, state, None if steps is None else 0, call)
 
 

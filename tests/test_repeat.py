@@ -552,9 +552,6 @@ def test_what_surrounds_a_step_is_seen(backend):
             module.forward_step(token)
         before = module._ring_position.clone()
         assert before.tolist() == [LENGTH + 2, LENGTH + 3, LENGTH + 3]
-        with torch.autocast(token.device.type, torch.bfloat16):
-            for given in (token, token.bfloat16()):
-                assert module.forward_step(given, update_state=False).dtype == torch.bfloat16
         with pytest.raises(TypeError, match=r"the state|the module's"):
             module.forward_step(token.bfloat16())  # both are float32
         module.forward_step(token, update_state=False)
@@ -564,6 +561,16 @@ def test_what_surrounds_a_step_is_seen(backend):
         assert module.forward_step(token).is_inference()
     with torch.no_grad():
         assert not module.forward_step(token).is_inference()
+
+
+def test_surrounding_autocast_is_seen_by_a_step(backend):
+    module, token = warm(), torch.randn(N, EMBED)
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast(token.device.type, torch.bfloat16):
+                for given in (token, token.bfloat16()):
+                    assert module.forward_step(given, update_state=False).dtype == torch.bfloat16
+            assert module.forward_step(token).dtype == torch.float32
 
 
 def test_another_backend_may_be_forced_between_steps(monkeypatch):
