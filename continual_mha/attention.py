@@ -16,7 +16,16 @@ from . import backends, checks, formulations, functional, ring
 from .clip_node import ClipCall
 from .clips import ClipWay, way_of_clip
 from .modes import checked_mode, make_known_upstream, surrounding_active, surrounding_mode
-from .operands import Options, RepeatedStep, Tokens, Weights, as_tokens, is_shared, told_apart
+from .operands import (
+    Options,
+    RepeatedStep,
+    Tokens,
+    Weights,
+    as_tokens,
+    is_shared,
+    of_each,
+    told_apart,
+)
 from .precision import autocast_dtype
 from .repeat import Found, Repeat
 from .ring import INPUT_STATES, State
@@ -894,11 +903,7 @@ class SingleOutputMultiheadAttention(StatefulStreams, nn.MultiheadAttention):
             checks.check_tokens(self, clips, "(N, E, T)", 1)
         else:
             checks.check_tokens(self, clips, "(N, T, E)" if self.batch_first else "(T, N, E)", 2)
-        query, key, value = clips
-        asked = self._to_layout(query)
-        seen = asked if key is query else self._to_layout(key)  # what is one tensor stays one
-        said = asked if value is query else seen if value is key else self._to_layout(value)
-        return asked, seen, said
+        return of_each(self._to_layout, clips)
 
     def _to_layout(self, x: Tensor) -> Tensor:
         """From ``(N, T, E)`` to the module's layout, or back: both swap the same axes."""
@@ -978,14 +983,11 @@ def _which_are_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[bool, ...
 
 def _as_kept(tokens: Tokens, state: State) -> Tokens:
     """Tokens in the dtype of the state where autocast surrounds the call, which takes any."""
-    query, key, value = tokens
-    kept = ring.like_tokens(state)
+    query, kept = tokens[0], ring.like_tokens(state)
     if kept is None or query.dtype == kept.dtype or autocast_dtype(query.device.type) is None:
         return tokens
-    asked = query.to(kept.dtype)
-    seen = asked if key is query else key.to(kept.dtype)  # what is one tensor stays one
-    said = asked if value is query else seen if value is key else value.to(kept.dtype)
-    return asked, seen, said
+    dtype = kept.dtype
+    return of_each(lambda x: x.to(dtype), tokens)
 
 
 # Private to torch: where it is not there, every call takes the way that serves hooks.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native, backends, extra_slots, reference, windows
-from .operands import Options, Rings, Tokens, Weights, is_shared
+from .operands import Options, Rings, Tokens, Weights, of_each
 from .products import Multiply, linear, multiplier, sum_over_tokens
 from .step_node import Step, StepWay, why_no_step_node
 
@@ -144,10 +144,7 @@ def as_clip(
     active: Tensor | None,
 ) -> tuple[Tensor, Rings]:
     """A step as a clip of one token, by what takes clips."""
-    query, key, value = (x.unsqueeze(1) for x in tokens)
-    if is_shared(tokens):  # keep it one tensor for those who ask
-        key = value = query
-    out, after = steps((query, key, value), rings)
+    out, after = steps(of_each(lambda x: x.unsqueeze(1), tokens), rings)
     if active is not None:
         after = after._replace(position=rings.position + active.to(torch.int64))
     return out.squeeze(1), after

@@ -95,6 +95,15 @@ def as_tokens(apart: Sequence[Tensor]) -> Tokens:
     return query, key, value
 
 
+def of_each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+    """What the function makes of query, key and value; what is one tensor stays one."""
+    query, key, value = tokens
+    asked = function(query)
+    seen = asked if key is query else function(key)
+    said = asked if value is query else seen if value is key else function(value)
+    return asked, seen, said
+
+
 def has_extra_slots(weights: Weights, add_zero_attn: bool) -> bool:
     """Whether ``add_bias_kv`` or ``add_zero_attn`` adds to what every query sees."""
     return weights.bias_k is not None or add_zero_attn
