@@ -63,14 +63,9 @@ def surrounding_mode() -> str | None:
     """The mode of the innermost ``call_mode`` block, ours or that of an imported ``continual``."""
     if _surrounding is not None:
         return _surrounding
-    module: Any = sys.modules.get("continual.module")
-    upstream = getattr(module, "call_mode", None)
+    upstream = getattr(sys.modules.get("continual.module"), "call_mode", None)
     if upstream is None or upstream.prev is None:
         return None
-    if torch.compiler.is_compiling():  # which would not read the number in a tensor
-        for name, tensor in module.CALL_MODES.items():
-            if upstream.cur is tensor:
-                return str(name)
     return checked_mode(upstream.cur)
 
 
